@@ -1,0 +1,70 @@
+# Every target builds .venv first when it is missing or out of date, so each can be the first command in a fresh clone.
+#   make hessian     measure the structure, derive rules, write out/hessian/index.html
+#   make test        the test suite
+# A CPU build of torch is installed. For a GPU: make setup TORCH=cu128 (any tag of PyTorch's wheel index), or TORCH=pypi.
+
+PYTHON  ?= python3
+TORCH   ?= cpu
+PROFILE ?= cpu
+WORKERS ?= 2
+OUT     ?= out/hessian
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready-$(TORCH)
+PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup hessian test lint bench ablation figures clean
+
+help:
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint bench ablation [PROFILE=cpu|smoke] figures clean"
+
+setup: $(READY)
+
+# torch first and alone, so that nothing else can pull in a CUDA build: a wheel at hand (PIP_FIND_LINKS) if there is
+# one, else PyTorch's own index. The published adam-mini stays out of the import path: its name is ours, too.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "building $(VENV) (once, some minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+ifeq ($(TORCH),pypi)
+	@$(PIP) torch==$(TORCH_VERSION)
+else
+	@{ [ "$(TORCH)" = cpu ] && $(PIP) --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null; } || \
+		$(PIP) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) || \
+		{ echo "no torch $(TORCH_VERSION) for TORCH=$(TORCH); try TORCH=pypi (the default build, several GB)"; exit 1; }
+endif
+	@$(PIP) --constraint constraints.txt --editable ".[dev]"
+	@$(PIP) --no-deps pyhessian==0.1
+	@$(PIP) --no-deps --upgrade --target $(VENV)/published adam-mini==1.1.1
+	@rm -f $(VENV)/.ready-*; touch $(READY)
+
+hessian: $(READY)
+	$(PY) -m experiments.studies.hessian_maps --out $(OUT)
+	$(PY) -m paper_figures.hessian $(OUT)
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(READY)
+	$(PY) -m benchmarks.dense_hessian
+	$(PY) -m benchmarks.optimizer_step
+
+ablation: $(READY)
+	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS)
+
+figures: $(READY)
+	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out paper_figures/out
+
+clean:
+	rm -rf $(VENV) out paper_figures/out build *.egg-info

@@ -1,0 +1,209 @@
+"""From measurements to rules: for each role, which unit may share one second-moment scalar, and why.
+
+Two questions are asked of every candidate partition of a tensor.
+
+*Does the Hessian see it?* The lift: how much more of |H| lies inside the blocks than inside the blocks of a random
+partition of the same sizes, with the z-score of that permutation null (``structure.block_structure``).
+
+*What does sharing cost?* The Jensen gap of the second moment v: log(mean of v) - mean(log v) inside the blocks. It
+is zero when v is constant in every block. Half of it is the mean log ratio between the learning rate Adam would use
+and the shared one, so it is a predicted cost in the units of the optimizer.
+
+Neither suffices alone: blocks that hold all of |H| can still be a poor place to share, and a finer partition always
+has a smaller gap. The rule below uses the first as a gate and the second to choose, and asks finer partitions to
+pay for their scalars. It was fixed before the training runs that test it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimizer.partition import Role, Rules, Unit
+
+Z_GATE = 6.0
+"""A candidate's structure counts as real when its median z over trained checkpoints exceeds this."""
+WORTH = 0.95
+"""A finer candidate must bring the gap to at most this share of a coarser one's."""
+FLOOR = 1e-6
+"""Second moments below this share of their tensor's mean are raised to it: a factor of 1,000 in learning rate."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One measurement: one tensor (or part of a fused one), one candidate unit, one checkpoint.
+
+    Attributes:
+        model: which model it was measured on.
+        tensor: the parameter's name, with the part's role where it is fused.
+        role: name of the ``Role``.
+        unit: name of the candidate ``Unit``.
+        checkpoint: share of training done, 0 to 1.
+        n_params: elements of the tensor.
+        n_blocks: blocks of the candidate partition.
+        mass_inside: share of off-diagonal |H| mass inside the blocks.
+        expected: the same under size-matched random partitions, mean.
+        z: (mass_inside - expected) in standard deviations of the null.
+        mean_ratio: mean |H| entry inside over mean outside.
+        jensen: Jensen gap of v under the candidate.
+        jensen_null: the same under size-matched random partitions, mean.
+    """
+
+    model: str
+    tensor: str
+    role: str
+    unit: str
+    checkpoint: float
+    n_params: int
+    n_blocks: int
+    mass_inside: float
+    expected: float
+    z: float
+    mean_ratio: float
+    jensen: float
+    jensen_null: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A unit's evidence for one role, over tensors, models and trained checkpoints.
+
+    Attributes:
+        unit: the candidate.
+        blocks_per_parameter: second-moment scalars per element.
+        z: median z against the permutation null.
+        lift: median of mass inside over what the null holds.
+        jensen: gap, averaged with the tensors' sizes as weights: the predicted cost.
+        jensen_null: the null's gap, averaged likewise.
+        n: measurements behind it.
+    """
+
+    unit: str
+    blocks_per_parameter: float
+    z: float
+    lift: float
+    jensen: float
+    jensen_null: float
+    n: int
+
+
+def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float]:
+    """The Jensen gap of second moments under a partition, and under random partitions of the same sizes.
+
+    Args:
+        v: second moments (mean squared gradients), any shape, non-negative.
+        block_ids: int64, as many: the block of every element, numbered 0, 1, ...
+        permutations: random partitions in the null.
+        seed: of the permutations.
+
+    Returns:
+        (gap, mean gap of the null), both in nats and >= 0.
+
+    Raises:
+        ValueError: shapes differ, or a second moment is negative or not finite, or all are zero.
+    """
+    flat, ids = v.detach().reshape(-1).to(torch.float64), block_ids.reshape(-1)
+    if flat.numel() != ids.numel():
+        raise ValueError(f"v has {flat.numel()} elements but block_ids has {ids.numel()}; give one id per element")
+    if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
+        raise ValueError("v must be finite, non-negative and not all zero: mean squared gradients of some batches")
+    flat = flat.clamp_min(FLOOR * float(flat.mean()))
+    sizes = torch.bincount(ids).to(torch.float64)
+    mean_log = float(flat.log().mean())
+
+    def gap(order: Tensor) -> float:
+        means = torch.zeros_like(sizes).index_add_(0, order, flat) / sizes
+        return max(0.0, float((sizes * means.log()).sum() / flat.numel()) - mean_log)
+
+    generator = torch.Generator().manual_seed(seed)
+    null = [gap(ids[torch.randperm(len(ids), generator=generator)]) for _ in range(permutations)]
+    return gap(ids), sum(null) / max(1, len(null))
+
+
+def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: Any = None) -> Rules:
+    """Choose a unit for every role there is evidence about.
+
+    For each role: candidates whose median z over trained checkpoints exceeds ``Z_GATE`` are admitted (one scalar per
+    tensor always is; if nothing else passes, every candidate is); starting from the fewest scalars, a finer
+    candidate replaces a coarser one when its gap is at most ``WORTH`` of the coarser's. Roles without evidence keep
+    the unit they have in ``adam_mini``.
+
+    Args:
+        evidence: measurements; those at checkpoint 0 are kept in the file but do not vote, unless there are no others.
+        name: the rule set's name.
+        provenance: how the measurements were made (seeds, models, versions), stored as given.
+
+    Returns:
+        Rules whose ``evidence`` holds the candidates, the choice and its reason for every role, and the raw table.
+
+    Raises:
+        ValueError: no evidence.
+    """
+    if not evidence:
+        raise ValueError("derive needs at least one Evidence row; `make hessian` measures them")
+    trained = [row for row in evidence if row.checkpoint > 0] or list(evidence)
+    units: dict[Role | str, Unit | str] = {}
+    choices: dict[str, Any] = {}
+    for role in dict.fromkeys(row.role for row in trained):
+        candidates = _candidates([row for row in trained if row.role == role])
+        chosen, why = _choose(candidates)
+        units[role] = chosen.unit
+        choices[role] = {"unit": chosen.unit, "predicted_cost": chosen.jensen, "why": why,
+                         "candidates": [asdict(candidate) for candidate in candidates]}  # fmt: skip
+    for missing in (role.value for role in Role if role.value not in units):
+        choices[missing] = {"unit": Rules("adam_mini")[Role(missing)].value, "why": "not measured: as in adam_mini"}
+    return Rules(
+        name,
+        units,
+        description="Chosen by the Hessian laboratory: permutation-null structure as the gate, Jensen gap as the cost.",
+        evidence={"rule": {"z_gate": Z_GATE, "worth": WORTH, "floor": FLOOR}, "choices": choices,
+                  "table": [asdict(row) for row in evidence]},
+        provenance=provenance,
+    )  # fmt: skip
+
+
+def _candidates(rows: Sequence[Evidence]) -> list[Candidate]:
+    """Evidence for one role, one entry per unit, fewest scalars first."""
+    out = []
+    for unit in dict.fromkeys(row.unit for row in rows):
+        mine = [row for row in rows if row.unit == unit]
+        weight = sum(row.n_params for row in mine)
+        out.append(
+            Candidate(
+                unit=unit,
+                blocks_per_parameter=sum(row.n_blocks for row in mine) / weight,
+                z=_median([row.z for row in mine]),
+                lift=_median([row.mass_inside / row.expected if row.expected > 0 else 1.0 for row in mine]),
+                jensen=sum(row.n_params * row.jensen for row in mine) / weight,
+                jensen_null=sum(row.n_params * row.jensen_null for row in mine) / weight,
+                n=len(mine),
+            )
+        )
+    return sorted(out, key=lambda candidate: candidate.blocks_per_parameter)
+
+
+def _choose(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
+    """The decision rule, and the decision in words."""
+    passing = [c for c in candidates if c.z > Z_GATE]
+    admitted = [c for c in candidates if c in passing or c.unit == Unit.TENSOR.value] if passing else list(candidates)
+    chosen, steps = admitted[0], [f"{admitted[0].unit} (gap {admitted[0].jensen:.3f})"]
+    for finer in admitted[1:]:
+        better = finer.jensen <= WORTH * chosen.jensen
+        steps.append(f"{finer.unit} (gap {finer.jensen:.3f}, z {finer.z:.1f}) {'taken' if better else 'not worth it'}")
+        if better:
+            chosen = finer
+    dropped = [f"{c.unit} (z {c.z:.1f})" for c in candidates if c not in admitted]
+    gate = f"dropped by the gate z > {Z_GATE:g}: {', '.join(dropped)}. " if dropped else ""
+    if not passing:
+        gate = f"no candidate passes the gate z > {Z_GATE:g}, so the gap alone decides. "
+    return chosen, f"{gate}From the fewest scalars: {'; '.join(steps)}."
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else 0.5 * (ordered[middle - 1] + ordered[middle])

@@ -1,0 +1,252 @@
+"""AdamMini: AdamW with one second-moment scalar per block of parameters."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .partition import Anatomy, Layout, Rules, Unit, discover, layout_of
+from .partition.apply import has_heads
+from .partition.discover import module_behind, report_unknown, tagged
+from .partition.names import by_name
+from .partition.roles import Role
+from .update import adam_mini_update, second_moment_dtype
+
+
+class AdamMini(torch.optim.Optimizer):
+    r"""AdamW that keeps one second-moment scalar per block instead of one per element.
+
+    For each block :math:`b` of the partition (arXiv 2406.16793, Algorithm 1):
+
+    .. math::
+        \theta &\leftarrow \theta - \gamma \lambda \theta \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v_b &\leftarrow \beta_2 v_b + (1 - \beta_2)\, \mathrm{mean}(g_b^2) \\
+        \theta_b &\leftarrow \theta_b - \gamma\, \frac{m_b / (1 - \beta_1^t)}{\sqrt{v_b / (1 - \beta_2^t)} + \epsilon}
+
+    with :math:`\gamma` = ``lr``, :math:`\beta_1, \beta_2` = ``betas``, :math:`\epsilon` = ``eps``, :math:`\lambda` =
+    ``weight_decay``. The hyper-parameters of AdamW carry over unchanged.
+
+    State per parameter: ``step`` (0-dim fp32), ``exp_avg`` (the parameter's shape and dtype), ``exp_avg_sq`` (fp32,
+    one value per index of the layout's axis, equal inside a block; it broadcasts against the parameter).
+
+    Args:
+        params: a model; ``model.named_parameters()``; ``model.parameters()``; or parameter-group dicts. A model makes
+            two groups: weight decay on weights of two and more dimensions, embeddings included, none on norms and
+            biases; frozen parameters are left out. Everything else keeps the caller's groups and decay.
+        lr: learning rate, >= 0; a 0-dim tensor is allowed.
+        betas: decay of the first and second moment, each in [0, 1).
+        eps: added outside the root, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        rules: what shares a scalar: a shipped set's name, a path to a rules file, or ``Rules``.
+        maximize: ascend instead.
+        strict: raise instead of warning when a weight of two or more dimensions is not recognised.
+
+    Raises:
+        ValueError: a hyper-parameter out of range; rules that cannot be read; with ``strict``, an unknown weight.
+
+    Example:
+        >>> optimizer = AdamMini(model, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rules: str | os.PathLike[str] | Rules = "adam_mini",
+        maximize: bool = False,
+        strict: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        _validate(defaults, "argument")
+        self.rules = Rules.load(rules)
+        self._strict = strict
+        self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
+        self._unknown: dict[str, Anatomy] = {}
+        model = params if isinstance(params, nn.Module) else module_behind(params)
+        # Known only while the groups are being made: parameters may be swapped for others later on.
+        self._known = _anatomies(model) if model is not None else {}
+        super().__init__(_groups_of(params) if isinstance(params, nn.Module) else params, defaults)
+        self._known = {}
+        self._report()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in ``torch.optim.Optimizer``; its parameters are recognised by tag, then by name."""
+        _validate({**self.defaults, **param_group}, "parameter group's")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        names = group.get("param_names") or [""] * len(group["params"])
+        self._layouts.append([self._layout(p, name) for p, name in zip(group["params"], names, strict=True)])
+        if not self._known:  # a group added after construction speaks for itself
+            self._report()
+
+    def _layout(self, parameter: Tensor, name: str) -> Layout:
+        """The layout of one parameter: from the model, a tag, or its name."""
+        anatomy = self._anatomy(parameter, name)
+        if len(anatomy.shape) >= 2 and not (anatomy.recognised and self._heads_known(anatomy)):
+            self._unknown[name or f"unnamed #{len(self._unknown)}"] = anatomy
+        return layout_of(anatomy, self.rules)
+
+    def _anatomy(self, parameter: Tensor, name: str) -> Anatomy:
+        return self._known.get(id(parameter)) or tagged(parameter) or by_name(name, tuple(parameter.shape))
+
+    def _heads_known(self, anatomy: Anatomy) -> bool:
+        wanted = any(self.rules[part.role] is Unit.ATTENTION_HEAD for part in anatomy.parts)
+        return not wanted or has_heads(anatomy)
+
+    def _report(self) -> None:
+        report_unknown(self._unknown, self.rules[Role.OTHER].value, strict=self._strict)
+        self._unknown = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: recomputes the loss and returns it; called with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a sparse or complex gradient; nothing has been changed then.
+            ValueError: a parameter whose shape no longer fits its layout; likewise.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_bad_gradients()
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            beta1, beta2 = group["betas"]
+            for parameter, layout in zip(group["params"], layouts, strict=True):
+                if parameter.grad is None:
+                    continue
+                state = self._state_of(parameter, layout)
+                state["step"] += 1
+                adam_mini_update(
+                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], layout,
+                    step=state["step"].item(), lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+                    weight_decay=group["weight_decay"], maximize=group["maximize"],
+                )  # fmt: skip
+        return loss
+
+    def _refuse_bad_gradients(self) -> None:
+        """Check everything before anything moves."""
+        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                if parameter.grad is None:
+                    continue
+                where = f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})"
+                if parameter.grad.layout is not torch.strided:
+                    raise RuntimeError(f"{where} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))")
+                if parameter.is_complex():
+                    raise RuntimeError(f"{where} is complex; give the optimizer torch.view_as_real of it")
+                layout.require(parameter.shape, where)
+
+    def _state_of(self, parameter: Tensor, layout: Layout) -> dict[str, Any]:
+        """The parameter's state, made at its first gradient."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros(
+                layout.aligned_shape(parameter.shape),
+                dtype=second_moment_dtype(parameter),
+                device=parameter.device,
+            )
+        return state
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of optimizer state by kind, for every trainable parameter, whether its state exists yet or not."""
+        total = {"exp_avg": 0, "exp_avg_sq": 0, "step": 0}
+        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
+            for parameter, layout in zip(group["params"], layouts, strict=True):
+                aligned = math.prod(layout.aligned_shape(parameter.shape))
+                total["exp_avg"] += parameter.numel() * parameter.element_size()
+                total["exp_avg_sq"] += aligned * second_moment_dtype(parameter).itemsize
+                total["step"] += torch.float32.itemsize
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state, AdamW's too under ``elementwise`` rules.
+
+        The running optimizer's dtypes win, and no tensor of the caller's is kept.
+
+        Raises:
+            ValueError: the state belongs to another partition, or its groups differ; nothing has been changed then.
+        """
+        captured: list[Mapping[str, Any]] = [state_dict]
+        # Runs after the user's own hooks, so that it sees what torch is going to load.
+        handle = self.register_load_state_dict_pre_hook(lambda _, document: captured.append(document))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        self._restore_dtypes(captured[-1])
+
+    def _restore_dtypes(self, document: Mapping[str, Any]) -> None:
+        """Undo torch's cast of every state to the parameter's dtype, and its sharing of the caller's tensors."""
+        saved = [key for group in document["param_groups"] for key in group["params"]]
+        for key, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
+            source = document["state"].get(key)
+            if not source:
+                continue
+            state = self.state[parameter]
+            state["step"] = torch.as_tensor(source["step"], dtype=torch.float32).detach().clone().cpu()
+            for name, dtype in (("exp_avg", parameter.dtype), ("exp_avg_sq", second_moment_dtype(parameter))):
+                state[name] = source[name].detach().to(parameter.device, dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        extra = {
+            "rules": self.rules,
+            "_layouts": self._layouts,
+            "_strict": self._strict,
+            "_unknown": {},
+            "_known": {},
+        }
+        return {**super().__getstate__(), **extra}
+
+
+def _anatomies(model: nn.Module) -> dict[int, Anatomy]:
+    """Anatomy by parameter identity, for as long as the groups are being made."""
+    parameters = dict(model.named_parameters())
+    return {id(parameters[name]): anatomy for name, anatomy in discover(model).items()}
+
+
+def _groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, with names: what decays, and norms and biases, which do not."""
+    anatomies = discover(model)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameters; unfreeze some before building the optimizer")
+    decaying = {"params": [(name, p) for name, p in trainable if anatomies[name].decays]}
+    rest = {"params": [(name, p) for name, p in trainable if not anatomies[name].decays], "weight_decay": 0.0}
+    return [group for group in (decaying, rest) if group["params"]]
+
+
+def _validate(options: Mapping[str, Any], what: str) -> None:
+    """Hyper-parameters in range and finite, or a ValueError that quotes the value."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = options[name]
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{what} {name} must be one number; got a tensor of shape {tuple(value.shape)}")
+            continue
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{what} {name}={value!r} must be a finite number >= 0")
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{what} betas={betas!r} must be two numbers, for example (0.9, 0.95)")
+    for i, beta in enumerate(betas):
+        if not 0 <= float(beta) < 1:
+            raise ValueError(f"{what} betas[{i}]={beta!r} must be in [0, 1)")

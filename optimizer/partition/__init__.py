@@ -1,0 +1,13 @@
+"""Which parameters may share a second-moment scalar: roles, layouts, rules."""
+
+from .apply import layout_of
+from .discover import discover, tag
+from .explain import explain, partition
+from .layout import Layout, Runs
+from .roles import Anatomy, Part, Role, Unit
+from .rules import Rules
+
+__all__ = [
+    "Anatomy", "Layout", "Part", "Role", "Rules", "Runs", "Unit",
+    "discover", "explain", "layout_of", "partition", "tag",
+]  # fmt: skip

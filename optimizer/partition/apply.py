@@ -1,0 +1,70 @@
+"""From what a tensor is (its anatomy) and what the rules say to how it falls into blocks (its layout)."""
+
+from __future__ import annotations
+
+from .layout import Layout, Runs
+from .roles import HEAD_ROLES, Anatomy, Part, Unit
+from .rules import Rules
+
+_COLUMNS = Unit.IN_NEURON
+
+
+def layout_of(anatomy: Anatomy, rules: Rules) -> Layout:
+    """The layout of one tensor under the rules.
+
+    A tensor whose parts all have the unit TENSOR is one block, fused or not. Input-neuron sharing needs an input
+    axis and, in a fused tensor, that every part asks for it: runs lie along one axis. Where it is impossible the
+    parts keep one scalar per output unit (finer, never coarser than asked), and the layout's note says so.
+    """
+    units = [rules[part.role] for part in anatomy.parts]
+    if all(unit is Unit.TENSOR for unit in units):
+        return _per_tensor(anatomy)
+    if all(unit is Unit.ELEMENT for unit in units):
+        return Layout.per_element(anatomy.shape)
+    note = ""
+    if any(unit is _COLUMNS for unit in units):
+        if all(unit is _COLUMNS for unit in units) and anatomy.in_axis is not None:
+            return _columns(anatomy, anatomy.in_axis)
+        note = "no single input axis for all parts of this tensor: one scalar per output unit"
+        units = [Unit.OUT_NEURON if unit is _COLUMNS else unit for unit in units]
+    if len(anatomy.shape) > anatomy.leading + 1 and any(unit is Unit.ELEMENT for unit in units):
+        return Layout.per_element(anatomy.shape)  # a part asks for Adam: the whole fused tensor gets it
+    segments, notes = [], [note] if note else []
+    for part, unit in zip(anatomy.parts, units, strict=True):
+        segment, remark = _segment(part, unit)
+        segments.append(segment)
+        if remark:
+            notes.append(remark)
+    leading = anatomy.shape[: anatomy.leading]
+    return Layout(anatomy.axis, Runs(tuple(segments), anatomy.repeat), leading, "; ".join(notes))
+
+
+def _segment(part: Part, unit: Unit) -> tuple[tuple[int, int], str]:
+    """(run length, count) of one part, and a remark where the rules could not be followed to the letter."""
+    if part.size == 0:
+        return (1, 0), ""
+    if unit is Unit.TENSOR:
+        return (part.size, 1), ""
+    if unit is Unit.ATTENTION_HEAD:
+        if part.head_dim is None:
+            return (1, part.size), f"{part.role.value}: head_dim unknown, one scalar per row"
+        return (part.head_dim, part.size // part.head_dim), ""
+    return (1, part.size), ""
+
+
+def _per_tensor(anatomy: Anatomy) -> Layout:
+    """One block, or one per index of the leading axes (one per expert)."""
+    if not anatomy.leading:
+        return Layout.per_tensor(anatomy.shape)
+    size = anatomy.shape[anatomy.axis]
+    return Layout(anatomy.axis, Runs(((size, 1),) if size else ()), anatomy.shape[: anatomy.leading])
+
+
+def _columns(anatomy: Anatomy, in_axis: int) -> Layout:
+    """One block per index of the input axis."""
+    return Layout(in_axis, Runs(((1, anatomy.shape[in_axis]),)), anatomy.shape[: anatomy.leading])
+
+
+def has_heads(anatomy: Anatomy) -> bool:
+    """Whether every part that belongs to attention heads knows its head_dim."""
+    return all(part.head_dim is not None for part in anatomy.parts if part.role in HEAD_ROLES)

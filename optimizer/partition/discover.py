@@ -1,0 +1,207 @@
+"""What every parameter of a model does: from module types first, then configurations, then names."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .families import FAMILIES, LAYERS, Family, Place, positions, resolve, rows
+from .names import by_name, clean, role_of_name
+from .roles import HEAD_ROLES, Anatomy, Role, whole
+
+logger = logging.getLogger("optimizer")
+_TAG = "_adam_mini_anatomy"
+
+
+def discover(model: nn.Module) -> dict[str, Anatomy]:
+    """The anatomy of every parameter, frozen ones included.
+
+    Args:
+        model: any module, also wrapped by DDP, torch.compile or activation checkpointing.
+
+    Returns:
+        name as in ``model.named_parameters()`` -> Anatomy. A weight shared by two modules has one entry, that of the
+        first of them in ``named_modules`` order that knows it (a tied output layer counts as the embedding).
+
+    Raises:
+        ValueError: an uninitialised lazy parameter, or a configuration that contradicts its module's weights.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"parameter {name!r} is not initialised; run one forward pass of the lazy module first")
+        names[id(parameter)] = name
+    found: dict[int, Anatomy] = {}
+    paths = dict(model.named_modules())
+    for table in (FAMILIES, LAYERS):
+        for path, module in paths.items():
+            _claim(module, _lineage(paths, path), table, found, names)
+    _embeddings(paths, found)
+    _output_layer(model, paths, found)
+    for path, module in paths.items():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in found:
+                place = Place(parameter, module, _lineage(paths, path))
+                found[id(parameter)] = _leaf(place, names[id(parameter)], leaf)
+    return {name: found[key] for key, name in names.items()}
+
+
+def _lineage(paths: dict[str, nn.Module], path: str) -> list[nn.Module]:
+    """The module at a path, then its ancestors, innermost first."""
+    parts = path.split(".") if path else []
+    return [paths[".".join(parts[:i])] for i in range(len(parts), -1, -1)]
+
+
+def _claim(
+    module: nn.Module,
+    modules: list[nn.Module],
+    table: Iterable[Family],
+    found: dict[int, Anatomy],
+    names: dict[int, str],
+) -> None:
+    """Let the first family that matches the module speak of its parameters."""
+    family = next((family for family in table if family.matches(module)), None)
+    if family is None:
+        return
+    for path, make in family.params.items():
+        target = resolve(module, path)
+        if target is None or id(target[1]) in found or id(target[1]) not in names:
+            continue
+        owner, tensor = target
+        if tensor.ndim >= 2 and path.endswith(".weight") and not _is_dense(owner):
+            continue  # the child is something else under the same name (a gate, a norm): not this family's business
+        try:
+            found[id(tensor)] = make(Place(tensor, owner, modules), family.why)
+        except ValueError as error:
+            raise ValueError(f"parameter {names[id(tensor)]!r}: {error}") from error
+
+
+def _is_dense(module: nn.Module) -> bool:
+    """Whether a module's weight is a plain matrix whose output axis we know."""
+    return any(cls.__name__.endswith("Linear") or cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+
+
+def _embeddings(paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:
+    """nn.Embedding: one unit per row; the name only tells positions from tokens."""
+    for path, module in paths.items():
+        if isinstance(module, nn.Embedding) and id(module.weight) not in found:
+            position = role_of_name(path) is Role.POSITION_EMBEDDING
+            role = Role.POSITION_EMBEDDING if position else Role.TOKEN_EMBEDDING
+            found[id(module.weight)] = whole(
+                role, tuple(module.weight.shape), "nn.Embedding: rows are tokens", in_axis=1
+            )
+
+
+def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:
+    """The output layer: what transformers says, else the matrix that goes back to the vocabulary, else by name."""
+    candidates: list[tuple[nn.Module, str]] = []
+    getter = getattr(model, "get_output_embeddings", None)
+    if callable(getter) and isinstance(output := getter(), nn.Module):
+        candidates.append((output, "the model's get_output_embeddings()"))
+    tables = {tuple(m.weight.shape) for m in paths.values() if isinstance(m, nn.Embedding)}
+    for path, module in reversed(paths.items()):
+        weight = getattr(module, "weight", None)
+        if not _is_dense(module) or not isinstance(weight, Tensor) or id(weight) in found:
+            continue
+        if role_of_name(f"{path}.weight") is Role.HEAD:
+            candidates.append((module, "an output layer by name"))
+        elif tuple(weight.shape) in tables and weight.shape[0] > weight.shape[1] and path.count(".") <= 1:
+            candidates.append((module, "has the shape of the token embedding, at the top of the model"))
+    for module, why in candidates:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and id(weight) not in found:
+            found[id(weight)] = rows(Role.HEAD)(Place(weight, module, [module]), f"output layer: {why}")
+
+
+def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
+    """A parameter no family claimed: by the module that holds it, then by name."""
+    tensor, owner = place.tensor, place.owner
+    if leaf.endswith("bias") or leaf.startswith("bias"):
+        return whole(Role.BIAS, place.shape, "a bias", axis=max(tensor.ndim - 1, 0))
+    if "norm" in type(owner).__name__.lower() and leaf in ("weight", "scale", "gamma", "g"):
+        return whole(Role.NORM, place.shape, f"weight of {type(owner).__name__}", axis=max(tensor.ndim - 1, 0))
+    role = role_of_name(name)
+    if tensor.ndim >= 2 and role is Role.POSITION_EMBEDDING:
+        return positions(place, f"a position table by name {name!r}")
+    if _is_dense(owner) and leaf == "weight" and tensor.ndim == 2:
+        if role in HEAD_ROLES or (role not in (Role.ATTENTION_OUT,) and _inside_attention(place)):
+            return _doubtful(place, name)
+        chosen = role if role in (Role.ATTENTION_OUT, Role.MLP_OUT) else Role.MLP_IN
+        return rows(chosen)(place, f"a dense layer ({type(owner).__name__}): units are its outputs")
+    if tensor.ndim <= 1:
+        return by_name(name, place.shape)
+    return whole(Role.OTHER, place.shape, f"{type(owner).__name__}.{leaf} is in no table")
+
+
+def _inside_attention(place: Place) -> bool:
+    """Whether the parameter sits directly in, or one level below, something that calls itself attention."""
+    return any("attention" in type(m).__name__.lower() or "attn" in type(m).__name__.lower() for m in place.modules[:2])
+
+
+def _doubtful(place: Place, name: str) -> Anatomy:
+    """A matrix inside an attention nobody declared: its rows might be anything."""
+    kind = type(place.modules[1] if len(place.modules) > 1 else place.owner).__name__
+    out, into = place.axes
+    return whole(
+        Role.OTHER,
+        place.shape,
+        f"inside {kind}, an attention no family describes ({clean(name)})",
+        axis=out,
+        in_axis=into,
+    )
+
+
+# --- without a model in hand --------------------------------------------------------------------------------------
+
+
+def tag(model: nn.Module) -> nn.Module:
+    """Stamp each parameter with its anatomy, so that ``AdamMini(list_of_params)`` knows it.
+
+    Returns:
+        the model itself, for chaining.
+    """
+    parameters = dict(model.named_parameters())
+    for name, anatomy in discover(model).items():
+        setattr(parameters[name], _TAG, anatomy)
+    return model
+
+
+def tagged(parameter: Tensor) -> Anatomy | None:
+    """The anatomy ``tag`` left on a parameter, if it still fits its shape."""
+    anatomy = getattr(parameter, _TAG, None)
+    return anatomy if isinstance(anatomy, Anatomy) and anatomy.shape == tuple(parameter.shape) else None
+
+
+def module_behind(params: Any) -> nn.Module | None:
+    """The model whose ``parameters()`` or ``named_parameters()`` this is, when it has not been consumed yet.
+
+    Those methods are generators, and a generator that has not started still holds the module it will walk. Asking
+    it keeps ``AdamMini(model.parameters())`` as exact as ``AdamMini(model)``.
+    """
+    if getattr(params, "gi_code", None) not in (nn.Module.parameters.__code__, nn.Module.named_parameters.__code__):
+        return None  # somebody else's generator: its "self", if it has one, means something else
+    owner = params.gi_frame.f_locals.get("self") if params.gi_frame is not None else None
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def report_unknown(unknown: dict[str, Anatomy], unit: str, *, strict: bool) -> None:
+    """Say once which matrices nobody recognised.
+
+    Raises:
+        ValueError: with ``strict``, instead of the warning.
+    """
+    if not unknown:
+        return
+    listing = "; ".join(f"{name} {anatomy.shape} ({anatomy.reason})" for name, anatomy in list(unknown.items())[:8])
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    text = (
+        f"{len(unknown)} weight(s) not recognised: {listing}{more}. They get the unit of OTHER ({unit}). "
+        "Pass the model itself (or tag(model) first), declare the family in optimizer/partition/families.py, or "
+        "choose another unit for OTHER in the rules"
+    )
+    if strict:
+        raise ValueError(text)
+    logger.warning(text)

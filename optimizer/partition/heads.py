@@ -1,0 +1,107 @@
+"""How many attention heads a module has, asked of the module first and of the configurations around it after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+_HEAD_DIM = (
+    "head_dim",
+    "d_head",
+    "dim_head",
+    "head_size",
+    "attention_head_size",
+    "d_kv",
+    "key_value_proj_dim",
+)
+_HEADS = (
+    "n_heads",
+    "n_head",
+    "num_heads",
+    "num_attention_heads",
+    "n_local_heads",
+    "nhead",
+    "heads",
+    "nheads",
+)
+_KV_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_local_kv_heads", "kv_heads")
+_CONFIGS = ("config", "cfg", "args", "params", "model_args", "hparams")
+
+
+def _integer(source: Any, names: Sequence[str]) -> int | None:
+    """The first of the named attributes (or keys) that holds a positive integer."""
+    for name in names:
+        value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _sources(modules: Sequence[Any]) -> Iterator[Any]:
+    """A module, its configurations, then its ancestors' (innermost first)."""
+    for module in modules:
+        yield module
+        for name in _CONFIGS:
+            config = getattr(module, name, None)
+            if config is not None:
+                yield config
+
+
+def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
+    """Rows per attention head of a query projection with ``query_rows`` rows.
+
+    The nearest source that knows ``head_dim`` or a number of heads decides; a source that knows both must agree
+    with the tensor.
+
+    Args:
+        modules: the attention module, then its ancestors, innermost first.
+        query_rows: rows of the query projection.
+
+    Raises:
+        ValueError: the nearest source contradicts the number of rows.
+    """
+    for source in _sources(modules):
+        head_dim, heads = _integer(source, _HEAD_DIM), _integer(source, _HEADS)
+        if head_dim is None and heads is None:
+            continue
+        where = type(source).__name__
+        if head_dim is None:
+            assert heads is not None
+            if query_rows % heads:
+                raise ValueError(
+                    f"{where} says {heads} heads, which do not divide the query projection's {query_rows} rows"
+                )
+            return query_rows // heads
+        if heads is not None and heads * head_dim != query_rows:
+            raise ValueError(
+                f"{where} says {heads} heads of head_dim={head_dim} ({heads * head_dim} rows), but the query "
+                f"projection has {query_rows} rows"
+            )
+        if query_rows % head_dim:
+            raise ValueError(
+                f"{where} says head_dim={head_dim}, which does not divide the query projection's {query_rows} rows"
+            )
+        return head_dim
+    return None
+
+
+def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | None:
+    """(query heads, key-value heads, head_dim) of a fused [Q|K|V] projection with ``rows`` rows, or None.
+
+    Raises:
+        ValueError: the nearest source that knows the heads contradicts the number of rows.
+    """
+    kv_known = next((n for s in _sources(modules) if (n := _integer(s, _KV_HEADS)) is not None), None)
+    for source in _sources(modules):
+        heads = _integer(source, _HEADS)
+        if heads is None:
+            continue
+        kv_heads = kv_known or heads
+        head_dim = _integer(source, _HEAD_DIM) or rows // (heads + 2 * kv_heads)
+        if (heads + 2 * kv_heads) * head_dim != rows:
+            raise ValueError(
+                f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={head_dim} "
+                f"({(heads + 2 * kv_heads) * head_dim} rows), but the fused projection has {rows} rows"
+            )
+        return heads, kv_heads, head_dim
+    return None
