@@ -15,6 +15,7 @@ from optimizer import AdamMini, Layout, Role, Unit
 from optimizer.partition import Anatomy, Part, layout_of
 from optimizer.partition.discover import module_behind, tagged
 from optimizer.partition.names import by_name, clean
+from optimizer.partition.roles import whole
 
 __all__ = ["Adam_mini"]
 
@@ -134,8 +135,7 @@ class Adam_mini(AdamMini):
         now = _claimed_by(name, {key: getattr(self, key) for key in _ROLES})
         if now != _claimed_by(name, _DEFAULTS):
             if now is None or len(anatomy.shape) < 2:
-                role = Role.OTHER if now is None else _ROLES[now][0]
-                return Anatomy(anatomy.shape, (Part(role, anatomy.shape[0] if anatomy.shape else 1),), "name sets")
+                return whole(Role.OTHER, anatomy.shape, "no name set claims it any more: one scalar")
             anatomy = Anatomy(anatomy.shape, (Part(_ROLES[now][0], anatomy.shape[0]),), f"by {now}", in_axis=1)
         if any(part.head_dim is None for part in anatomy.parts if part.role in (Role.QUERY, Role.KEY)):
             return self._with_heads(name, anatomy, sure=anatomy.reason != "by wqk_names")
@@ -167,6 +167,12 @@ class Adam_mini(AdamMini):
         if not self._resolved:
             self._resolve()
         return super().step(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state as ``AdamMini`` does; fixes the blocks if no step has yet."""
+        if not self._resolved:
+            self._resolve()
+        super().load_state_dict(state_dict)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind; fixes the blocks if no step has yet."""

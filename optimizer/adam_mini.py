@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -186,21 +186,49 @@ class AdamMini(torch.optim.Optimizer):
             ValueError: the state belongs to another partition, or its groups differ; nothing has been changed then.
         """
         captured: list[Mapping[str, Any]] = [state_dict]
-        # Runs after the user's own hooks, so that it sees what torch is going to load.
-        handle = self.register_load_state_dict_pre_hook(lambda _, document: captured.append(document))
+
+        def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> None:
+            self._require_own_state(document)
+            captured.append(document)
+
+        # Runs after the user's own hooks, so that it sees what torch is going to load, and before anything moves.
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
         self._restore_dtypes(captured[-1])
 
+    def _saved_states(self, document: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Layout, Mapping[str, Any]]]:
+        """(description, parameter, layout, saved state) of every parameter the document has state for."""
+        saved = [key for group in document["param_groups"] for key in group["params"]]
+        own = [
+            (f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})", parameter, layout)
+            for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))
+            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
+        ]
+        for key, (where, parameter, layout) in zip(saved, own, strict=False):  # torch itself refuses other numbers
+            if document["state"].get(key):
+                yield where, parameter, layout, document["state"][key]
+
+    def _require_own_state(self, document: Mapping[str, Any]) -> None:
+        """Raise ValueError when the document's state is of another kind, shape or partition."""
+        for where, parameter, layout, source in self._saved_states(document):
+            if missing := {"step", "exp_avg", "exp_avg_sq"} - source.keys():
+                raise ValueError(
+                    f"state of {where} has no {sorted(missing)}, only {sorted(source)}; not an AdamMini state"
+                )
+            wanted = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": layout.aligned_shape(parameter.shape)}
+            for name, shape in wanted.items():
+                if tuple(source[name].shape) != shape:
+                    raise ValueError(
+                        f"{name} of {where} has shape {tuple(source[name].shape)} in the checkpoint, but rules "
+                        f"{self.rules.name!r} need {shape}; load it with the rules it was saved under"
+                    )
+
     def _restore_dtypes(self, document: Mapping[str, Any]) -> None:
         """Undo torch's cast of every state to the parameter's dtype, and its sharing of the caller's tensors."""
-        saved = [key for group in document["param_groups"] for key in group["params"]]
-        for key, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
-            source = document["state"].get(key)
-            if not source:
-                continue
+        for _, parameter, _, source in self._saved_states(document):
             state = self.state[parameter]
             state["step"] = torch.as_tensor(source["step"], dtype=torch.float32).detach().clone().cpu()
             for name, dtype in (("exp_avg", parameter.dtype), ("exp_avg_sq", second_moment_dtype(parameter))):

@@ -1,0 +1,103 @@
+"""The fast update against the paper's transcription, step by step, over random layouts, dtypes and strides.
+
+What these tests cannot see: whether the layouts are the right ones for a model (test_partition.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optimizer import Layout
+from optimizer.partition import Runs
+from optimizer.reference import initial_state, reference_step
+from optimizer.update import adam_mini_update
+
+
+@st.composite
+def layouts(draw) -> tuple[Layout, tuple[int, ...]]:
+    """A random layout and a shape it fits: any axis, leading axes, repeated patterns."""
+    pattern = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    repeat = draw(st.integers(1, 3))
+    behind = draw(st.lists(st.integers(1, 4), max_size=2))
+    before = draw(st.lists(st.integers(1, 3), max_size=2))
+    leading = draw(st.integers(0, len(before)))
+    runs = Runs(tuple((n, 1) for n in pattern), repeat)
+    return Layout(len(before), runs, before[:leading]), (*before, runs.total, *behind)
+
+
+def strided(x: Tensor, how: str) -> Tensor:
+    """The same values under other strides."""
+    if how == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "gapped":
+        return torch.stack([x, -x], dim=-1)[..., 0]
+    return x
+
+
+@settings(max_examples=120, deadline=None)
+@given(layouts(), st.integers(0, 10_000), st.sampled_from(["plain", "transposed", "gapped"]), st.booleans())
+def test_equals_the_reference_in_float64(pair, seed: int, how: str, maximize: bool) -> None:
+    layout, shape = pair
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(shape, generator=generator, dtype=torch.float64)
+    expected, ids = p.clone(), layout.block_ids(shape)
+    state = initial_state(p, ids)
+    m = torch.zeros_like(p)
+    v = torch.zeros(layout.aligned_shape(shape), dtype=torch.float64)
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "maximize": maximize}
+    for step in range(1, 4):
+        g = torch.randn(shape, generator=generator, dtype=torch.float64)
+        given_g = strided(g, how)
+        adam_mini_update(p, given_g, m, v, layout, step=step, **options)
+        expected = reference_step(expected, g, state, ids, **options)
+        assert torch.equal(given_g, g), "the gradient was touched"
+        torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-12)
+    # The aligned second moment is the paper's v_b, spread over the block.
+    torch.testing.assert_close(v.expand(shape), state.v[ids], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_keeps_fp32_second_moments(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout(0, [3, 3, 1, 1])
+    p = torch.randn(8, 5, generator=generator).to(dtype)
+    exact, ids = p.float().clone(), layout.block_ids(p.shape)
+    state = initial_state(exact, ids)
+    m, v = torch.zeros_like(p), torch.zeros(8, 1)
+    options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "maximize": False}
+    for step in range(1, 6):
+        # 1e-4 squared is below the smallest fp16 number: a second moment in fp16 would be zero and divide by eps.
+        g = (1e-4 * torch.randn(8, 5, generator=generator)).to(dtype)
+        adam_mini_update(p, g, m, v, layout, step=step, **options)
+        exact = reference_step(exact, g.float(), state, ids, **options)
+    torch.testing.assert_close(v.expand(8, 5), state.v[ids], rtol=1e-5, atol=0)
+    torch.testing.assert_close(p.float(), exact, rtol=0, atol={torch.float32: 1e-6}.get(dtype, 0.04))
+
+
+def test_large_per_element_tensors_go_through_in_pieces() -> None:
+    """Pieces of the first axis must change nothing."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (300, 400)
+    p = torch.randn(shape, generator=generator, dtype=torch.float64)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64)
+    layout = Layout.per_element(shape)
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    expected = p * (1 - 1e-3) - 1e-2 * g / (g.abs() + 1e-8)
+    adam_mini_update(
+        p, g, m, v, layout, step=1, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, maximize=False
+    )
+    torch.testing.assert_close(p, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_expanded_gradient() -> None:
+    """The gradient of a sum is an expanded scalar: stride zero everywhere."""
+    p, m, v = torch.ones(4, 3), torch.zeros(4, 3), torch.zeros(4, 1)
+    g = torch.tensor(2.0).expand(4, 3)
+    adam_mini_update(
+        p, g, m, v, Layout(0, [2, 2]), step=1, lr=0.1, beta1=0.9, beta2=0.95, eps=0.0, weight_decay=0.0, maximize=False
+    )
+    torch.testing.assert_close(p, torch.full((4, 3), 0.9))
