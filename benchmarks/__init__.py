@@ -1,0 +1,1 @@
+"""Measurements of speed and memory: interleaved, with medians and spread, written to ``benchmarks/results``."""

@@ -1,0 +1,71 @@
+"""Interleaved timing and the record of the machine it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds per call, ``rounds`` each, every contestant once per round so that noise hits all alike."""
+    for _ in range(warmup):
+        for call in contestants.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
+    """Median and quartiles per contestant, and the median of its per-round ratios to the baseline."""
+    out = {}
+    for name, values in seconds.items():
+        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        ratio = statistics.median(a / b for a, b in zip(values, seconds[baseline], strict=True))
+        out[name] = {
+            "median_s": quartiles[1], "q1_s": quartiles[0], "q3_s": quartiles[2], "ratio": ratio, "n": len(values),
+        }  # fmt: skip
+    return out
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    return {
+        "processor": next(
+            (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+        ),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write(name: str, document: dict[str, Any]) -> Path:
+    """Write a result with the machine beside it; whole or not at all."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"machine": machine(), **document}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
