@@ -1,0 +1,1 @@
+"""Training runs that compare partitions: config -> one run -> results."""

@@ -1,0 +1,62 @@
+"""The first ablation: which partition trains how well. ``make ablation PROFILE=cpu``, protocol in docs/protocol.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiments.configs import TrainConfig, byte_llama, smoke
+from experiments.runner import run_many
+
+ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+
+
+def grid(profile: str, arms: tuple[str, ...] = ARMS) -> list[TrainConfig]:
+    """The runs of a profile, seed by seed, so that an interrupted ablation is balanced.
+
+    Args:
+        profile: ``cpu`` for the committed results, ``smoke`` for seconds of the same code.
+        arms: which arms.
+    """
+    unknown = set(arms) - set(ARMS)
+    if unknown:
+        raise ValueError(f"arms={sorted(unknown)} are unknown; choose from {ARMS}")
+    base, rates, seeds = byte_llama(), LEARNING_RATES, SEEDS
+    if profile == "smoke":
+        base, rates, seeds = smoke(), LEARNING_RATES[:1], SEEDS[:1]
+    base = dataclasses.replace(base, experiment=f"ablation_{profile}")
+    return [
+        dataclasses.replace(base, arm=arm, lr=lr, seed=seed) for seed, lr, arm in itertools.product(seeds, rates, arms)
+    ]
+
+
+def main(
+    profile: Literal["cpu", "smoke"] = "cpu",
+    workers: int = 2,
+    results: Path = Path("results"),
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM...")] = ARMS,
+) -> None:
+    """Run the grid, resuming what was interrupted.
+
+    Args:
+        profile: cpu (the committed results) or smoke.
+        workers: processes at a time.
+        results: root of the results folders.
+        arms: a subset of the arms.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    outcome = run_many(grid(profile, arms), results, workers=workers)
+    print(f"{outcome.done} runs done, {len(outcome.failed)} failed; results in {results / f'ablation_{profile}'}")
+    if outcome.failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

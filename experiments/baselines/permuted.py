@@ -1,0 +1,81 @@
+"""The control: Adam-mini on a partition of the same block sizes whose blocks are random sets of elements.
+
+If a partition trains well only because of how many scalars it has, this trains as well. Blocks here are not runs
+along an axis, so this optimizer gathers and scatters by element; it is a control, not something to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimizer import AdamMini, Rules, partition
+
+
+class PermutedAdamMini(torch.optim.Optimizer):
+    """Adam-mini's update with the block ids of ``rules`` shuffled over the elements of each tensor.
+
+    Args:
+        model: the model; its two parameter groups are those of ``AdamMini(model)``.
+        lr: learning rate.
+        betas: decay of the first and second moment.
+        eps: added outside the root.
+        weight_decay: decoupled, for weights of two and more dimensions.
+        rules: whose block sizes to copy.
+        seed: of the shuffles; None leaves the ids where they are (for tests).
+    """
+
+    def __init__(
+        self, model: nn.Module, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, *, rules: str | Rules = "adam_mini", seed: int | None = 0,
+    ) -> None:  # fmt: skip
+        groups = AdamMini(model, lr, betas, eps, weight_decay, rules=rules).param_groups
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        layouts = partition(model, rules)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._ids: list[list[Tensor]] = []
+        for group in self.param_groups:
+            self._ids.append([])
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                ids = layouts[name].block_ids(parameter.shape).flatten()
+                if generator is not None:
+                    ids = ids[torch.randperm(len(ids), generator=generator)]
+                self._ids[-1].append(ids)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, group_ids in zip(self.param_groups, self._ids, strict=True):
+            for parameter, ids in zip(group["params"], group_ids, strict=True):
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, ids, group)
+        return loss
+
+    def _update(self, parameter: Tensor, grad: Tensor, ids: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        sizes = torch.bincount(ids)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros(len(sizes), dtype=parameter.dtype)
+        state["step"] += 1
+        step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
+        sums = torch.bincount(ids, weights=grad.flatten().square(), minlength=len(sizes)).to(parameter.dtype)
+        state["exp_avg_sq"].lerp_(sums / sizes, 1 - beta2)
+        parameter.mul_(1 - lr * group["weight_decay"])
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        scale = (-lr / (1 - beta1**step)) / denominator
+        parameter.addcmul_(state["exp_avg"], scale[ids].view_as(parameter))
+
+    @property
+    def n_scalars(self) -> int:
+        """Second-moment scalars."""
+        return sum(int(ids.max()) + 1 for group in self._ids for ids in group)

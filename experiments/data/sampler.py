@@ -1,0 +1,60 @@
+"""Batches that depend on nothing but (corpus, seed, step): resuming and sharding need no sampler state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids, uint8, in the order of the text.
+
+    Attributes:
+        train: [n] training tokens.
+        validation: [n] held-out tokens.
+        vocab: number of token ids.
+        fingerprint: sha256 of all tokens: which text it was, for results.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab: int
+    fingerprint: str
+
+
+def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
+    rows = tokens[starts[:, None] + np.arange(length)]
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """The batch of one step.
+
+    Returns:
+        (inputs, targets), each int64 [rows, length]; targets are inputs shifted by one.
+
+    Raises:
+        ValueError: the corpus is shorter than one window.
+    """
+    if len(tokens) <= length + 1:
+        raise ValueError(f"the corpus has {len(tokens)} tokens, too few for seq_len={length}; use a shorter seq_len")
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
+    windows = _windows(tokens, generator.integers(0, len(tokens) - length, size=rows), length + 1)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def context_batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, context: int) -> tuple[Tensor, Tensor]:
+    """Contexts int64 [rows, context] and the token that follows each, int64 [rows]."""
+    inputs, targets = batch_at(tokens, seed, step, rows, context)
+    return inputs, targets[:, -1].contiguous()
+
+
+def fixed_batches(tokens: np.ndarray, count: int, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """``count`` evenly spaced, non-overlapping-as-possible batches: the same for every run."""
+    starts = np.linspace(0, len(tokens) - length - 1, count * rows).astype(np.int64)
+    windows = _windows(tokens, starts, length + 1)
+    return [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows.split(rows)]

@@ -1,0 +1,31 @@
+"""Small models, written out, without dropout, initialised from an explicit seed."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .gpt import GPT, GPTConfig
+from .llama import Llama, LlamaConfig
+from .mlp import MLPClassifier, MLPConfig
+
+ModelConfig = GPTConfig | LlamaConfig | MLPConfig
+
+__all__ = ["GPT", "GPTConfig", "Llama", "LlamaConfig", "MLPClassifier", "MLPConfig", "ModelConfig", "build", "lm_loss"]
+
+
+def build(config: ModelConfig, seed: int) -> nn.Module:
+    """The model of a config, its weights a pure function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(config, LlamaConfig):
+            return Llama(config)
+        return GPT(config) if isinstance(config, GPTConfig) else MLPClassifier(config)
+
+
+def lm_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross entropy in nats over every position of (inputs, targets), each int64 [B, T] (or [B, k] and [B])."""
+    inputs, targets = batch
+    logits = model(inputs)
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

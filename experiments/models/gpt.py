@@ -1,0 +1,102 @@
+"""A GPT-2 in nanoGPT's parameter names: learned positions, one fused query-key-value projection, GELU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a GPT; the feed-forward width is four times ``n_embd``."""
+
+    vocab: int = 256
+    block_size: int = 128
+    n_embd: int = 128
+    n_layer: int = 4
+    n_head: int = 4
+    tied: bool = False
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal attention with [Q|K|V] in one projection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_embd = config.n_head, config.n_embd
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n_embd] -> [B, T, n_embd]."""
+        batch, length, dim = x.shape
+        q, k, v = (t.view(batch, length, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(dim, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).reshape(batch, length, dim))
+
+
+class MLP(nn.Module):
+    """Feed-forward block of width four."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n_embd] -> [B, T, n_embd]."""
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, n_embd] -> [B, T, n_embd]."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Decoder-only language model; the output layer is tied to the embedding only where the config says so."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        })  # fmt: skip
+        self.lm_head = nn.Linear(config.n_embd, config.vocab, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
+                fan_in = (
+                    config.n_embd if name.startswith(("transformer.wte", "transformer.wpe")) else parameter.shape[1]
+                )
+                nn.init.normal_(parameter, std=scale * fan_in**-0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if config.tied:
+            self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T], T <= block_size -> logits [B, T, vocab]."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
+        for block in self.transformer["h"]:
+            x = block(x)
+        return self.lm_head(self.transformer["ln_f"](x))

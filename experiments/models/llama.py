@@ -1,0 +1,126 @@
+"""A Llama: RMSNorm, rotary positions, grouped heads, SwiGLU, under Meta's and torchtitan's parameter names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama; ``hidden`` is the feed-forward width."""
+
+    vocab: int = 256
+    dim: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    hidden: int = 384
+    rope_base: float = 10_000.0
+
+
+def rotary(x: Tensor, base: float) -> Tensor:
+    """Rotate pairs (first half, second half) of head channels by position; x is [B, heads, T, head_dim]."""
+    length, half = x.shape[-2], x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=x.device), frequency)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal attention with ``n_kv_heads`` shared key-value heads."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.dim // config.n_heads
+        self.rope_base = config.rope_base
+        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        batch, length, _ = x.shape
+        q, k, v = (w(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k = rotary(q, self.rope_base), rotary(k, self.rope_base)
+        group = self.n_heads // self.n_kv_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.wo(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden, bias=False)
+        self.w2 = nn.Linear(config.hidden, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm, self.ffn_norm = RMSNorm(config.dim), RMSNorm(config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """Decoder-only language model; the output layer is not tied to the embedding."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
+            raise ValueError(
+                f"dim={config.dim} must be a multiple of n_heads={config.n_heads}, and that of "
+                f"n_kv_heads={config.n_kv_heads}"
+            )
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim)
+        self.output = nn.Linear(config.dim, config.vocab, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("wo.weight", "w2.weight"))
+                scale = (2 * config.n_layers) ** -0.5 if residual else 1.0
+                fan_in = config.dim if "embeddings" in name else parameter.shape[1]
+                nn.init.normal_(parameter, std=scale * fan_in**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] -> logits [B, T, vocab]."""
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(self.norm(x))
