@@ -1,0 +1,1 @@
+"""Studies: several measurements that belong together, each a command of its own."""

@@ -1,0 +1,164 @@
+"""The study, stage by stage; a second run with nothing changed reads every stage from disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from experiments.data import load
+from experiments.storage import environment, write_json
+from experiments.studies.hessian_maps.cache import FORMAT_VERSION, Arrays, StageCache
+from experiments.studies.hessian_maps.measure import Progress, measure
+from experiments.studies.hessian_maps.settings import CHECKPOINTS, PROFILES, Settings, subjects
+from experiments.studies.hessian_maps.subjects import Subject
+from hessian import Evidence, derive, js_distance
+from optimizer import Rules
+
+logger = logging.getLogger("experiments")
+VOTERS = ("gpt", "llama")
+CHECK_ARMS = ("elementwise", "adam_mini", "derived")
+_FIELDS = {field.name for field in dataclasses.fields(Evidence)}
+
+
+class _Stages:
+    """A counter over all stages, and a bar with an estimate of the time left inside the running one."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = tqdm(total=total, desc="stages", unit="stage", file=sys.stderr)
+
+    def inner(self, title: str) -> tuple[tqdm[Any], Progress]:
+        """A bar for one stage and the callback that moves it."""
+        self.bar.set_postfix_str(title)
+        bar = tqdm(desc=f"  {title}", leave=False, file=sys.stderr)
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return bar, progress
+
+    def run(self, cache: StageCache, name: str, inputs: Any, compute: Any) -> Arrays:
+        """One stage through the cache; ``compute`` takes the progress callback."""
+        bar, progress = self.inner(name)
+        try:
+            return cache.get(name, inputs, lambda: compute(progress))
+        finally:
+            bar.close()
+            self.bar.update()
+
+
+def run(out: Path, profile: str) -> dict[str, Any]:
+    """Run the study into a folder; returns the content of ``report.json``."""
+    started, settings = time.perf_counter(), PROFILES[profile]
+    cache, corpus = StageCache(out), load("python-stdlib-8")
+    people = {name: Subject(name, config, corpus, settings) for name, config in subjects(profile).items()}
+    checks = [(name, arm, seed) for name in VOTERS for arm in CHECK_ARMS for seed in settings.check_seeds]
+    stages = _Stages(len(people) * (1 + len(CHECKPOINTS)) + len(checks))
+    base = [dataclasses.asdict(settings), corpus.fingerprint]
+    report: dict[str, Any] = {"subjects": {}, "evidence": [], "js": {}, "check": []}
+    for subject in people.values():
+        _study_one(subject, cache, stages, [*base, dataclasses.asdict(subject.config)], report)
+    rules_path = _write_rules(report, settings, out)
+    for name, arm, seed in checks:
+        subject = people[name]
+        rules = rules_path if arm == "derived" else arm
+        units = {role.value: unit.value for role, unit in Rules.load(rules).units.items()}
+        arrays = stages.run(
+            cache, f"check-{name}-{arm}-{seed}", [*base, dataclasses.asdict(subject.config), units, seed],
+            lambda progress, s=subject, r=rules, k=seed: s.train(r, settings.check_steps, k, progress=progress),
+        )  # fmt: skip
+        curve = {"step": arrays["loss_step"].tolist(), "loss": arrays["loss"].tolist()}
+        report["check"].append({"model": name, "arm": arm, "seed": seed, **curve})
+    stages.bar.close()
+    report |= {
+        "format_version": FORMAT_VERSION, "profile": profile, "settings": dataclasses.asdict(settings),
+        "files": cache.used,
+        "data": {"name": "python-stdlib-8", "tokens": len(corpus.train), "fingerprint": corpus.fingerprint[:16]},
+        "environment": environment(), "seconds": round(time.perf_counter() - started, 1),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }  # fmt: skip
+    write_json(out / "report.json", report)
+    cache.prune()
+    return report
+
+
+def _study_one(subject: Subject, cache: StageCache, stages: _Stages, inputs: list[Any], report: dict[str, Any]) -> None:
+    """Train one subject and measure it at every checkpoint."""
+    settings, name = subject.settings, subject.name
+    trained = stages.run(
+        cache, f"train-{name}", inputs,
+        lambda progress: subject.train("elementwise", settings.steps, settings.seed, progress=progress, snapshots=True),
+    )  # fmt: skip
+    report["subjects"][name] = {
+        "config": dataclasses.asdict(subject.config), "parameters": trained["theta"].shape[1],
+        "loss_step": trained["loss_step"].tolist(), "loss": trained["loss"].tolist(),
+    }  # fmt: skip
+    for theta, checkpoint in zip(trained["theta"], CHECKPOINTS, strict=True):
+        final = checkpoint == CHECKPOINTS[-1]
+        arrays = stages.run(
+            cache, f"hessian-{name}-{round(100 * checkpoint)}", [*inputs, checkpoint],
+            lambda progress, t=theta, c=checkpoint, f=final: measure(subject, t, c, final=f, progress=progress),
+        )  # fmt: skip
+        rows = json.loads(str(arrays["rows"]))
+        report["evidence"] += rows
+        if final:
+            report["subjects"][name]["asymmetry"] = float(arrays["asymmetry"])
+            report["js"][name] = _distances(arrays)
+
+
+def _distances(arrays: Arrays) -> dict[str, Any]:
+    """Jensen-Shannon distances between the spectra of the pieces."""
+    names = [key.removeprefix("eig/") for key in arrays if key.startswith("eig/")]
+    spectra = [torch.from_numpy(arrays[f"eig/{name}"]) for name in names]
+    matrix = np.array([[js_distance(a, b) for b in spectra] for a in spectra])
+    return {"names": names, "distance": matrix.round(4).tolist()}
+
+
+def _write_rules(report: dict[str, Any], settings: Settings, out: Path) -> Path:
+    """Derive the rules from the Transformers' evidence; the classifier is for contrast and does not vote."""
+    evidence = [
+        Evidence(**{key: value for key, value in row.items() if key in _FIELDS})
+        for row in report["evidence"]
+        if row["model"] in VOTERS
+    ]
+    provenance = {
+        "made_by": "experiments.studies.hessian_maps", "settings": dataclasses.asdict(settings),
+        "models": {name: report["subjects"][name]["config"] for name in VOTERS}, "data": "python-stdlib-8",
+        "torch": torch.__version__,
+    }  # fmt: skip
+    rules = derive(evidence, provenance=provenance)
+    report["rules"] = {
+        "units": {r.value: u.value for r, u in rules.units.items()},
+        "choices": rules.evidence["choices"],
+    }
+    return rules.save(out / "rules.json")
+
+
+def main(out: Path = Path("out/hessian"), profile: Literal["full", "smoke"] = "full") -> None:
+    """Train, measure, derive, check.
+
+    Args:
+        out: output folder.
+        profile: full, or smoke (seconds, for tests).
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        report = run(out, profile)
+    except (PermissionError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    print(f"measured in {report['seconds']} s, peak memory {report['peak_rss_mib']} MiB; rules in {out / 'rules.json'}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

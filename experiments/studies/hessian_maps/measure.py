@@ -1,0 +1,149 @@
+"""What is measured of one subject at one checkpoint: all of it from one exact Hessian, and the probes beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.models import lm_loss
+from experiments.studies.hessian_maps.cache import Arrays
+from experiments.studies.hessian_maps.subjects import Subject
+from hessian import Evidence, HessianOperator, block_norms, block_structure, dense, jensen_gap, slq, snr
+from optimizer import Role, Rules, Unit
+from optimizer.partition import Anatomy, Part, discover, layout_of
+
+Progress = Callable[[int, int], None]
+_EMBEDDED = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.HEAD}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A weight matrix, or one part of a fused one, as rows of the flat parameter vector.
+
+    Attributes:
+        name: the parameter's name, with the role where it is fused.
+        role: what it does.
+        shape: (output units, input units).
+        head_dim: rows per attention head, if any.
+        start: first of its ``shape[0] * shape[1]`` consecutive flat indices.
+    """
+
+    name: str
+    role: Role
+    shape: tuple[int, int]
+    head_dim: int | None
+    start: int
+
+    @property
+    def span(self) -> slice:
+        """Its place in the flat vector."""
+        return slice(self.start, self.start + self.shape[0] * self.shape[1])
+
+    def candidates(self) -> dict[str, Tensor]:
+        """Unit name -> block of every element, for every shared unit this piece can have."""
+        rows = Unit.TOKEN if self.role in _EMBEDDED else Unit.OUT_NEURON
+        units = [Unit.TENSOR, rows, Unit.IN_NEURON] + ([Unit.ATTENTION_HEAD] if self.head_dim else [])
+        anatomy = Anatomy(self.shape, (Part(self.role, self.shape[0], self.head_dim),), "a piece", in_axis=1)
+        return {
+            unit.value: layout_of(anatomy, Rules("candidate", {self.role: unit})).block_ids(self.shape).flatten()
+            for unit in units
+        }
+
+
+def pieces(model: nn.Module) -> list[Piece]:
+    """Every two-dimensional weight of a model whose rows are its output units, part by part."""
+    out, offset, anatomies = [], 0, discover(model)
+    for name, parameter in model.named_parameters():
+        anatomy = anatomies[name]
+        if parameter.dim() == 2:
+            start = offset
+            for part in anatomy.parts:
+                label = name if len(anatomy.parts) == 1 else f"{name}[{part.role.value}]"
+                out.append(Piece(label, part.role, (part.size, parameter.shape[1]), part.head_dim, start))
+                start += part.size * parameter.shape[1]
+        offset += parameter.numel()
+    return out
+
+
+def coarse_blocks(model: nn.Module) -> tuple[Tensor, list[str]]:
+    """Blocks for the whole-model map: heads where there are heads, else whole pieces; (ids [n], labels [B])."""
+    ids, labels = [], []
+    anatomies = discover(model)
+    for name, parameter in model.named_parameters():
+        anatomy = anatomies[name]
+        width = parameter.numel() // max(1, sum(part.size for part in anatomy.parts))
+        for part in anatomy.parts:
+            height = part.head_dim or part.size
+            for head in range(part.size // height):
+                ids.append(torch.full((height * width,), len(labels)))
+                suffix = f" {part.role.value.lower()}" if len(anatomy.parts) > 1 else ""
+                labels.append(f"{name}{suffix}" + (f" {head}" if part.head_dim else ""))
+    return torch.cat(ids), labels
+
+
+def measure(subject: Subject, theta: np.ndarray, checkpoint: float, *, final: bool, progress: Progress) -> Arrays:
+    """Everything about one state of one subject.
+
+    Returns:
+        ``rows`` (the evidence, JSON), ``block/<piece>`` (|H| of the piece), ``eig/<piece>`` (its eigenvalues) and, with
+        ``final``, the whole-model maps and spectra.
+    """
+    settings, model = subject.settings, subject.model_at(theta)
+    operator = HessianOperator(model, lm_loss, None, subject.fixed(settings.hessian_batches))
+    matrix = dense(operator, progress=progress)
+    second_moments = subject.mean_square_gradients(model)
+    v = torch.cat([second_moments[name].flatten() for name in operator.names])
+    out: Arrays = {"asymmetry": np.array(float((matrix - matrix.T).abs().max() / matrix.abs().max()))}
+    rows: list[dict[str, object]] = []
+    for piece in pieces(model):
+        inner = matrix[piece.span, piece.span]
+        out[f"block/{piece.name}"] = inner.abs().numpy().astype(np.float32)
+        out[f"eig/{piece.name}"] = torch.linalg.eigvalsh(inner).numpy()
+        rows += _evidence(subject, piece, inner, v[piece.span], checkpoint)
+    out["rows"] = np.array(json.dumps(rows))
+    if final:
+        out |= _whole(subject, model, operator, matrix)
+    return out
+
+
+def _evidence(subject: Subject, piece: Piece, inner: Tensor, v: Tensor, checkpoint: float) -> list[dict[str, object]]:
+    """One row per candidate unit of a piece."""
+    settings, rows = subject.settings, []
+    grid = v.reshape(piece.shape)
+    for unit, ids in piece.candidates().items():
+        structure = block_structure(inner, ids, settings.permutations, settings.seed)
+        gap, null = jensen_gap(v, ids, seed=settings.seed)
+        row = Evidence(
+            model=subject.name, tensor=piece.name, role=piece.role.value, unit=unit, checkpoint=checkpoint,
+            n_params=ids.numel(), n_blocks=int(ids.max()) + 1, mass_inside=structure.mass_inside,
+            expected=structure.expected, z=structure.z, mean_ratio=structure.mean_ratio, jensen=gap, jensen_null=null,
+        )  # fmt: skip
+        rows.append({**dataclasses.asdict(row), "snr_row": snr(grid, 1), "snr_column": snr(grid, 0)})
+    return rows
+
+
+def _whole(subject: Subject, model: nn.Module, operator: HessianOperator, matrix: Tensor) -> Arrays:
+    """Maps and spectra of the whole model, exact and probed."""
+    settings = subject.settings
+    ids, labels = coarse_blocks(model)
+    indicator = torch.nn.functional.one_hot(ids, len(labels)).to(matrix.dtype)
+    probed = block_norms(operator, ids, settings.norm_probes, settings.seed)
+    density = slq(operator, settings.slq_steps, settings.slq_probes, settings.seed)
+    picture = torch.nn.functional.adaptive_avg_pool2d(matrix.abs()[None, None], min(len(matrix), 400))[0, 0]
+    return {
+        "labels": np.array(labels),
+        "sizes": torch.bincount(ids).numpy(),
+        "norms_exact": (indicator.T @ matrix.square() @ indicator).numpy(),
+        "norms_mean": probed.mean.numpy(),
+        "norms_stderr": probed.stderr.numpy(),
+        "eigenvalues": torch.linalg.eigvalsh(0.5 * (matrix + matrix.T)).numpy(),
+        "slq_nodes": density.nodes.numpy(),
+        "slq_weights": density.weights.numpy(),
+        "picture": picture.numpy().astype(np.float32),
+    }

@@ -1,0 +1,19 @@
+"""Curvature of a model: exact where it fits, probed where it does not, and the partition rules that follow.
+
+from hessian import HessianOperator, dense, slq, block_norms, block_structure, derive
+H = HessianOperator(model, loss, params, batches)
+"""
+
+from .derive import Evidence, derive, jensen_gap
+from .exact import dense
+from .lanczos import extreme_eigenvalues, js_distance, slq
+from .operators import HessianOperator, LinearMap, MatrixOperator
+from .probing import block_norms
+from .results import BlockNorms, BlockStructure, SpectralDensity
+from .structure import block_structure, preconditioned_ratio, snr, tau
+
+__all__ = [
+    "BlockNorms", "BlockStructure", "Evidence", "HessianOperator", "LinearMap", "MatrixOperator", "SpectralDensity",
+    "block_norms", "block_structure", "dense", "derive", "extreme_eigenvalues", "jensen_gap", "js_distance",
+    "preconditioned_ratio", "slq", "snr", "tau",
+]  # fmt: skip

@@ -1,0 +1,83 @@
+"""Norms of an operator's blocks from products alone: it scales to models whose Hessian never fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .operators import LinearMap
+from .results import BlockNorms
+
+
+def check_block_ids(block_ids: Tensor, n: int) -> int:
+    """The number of blocks.
+
+    Raises:
+        ValueError: another length than n, not integers, or numbers that are not 0, 1, ..., B - 1.
+    """
+    if block_ids.dim() != 1 or len(block_ids) != n:
+        raise ValueError(f"block_ids has shape {tuple(block_ids.shape)}; give one id for each of the {n} parameters")
+    if block_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"block_ids has dtype {block_ids.dtype}; it must be int64")
+    present = torch.unique(block_ids)
+    if not torch.equal(present, torch.arange(len(present), dtype=present.dtype, device=present.device)):
+        raise ValueError(
+            f"block_ids must use every number 0, 1, ..., B - 1; found {len(present)} ids from {int(present[0])} to "
+            f"{int(present[-1])}; renumber them (torch.unique(ids, return_inverse=True))"
+        )
+    return len(present)
+
+
+def block_norms(
+    operator: LinearMap,
+    block_ids: Tensor,
+    probes: int = 8,
+    seed: int = 0,
+    *,
+    chunk: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> BlockNorms:
+    """Squared Frobenius norms of all blocks, from Rademacher probes supported on one block each.
+
+    For v_b of independent signs on block b and zero elsewhere, E ||(H v_b)_c||^2 = ||H_cb||_F^2. One product per block
+    and probe.
+
+    Args:
+        operator: symmetric, order n.
+        block_ids: int64 [n], blocks numbered 0, 1, ..., B - 1.
+        probes: probes per block, >= 2 (blocks of one element need and use one).
+        seed: of the signs.
+        chunk: products at a time.
+        progress: called with (products done, products in all).
+
+    Returns:
+        ``BlockNorms`` with mean and standard error, [B, B] each.
+
+    Raises:
+        ValueError: ids that do not cover the parameters, or fewer than two probes.
+    """
+    n = operator.shape[0]
+    blocks = check_block_ids(block_ids, n)
+    if probes < 2:
+        raise ValueError(f"probes={probes} must be at least 2: a standard error needs two")
+    ids = block_ids.to(operator.device)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.bincount(ids, minlength=blocks)
+    order = [(b, p) for b in range(blocks) for p in range(1 if sizes[b] == 1 else probes)]
+    samples = torch.zeros(blocks, probes, blocks, dtype=torch.float64)
+    for start in range(0, len(order), chunk):
+        part = order[start : start + chunk]
+        signs = torch.randint(0, 2, (n, len(part)), generator=generator).mul_(2).sub_(1)
+        support = ids.cpu().unsqueeze(1) == torch.tensor([b for b, _ in part])
+        vectors = (signs * support).to(operator.device, operator.dtype)
+        squares = operator.matmat(vectors).to(torch.float64).square()
+        sums = torch.zeros(blocks, len(part), dtype=torch.float64, device=ids.device).index_add_(0, ids, squares).cpu()
+        for column, (b, p) in enumerate(part):
+            samples[b, p] = sums[:, column]
+        if progress is not None:
+            progress(start + len(part), len(order))
+    single = (sizes == 1).cpu()
+    samples[single] = samples[single][:, :1]
+    return BlockNorms(samples.mean(1), samples.std(1) / probes**0.5, probes)

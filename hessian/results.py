@@ -1,0 +1,79 @@
+"""What the algorithms return: frozen, with standard errors, shapes stated per field."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """Stochastic Lanczos quadrature of a symmetric operator's spectral density.
+
+    Attributes:
+        nodes: [probes, steps] Ritz values, float64.
+        weights: [probes, steps] their weights, each row sums to 1; 0 where Lanczos stopped early.
+        n: order of the operator.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    n: int
+
+    def per_probe(self, grid: Tensor, sigma: float) -> Tensor:
+        """Density on a grid for each probe, [probes, len(grid)], smoothed by Gaussians of standard deviation sigma."""
+        if sigma <= 0:
+            raise ValueError(f"sigma={sigma} must be positive: the width of the Gaussian, in units of the eigenvalues")
+        gap = (grid.to(self.nodes)[None, None, :] - self.nodes[:, :, None]) / sigma
+        kernel = torch.exp(-0.5 * gap.square()) / (sigma * math.sqrt(2 * math.pi))
+        return (self.weights[:, :, None] * kernel).sum(1)
+
+    def density(self, grid: Tensor, sigma: float) -> Tensor:
+        """Mean density over probes, [len(grid)], per unit of eigenvalue; integrates to 1."""
+        return self.per_probe(grid, sigma).mean(0)
+
+    def density_stderr(self, grid: Tensor, sigma: float) -> Tensor:
+        """Standard error of ``density`` over probes, [len(grid)]; NaN with a single probe."""
+        return self.per_probe(grid, sigma).std(0) / math.sqrt(len(self.nodes))
+
+    def moment(self, k: int) -> tuple[float, float]:
+        """(estimate, standard error) of trace(H^k) / n."""
+        each = (self.weights * self.nodes**k).sum(1)
+        return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """Squared Frobenius norms of the blocks of an operator.
+
+    Attributes:
+        mean: [B, B] estimates; entry (b, c) is ||H_cb||_F^2, of the block that takes block b's vectors to block c.
+        stderr: [B, B] standard errors over probes; 0 where the estimate is exact (blocks of one element).
+        probes: probes per block.
+    """
+
+    mean: Tensor
+    stderr: Tensor
+    probes: int
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """How much of a matrix lies inside the blocks of a partition, against chance.
+
+    Attributes:
+        mass_inside: share of the off-diagonal sum of |A_ij| with i and j in one block.
+        expected: its mean over size-matched random partitions.
+        z: (mass_inside - expected) in standard deviations of that null; 0 where the null cannot vary.
+        mean_ratio: mean |A_ij| inside the blocks over mean outside, the diagonal left out.
+        permutations: random partitions in the null.
+    """
+
+    mass_inside: float
+    expected: float
+    z: float
+    mean_ratio: float
+    permutations: int
