@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,12 +17,14 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checks
 
 logger = logging.getLogger("hessian")
+LINEARISE_AFTER = 128
+"""Columns after which tracing the products pays (it costs about as much as that many of them)."""
 
 
 class LinearMap(Protocol):
@@ -86,8 +89,12 @@ class HessianOperator:
     """The Hessian of the mean loss over all examples of all batches.
 
     ``H @ v`` and ``H.matmat(V)`` are exact products (forward-over-reverse, Pearlmutter 1994, under ``vmap``); no matrix
-    is formed. The model is read only: weights, buffers, ``.grad`` and ``requires_grad`` stay as they are. torch's fused
-    attention kernels have no second derivative, so the math kernel takes their place inside.
+    is formed. The model is read only: weights, buffers, ``.grad`` and ``requires_grad`` stay as they are. The Hessian
+    is that of the weights at construction; leave the model alone while the operator is in use. torch's fused attention
+    kernels have no second derivative, so the math kernel takes their place inside.
+
+    After ``LINEARISE_AFTER`` columns each batch's product is traced once into a straight-line linear program (one
+    gradient's intermediates are kept), which spares every later chunk the gradient itself and its dispatch.
 
     Args:
         model: the model, in eval mode if it has dropout or batch normalisation.
@@ -127,10 +134,12 @@ class HessianOperator:
             raise ValueError(f"count gave {counts}; every batch must hold at least one example")
         self._weights = [c / sum(counts) for c in counts]
         self._module = _LossModule(model, loss)
-        self._theta = {name: tensor.detach() for name, tensor in own.items()}
+        self._theta = {name: tensor.detach().clone() for name, tensor in own.items()}
         self._sizes = [tensor.numel() for tensor in own.values()]
         self._chunk = chunk
         self._forward_mode = True
+        self._columns_asked = 0
+        self._programs: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
         first = next(iter(own.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shape = (sum(self._sizes), sum(self._sizes))
@@ -213,18 +222,47 @@ class HessianOperator:
         with torch.no_grad(), _twice_differentiable():
             for start in range(0, len(columns), self._chunk):
                 chunk = columns[start : start + self._chunk]
+                self._columns_asked += len(chunk)
+                if self._programs is None and self._forward_mode and self._columns_asked > LINEARISE_AFTER:
+                    self._programs = self._linearise()
                 total = torch.zeros_like(chunk, memory_format=torch.contiguous_format)
-                for weight, batch in zip(self._weights, self._batches, strict=True):
-                    product = self._chunk_product(self._unflatten(chunk), batch)
+                for i, weight in enumerate(self._weights):
+                    product = self._chunk_product(self._unflatten(chunk), i)
                     total.add_(torch.cat([product[n].flatten(1) for n in self._theta], dim=1), alpha=weight)
                 out[start : start + self._chunk] = total
         return out.T
 
-    def _chunk_product(self, tangents: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+    def _linearise(self) -> list[Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
+        """One traced product per batch, each checked against the untraced one; empty where tracing does not work."""
+        probe = {
+            name: torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).reshape(t.shape)
+            for name, t in self._theta.items()
+        }
+        programs = []
+        for batch in self._batches:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's tracer speaks of its own graph nodes
+                    program = linearize(lambda theta, b=batch: grad(self._value)(theta, b), self._theta)[1]
+                    traced, plain = program(probe), self._product(probe, batch)
+            except Exception as error:  # whatever a tracer may stumble on, the plain product is right
+                logger.info("products cannot be traced (%s: %s); going on without", type(error).__name__, error)
+                return []
+            scale = max(float(plain[name].abs().max()) for name in plain)
+            if any(float((traced[name] - plain[name]).abs().max()) > 1e-5 * scale for name in plain):
+                logger.warning("traced products differ from plain ones; going on without")
+                return []
+            programs.append(program)
+        return programs
+
+    def _chunk_product(self, tangents: dict[str, Tensor], i: int) -> dict[str, Tensor]:
+        """Products of a chunk of vectors with the Hessian of batch i."""
+        batch = self._batches[i]
+        program = self._programs[i] if self._programs else lambda tangent: self._product(tangent, batch)
         if len(next(iter(tangents.values()))) == 1:  # vmap over one vector is all overhead
-            single = self._product({name: tensor[0] for name, tensor in tangents.items()}, batch)
+            single = program({name: tensor[0] for name, tensor in tangents.items()})
             return {name: tensor.unsqueeze(0) for name, tensor in single.items()}
-        out: dict[str, Tensor] = vmap(lambda tangent: self._product(tangent, batch))(tangents)
+        out: dict[str, Tensor] = vmap(program)(tangents)
         return out
 
     def __matmul__(self, vectors: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ class _Stages:
 
 def run(out: Path, profile: str) -> dict[str, Any]:
     """Run the study into a folder; returns the content of ``report.json``."""
+    torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it brings
     started, settings = time.perf_counter(), PROFILES[profile]
     cache, corpus = StageCache(out), load("python-stdlib-8")
     people = {name: Subject(name, config, corpus, settings) for name, config in subjects(profile).items()}

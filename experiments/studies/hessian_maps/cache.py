@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class StageCache:
             try:
                 with np.load(path, allow_pickle=False) as stored:
                     return {key: stored[key] for key in stored.files}
-            except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+            except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
                 logger.warning("%s is damaged (%s): computing it again", path, error)
         arrays = compute()
         buffer = io.BytesIO()

@@ -33,7 +33,7 @@ class Settings:
     batch: int = 32
     seq_len: int = 16
     lr: float = 1e-2
-    hessian_batches: int = 2
+    hessian_batches: int = 1
     gradient_batches: int = 64
     permutations: int = 200
     slq_steps: int = 80

@@ -1,0 +1,135 @@
+"""``make figures``: loss curves, final loss against number of scalars, and the tables, from stored results alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis.ablation import BASELINE, at_best, best_rates, load_runs, paired_difference, require_complete, summary
+from paper_figures.style import ARM_COLOURS, save, setup
+
+
+def loss_curves(runs: pd.DataFrame, out: Path, note: str) -> Path:
+    """Validation loss against tokens, each arm at its best learning rate; the baseline subtracted on the right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
+    best = at_best(runs)
+    curves = {
+        arm: np.array([[point["val_loss"] for point in curve] for curve in group.curve])
+        for arm, group in best[best.state == "finished"].groupby("arm")
+    }
+    tokens = np.array([point["tokens"] for point in best.curve.iloc[0]])
+    for arm in sorted(curves, key=lambda a: curves[a][:, -1].mean()):
+        label = f"{arm} (lr {best_rates(runs)[arm]:g})"
+        values, colour = curves[arm], ARM_COLOURS[arm]
+        left.plot(tokens, values.mean(0), color=colour, label=label)
+        left.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.12)
+        if arm != BASELINE and len(values) == len(curves[BASELINE]):
+            right.plot(tokens, (values - curves[BASELINE]).mean(0), color=colour, label=arm)
+    right.axhline(0, color=ARM_COLOURS[BASELINE], lw=1)
+    left.set_ylabel("validation loss (nats per byte)")
+    right.set_ylabel(f"difference to {BASELINE} (nats)")
+    for axes in (left, right):
+        axes.set_xlabel("training bytes")
+    left.legend()
+    n = best.groupby("arm").size().min()
+    left.set_title(f"each arm at its best learning rate, mean of n = {n} seeds, band min to max{note}")
+    right.set_title("the same, AdamW subtracted")
+    return save(figure, out, "loss_curves")
+
+
+def loss_against_scalars(runs: pd.DataFrame, out: Path, note: str) -> Path:
+    """Final loss with its 95 % interval against the number of second-moment scalars."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    table = summary(runs)
+    for row in table.itertuples():
+        axes.errorbar(
+            row.scalars, row.loss, yerr=row.loss_half, fmt="o", color=ARM_COLOURS[row.arm], capsize=3, label=row.arm
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel(f"second-moment scalars (of {table.parameters.iloc[0]:,} parameters)")
+    axes.set_ylabel("final validation loss (nats per byte)")
+    axes.set_title(f"best learning rate per arm, mean and 95 % interval, n = {table.n.min()} seeds{note}")
+    axes.legend()
+    return save(figure, out, "loss_against_scalars")
+
+
+def learning_rates(runs: pd.DataFrame, out: Path, note: str) -> Path:
+    """Final loss against learning rate, every run."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    for arm, group in runs[runs.state == "finished"].groupby("arm"):
+        means = group.groupby("lr").final_val_loss.mean()
+        axes.plot(means.index, means, color=ARM_COLOURS[str(arm)], label=arm)
+        axes.plot(group.lr, group.final_val_loss, ".", color=ARM_COLOURS[str(arm)], ms=4)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("final validation loss (nats per byte)")
+    axes.set_title(f"every run, line through the means{note}")
+    axes.legend()
+    return save(figure, out, "learning_rates")
+
+
+def tables(runs: pd.DataFrame) -> str:
+    """The summary at the best rates, and the paired difference at each rate, as Markdown."""
+    lines = [
+        "| arm | scalars | best lr | final loss | minus elementwise, paired | differs | n | diverged |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary(runs).itertuples():
+        base = row.arm == BASELINE
+        known = not base and np.isfinite(row.difference)
+        difference = f"{row.difference:+.4f} ± {row.difference_half:.4f}" if known else "–"
+        verdict = "–" if not known else "yes" if row.differs else "no"
+        lines.append(
+            f"| {row.arm} | {row.scalars:,} | {row.lr:g} | {row.loss:.4f} ± {row.loss_half:.4f} | {difference} | "
+            f"{verdict} "
+            f"| {row.n} | {row.diverged} |"
+        )
+    rates = sorted(runs.lr.unique())
+    lines += ["", "Paired difference to `elementwise` at the same learning rate:", ""]
+    lines += ["| arm | " + " | ".join(f"lr {lr:g}" for lr in rates) + " |", "|---|" + "---|" * len(rates)]
+    for arm in summary(runs).arm:
+        if arm == BASELINE:
+            continue
+        cells = []
+        for lr in rates:
+            try:
+                difference = paired_difference(runs, arm, lr=lr)
+            except ValueError:  # only an incomplete grid lacks one of the pair
+                cells.append("missing")
+                continue
+            cells.append("diverged" if difference is None else f"{difference.mean:+.4f} ± {difference.half:.4f}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw everything from a folder of results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results/ablation_cpu"))
+    parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
+    parser.add_argument("--partial", action="store_true", help="draw although runs are missing, and say so")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = load_runs(arguments.results, partial=arguments.partial)
+        if not arguments.partial:
+            require_complete(runs)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    setup()
+    note = " (incomplete)" if arguments.partial else ""
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    drawn = [f(runs, arguments.out, note) for f in (loss_curves, loss_against_scalars, learning_rates)]
+    path = arguments.out / "tables.md"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(tables(runs))
+    os.replace(temporary, path)
+    print(f"{len(runs)} runs; {', '.join(str(p) for p in drawn)}; {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""``python -m paper_figures.hessian out/hessian``: figures, ``summary.md`` and ``index.html`` of a finished study."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from analysis.hessian import HessianReport
+from analysis.stats import t_interval
+from paper_figures import curves, maps
+from paper_figures.maps import TITLES, Caption
+from paper_figures.style import setup
+
+VOTERS = ("gpt", "llama")
+PAPER = {
+    "QUERY": "ATTENTION_HEAD", "KEY": "ATTENTION_HEAD", "TOKEN_EMBEDDING": "TOKEN", "POSITION_EMBEDDING": "TOKEN",
+    "HEAD": "TOKEN",
+}  # fmt: skip
+
+
+def draw(report: HessianReport, folder: Path) -> list[Caption]:
+    """Every figure, in the order of the story."""
+    makers: list[Callable[[], Caption]] = [
+        lambda: maps.query_key(report, folder),
+        lambda: maps.rows_and_columns(
+            report, folder, "02_value_attention_out", ("VALUE", "ATTENTION_OUT"), "Values and attention outputs"
+        ),
+        lambda: maps.rows_and_columns(
+            report, folder, "03_mlp_matrices", ("MLP_IN", "MLP_OUT"), "Feed-forward matrices"
+        ),
+        lambda: maps.rows_and_columns(
+            report, folder, "04_embedding_head", ("TOKEN_EMBEDDING", "HEAD"), "Embedding and output layer: tokens"
+        ),
+        lambda: maps.classifier(report, folder),
+        lambda: maps.whole_model(report, folder),
+        lambda: curves.evidence_table(report, folder),
+        lambda: curves.spectra(report, folder),
+        lambda: curves.block_spectra(report, folder),
+        lambda: curves.jensen(report, folder),
+        lambda: curves.training_check(report, folder),
+    ]
+    return [make() for make in makers]
+
+
+def role_table(report: HessianReport) -> list[dict[str, Any]]:
+    """z and lift of every role and candidate at the end of training, one row each, one cell per model."""
+    tables = {model: report.by_role(model).set_index(["role", "unit"]) for model in VOTERS}
+    keys = list(dict.fromkeys(key for table in tables.values() for key in table.index if key[1] != "TENSOR"))
+    rows = []
+    for role, unit in keys:
+        cells = [
+            {"z": float(t.loc[(role, unit), "z"]), "lift": float(t.loc[(role, unit), "lift"])}
+            if (role, unit) in t.index
+            else {"z": None, "lift": None}
+            for t in tables.values()
+        ]
+        rows.append({"role": role, "unit": unit, "cells": cells})
+    return rows
+
+
+def check_table(report: HessianReport) -> list[dict[str, Any]]:
+    """Final loss of the training runs that check the rules, with intervals."""
+    rows = []
+    for (model, arm), runs in report.check.groupby(["model", "arm"], sort=False):
+        interval = t_interval(runs.final.tolist())
+        rows.append(
+            {"model": TITLES[str(model)], "arm": arm, "mean": interval.mean, "half": interval.half, "n": interval.n}
+        )
+    return rows
+
+
+def choices(report: HessianReport) -> list[dict[str, Any]]:
+    """The derived unit of every measured role beside the paper's."""
+    rows = []
+    for role, choice in report.report["rules"]["choices"].items():
+        if "predicted_cost" in choice:
+            rows.append({
+                "role": role, "unit": choice["unit"], "paper": PAPER.get(role, "OUT_NEURON"),
+                "cost": f"{choice['predicted_cost']:.3f}", "why": choice["why"],
+            })  # fmt: skip
+    return rows
+
+
+def headline(report: HessianReport) -> str:
+    """What came out, in a few sentences made from the numbers."""
+    table = role_table(report)
+    heads = [
+        c["z"] for r in table if r["role"] in ("QUERY", "KEY") and r["unit"] == "ATTENTION_HEAD" for c in r["cells"]
+    ]
+    derived = choices(report)
+    differing = [f"{r['role']} ({r['unit']})" for r in derived if r["unit"] != r["paper"]]
+    finals = {(r["model"], r["arm"]): r for r in check_table(report)}
+    gaps = [finals[(TITLES[m], "derived")]["mean"] - finals[(TITLES[m], "elementwise")]["mean"] for m in VOTERS]
+    return (
+        f"Queries and keys fall into their attention heads: the smallest z at the end of training is "
+        f"{min(heads):.1f} over "
+        f"both styles. The derived rules differ from the paper's for "
+        f"{', '.join(differing) if differing else 'no role'}. "
+        f"Trained with them, the tiny models end {gaps[0]:+.4f} (GPT style) and {gaps[1]:+.4f} (Llama style) nats from "
+        f"AdamW, mean over {next(iter(finals.values()))['n']} seeds."
+    )
+
+
+def page(report: HessianReport, figures: list[Caption], folder: Path) -> str:
+    """The self-contained page: every picture is inside it."""
+
+    def show(caption: Caption) -> Markup:
+        data = base64.b64encode((folder / f"{caption.name}.png").read_bytes()).decode()
+        text = html.escape(caption.text)
+        return Markup(  # everything inside is our own or escaped
+            f'<figure id="{caption.name}"><img alt="{html.escape(caption.title)}" src="data:image/png;base64,{data}">'
+            f"<figcaption><b>{html.escape(caption.title)}.</b> {text} Seed "
+            f"{report.report['settings']['seed']}.</figcaption></figure>"
+        )
+
+    people = report.report["subjects"]
+    sizes = [person["parameters"] for person in people.values()]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("hessian.html").render(
+        subjects=[{"title": TITLES[name], **person} for name, person in people.items()],
+        data=report.report["data"], settings=report.report["settings"], environment=report.report["environment"],
+        models=[TITLES[m] for m in VOTERS], table=role_table(report), figures=figures, show=show,
+        choices=choices(report), check=check_table(report), headline=headline(report), smallest=f"{min(sizes):,}",
+        largest=f"{max(sizes):,}", asymmetry=max(person["asymmetry"] for person in people.values()),
+    )  # fmt: skip
+
+
+def summary(report: HessianReport) -> str:
+    """The numbers as Markdown."""
+    lines = ["# Structure of the Hessian: summary", "", headline(report), ""]
+    lines.append("| role | blocks are | " + " | ".join(f"{TITLES[m]}: z | lift" for m in VOTERS) + " |")
+    lines.append("|---|---|" + "---|---|" * len(VOTERS))
+    for row in role_table(report):
+        cells = " | ".join("– | –" if c["z"] is None else f"{c['z']:.1f} | {c['lift']:.2f}" for c in row["cells"])
+        lines.append(f"| {row['role']} | {row['unit']} | {cells} |")
+    lines += ["", "| role | derived | paper | predicted cost |", "|---|---|---|---|"]
+    lines += [f"| {c['role']} | {c['unit']} | {c['paper']} | {c['cost']} |" for c in choices(report)]
+    lines += ["", "| model | rules | final loss | 95 % interval | n |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {c['model']} | {c['arm']} | {c['mean']:.4f} | ± {c['half']:.4f} | {c['n']} |" for c in check_table(report)
+    ]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Draw everything from a finished study's folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    try:
+        report = HessianReport.load(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    setup()
+    figures = draw(report, folder / "figures")
+    for name, text in (("summary.md", summary(report)), ("index.html", page(report, figures, folder / "figures"))):
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    print(f"{len(figures)} figures in {folder / 'figures'}; open {folder / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Pictures of |H|: the blocks of single matrices, and of whole models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import LogNorm
+
+from analysis.hessian import HessianReport
+from paper_figures.style import COLOURS, MAP, draw_matrix, role_name, save
+
+PERCENTS = (0, 50, 100)
+TITLES = {"gpt": "GPT style", "llama": "Llama style", "mlp": "MLP classifier"}
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A figure and what to see in it.
+
+    Attributes:
+        name: file name without suffix.
+        title: a headline.
+        text: what to see, n, seed.
+    """
+
+    name: str
+    title: str
+    text: str
+
+
+def first_piece(report: HessianReport, model: str, role: str) -> str:
+    """The first tensor of a role in a model (layer 0)."""
+    table = report.evidence
+    found = table[(table.model == model) & (table.role == role)].tensor
+    if found.empty:
+        raise KeyError(f"the study measured no {role} in {model}")
+    return str(found.iloc[0])
+
+
+def blocks_of(report: HessianReport, model: str, tensor: str, unit: str) -> int:
+    """Number of blocks of a candidate partition of a tensor."""
+    table = report.evidence
+    row = table[(table.model == model) & (table.tensor == tensor) & (table.unit == unit)]
+    return int(row.n_blocks.iloc[0])
+
+
+def z_of(report: HessianReport, model: str, tensor: str, unit: str, checkpoint: float) -> float:
+    """z of a candidate partition of a tensor at a checkpoint."""
+    table = report.evidence
+    row = table[
+        (table.model == model) & (table.tensor == tensor) & (table.unit == unit) & (table.checkpoint == checkpoint)
+    ]
+    return float(row.z.iloc[0])
+
+
+def _borders(n: int, blocks: int) -> list[int]:
+    return [i * n // blocks for i in range(1, blocks)]
+
+
+def _by_columns(matrix: np.ndarray, columns: int) -> np.ndarray:
+    """Reorder a row-major vectorised matrix's Hessian to column-major, so that input neurons are contiguous."""
+    order = np.arange(len(matrix)).reshape(-1, columns).T.ravel()
+    return matrix[np.ix_(order, order)]
+
+
+def query_key(report: HessianReport, out: Path) -> Caption:
+    """Query and key blocks with head borders at every checkpoint."""
+    figure, grid = plt.subplots(4, 3, figsize=(8.6, 11.2))
+    for row, (model, role) in enumerate((m, r) for m in ("gpt", "llama") for r in ("QUERY", "KEY")):
+        tensor = first_piece(report, model, role)
+        heads = blocks_of(report, model, tensor, "ATTENTION_HEAD")
+        for axes, percent in zip(grid[row], PERCENTS, strict=True):
+            matrix = report.arrays(f"hessian-{model}-{percent}")[f"block/{tensor}"]
+            z = z_of(report, model, tensor, "ATTENTION_HEAD", percent / 100)
+            label = f"{TITLES[model]}, {role_name(role)}, {percent} %: z = {z:.0f}"
+            draw_matrix(axes, matrix, _borders(len(matrix), heads), label)
+    save(figure, out, "01_query_key_heads")
+    return Caption(
+        "01_query_key_heads", "Queries and keys fall into heads",
+        "|H| of one query and one key matrix (first layer) before, halfway through and after training; rows and "
+        "columns "
+        "are the matrix's elements in row-major order, blue lines the borders of the heads. See the mass gather in the "
+        "diagonal squares; z says by how many standard deviations of a random partition of the same sizes.",
+    )  # fmt: skip
+
+
+def rows_and_columns(report: HessianReport, out: Path, name: str, roles: tuple[str, ...], title: str) -> Caption:
+    """Blocks of some roles at the end of training, by rows and by columns."""
+    figure, grid = plt.subplots(2 * len(roles), 2, figsize=(7.0, 6.4 * len(roles)), squeeze=False)
+    for row, (model, role) in enumerate((m, r) for r in roles for m in ("gpt", "llama")):
+        tensor = first_piece(report, model, role)
+        matrix = report.arrays(f"hessian-{model}-100")[f"block/{tensor}"]
+        unit = "TOKEN" if role in ("TOKEN_EMBEDDING", "HEAD") else "OUT_NEURON"
+        columns = blocks_of(report, model, tensor, "IN_NEURON")
+        for axes, candidate, shown in (
+            (grid[row, 0], unit, matrix), (grid[row, 1], "IN_NEURON", _by_columns(matrix, columns)),
+        ):  # fmt: skip
+            z = z_of(report, model, tensor, candidate, 1.0)
+            what = {"TOKEN": "tokens", "OUT_NEURON": "rows"}.get(candidate, "columns")
+            label = f"{TITLES[model]}, {role_name(role)} by {what}: z = {z:.0f}"
+            draw_matrix(axes, shown, _borders(len(matrix), blocks_of(report, model, tensor, candidate)), label)
+    save(figure, out, name)
+    return Caption(
+        name, title,
+        "|H| at 100 % of training, left in row-major order with the borders of the rows (output neurons or "
+        "tokens), right "
+        "the same numbers reordered column by column with the borders of the columns (input neurons). Both "
+        "partitions are "
+        "real; compare how much lies outside the squares, and the z over each.",
+    )  # fmt: skip
+
+
+def classifier(report: HessianReport, out: Path) -> Caption:
+    """The MLP's two matrices at three checkpoints."""
+    table = report.evidence
+    tensors = list(dict.fromkeys(table[table.model == "mlp"].tensor))[:2]
+    figure, grid = plt.subplots(2, 3, figsize=(8.6, 5.9))
+    for row, tensor in enumerate(tensors):
+        for axes, percent in zip(grid[row], PERCENTS, strict=True):
+            matrix = report.arrays(f"hessian-mlp-{percent}")[f"block/{tensor}"]
+            z = z_of(report, "mlp", tensor, "OUT_NEURON", percent / 100)
+            neurons = blocks_of(report, "mlp", tensor, "OUT_NEURON")
+            draw_matrix(axes, matrix, _borders(len(matrix), neurons), f"{tensor}, {percent} %: z = {z:.0f}")
+    save(figure, out, "05_mlp_classifier")
+    return Caption(
+        "05_mlp_classifier", "For contrast: a one-hidden-layer classifier",
+        "|H| of both matrices of an MLP that predicts the next character class, with the borders of its output "
+        "neurons, at "
+        "0, 50 and 100 % of training.",
+    )  # fmt: skip
+
+
+def whole_model(report: HessianReport, out: Path) -> Caption:
+    """The full |H| and the block-norm map, exact and probed."""
+    figure, grid = plt.subplots(2, 3, figsize=(10.4, 6.6))
+    for row, model in enumerate(("gpt", "llama")):
+        arrays = report.arrays(f"hessian-{model}-100")
+        picture = arrays["picture"]
+        draw_matrix(grid[row, 0], picture, [], f"{TITLES[model]}: all of |H|, n = {int(arrays['sizes'].sum()):,}")
+        grid[row, 0].set_xticks([])
+        grid[row, 0].set_yticks([])
+        area = np.outer(arrays["sizes"], arrays["sizes"])
+        exact, probed = np.sqrt(arrays["norms_exact"] / area), np.sqrt(arrays["norms_mean"] / area)
+        error = 0.5 * arrays["norms_stderr"] / (area * np.maximum(probed, 1e-30))  # of the root, to first order
+        positive = exact[exact > 0]
+        norm = LogNorm(float(np.quantile(positive, 0.02)), float(positive.max()))
+        axes = grid[row, 1]
+        image = axes.imshow(np.maximum(probed, norm.vmin or 0), norm=norm, cmap=MAP)
+        axes.set_title("block norms by probes, root mean square entry")
+        axes.set_xlabel("block, in parameter order")
+        axes.grid(False)
+        figure.colorbar(image, ax=axes, shrink=0.8)
+        axes = grid[row, 2]
+        axes.loglog(exact.ravel(), exact.ravel(), color=COLOURS[6], lw=0.8, label="equal")
+        axes.errorbar(
+            exact.ravel(), probed.ravel(), yerr=error.ravel(), fmt="o", ms=2.2, lw=0.5, color=COLOURS[0],
+            label=f"{exact.size:,} blocks",
+        )  # fmt: skip
+        axes.set_xlabel("exact")
+        axes.set_ylabel(f"probed ({report.report['settings']['norm_probes']} probes a block)")
+        axes.legend()
+    save(figure, out, "06_whole_model")
+    return Caption(
+        "06_whole_model", "The whole model, exactly and by probes",
+        "Left: the exact |H| of every parameter, averaged into cells. Middle: root mean square entry of every "
+        "block (heads "
+        "where there are heads, else tensors) from Rademacher probes, one product per block and probe: what "
+        "scales to models "
+        "whose Hessian never fits. Right: the probes against the exact norms, bars one standard error.",
+    )  # fmt: skip
