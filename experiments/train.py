@@ -130,6 +130,8 @@ class _Run:
                 return self._status("diverged")
             if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
                 self._record(loss)
+                if not math.isfinite(self.records[-1]["val_loss"]):  # the last step alone can spoil the weights
+                    return self._status("diverged")
             if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
                 self._checkpoint()
         return self._status("finished")

@@ -1,0 +1,103 @@
+"""The ablation's tables: pairing within a seed, and every kind of missing or foreign run refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from analysis.ablation import at_best, best_rates, load_runs, paired_difference, require_complete, summary
+from tests.analysis.runs import ARMS, write_grid, write_run
+
+
+def test_differences_are_taken_within_a_seed(tmp_path: Path) -> None:
+    runs = load_runs(write_grid(tmp_path))
+    assert len(runs) == 12
+    assert best_rates(runs) == {"elementwise": 0.01, "adam_mini": 0.01}
+    interval = paired_difference(runs, "adam_mini")
+    assert interval is not None
+    # Losses spread by 1 over seeds; only pairing can see a difference of 0.1.
+    assert interval.mean == pytest.approx(0.101)
+    assert interval.half < 0.01
+    assert interval.excludes_zero
+
+
+def test_summary_is_best_first_with_scalars(tmp_path: Path) -> None:
+    table = summary(load_runs(write_grid(tmp_path)))
+    assert table.arm.tolist() == ["elementwise", "adam_mini"]
+    assert table.scalars.tolist() == [1000, 50]
+    assert table.n.tolist() == [3, 3]
+    assert table.differs.tolist() == [False, True]
+
+
+def test_a_complete_grid_passes_and_a_hole_is_named(tmp_path: Path) -> None:
+    runs = load_runs(write_grid(tmp_path))
+    require_complete(runs, tuple(ARMS))
+    hole = runs[~((runs.arm == "adam_mini") & (runs.lr == 0.01) & (runs.seed == 1))]
+    with pytest.raises(ValueError, match=r"1 runs are missing: arm=adam_mini lr=0.01 seed=1"):
+        require_complete(hole, tuple(ARMS))
+
+
+def test_a_whole_arm_can_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="arm=derived"):
+        require_complete(load_runs(write_grid(tmp_path)), (*ARMS, "derived"))
+
+
+def test_a_diverged_run_loses_and_is_counted(tmp_path: Path) -> None:
+    write_grid(tmp_path)
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "elementwise", 0.1, seed, 1.0)
+        write_run(tmp_path, "adam_mini", 0.1, seed, 1.0, state="diverged" if seed == 0 else "finished")
+    runs = load_runs(tmp_path)
+    assert best_rates(runs) == {"elementwise": 0.1, "adam_mini": 0.01}
+    assert paired_difference(runs, "adam_mini", lr=0.1) is None
+    assert set(at_best(runs).groupby("arm").lr.first()) == {0.1, 0.01}
+
+
+def test_an_arm_that_always_diverges_stays_in_the_table(tmp_path: Path) -> None:
+    write_grid(tmp_path)
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "pytorch_default", 0.01, seed, 1.0, state="diverged")
+    last = summary(load_runs(tmp_path)).iloc[-1]
+    assert (last.arm, last.loss, last.diverged, bool(last.differs)) == ("pytorch_default", float("inf"), 3, False)
+
+
+def test_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make ablation"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"state": "failed"}, "failed"),
+        ({"format_version": 99}, "format_version=99"),
+    ],
+)
+def test_refused_runs_are_named(tmp_path: Path, damage: dict[str, object], message: str) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, **damage)
+    with pytest.raises(ValueError, match=message) as error:
+        load_runs(tmp_path)
+    assert run.name in str(error.value)
+
+
+def test_unfinished_is_refused_unless_partial(tmp_path: Path) -> None:
+    write_run(tmp_path, "elementwise", 0.01, 0, 2.0)
+    (write_run(tmp_path, "adam_mini", 0.01, 0, 2.0) / "status.json").unlink()
+    with pytest.raises(ValueError, match="not finished"):
+        load_runs(tmp_path)
+    assert load_runs(tmp_path, partial=True).arm.tolist() == ["elementwise"]
+
+
+def test_cut_file_is_damaged_not_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    (run / "metrics.jsonl").write_text('{"step": 1')
+    with pytest.raises(ValueError, match="damaged"):
+        load_runs(tmp_path)
+
+
+def test_the_same_row_twice_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0).rename(tmp_path / "copy")
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    with pytest.raises(ValueError, match="several runs"):
+        load_runs(tmp_path)

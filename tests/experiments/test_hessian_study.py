@@ -1,0 +1,226 @@
+"""The way of `make hessian` on tiny sizes: what it leaves, that it finds its stages again, and what it refuses.
+
+The numbers inside are held by the tests of ``hessian``; these see wiring: parts of fused matrices cut at the wrong
+place, a stage that is served although its inputs changed, a page that still needs the network.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.models import GPTConfig, LlamaConfig, build
+from experiments.studies.hessian_maps import cache as cache_module
+from experiments.studies.hessian_maps.__main__ import run
+from experiments.studies.hessian_maps.cache import StageCache
+from experiments.studies.hessian_maps.measure import coarse_blocks, pieces
+from optimizer import AdamMini, Rules
+
+LLAMA = LlamaConfig(vocab=8, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, hidden=8)
+GPT = GPTConfig(vocab=8, block_size=8, n_embd=16, n_layer=1, n_head=4)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    out = tmp_path_factory.mktemp("study")
+    run(out, "smoke")
+    torch.set_num_threads(threads)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- the whole way
+
+
+def test_report_covers_every_model_unit_and_checkpoint(study: Path) -> None:
+    rows = json.loads((study / "report.json").read_text())["evidence"]
+    assert {row["model"] for row in rows} == {"gpt", "llama", "mlp"}
+    assert {row["checkpoint"] for row in rows} == {0.0, 0.5, 1.0}
+    for model in ("gpt", "llama"):
+        units = {(row["role"], row["unit"]) for row in rows if row["model"] == model}
+        assert {("QUERY", "ATTENTION_HEAD"), ("KEY", "ATTENTION_HEAD"), ("VALUE", "OUT_NEURON")} <= units
+        assert {("MLP_IN", "IN_NEURON"), ("MLP_OUT", "OUT_NEURON"), ("HEAD", "TOKEN")} <= units
+        assert {("TOKEN_EMBEDDING", "TOKEN"), ("ATTENTION_OUT", "IN_NEURON")} <= units
+    tensors = [row for row in rows if row["unit"] == "TENSOR"]
+    assert all(row["z"] == 0 and row["n_blocks"] == 1 for row in tensors)
+
+
+def test_derived_rules_train(study: Path) -> None:
+    rules = Rules.load(study / "rules.json")
+    assert rules.evidence["table"] and {"gpt", "llama"} == {row["model"] for row in rules.evidence["table"]}
+    model = build(LLAMA, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = AdamMini(model, lr=1e-2, rules=str(study / "rules.json"))
+    model(torch.arange(8)[None]).square().mean().backward()
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_repeating_computes_nothing(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (study / "data").glob("*.npz")}
+    assert len(before) == 3 * 4 + 2 * 3 * 2  # training and three checkpoints of three models; two models x arms x seeds
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a stage was computed again")
+
+    monkeypatch.setattr("experiments.studies.hessian_maps.__main__.measure", never)
+    monkeypatch.setattr("experiments.studies.hessian_maps.subjects.Subject.train", never)
+    run(study, "smoke")
+    assert {path: path.stat().st_mtime_ns for path in (study / "data").glob("*.npz")} == before
+
+
+def test_page_is_whole_and_needs_no_network(study: Path) -> None:
+    command = [sys.executable, "-m", "paper_figures.hessian", str(study)]
+    done = subprocess.run(command, cwd=Path(cache_module.__file__).parents[3], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.stem for path in (study / "figures").glob("*.png")}
+    assert len(drawn) >= 8 and drawn == {path.stem for path in (study / "figures").glob("*.pdf")}
+    page = (study / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(drawn)
+    outside = re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]*)\"", page)
+    assert not [link for link in outside if link.startswith(("http", "//"))]
+    assert "QUERY" in (study / "summary.md").read_text().upper()
+
+
+# --------------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA])
+def test_pieces_cut_the_flat_vector_where_the_matrices_lie(config: GPTConfig | LlamaConfig) -> None:
+    model = build(config, 0)
+    flat = torch.nn.utils.parameters_to_vector(model.parameters())
+    parameters = dict(model.named_parameters())
+    by_tensor: dict[str, list[torch.Tensor]] = {}
+    for piece in pieces(model):
+        by_tensor.setdefault(piece.name.split("[")[0], []).append(flat[piece.span].reshape(piece.shape))
+    assert set(by_tensor) == {name for name, p in parameters.items() if p.dim() == 2}
+    for name, cut in by_tensor.items():
+        assert torch.equal(torch.cat(cut), parameters[name])
+
+
+def test_fused_matrix_falls_into_its_three_roles() -> None:
+    roles = {piece.role.value: piece for piece in pieces(build(GPT, 0))}
+    assert [roles[r].shape for r in ("QUERY", "KEY", "VALUE")] == [(16, 16)] * 3
+    head = roles["KEY"].candidates()["ATTENTION_HEAD"].reshape(16, 16)
+    assert head[:, 0].tolist() == [i // 4 for i in range(16)]
+    column = roles["KEY"].candidates()["IN_NEURON"].reshape(16, 16)
+    assert torch.equal(column, torch.arange(16).expand(16, 16))
+
+
+def test_grouped_keys_have_fewer_heads() -> None:
+    roles = {piece.role.value: piece for piece in pieces(build(LLAMA, 0))}
+    assert int(roles["QUERY"].candidates()["ATTENTION_HEAD"].max()) + 1 == 4
+    assert int(roles["KEY"].candidates()["ATTENTION_HEAD"].max()) + 1 == 2
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA])
+def test_coarse_blocks_cover_every_parameter(config: GPTConfig | LlamaConfig) -> None:
+    model = build(config, 0)
+    ids, labels = coarse_blocks(model)
+    assert len(ids) == sum(p.numel() for p in model.parameters())
+    assert torch.equal(ids.unique(), torch.arange(len(labels)))
+    assert len(set(labels)) == len(labels)
+
+
+# ---------------------------------------------------------------------------------------------------- cache
+
+
+class _Counting:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self) -> dict[str, np.ndarray]:
+        self.calls += 1
+        return {
+            "x": np.arange(50_000, dtype=np.float64),
+            "noise": np.random.default_rng(0).standard_normal(500).round(2),
+        }
+
+
+def test_stage_is_computed_once_per_inputs(tmp_path: Path) -> None:
+    compute = _Counting()
+    for inputs in ([1], [1], [2]):
+        assert StageCache(tmp_path).get("stage", inputs, compute)["x"].sum() == 50_000 * 49_999 / 2
+    assert compute.calls == 2
+
+
+def test_changed_code_computes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = _Counting()
+    StageCache(tmp_path).get("stage", [1], compute)
+    monkeypatch.setattr(cache_module, "code_fingerprint", lambda: "other")
+    StageCache(tmp_path).get("stage", [1], compute)
+    assert compute.calls == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeroed"])
+def test_damaged_stage_is_computed_again(tmp_path: Path, damage: str) -> None:
+    compute = _Counting()
+    StageCache(tmp_path).get("stage", [1], compute)
+    (path,) = (tmp_path / "data").glob("*.npz")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    spoiled = {
+        "cut": content[:middle],
+        "empty": b"",
+        "zeroed": content[:middle] + bytes(64) + content[middle + 64 :],  # ends in a wrong checksum
+    }
+    path.write_bytes(spoiled[damage])
+    assert StageCache(tmp_path).get("stage", [1], compute)["x"][-1] == 49_999
+    assert compute.calls == 2
+
+
+def test_bytes_overwritten_anywhere_never_reach_the_caller(tmp_path: Path) -> None:
+    # Some end in a wrong checksum, some inside the decompressor, each with an exception of its own.
+    generator = np.random.default_rng(0)
+    wanted = generator.standard_normal(3000).round(2)
+    StageCache(tmp_path).get("stage", [1], lambda: {"x": wanted})
+    (path,) = (tmp_path / "data").glob("*.npz")
+    content = path.read_bytes()
+    cache = StageCache(tmp_path)
+    for start in generator.integers(0, len(content) - 16, 30):
+        path.write_bytes(content[:start] + generator.bytes(16) + content[start + 16 :])
+        assert np.array_equal(cache.get("stage", [1], lambda: {"x": wanted})["x"], wanted)
+
+
+def test_interrupted_study_goes_on_after_its_last_stage(tmp_path: Path) -> None:
+    first, cache = _Counting(), StageCache(tmp_path)
+    cache.get("first", [1], first)
+
+    def killed() -> dict[str, np.ndarray]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.get("second", [1], killed)
+    again = StageCache(tmp_path)
+    again.get("first", [1], first)
+    second = _Counting()
+    again.get("second", [1], second)
+    assert (first.calls, second.calls) == (1, 1)
+
+
+def test_prune_keeps_what_was_used(tmp_path: Path) -> None:
+    StageCache(tmp_path).get("stage", ["old"], _Counting())
+    cache = StageCache(tmp_path)
+    cache.get("stage", ["new"], _Counting())
+    cache.prune()
+    assert [path.name for path in (tmp_path / "data").glob("*.npz")] == list(cache.used.values())
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match="cannot be written"):
+        StageCache(tmp_path / "file")
+
+
+def test_other_format_version_is_refused(tmp_path: Path) -> None:
+    StageCache(tmp_path)
+    (tmp_path / "data" / "format.json").write_text('{"format_version": 99}')
+    with pytest.raises(ValueError, match=r"99.*choose another --out"):
+        StageCache(tmp_path)

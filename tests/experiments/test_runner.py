@@ -1,0 +1,132 @@
+"""Many runs and their names: hashes that move with every input, failures that are counted, folders that are locked."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.ablation import ARMS, LEARNING_RATES, SEEDS, grid
+from experiments.configs import CONFIGS, TrainConfig, smoke
+from experiments.runner import run_many, run_one
+from experiments.train import run_folder
+from optimizer import Rules
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# ---------------------------------------------------------------------------------------------------- hashes
+
+
+@pytest.mark.parametrize("make", CONFIGS.values())
+def test_config_survives_json(make: object) -> None:
+    config = make()  # type: ignore[operator]
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.hash == config.hash
+
+
+def test_every_field_moves_the_hash(config: TrainConfig) -> None:
+    other = {"model": dataclasses.replace(config.model, dim=64), "data": "enwik8", "arm": "slim_adam"}
+    variants = [config]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in other:
+            other[field.name] = value + "x" if isinstance(value, str) else value + 1 if value >= 1 else value / 2 or 1
+        variants.append(dataclasses.replace(config, **{field.name: other[field.name]}))
+    assert len({v.hash for v in variants}) == len(variants)
+
+
+def test_hash_is_pinned() -> None:
+    # Committed results are found again only as long as this stays: changing it needs a new format version.
+    assert grid("cpu")[0].with_rules_hash().hash == "149f78a97335"
+
+
+def test_rules_file_with_other_content_is_another_run(tmp_path: Path, config: TrainConfig) -> None:
+    path = tmp_path / "rules.json"
+    config = dataclasses.replace(config, arm=str(path))
+    hashes = []
+    for shipped in ("adam_mini", "slim_adam"):
+        Rules.load(shipped).save(path)
+        hashes.append(config.with_rules_hash().hash)
+    assert hashes[0] != hashes[1]
+
+
+def test_other_version_of_a_config_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="format_version=99"):
+        TrainConfig.from_dict({**config.to_dict(), "format_version": 99})
+
+
+@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("batch", 0), ("eval_every", 0), ("warmup", 1.0)])
+def test_impossible_sizes_are_named(config: TrainConfig, field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{field}={value}"):
+        dataclasses.replace(config, **{field: value})
+
+
+# ------------------------------------------------------------------------------------------------------ grid
+
+
+def test_grid_is_complete_and_balanced() -> None:
+    runs = grid("cpu")
+    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 63
+    assert len({run.hash for run in runs}) == 63
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    same = {dataclasses.replace(run, arm="", lr=0.1, seed=0) for run in runs}
+    assert len(same) == 1  # nothing else differs between arms
+
+
+def test_unknown_arm_is_named() -> None:
+    with pytest.raises(ValueError, match=r"arms=\['adam'\]"):
+        grid("cpu", ("adam",))
+
+
+# ---------------------------------------------------------------------------------------------------- runner
+
+
+def test_smoke_ablation_runs_and_is_not_run_twice(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.ablation", "--profile", "smoke", "--results", str(tmp_path),
+               "--arms", "adam_mini", "permuted"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 runs done, 0 failed" in done.stdout
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p.name for p in files} == {"config.json", "environment.json", "metrics.jsonl", "status.json"}
+    messages: list[str] = []
+    outcome = run_many(grid("smoke", ("adam_mini", "permuted")), tmp_path, say=messages.append)
+    assert (outcome.done, outcome.failed) == (2, ()) and "2 already finished" in messages[0]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_failed_run_is_counted_and_recorded(tmp_path: Path) -> None:
+    broken = dataclasses.replace(smoke(), experiment="test", data="no-such-corpus")
+    outcome = run_many([broken], tmp_path, workers=1, say=lambda _: None)
+    folder = run_folder(tmp_path, broken.with_rules_hash())
+    assert (outcome.done, outcome.failed) == (0, (folder,))
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "no-such-corpus" in status["error"]
+
+
+def test_folder_in_use_is_left_alone(tmp_path: Path, config: TrainConfig) -> None:
+    config = config.with_rules_hash()
+    folder = run_folder(tmp_path, config)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="being run by another process"):
+            run_one(folder / "config.json", tmp_path)
+    assert not (folder / "status.json").exists()
+    run_one(folder / "config.json", tmp_path)
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+def test_bad_requests_are_refused_before_anything_starts(tmp_path: Path, config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="workers=0"):
+        run_many([config], tmp_path, workers=0)
+    with pytest.raises(ValueError, match="two of the configs are equal"):
+        run_many([config, config], tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,167 @@
+"""The operator: products, weights of batches, scipy's view, an untouched model, and every refusal."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import scipy.sparse.linalg
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.models import lm_loss
+from hessian import HessianOperator, dense
+from tests.hessian.subjects import batches_for, gpt, joined, llama, mlp
+
+
+def test_products_agree_with_the_matrix() -> None:
+    model = llama()
+    operator = HessianOperator(model, lm_loss, None, batches_for(model), chunk=3)
+    matrix, n = dense(operator), operator.shape[0]
+    vectors = torch.randn(n, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(operator @ vectors[:, 0], matrix @ vectors[:, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(operator.matmat(vectors), matrix @ vectors, rtol=0, atol=1e-10)
+    torch.testing.assert_close(operator @ vectors, matrix @ vectors, rtol=0, atol=1e-10)
+    assert operator.dtype is torch.float64 and operator.shape == (n, n)
+
+
+def test_batches_are_weighted_by_their_examples() -> None:
+    model = mlp()
+    ragged = batches_for(model, (9, 1))
+    v = torch.ones(HessianOperator(model, lm_loss, None, ragged).shape[0], dtype=torch.float64)
+    whole = HessianOperator(model, lm_loss, None, [joined(ragged)]) @ v
+    torch.testing.assert_close(HessianOperator(model, lm_loss, None, ragged) @ v, whole, rtol=0, atol=1e-12)
+    unweighted = HessianOperator(model, lm_loss, None, ragged, count=lambda batch: 1) @ v
+    assert (unweighted - whole).abs().max() > 1e-6, "the count option has no effect"
+    gradient = HessianOperator(model, lm_loss, None, ragged).gradient()
+    expected = torch.autograd.grad(lm_loss(model, joined(ragged)), list(model.parameters()))
+    torch.testing.assert_close(gradient, torch.cat([g.flatten() for g in expected]), rtol=0, atol=1e-12)
+
+
+def test_eigsh_works_on_the_scipy_view() -> None:
+    model = mlp()
+    operator = HessianOperator(model, lm_loss, None, batches_for(model))
+    top = scipy.sparse.linalg.eigsh(operator.to_scipy(), k=2, which="LA", return_eigenvectors=False)
+    exact = torch.linalg.eigvalsh(dense(operator))[-2:]
+    torch.testing.assert_close(torch.from_numpy(top).sort().values, exact, rtol=1e-8, atol=1e-10)
+
+
+def test_the_model_is_left_alone() -> None:
+    model = gpt()
+    model.lm_head.weight.requires_grad_(False)
+    model.transformer["wte"].weight.grad = torch.ones_like(model.transformer["wte"].weight)
+    before = copy.deepcopy(model.state_dict())
+    operator = HessianOperator(model, lm_loss, None, batches_for(model))
+    assert "lm_head.weight" not in operator.names, "None means the trainable ones"
+    dense(operator)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not model.lm_head.weight.requires_grad and model.training
+    assert torch.equal(model.transformer["wte"].weight.grad, torch.ones_like(model.transformer["wte"].weight))
+    assert model.transformer["wpe"].weight.grad is None
+
+
+class NoDerivative(torch.autograd.Function):
+    """A kernel that computes something and cannot be differentiated."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None: ...
+
+
+class Kernel(torch.autograd.Function):
+    """Like a fused attention kernel: a backward pass of its own, which has none in turn."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return NoDerivative.apply(ctx.saved_tensors[0]) * grad
+
+
+def regression() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    data = (torch.randn(6, 3, generator=generator).double(), torch.randn(6, 2, generator=generator).double())
+    return nn.Linear(3, 2).double(), [data]
+
+
+def mse(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "words"),
+    [
+        (lambda m, b: (m(b[0]) - b[1]).square().mean(0), TypeError, r"shape \(2,\).*0-dim"),
+        (lambda m, b: mse(m, b).item(), TypeError, "0-dim"),
+        (lambda m, b: F.mse_loss(m(b[0]), b[1], reduction="sum"), ValueError, "not a mean.*reduction='mean'"),
+        (lambda m, b: mse(m, b) * math.nan, ValueError, r"batches\[0\].*nan"),
+        (lambda m, b: mse(m, b) / 0.0, ValueError, r"batches\[0\].*inf"),
+        (lambda m, b: b[1].square().mean(), ValueError, "does not depend on.*weight.*leave them out"),
+        (lambda m, b: (b[0] @ m.weight.T - b[1]).square().mean(), ValueError, r"does not depend on \['bias'\]"),
+        (lambda m, b: mse(m, b) + 0.1 * torch.rand((), dtype=torch.float64), ValueError, "random.*eval"),
+        (lambda m, b: F.dropout(m(b[0]), 0.5).square().mean(), ValueError, "random.*functional dropout"),
+        (lambda m, b: Kernel.apply(m(b[0])).mean(), RuntimeError, "second derivative.*replace it"),
+    ],
+)  # fmt: skip
+def test_bad_losses_are_refused(loss, error, words: str) -> None:
+    model, batches = regression()
+    with pytest.raises(error, match=words):
+        HessianOperator(model, loss, None, batches)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (lambda m: {}, "params is empty"),
+        (lambda m: {"nonsense": m.weight}, "'nonsense'.*does not have"),
+        (lambda m: {"weight": m.weight.detach().clone()}, "'weight'.*named_parameters"),
+    ],
+)
+def test_bad_params_are_refused(params, words: str) -> None:
+    model, batches = regression()
+    with pytest.raises(ValueError, match=words):
+        HessianOperator(model, mse, params(model), batches)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda b: [], "batches is empty"),
+        (lambda b: None, "batches is empty"),
+        (lambda b: [*b, (b[0][0][:0], b[0][1][:0])], r"batches\[1\] holds no data"),
+        (lambda b: [*b, [b[0][0], b[0][1]]], r"batches\[1\] has another structure"),
+        (lambda b: [*b, (b[0][0].float(), b[0][1])], r"batches\[1\] has another structure"),
+    ],
+)
+def test_bad_batches_are_refused(change, words: str) -> None:
+    model, batches = regression()
+    with pytest.raises(ValueError, match=words):
+        HessianOperator(model, mse, None, change(batches))
+
+
+def test_random_modules_are_refused_until_eval() -> None:
+    torch.manual_seed(0)
+    _, batches = regression()
+    for layer, words in ((nn.Dropout(0.3), "'1'.*p=0.3.*eval"), (nn.BatchNorm1d(2), "'1'.*running statistics.*eval")):
+        model = nn.Sequential(nn.Linear(3, 2), layer).double()
+        with pytest.raises(ValueError, match=words):
+            HessianOperator(model, mse, None, batches)
+        HessianOperator(model.eval(), mse, None, batches)
+
+
+def test_vectors_of_another_length_are_refused() -> None:
+    model, batches = regression()
+    with pytest.raises(ValueError, match=r"\(3, 1\).*\[8, k\]"):
+        HessianOperator(model, mse, None, batches) @ torch.ones(3, dtype=torch.float64)
