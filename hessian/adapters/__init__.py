@@ -1,0 +1,1 @@
+"""Other libraries' answers to the same questions, as cross-checks only."""
