@@ -86,8 +86,7 @@ def tables(runs: pd.DataFrame) -> str:
         verdict = "–" if not known else "yes" if row.differs else "no"
         lines.append(
             f"| {row.arm} | {row.scalars:,} | {row.lr:g} | {row.loss:.4f} ± {row.loss_half:.4f} | {difference} | "
-            f"{verdict} "
-            f"| {row.n} | {row.diverged} |"
+            f"{verdict} | {row.n} | {row.diverged} |"
         )
     rates = sorted(runs.lr.unique())
     lines += ["", "Paired difference to `elementwise` at the same learning rate:", ""]

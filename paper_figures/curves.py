@@ -40,10 +40,8 @@ def evidence_table(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "07_evidence", "Which partitions are real",
         f"z of the mass inside the blocks against {n} random partitions of the same sizes (medians over layers). "
-        f"Above 6 "
-        "counts as structure. Finer partitions and larger matrices have a tighter null, so z says that structure "
-        "is there, "
-        "not how much: compare z along a row, not between rows.",
+        "Above 6 counts as structure. Finer partitions and larger matrices have a tighter null, so z says that "
+        "structure is there, not how much: compare z along a row, not between rows.",
     )  # fmt: skip
 
 
@@ -70,7 +68,7 @@ def spectra(report: HessianReport, out: Path) -> Caption:
         axes.fill_between(
             grid_points, np.maximum(mean - 2 * error, 1e-9), mean + 2 * error, color=COLOURS[1], alpha=0.25
         )
-        axes.set_ylim(1e-6 / sigma, None)
+        axes.set_ylim(1e-6 / sigma, 3 * float(mean.max()))
         axes.set_title(f"{TITLES[model]}, n = {len(exact):,}, 100 % of training")
         axes.set_xlabel("eigenvalue")
         axes.set_ylabel("density")
@@ -78,9 +76,8 @@ def spectra(report: HessianReport, out: Path) -> Caption:
     save(figure, out, "08_spectra")
     return Caption(
         "08_spectra", "The spectrum, exactly and from products alone",
-        f"Density of all eigenvalues, smoothed by a Gaussian of 1 % of the largest. Dashed: stochastic Lanczos "
-        f"quadrature, "
-        f"{report.report['settings']['slq_steps']} steps, band two standard errors.",
+        "Density of all eigenvalues, smoothed by a Gaussian of 1 % of the largest. Dashed: stochastic Lanczos "
+        f"quadrature, {report.report['settings']['slq_steps']} steps, band two standard errors.",
     )  # fmt: skip
 
 
@@ -101,8 +98,7 @@ def block_spectra(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "09_block_spectra", "Matrices of one model have different spectra",
         "Jensen-Shannon distance between the eigenvalue densities of every pair of matrices at 100 % of training "
-        "(0 equal, 1 "
-        "disjoint). Different matrices call for different learning rates; the mean over pairs is in each title.",
+        "(0 equal, 1 disjoint); the mean over pairs is in each title. The classifier has one pair only.",
     )  # fmt: skip
 
 
@@ -126,11 +122,9 @@ def jensen(report: HessianReport, out: Path) -> Caption:
     save(figure, out, "10_jensen_gap")
     return Caption(
         "10_jensen_gap", "What sharing costs",
-        "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over "
-        "layers): zero when "
-        "all elements of a block would get the same learning rate anyway; half of it is the mean log ratio of learning "
-        "rates. A bar as long as its tick is no better "
-        "than chance.",
+        "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over layers): "
+        "zero when all elements of a block would get the same learning rate anyway; half of it is the mean log "
+        "ratio of learning rates. A bar as long as its tick is no better than chance.",
     )  # fmt: skip
 
 
@@ -156,6 +150,5 @@ def training_check(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "11_training_check", "Do the rules train?",
         f"Held-out loss with the derived rules, the paper's and AdamW: mean over {len(runs)} seeds, band smallest "
-        f"to largest. "
-        "A sanity check on tiny models, one learning rate; the ablation is where arms are compared.",
+        "to largest. A sanity check on tiny models, one learning rate; the ablation is where arms are compared.",
     )  # fmt: skip

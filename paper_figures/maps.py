@@ -81,9 +81,9 @@ def query_key(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "01_query_key_heads", "Queries and keys fall into heads",
         "|H| of one query and one key matrix (first layer) before, halfway through and after training; rows and "
-        "columns "
-        "are the matrix's elements in row-major order, blue lines the borders of the heads. See the mass gather in the "
-        "diagonal squares; z says by how many standard deviations of a random partition of the same sizes.",
+        "columns are the matrix's elements in row-major order, blue lines the borders of the heads. See the mass "
+        "gather in the diagonal squares; z says by how many standard deviations of a random partition of the same "
+        "sizes.",
     )  # fmt: skip
 
 
@@ -106,10 +106,9 @@ def rows_and_columns(report: HessianReport, out: Path, name: str, roles: tuple[s
     return Caption(
         name, title,
         "|H| at 100 % of training, left in row-major order with the borders of the rows (output neurons or "
-        "tokens), right "
-        "the same numbers reordered column by column with the borders of the columns (input neurons). Both "
-        "partitions are "
-        "real; compare how much lies outside the squares, and the z over each.",
+        "tokens), right the same numbers reordered column by column with the borders of the columns (input "
+        "neurons). The z over each says whether the partition is real (above 6 counts); compare how much lies "
+        "outside the squares.",
     )  # fmt: skip
 
 
@@ -128,8 +127,7 @@ def classifier(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "05_mlp_classifier", "For contrast: a one-hidden-layer classifier",
         "|H| of both matrices of an MLP that predicts the next character class, with the borders of its output "
-        "neurons, at "
-        "0, 50 and 100 % of training.",
+        "neurons, at 0, 50 and 100 % of training.",
     )  # fmt: skip
 
 
@@ -166,8 +164,7 @@ def whole_model(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "06_whole_model", "The whole model, exactly and by probes",
         "Left: the exact |H| of every parameter, averaged into cells. Middle: root mean square entry of every "
-        "block (heads "
-        "where there are heads, else tensors) from Rademacher probes, one product per block and probe: what "
-        "scales to models "
-        "whose Hessian never fits. Right: the probes against the exact norms, bars one standard error.",
+        "block (heads where there are heads, else tensors) from Rademacher probes, one product per block and "
+        "probe: what scales to models whose Hessian never fits. Right: the probes against the exact norms, bars "
+        "one standard error.",
     )  # fmt: skip
