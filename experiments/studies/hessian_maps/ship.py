@@ -1,6 +1,6 @@
 """``python -m experiments.studies.hessian_maps.ship out/hessian``: make a study's rules the shipped set ``derived``.
 
-The shipped file keeps the choices and the candidates behind them, not the raw table: `make hessian` measures that again.
+The shipped file keeps the choices and the candidates behind them, not the raw table: `make hessian` makes that anew.
 """
 
 from __future__ import annotations
