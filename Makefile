@@ -7,7 +7,9 @@ PYTHON  ?= python3
 TORCH   ?= cpu
 PROFILE ?= cpu
 WORKERS ?= 2
+RESULTS ?= results
 OUT     ?= out/hessian
+FIGURES ?= paper_figures/out
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -61,10 +63,10 @@ bench: $(READY)
 	$(PY) -m benchmarks.optimizer_step
 
 ablation: $(READY)
-	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS)
+	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS)
 
 figures: $(READY)
-	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out paper_figures/out
+	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out $(FIGURES)
 
 clean:
 	rm -rf $(VENV) out paper_figures/out build *.egg-info

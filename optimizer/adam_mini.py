@@ -269,7 +269,9 @@ def _validate(options: Mapping[str, Any], what: str) -> None:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"{what} {name} must be one number; got a tensor of shape {tuple(value.shape)}")
-            continue
+            if value.device.type != "cpu":
+                continue  # looking at it would wait for the device
+            value = value.item()
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{what} {name}={value!r} must be a finite number >= 0")
     betas = options["betas"]

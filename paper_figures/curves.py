@@ -7,12 +7,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 
 from analysis.hessian import HessianReport
 from analysis.stats import t_interval
 from paper_figures.maps import TITLES, Caption
-from paper_figures.style import ARM_COLOURS, COLOURS, role_name, save
+from paper_figures.style import ARM_COLOURS, COLOURS, ROLE_COLOURS, role_name, save
 
 SHORT = {"TENSOR": "tensor", "ATTENTION_HEAD": "head", "OUT_NEURON": "row", "IN_NEURON": "column", "TOKEN": "token"}
 
@@ -83,8 +84,9 @@ def spectra(report: HessianReport, out: Path) -> Caption:
 
 def block_spectra(report: HessianReport, out: Path) -> Caption:
     """Distances between the spectra of a model's matrices."""
-    figure, grid = plt.subplots(1, 3, figsize=(12.6, 5.2), width_ratios=(1.2, 1.6, 0.7))
-    for axes, model in zip(grid, ("gpt", "llama", "mlp"), strict=True):
+    figure, (curves, grid) = plt.subplots(2, 3, figsize=(12.6, 8.8), width_ratios=(1.2, 1.6, 0.7), height_ratios=(2, 3))
+    for top, axes, model in zip(curves, grid, ("gpt", "llama", "mlp"), strict=True):
+        _sorted_spectra(top, report, model)
         distances = report.report["js"][model]
         names = [name.removeprefix("transformer.").replace(".weight", "") for name in distances["names"]]
         image = axes.imshow(np.array(distances["distance"]), vmin=0, vmax=1, cmap="viridis")
@@ -97,9 +99,29 @@ def block_spectra(report: HessianReport, out: Path) -> Caption:
     save(figure, out, "09_block_spectra")
     return Caption(
         "09_block_spectra", "Matrices of one model have different spectra",
-        "Jensen-Shannon distance between the eigenvalue densities of every pair of matrices at 100 % of training "
+        "Top: absolute eigenvalues of every matrix's diagonal block, largest first, relative to the largest; one "
+        "line a "
+        "matrix, coloured by role. Bottom: Jensen-Shannon distance between the eigenvalue densities of every "
+        "pair of matrices at 100 % of training "
         "(0 equal, 1 disjoint); the mean over pairs is in each title. The classifier has one pair only.",
     )  # fmt: skip
+
+
+def _sorted_spectra(axes: Axes, report: HessianReport, model: str) -> None:
+    """Eigenvalues of a model's diagonal blocks, largest first."""
+    arrays, roles = report.arrays(f"hessian-{model}-100"), report.evidence.groupby("tensor").role.first()
+    names = report.report["js"][model]["names"]
+    palette = dict(zip(dict.fromkeys(roles[name] for name in names), ROLE_COLOURS, strict=False))
+    for name in names:
+        values = np.sort(np.abs(arrays[f"eig/{name}"]))[::-1]
+        axes.semilogy(np.linspace(0, 1, len(values)), values / values[0], color=palette[roles[name]], lw=1)
+    for role, colour in palette.items():
+        axes.plot([], [], color=colour, label="output layer" if role == "HEAD" else role.lower().replace("_", " "))
+    axes.set_ylim(1e-9, 2)
+    axes.set_xlabel("rank / order of the block")
+    axes.set_ylabel("|eigenvalue| / largest")
+    axes.set_title(f"{TITLES[model]}: spectra of the blocks")
+    axes.legend(fontsize=6.5, ncols=2)
 
 
 def jensen(report: HessianReport, out: Path) -> Caption:

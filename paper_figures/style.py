@@ -20,6 +20,7 @@ ARM_COLOURS = dict(
     zip(("elementwise", "adam_mini", "short_run", "slim_adam", "derived", "permuted", "pytorch_default"),
         ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"), strict=True)
 )  # fmt: skip
+ROLE_COLOURS = (*COLOURS, "#8B4513", "#808080")
 MAP = "magma"
 
 
