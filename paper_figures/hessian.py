@@ -112,13 +112,16 @@ def headline(report: HessianReport) -> str:
 def page(report: HessianReport, figures: list[Caption], folder: Path) -> str:
     """The self-contained page: every picture is inside it."""
 
+    used = report.report["settings"]
+    tokens = used["hessian_batches"] * used["batch"] * used["seq_len"]
+
     def show(caption: Caption) -> Markup:
         data = base64.b64encode((folder / f"{caption.name}.png").read_bytes()).decode()
         text = html.escape(caption.text)
         return Markup(  # everything inside is our own or escaped
             f'<figure id="{caption.name}"><img alt="{html.escape(caption.title)}" src="data:image/png;base64,{data}">'
-            f"<figcaption><b>{html.escape(caption.title)}.</b> {text} Seed "
-            f"{report.report['settings']['seed']}.</figcaption></figure>"
+            f"<figcaption><b>{html.escape(caption.title)}.</b> {text} n = one model a "
+            f"style, its Hessian over {tokens} tokens; seed {used['seed']}.</figcaption></figure>"
         )
 
     people = report.report["subjects"]
