@@ -1,10 +1,11 @@
 # Every target builds .venv first when it is missing or out of date, so each can be the first command in a fresh clone.
 #   make hessian     measure the structure, derive rules, write out/hessian/index.html
 #   make test        the test suite
-# A CPU build of torch is installed. For a GPU: make setup TORCH=cu128 (any tag of PyTorch's wheel index), or TORCH=pypi.
+# A CPU build of torch is installed. For a GPU: make setup TORCH=cu128 (any tag of PyTorch's wheel index), or TORCH=pypi;
+# later targets keep the choice.
 
 PYTHON  ?= python3
-TORCH   ?= cpu
+TORCH   ?= $(or $(firstword $(patsubst .venv/.ready-%,%,$(wildcard .venv/.ready-*))),cpu)
 PROFILE ?= cpu
 WORKERS ?= 2
 RESULTS ?= results
@@ -38,7 +39,7 @@ ifeq ($(TORCH),pypi)
 	@$(PIP) torch==$(TORCH_VERSION)
 else
 	@{ [ "$(TORCH)" = cpu ] && $(PIP) --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null; } || \
-		$(PIP) --no-deps --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) || \
+		$(PIP) --no-deps --force-reinstall --index-url $(TORCH_INDEX) torch==$(TORCH_VERSION) || \
 		{ echo "no torch $(TORCH_VERSION) for TORCH=$(TORCH); try TORCH=pypi (the default build, several GB)"; exit 1; }
 endif
 	@$(PIP) --constraint constraints.txt --editable ".[dev]"
