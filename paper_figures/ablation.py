@@ -44,17 +44,24 @@ def loss_curves(runs: pd.DataFrame, out: Path, note: str) -> Path:
 
 def loss_against_scalars(runs: pd.DataFrame, out: Path, note: str) -> Path:
     """Final loss with its 95 % interval against the number of second-moment scalars."""
-    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
     table = summary(runs)
     for row in table.itertuples():
-        axes.errorbar(
-            row.scalars, row.loss, yerr=row.loss_half, fmt="o", color=ARM_COLOURS[row.arm], capsize=3, label=row.arm
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel(f"second-moment scalars (of {table.parameters.iloc[0]:,} parameters)")
-    axes.set_ylabel("final validation loss (nats per byte)")
-    axes.set_title(f"best learning rate per arm, mean and 95 % interval, n = {table.n.min()} seeds{note}")
-    axes.legend()
+        colour = ARM_COLOURS[row.arm]
+        left.errorbar(row.scalars, row.loss, yerr=row.loss_half, fmt="o", color=colour, capsize=3)
+        # Seeds share weights and batches, so most of the left bars' length is common to all arms.
+        base = row.arm == BASELINE
+        difference, half = (0.0, 0.0) if base else (row.difference, row.difference_half)
+        right.errorbar(row.scalars, difference, yerr=half, fmt="o", color=colour, capsize=3, label=row.arm)
+    right.axhline(0, color=ARM_COLOURS[BASELINE], lw=1)
+    left.set_ylabel("final validation loss (nats per byte)")
+    right.set_ylabel(f"difference to {BASELINE}, seed by seed (nats)")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xlabel(f"second-moment scalars (of {table.parameters.iloc[0]:,} parameters)")
+    left.set_title(f"best learning rate per arm, mean and 95 % interval, n = {table.n.min()} seeds{note}")
+    right.set_title("the same, AdamW subtracted within each seed")
+    right.legend()
     return save(figure, out, "loss_against_scalars")
 
 
