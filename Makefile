@@ -67,7 +67,7 @@ ablation: $(READY)
 	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS)
 
 figures: $(READY)
-	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out $(FIGURES)
+	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out $(FIGURES) --prediction results/predicted_cost.json
 
 clean:
 	rm -rf $(VENV) out paper_figures/out build *.egg-info

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import scipy.stats
 
 from analysis.stats import Interval, t_interval
 
@@ -138,3 +139,26 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
             "differs": bool(difference and difference.excludes_zero),
         })  # fmt: skip
     return pd.DataFrame(rows).sort_values("loss").reset_index(drop=True)
+
+
+def with_prediction(runs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, float]:
+    """The summary with each arm's predicted cost, and Spearman's rank correlation with the final loss.
+
+    Args:
+        runs: all runs.
+        path: what ``experiments.studies.predicted_cost`` wrote.
+
+    Raises:
+        FileNotFoundError: no prediction there.
+        ValueError: an arm without a prediction.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run `python -m experiments.studies.predicted_cost`")
+    costs = json.loads(path.read_text())["cost"]
+    table = summary(runs)
+    if missing := sorted(set(table.arm) - set(costs)):
+        raise ValueError(
+            f"{path} predicts nothing for {missing}; run `python -m experiments.studies.predicted_cost` again"
+        )
+    table["predicted"] = [costs[arm] for arm in table.arm]
+    return table, float(scipy.stats.spearmanr(table.predicted, table.loss).statistic)

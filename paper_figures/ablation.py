@@ -10,7 +10,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.ablation import BASELINE, at_best, best_rates, load_runs, paired_difference, require_complete, summary
+from analysis.ablation import (
+    BASELINE,
+    at_best,
+    best_rates,
+    load_runs,
+    paired_difference,
+    require_complete,
+    summary,
+    with_prediction,
+)
 from paper_figures.style import ARM_COLOURS, save, setup
 
 
@@ -80,6 +89,23 @@ def learning_rates(runs: pd.DataFrame, out: Path, note: str) -> Path:
     return save(figure, out, "learning_rates")
 
 
+def prediction(runs: pd.DataFrame, out: Path, note: str, path: Path) -> Path:
+    """Final loss against the cost of sharing measured on the tiny models."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    table, rank = with_prediction(runs, path)
+    for row in table.itertuples():
+        base = row.arm == BASELINE
+        difference, half = (0.0, 0.0) if base else (row.difference, row.difference_half)
+        axes.errorbar(
+            row.predicted, difference, yerr=half, fmt="o", color=ARM_COLOURS[row.arm], capsize=3, label=row.arm
+        )
+    axes.set_xlabel("predicted cost: mean Jensen gap of the tiny models (nats)")
+    axes.set_ylabel(f"final loss minus {BASELINE}'s, seed by seed (nats)")
+    axes.set_title(f"rank correlation {rank:.2f} over {len(table)} arms{note}")
+    axes.legend()
+    return save(figure, out, "predicted_cost")
+
+
 def tables(runs: pd.DataFrame) -> str:
     """The summary at the best rates, and the paired difference at each rate, as Markdown."""
     lines = [
@@ -118,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results/ablation_cpu"))
     parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
+    parser.add_argument("--prediction", type=Path, help="predicted costs, for the figure that compares them")
     parser.add_argument("--partial", action="store_true", help="draw although runs are missing, and say so")
     arguments = parser.parse_args(argv)
     try:
@@ -130,6 +157,11 @@ def main(argv: list[str] | None = None) -> None:
     note = " (incomplete)" if arguments.partial else ""
     arguments.out.mkdir(parents=True, exist_ok=True)
     drawn = [f(runs, arguments.out, note) for f in (loss_curves, loss_against_scalars, learning_rates)]
+    if arguments.prediction is not None:
+        try:
+            drawn.append(prediction(runs, arguments.out, note, arguments.prediction))
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(str(error)) from error
     path = arguments.out / "tables.md"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(tables(runs))

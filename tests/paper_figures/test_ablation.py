@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from analysis.ablation import ARMS, load_runs
+from analysis.ablation import ARMS, load_runs, summary, with_prediction
 from paper_figures.ablation import main, tables
 from tests.analysis.runs import write_grid, write_run
 
@@ -21,6 +22,32 @@ def test_complete_grid_leaves_figures_and_tables(tmp_path: Path) -> None:
     expected = {f"{name}.{kind}" for name in figures for kind in ("pdf", "png")} | {"tables.md"}
     assert {path.name for path in out.iterdir()} == expected
     assert all(f"| {arm} |" in (out / "tables.md").read_text() for arm in ARMS)
+
+
+def test_prediction_beside_measurement(tmp_path: Path) -> None:
+    results, prediction = write_grid(tmp_path / "results"), tmp_path / "cost.json"
+    for arm in ("slim_adam", "derived"):
+        write_run(results, arm, 0.01, 0, 3.31 if arm == "slim_adam" else 4.47)
+    runs = load_runs(results)
+    arms = summary(runs).arm.tolist()
+    prediction.write_text(json.dumps({"cost": {arm: float(i) for i, arm in enumerate(arms)}}))
+    assert with_prediction(runs, prediction)[1] == pytest.approx(1.0)
+    prediction.write_text(json.dumps({"cost": {arm: -float(i) for i, arm in enumerate(arms)}}))
+    assert with_prediction(runs, prediction)[1] == pytest.approx(-1.0)
+    arguments = [
+        "--results",
+        str(results),
+        "--out",
+        str(tmp_path / "out"),
+        "--partial",
+        "--prediction",
+        str(prediction),
+    ]
+    main(arguments)
+    assert (tmp_path / "out" / "predicted_cost.png").stat().st_size > 1000
+    prediction.write_text(json.dumps({"cost": {}}))
+    with pytest.raises(SystemExit, match="predicts nothing"):
+        main(arguments)
 
 
 def test_a_hole_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""What the measured Jensen gaps predict for a model and a rule set, before any training.
+
+    python -m experiments.studies.predicted_cost [--out results/predicted_cost.json]
+
+The shipped rules ``derived`` carry, for every role and candidate unit, the Jensen gap measured on the tiny models. Here
+they are averaged over the matrices of the ablation's model, weighted by size, for every arm: the mean over parameters
+of log(shared v) - log(own v), twice the mean log ratio of learning rates. Norms and vectors are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+from torch import nn
+
+from experiments.ablation import ARMS
+from experiments.configs import byte_llama
+from experiments.models import build
+from experiments.optimizers import CONTROL
+from experiments.storage import write_json
+from optimizer import Rules, Unit
+from optimizer.partition import discover
+
+
+def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> float:
+    """Size-weighted mean gap of an arm over a model's matrices.
+
+    Args:
+        model: the model.
+        arm: a rule set, or ``permuted`` (the null gap of ``adam_mini``'s block sizes).
+        choices: the ``choices`` of derived rules' evidence.
+
+    Raises:
+        KeyError: the evidence lacks a role or unit the arm uses.
+    """
+    rules = Rules.load("adam_mini" if arm == CONTROL else arm)
+    total = weight = 0.0
+    for anatomy in discover(model).values():
+        for part in anatomy.parts:
+            if len(anatomy.shape) != 2:
+                continue
+            size = part.size * anatomy.shape[1 - anatomy.axis]
+            weight += size
+            unit = rules[part.role]
+            if unit is Unit.ELEMENT:
+                continue
+            candidates = {c["unit"]: c for c in choices[part.role.value]["candidates"]}
+            rows = {"OUT_NEURON": "TOKEN"} if "TOKEN" in candidates else {}  # the rows of a table are its tokens
+            found = candidates[rows.get(unit.value, unit.value)]
+            total += size * found["jensen_null" if arm == CONTROL else "jensen"]
+    return total / weight
+
+
+def main(out: Path = Path("results/predicted_cost.json")) -> None:
+    """Write and print the predicted cost of every arm of the ablation.
+
+    Args:
+        out: where to.
+    """
+    model, evidence = build(byte_llama().model, 0), Rules("derived").evidence
+    costs = {arm: round(predicted_cost(model, arm, evidence["choices"]), 4) for arm in ARMS}
+    write_json(out, {"model": "byte_llama", "unit": "nats", "cost": costs})
+    for arm, cost in sorted(costs.items(), key=lambda item: item[1]):
+        print(f"{arm:16s} {cost:.3f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
