@@ -39,7 +39,7 @@ class Settings:
     slq_steps: int = 80
     slq_probes: int = 10
     norm_probes: int = 8
-    check_steps: int = 1000
+    check_steps: int = 600
     check_seeds: tuple[int, ...] = (0, 1, 2)
     seed: int = 0
 
