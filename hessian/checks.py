@@ -17,7 +17,7 @@ def own_parameters(model: nn.Module, params: dict[str, Tensor] | None) -> dict[s
     """The parameters asked for, by the model's own names.
 
     Raises:
-        ValueError: none, one the model does not have, one that is not the model's tensor, or dtypes that differ.
+        ValueError: none, one the model does not have, one of another shape, a shared one twice, or dtypes that differ.
     """
     known = dict(model.named_parameters(remove_duplicate=False))
     if params is None:
@@ -27,14 +27,18 @@ def own_parameters(model: nn.Module, params: dict[str, Tensor] | None) -> dict[s
     for name, tensor in params.items():
         if name not in known:
             raise ValueError(f"params names {name!r}, which the model does not have; it has {sorted(known)[:5]}, ...")
-        if known[name] is not tensor:
-            raise ValueError(f"params[{name!r}] is not the model's own tensor; take it from model.named_parameters()")
+        if known[name].shape != tensor.shape:
+            raise ValueError(
+                f"params[{name!r}] has shape {tuple(tensor.shape)}, the model's own {tuple(known[name].shape)}; "
+                f"take it from "
+                "model.named_parameters()"
+            )
         if not tensor.is_floating_point():
             raise ValueError(f"params[{name!r}] has dtype {tensor.dtype}; a Hessian needs floating-point parameters")
     dtypes = {tensor.dtype for tensor in params.values()}
     if len(dtypes) > 1:
         raise ValueError(f"params has several dtypes {sorted(map(str, dtypes))}; convert the model to one")
-    if len({id(tensor) for tensor in params.values()}) < len(params):
+    if len({id(known[name]) for name in params}) < len(params):
         raise ValueError("params names one shared tensor twice; name tied weights once")
     return dict(params)
 

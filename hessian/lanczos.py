@@ -30,7 +30,7 @@ def slq(
 
     Args:
         operator: symmetric, order n.
-        steps: Lanczos steps; at most n.
+        steps: Lanczos steps; beyond n there is nothing left to find.
         probes: random start vectors, >= 2 for standard errors.
         seed: of the start vectors.
         progress: called with (steps done, steps in all).
@@ -44,7 +44,7 @@ def slq(
     if steps < 1 or probes < 1:
         raise ValueError(f"steps={steps} and probes={probes} must be at least 1")
     n = operator.shape[0]
-    steps = min(steps, n)
+    asked, steps = steps, min(steps, n)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (n, probes), generator=generator).mul_(2).sub_(1)
     current = (signs.to(torch.float64) / math.sqrt(n)).to(operator.device)
@@ -68,7 +68,10 @@ def slq(
         if progress is not None:
             progress(step + 1, steps)
     nodes, weights = zip(*(_quadrature(alpha[:, p].cpu(), beta[:, p].cpu()) for p in range(probes)), strict=True)
-    return SpectralDensity(torch.stack(nodes), torch.stack(weights), n)
+    pad = (0, asked - steps)
+    return SpectralDensity(
+        torch.nn.functional.pad(torch.stack(nodes), pad), torch.nn.functional.pad(torch.stack(weights), pad), n
+    )
 
 
 def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

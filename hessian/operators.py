@@ -99,8 +99,8 @@ class HessianOperator:
     Args:
         model: the model, in eval mode if it has dropout or batch normalisation.
         loss: ``loss(model, batch)`` -> 0-dim tensor, the mean over the batch.
-        params: name -> the model's own tensor; None for all trainable ones. The vector order is this order, each
-            tensor flattened row-major.
+        params: name -> tensor (the model's own, or other values to take the Hessian at); None for all trainable ones.
+            The vector order is this order, each tensor flattened row-major.
         batches: batches of one structure; they may differ in size.
         count: examples in a batch, which weight its mean; default: rows of its first tensor.
         chunk: vectors per pass in ``matmat``; small chunks stay in cache and bound memory.

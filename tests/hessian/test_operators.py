@@ -62,6 +62,27 @@ def test_the_model_is_left_alone() -> None:
     assert model.transformer["wpe"].weight.grad is None
 
 
+def test_values_other_than_the_model_s_own() -> None:
+    """Detached tensors, and another point: the Hessian is taken where params says."""
+    model, batches = mlp(), batches_for(mlp())
+    here = dense(HessianOperator(model, lm_loss, None, batches))
+    detached = {name: p.detach() for name, p in model.named_parameters()}
+    torch.testing.assert_close(dense(HessianOperator(model, lm_loss, detached, batches)), here, rtol=0, atol=1e-12)
+    elsewhere = {name: 0.5 * p for name, p in detached.items()}
+    moved = copy.deepcopy(model)
+    moved.load_state_dict(elsewhere)
+    expected = dense(HessianOperator(moved, lm_loss, None, batches))
+    torch.testing.assert_close(dense(HessianOperator(model, lm_loss, elsewhere, batches)), expected, rtol=0, atol=1e-12)
+    assert (expected - here).abs().max() > 1e-4
+
+
+def test_a_shared_tensor_is_named_once() -> None:
+    model = gpt(tied=True)
+    twice = {"transformer.wte.weight": model.lm_head.weight, "lm_head.weight": model.lm_head.weight}
+    with pytest.raises(ValueError, match="shared tensor twice"):
+        HessianOperator(model, lm_loss, twice, batches_for(model))
+
+
 class NoDerivative(torch.autograd.Function):
     """A kernel that computes something and cannot be differentiated."""
 
@@ -126,7 +147,8 @@ def test_bad_losses_are_refused(loss, error, words: str) -> None:
     [
         (lambda m: {}, "params is empty"),
         (lambda m: {"nonsense": m.weight}, "'nonsense'.*does not have"),
-        (lambda m: {"weight": m.weight.detach().clone()}, "'weight'.*named_parameters"),
+        (lambda m: {"weight": m.weight[:1]}, r"'weight'.*\(1, 3\).*\(2, 3\).*named_parameters"),
+        (lambda m: {"weight": m.weight, "bias": m.bias.float()}, "several dtypes"),
     ],
 )
 def test_bad_params_are_refused(params, words: str) -> None:
