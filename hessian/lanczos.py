@@ -112,7 +112,16 @@ def js_distance(first: Tensor, second: Tensor, *, sigma: float = 0.2, points: in
 
     Returns:
         The square root of the Jensen-Shannon divergence in bits, 0 (equal) to 1 (disjoint).
+
+    Raises:
+        ValueError: no eigenvalues, or NaN or infinite ones.
     """
+    for name, values in (("first", first), ("second", second)):
+        if values.numel() == 0 or not bool(torch.isfinite(values).all()):
+            raise ValueError(
+                f"{name} holds {values.numel()} eigenvalues; at least one is needed and all must be finite: leave that "
+                "block out"
+            )
     first, second = first.flatten().to(torch.float64), second.flatten().to(torch.float64)
     typical = [max(float(x.abs().median()), 1e-3 * float(x.abs().max()), 1e-300) for x in (first, second)]
     warped = [torch.asinh(x / math.sqrt(typical[0] * typical[1])) for x in (first, second)]

@@ -135,6 +135,7 @@ class HessianOperator:
         self._weights = [c / sum(counts) for c in counts]
         self._module = _LossModule(model, loss)
         self._theta = {name: tensor.detach().clone() for name, tensor in own.items()}
+        self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in own.values()]
         self._chunk = chunk
         self._forward_mode = True
@@ -143,7 +144,7 @@ class HessianOperator:
         first = next(iter(own.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shape = (sum(self._sizes), sum(self._sizes))
-        with _twice_differentiable():
+        with _twice_differentiable(), torch.inference_mode(False), torch.enable_grad():
             with torch.no_grad():
                 checks.mean_loss(lambda batch: self._value(self._theta, batch), self._batches)
             checks.dependence(self._reverse_gradients, list(own), self._batches)
@@ -155,7 +156,7 @@ class HessianOperator:
         return list(self._theta)
 
     def _value(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
-        swapped = {f"model.{name}": tensor for name, tensor in theta.items()}
+        swapped = {f"model.{name}": tensor for name, tensor in theta.items()} | self._buffers
         return functional_call(self._module, swapped, (batch,), tie_weights=True)
 
     def _reverse_gradients(self, batch: Any, names: list[str]) -> dict[str, Tensor | None]:
@@ -249,7 +250,7 @@ class HessianOperator:
                 logger.info("products cannot be traced (%s: %s); going on without", type(error).__name__, error)
                 return []
             scale = max(float(plain[name].abs().max()) for name in plain)
-            if any(float((traced[name] - plain[name]).abs().max()) > 1e-5 * scale for name in plain):
+            if not all(float((traced[name] - plain[name]).abs().max()) <= 1e-5 * scale for name in plain):
                 logger.warning("traced products differ from plain ones; going on without")
                 return []
             programs.append(program)

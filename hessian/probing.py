@@ -42,7 +42,8 @@ def block_norms(
     """Squared Frobenius norms of all blocks, from Rademacher probes supported on one block each.
 
     For v_b of independent signs on block b and zero elsewhere, E ||(H v_b)_c||^2 = ||H_cb||_F^2. One product per block
-    and probe.
+    and probe. A symmetric operator's block is seen from both of its sides, and the two estimates are averaged (where
+    one is exact, it stands alone).
 
     Args:
         operator: symmetric, order n.
@@ -80,4 +81,27 @@ def block_norms(
             progress(start + len(part), len(order))
     single = (sizes == 1).cpu()
     samples[single] = samples[single][:, :1]
-    return BlockNorms(samples.mean(1), samples.std(1) / probes**0.5, probes)
+    return BlockNorms(*_both_sides(samples.mean(1), _variance_of_mean(samples), single), probes)
+
+
+def _variance_of_mean(samples: Tensor) -> Tensor:
+    """[B, probes, B] -> [B, B], cautious: a few skewed samples that all fall low also look as if they vary little.
+
+    The larger of an entry's own variance and the one that the relative variance of all probes of its source block
+    predicts from its size.
+    """
+    mean, own = samples.mean(1), samples.var(1)
+    relative = own.sum(1, keepdim=True) / mean.square().sum(1, keepdim=True).clamp_min(1e-300)
+    return torch.maximum(own, relative * mean.square()) / samples.shape[1]
+
+
+def _both_sides(mean: Tensor, variance: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard error of the symmetric matrix; a row that is exact overrules the column it meets."""
+    weight = torch.full_like(mean, 0.5)
+    weight[exact] = 1.0
+    weight[:, exact] = 0.0
+    weight[exact[:, None] & exact[None, :]] = 0.5
+    mean = weight * mean + weight.T * mean.T
+    both = (weight.square() * variance + weight.T.square() * variance.T).sqrt()
+    alone = torch.eye(len(mean), dtype=torch.bool)  # a diagonal block has one side only
+    return mean, torch.where(alone, variance.sqrt(), both)

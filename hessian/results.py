@@ -50,7 +50,7 @@ class BlockNorms:
     """Squared Frobenius norms of the blocks of an operator.
 
     Attributes:
-        mean: [B, B] estimates; entry (b, c) is ||H_cb||_F^2, of the block that takes block b's vectors to block c.
+        mean: [B, B] estimates of ||H_bc||_F^2, symmetric.
         stderr: [B, B] standard errors over probes; 0 where the estimate is exact (blocks of one element).
         probes: probes per block.
     """

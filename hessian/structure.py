@@ -61,20 +61,20 @@ def _mass(magnitude: Tensor, ids: Tensor, sizes: Tensor) -> float:
         return float(((magnitude @ indicator) * indicator).sum())
     # One batched gather when all blocks have one size; a loop over sizes otherwise.
     order = torch.argsort(ids, stable=True)
-    total, start = 0.0, 0
+    total = 0.0
     starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).long()
     for size in sizes.unique().long().tolist():
         firsts = starts[:-1][sizes == size]
-        members = order[firsts[:, None] + torch.arange(size)]
+        members = order[firsts[:, None] + torch.arange(size, device=order.device)]
         total += float(magnitude[members[:, :, None], members[:, None, :]].sum())
-        start += size
     return total
 
 
 def tau(matrix: Tensor) -> float:
-    """Share of |A| on the diagonal, 1 for a diagonal matrix (the Adam-mini paper's tau, arXiv 2406.16793)."""
+    """Share of |A| on the diagonal, 1 for a diagonal matrix, also of zeros (the Adam-mini paper's tau, 2406.16793)."""
     magnitude = matrix.abs()
-    return float(magnitude.diagonal().sum() / magnitude.sum())
+    total = float(magnitude.sum())
+    return float(magnitude.diagonal().sum()) / total if total else 1.0
 
 
 def preconditioned_ratio(matrix: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import UserDict
 
 import pytest
 import scipy.sparse.linalg
@@ -187,3 +188,46 @@ def test_vectors_of_another_length_are_refused() -> None:
     model, batches = regression()
     with pytest.raises(ValueError, match=r"\(3, 1\).*\[8, k\]"):
         HessianOperator(model, mse, None, batches) @ torch.ones(3, dtype=torch.float64)
+
+
+def test_grad_mode_of_the_caller_does_not_matter() -> None:
+    model, batches = regression()
+    expected = dense(HessianOperator(model, mse, None, batches))
+    with torch.no_grad():
+        torch.testing.assert_close(dense(HessianOperator(model, mse, None, batches)), expected)
+
+
+class Counting(nn.Module):
+    """Writes to a buffer wherever nobody differentiates, as power iterations and moving averages do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.calls += 1
+        return self.linear(x)
+
+
+def test_buffers_the_forward_pass_writes_to_stay_as_they_were() -> None:
+    model, (_, batches) = Counting().double(), regression()
+    HessianOperator(model, mse, None, batches)
+    assert model.calls == 0
+
+
+def test_a_loss_that_insists_on_its_batch_size_is_not_refused() -> None:
+    model, batches = regression()
+
+    def picky(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert len(batch[0]) == 6
+        return mse(model, batch)
+
+    assert HessianOperator(model, picky, None, batches).shape == (8, 8)
+
+
+def test_a_batch_type_unknown_to_torch_is_named() -> None:
+    model, batches = regression()
+    with pytest.raises(ValueError, match=r"batches\[0\] is a UserDict.*dict\(batch\)"):
+        HessianOperator(model, mse, None, [UserDict(x=batches[0][0])])
