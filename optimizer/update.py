@@ -42,6 +42,9 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
         Tensor of ``layout.aligned_shape(grad.shape)``, fp32 or float64.
     """
     dtype = second_moment_dtype(grad)
+    if layout.fold > 1:
+        per_block = block_mean_square(grad.unflatten(0, (layout.fold, -1)), layout.unfolded())
+        return per_block.flatten(0, 1)
     shape = layout.aligned_shape(grad.shape)
     reduced = [dim for dim, (kept, full) in enumerate(zip(shape, grad.shape, strict=True)) if kept != full]
     if reduced:
@@ -127,7 +130,15 @@ def _add_scaled(p: Tensor, m: Tensor, scale: Tensor) -> None:
 def _pieces(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, layout: Layout
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Layout]]:
-    """The tensors whole, or, under a per-element layout, in slices of their first axis that bound the temporaries."""
+    """The tensors whole, or, under a per-element layout, in slices of their first axis that bound the temporaries.
+
+    A layout with axis 0 split gets views with axis 0 split: splitting an axis never copies, whatever the strides.
+    """
+    if layout.fold > 1:
+        param, grad, exp_avg, exp_avg_sq = (
+            t.unflatten(0, (layout.fold, -1)) for t in (param, grad, exp_avg, exp_avg_sq)
+        )
+        layout = layout.unfolded()
     splits = param.dim() > 0 and param.numel() > max(_PIECE, param[0].numel())
     if not splits or exp_avg_sq.numel() != param.numel() or layout != Layout.per_element(tuple(param.shape)):
         yield param, grad, exp_avg, exp_avg_sq, layout

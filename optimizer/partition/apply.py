@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layout import Layout, Runs
-from .roles import HEAD_ROLES, Anatomy, Part, Unit
+from .roles import HEAD_ROLES, Anatomy, Part, Role, Unit, viewed
 from .rules import Rules
 
 _COLUMNS = Unit.IN_NEURON
@@ -35,8 +35,13 @@ def layout_of(anatomy: Anatomy, rules: Rules) -> Layout:
         segments.append(segment)
         if remark:
             notes.append(remark)
-    leading = anatomy.shape[: anatomy.leading]
-    return Layout(anatomy.axis, Runs(tuple(segments), anatomy.repeat), leading, "; ".join(notes))
+    return _layout(anatomy, anatomy.axis, Runs(tuple(segments), anatomy.repeat), "; ".join(notes))
+
+
+def _layout(anatomy: Anatomy, axis: int, runs: Runs, note: str = "") -> Layout:
+    """Runs along one axis of the tensor as the anatomy views it."""
+    leading = viewed(anatomy.shape, anatomy.fold)[: anatomy.leading]
+    return Layout(axis, runs, leading, note, anatomy.fold)
 
 
 def _segment(part: Part, unit: Unit) -> tuple[tuple[int, int], str]:
@@ -54,15 +59,15 @@ def _segment(part: Part, unit: Unit) -> tuple[tuple[int, int], str]:
 
 def _per_tensor(anatomy: Anatomy) -> Layout:
     """One block, or one per index of the leading axes (one per expert)."""
-    if not anatomy.leading:
+    if not anatomy.leading or anatomy.role is Role.CONV:
         return Layout.per_tensor(anatomy.shape)
-    size = anatomy.shape[anatomy.axis]
-    return Layout(anatomy.axis, Runs(((size, 1),) if size else ()), anatomy.shape[: anatomy.leading])
+    size = viewed(anatomy.shape, anatomy.fold)[anatomy.axis]
+    return _layout(anatomy, anatomy.axis, Runs(((size, 1),) if size else ()))
 
 
 def _columns(anatomy: Anatomy, in_axis: int) -> Layout:
     """One block per index of the input axis."""
-    return Layout(in_axis, Runs(((1, anatomy.shape[in_axis]),)), anatomy.shape[: anatomy.leading])
+    return _layout(anatomy, in_axis, Runs(((1, viewed(anatomy.shape, anatomy.fold)[in_axis]),)))
 
 
 def has_heads(anatomy: Anatomy) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from .families import FAMILIES, LAYERS, Family, Place, positions, resolve, rows
+from .families import BARE, FAMILIES, LAYERS, Family, Place, is_convolution, is_dense, resolve
+from .families.adapters import adapter_family
+from .families.makers import rows, table_rows
 from .names import by_name, clean, role_of_name
 from .roles import HEAD_ROLES, Anatomy, Role, whole
 
@@ -36,6 +39,10 @@ def discover(model: nn.Module) -> dict[str, Anatomy]:
         names[id(parameter)] = name
     found: dict[int, Anatomy] = {}
     paths = dict(model.named_modules())
+    for path, module in paths.items():
+        _packed(module, found)
+        if adapters := _adapters(module):
+            _claim(module, _lineage(paths, path), (adapter_family(adapters),), found, names)
     for table in (FAMILIES, LAYERS):
         for path, module in paths.items():
             _claim(module, _lineage(paths, path), table, found, names)
@@ -47,6 +54,20 @@ def discover(model: nn.Module) -> dict[str, Anatomy]:
                 place = Place(parameter, module, _lineage(paths, path))
                 found[id(parameter)] = _leaf(place, names[id(parameter)], leaf)
     return {name: found[key] for key, name in names.items()}
+
+
+def _packed(module: nn.Module, found: dict[int, Anatomy]) -> None:
+    """Weights a quantiser packed into integers: they have a layout like everything else, but no step ever reads it."""
+    for _, parameter in module.named_parameters(recurse=False):
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            shape = tuple(parameter.shape)
+            found[id(parameter)] = whole(Role.BIAS, shape, f"packed integers ({parameter.dtype}): never trained")
+
+
+def _adapters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the LoRA adapters a PEFT layer carries."""
+    holders = (getattr(module, name, None) for name in ("lora_A", "lora_embedding_A"))
+    return tuple(name for holder in holders if isinstance(holder, nn.ModuleDict | nn.ParameterDict) for name in holder)
 
 
 def _lineage(paths: dict[str, nn.Module], path: str) -> list[nn.Module]:
@@ -62,37 +83,38 @@ def _claim(
     found: dict[int, Anatomy],
     names: dict[int, str],
 ) -> None:
-    """Let the first family that matches the module speak of its parameters."""
-    family = next((family for family in table if family.matches(module)), None)
-    if family is None:
-        return
-    for path, make in family.params.items():
-        target = resolve(module, path)
-        if target is None or id(target[1]) in found or id(target[1]) not in names:
+    """Let the families that match the module speak of its parameters; the earlier word stands."""
+    for family in table:
+        if not family.matches(module):
             continue
-        owner, tensor = target
-        if tensor.ndim >= 2 and path.endswith(".weight") and not _is_dense(owner):
-            continue  # the child is something else under the same name (a gate, a norm): not this family's business
-        try:
-            found[id(tensor)] = make(Place(tensor, owner, modules), family.why)
-        except ValueError as error:
-            raise ValueError(f"parameter {names[id(tensor)]!r}: {error}") from error
+        for path, make in family.params.items():
+            target = resolve(module, path)
+            if target is None or id(target[1]) in found or id(target[1]) not in names:
+                continue
+            owner, tensor = target
+            if owner is not module and tensor.ndim >= 2 and not _is_projection(owner):
+                continue  # the child is something else under the same name (an embedding, a norm)
+            try:
+                found[id(tensor)] = make(Place(tensor, owner, modules), family.why)
+            except ValueError as error:
+                raise ValueError(f"parameter {names[id(tensor)]!r}: {error}") from error
 
 
-def _is_dense(module: nn.Module) -> bool:
-    """Whether a module's weight is a plain matrix whose output axis we know."""
-    return any(cls.__name__.endswith("Linear") or cls.__name__ == "Conv1D" for cls in type(module).__mro__)
+def _is_projection(module: nn.Module) -> bool:
+    """Whether a child that a family names can be a projection: dense, convolution, experts in parallel."""
+    return is_dense(module) or is_convolution(module) or "Expert" in type(module).__name__
 
 
 def _embeddings(paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:
     """nn.Embedding: one unit per row; the name only tells positions from tokens."""
     for path, module in paths.items():
-        if isinstance(module, nn.Embedding) and id(module.weight) not in found:
+        if not (isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")):
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and id(weight) not in found:
             position = role_of_name(path) is Role.POSITION_EMBEDDING
             role = Role.POSITION_EMBEDDING if position else Role.TOKEN_EMBEDDING
-            found[id(module.weight)] = whole(
-                role, tuple(module.weight.shape), "nn.Embedding: rows are tokens", in_axis=1
-            )
+            found[id(weight)] = whole(role, tuple(weight.shape), "embedding: rows are tokens", in_axis=1)
 
 
 def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:
@@ -104,7 +126,7 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
     tables = {tuple(m.weight.shape) for m in paths.values() if isinstance(m, nn.Embedding)}
     for path, module in reversed(paths.items()):
         weight = getattr(module, "weight", None)
-        if not _is_dense(module) or not isinstance(weight, Tensor) or id(weight) in found:
+        if not is_dense(module) or not isinstance(weight, Tensor) or id(weight) in found:
             continue
         if role_of_name(f"{path}.weight") is Role.HEAD:
             candidates.append((module, "an output layer by name"))
@@ -116,21 +138,24 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
             found[id(weight)] = rows(Role.HEAD)(Place(weight, module, [module]), f"output layer: {why}")
 
 
+_FUSED_NAME = re.compile(r"(?i)(^|_)(qkv|wqkv|query_key_value|c_attn|kv|qk|to_kv|in_proj_qkv\w*|kv_proj|qk_proj)(_|$)")
+
+
 def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
     """A parameter no family claimed: by the module that holds it, then by name."""
     tensor, owner = place.tensor, place.owner
-    if leaf.endswith("bias") or leaf.startswith("bias"):
-        return whole(Role.BIAS, place.shape, "a bias", axis=max(tensor.ndim - 1, 0))
-    if "norm" in type(owner).__name__.lower() and leaf in ("weight", "scale", "gamma", "g"):
-        return whole(Role.NORM, place.shape, f"weight of {type(owner).__name__}", axis=max(tensor.ndim - 1, 0))
-    role = role_of_name(name)
-    if tensor.ndim >= 2 and role is Role.POSITION_EMBEDDING:
-        return positions(place, f"a position table by name {name!r}")
-    if _is_dense(owner) and leaf == "weight" and tensor.ndim == 2:
-        if role in HEAD_ROLES or (role not in (Role.ATTENTION_OUT,) and _inside_attention(place)):
+    if is_dense(owner) and leaf == "weight" and tensor.ndim >= 2:
+        role = role_of_name(name)
+        suspicious = role in HEAD_ROLES or _FUSED_NAME.search(clean(name).split(".")[-2] if "." in name else "")
+        if suspicious or (role is not Role.ATTENTION_OUT and _inside_attention(place)):
             return _doubtful(place, name)
         chosen = role if role in (Role.ATTENTION_OUT, Role.MLP_OUT) else Role.MLP_IN
         return rows(chosen)(place, f"a dense layer ({type(owner).__name__}): units are its outputs")
+    bare = next((row for row in BARE if row.matches(place, leaf)), None)
+    if bare is not None:
+        return bare.make(place, bare.why)
+    if tensor.ndim >= 2 and role_of_name(name) is Role.POSITION_EMBEDDING:
+        return table_rows(Role.POSITION_EMBEDDING)(place, f"a position table by name {name!r}")
     if tensor.ndim <= 1:
         return by_name(name, place.shape)
     return whole(Role.OTHER, place.shape, f"{type(owner).__name__}.{leaf} is in no table")
@@ -144,14 +169,7 @@ def _inside_attention(place: Place) -> bool:
 def _doubtful(place: Place, name: str) -> Anatomy:
     """A matrix inside an attention nobody declared: its rows might be anything."""
     kind = type(place.modules[1] if len(place.modules) > 1 else place.owner).__name__
-    out, into = place.axes
-    return whole(
-        Role.OTHER,
-        place.shape,
-        f"inside {kind}, an attention no family describes ({clean(name)})",
-        axis=out,
-        in_axis=into,
-    )
+    return place.plain(Role.OTHER, f"inside {kind}, an attention no family describes ({clean(name)})")
 
 
 # --- without a model in hand --------------------------------------------------------------------------------------

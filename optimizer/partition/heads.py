@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_HEAD_DIM = (
-    "head_dim",
-    "d_head",
-    "dim_head",
-    "head_size",
-    "attention_head_size",
-    "d_kv",
-    "key_value_proj_dim",
-)
-_HEADS = (
-    "n_heads",
-    "n_head",
-    "num_heads",
-    "num_attention_heads",
-    "n_local_heads",
-    "nhead",
-    "heads",
-    "nheads",
-)
-_KV_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_local_kv_heads", "kv_heads")
+_HEAD_DIM = ("head_dim", "d_head", "dim_head", "head_size", "attention_head_size", "d_kv", "key_value_proj_dim",
+             "attn_head_size", "hidden_size_per_attention_head", "hidden_size_per_head", "qkv_size")  # fmt: skip
+_HEADS = ("n_heads", "n_head", "num_heads", "num_attention_heads", "num_attn_heads", "n_local_heads", "nhead", "heads",
+          "nheads", "groups")  # fmt: skip
+_KV_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_local_kv_heads", "kv_heads",
+             "n_query_groups", "num_query_groups")  # fmt: skip
 _CONFIGS = ("config", "cfg", "args", "params", "model_args", "hparams")
 
 
@@ -37,7 +23,7 @@ def _integer(source: Any, names: Sequence[str]) -> int | None:
     return None
 
 
-def _sources(modules: Sequence[Any]) -> Iterator[Any]:
+def sources(modules: Sequence[Any]) -> Iterator[Any]:
     """A module, its configurations, then its ancestors' (innermost first)."""
     for module in modules:
         yield module
@@ -45,6 +31,11 @@ def _sources(modules: Sequence[Any]) -> Iterator[Any]:
             config = getattr(module, name, None)
             if config is not None:
                 yield config
+
+
+def ask(modules: Sequence[Any], names: Sequence[str]) -> int | None:
+    """The first of the named positive integers that the nearest source has, or None."""
+    return next((n for source in sources(modules) if (n := _integer(source, names)) is not None), None)
 
 
 def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
@@ -60,7 +51,7 @@ def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
     Raises:
         ValueError: the nearest source contradicts the number of rows.
     """
-    for source in _sources(modules):
+    for source in sources(modules):
         head_dim, heads = _integer(source, _HEAD_DIM), _integer(source, _HEADS)
         if head_dim is None and heads is None:
             continue
@@ -88,20 +79,24 @@ def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
 def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | None:
     """(query heads, key-value heads, head_dim) of a fused [Q|K|V] projection with ``rows`` rows, or None.
 
+    The nearest source that knows the number of heads decides. Key-value heads it does not know are looked for around
+    it; where those do not explain the rows (they belong to other modules), every query head has a key.
+
     Raises:
         ValueError: the nearest source that knows the heads contradicts the number of rows.
     """
-    kv_known = next((n for s in _sources(modules) if (n := _integer(s, _KV_HEADS)) is not None), None)
-    for source in _sources(modules):
+    for source in sources(modules):
         heads = _integer(source, _HEADS)
         if heads is None:
             continue
-        kv_heads = kv_known or heads
-        head_dim = _integer(source, _HEAD_DIM) or rows // (heads + 2 * kv_heads)
-        if (heads + 2 * kv_heads) * head_dim != rows:
-            raise ValueError(
-                f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={head_dim} "
-                f"({(heads + 2 * kv_heads) * head_dim} rows), but the fused projection has {rows} rows"
-            )
-        return heads, kv_heads, head_dim
+        head_dim = _integer(source, _HEAD_DIM)
+        candidates = (_integer(source, _KV_HEADS), ask(modules, _KV_HEADS), heads)
+        for kv_heads in dict.fromkeys(n for n in candidates if n is not None):
+            fitted = head_dim or rows // (heads + 2 * kv_heads)
+            if (heads + 2 * kv_heads) * fitted == rows:
+                return heads, kv_heads, fitted
+        raise ValueError(
+            f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={fitted} "
+            f"({(heads + 2 * kv_heads) * fitted} rows), but the fused projection has {rows} rows"
+        )
     return None

@@ -12,6 +12,8 @@ from math import prod
 
 import torch
 
+from .roles import viewed
+
 
 def _merged(segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Join neighbouring segments of equal run length and drop empty ones."""
@@ -105,6 +107,8 @@ class Layout:
         axis: the axis along which the runs lie.
         runs: the run lengths along ``axis``; they add up to its size.
         leading: sizes of the axes in front of ``axis`` that repeat the runs with blocks of their own.
+        fold: pieces axis 0 is split into first (experts that one axis holds one behind the other); ``axis`` and
+            ``leading`` speak of that view.
         note: what a reader should know about how the layout was reached; not part of its identity.
 
     Example:
@@ -117,15 +121,19 @@ class Layout:
     axis: int
     runs: Runs
     leading: tuple[int, ...] = ()
+    fold: int = 1
     note: str = field(default="", compare=False)
 
-    def __init__(self, axis: int, runs: Runs | Iterable[int], leading: Iterable[int] = (), note: str = "") -> None:
+    def __init__(
+        self, axis: int, runs: Runs | Iterable[int], leading: Iterable[int] = (), note: str = "", fold: int = 1
+    ) -> None:
         leading = tuple(int(size) for size in leading)
         if axis < len(leading):
             raise ValueError(f"axis={axis} must lie behind the {len(leading)} leading axes")
         object.__setattr__(self, "axis", int(axis))
         object.__setattr__(self, "runs", runs if isinstance(runs, Runs) else Runs.of(runs))
         object.__setattr__(self, "leading", leading)
+        object.__setattr__(self, "fold", int(fold))
         object.__setattr__(self, "note", note)
 
     @classmethod
@@ -148,6 +156,9 @@ class Layout:
     def fits(self, shape: Iterable[int]) -> bool:
         """Whether a tensor of this shape can have this layout."""
         shape = tuple(shape)
+        if self.fold > 1 and (not shape or shape[0] % self.fold):
+            return False
+        shape = viewed(shape, self.fold)
         if not shape:
             return self.axis == 0 and not self.leading and self.runs.total == 1
         return (
@@ -162,14 +173,23 @@ class Layout:
         if not self.fits(shape):
             raise ValueError(
                 f"{what} has shape {shape}, but its layout holds {self.runs.total} indices along axis {self.axis}"
-                f" behind leading axes {self.leading}; build the optimizer from the tensor as it is used in step()"
+                f" behind leading axes {self.leading} (axis 0 in {self.fold} piece(s)); "
+                "build the optimizer from the tensor as it is used in step()"
             )
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """Shape of the aligned second moment: it broadcasts against the tensor, one value per index of the axis."""
-        shape = tuple(shape)
+        """Shape of the aligned second moment, one value per index of the axis and of the leading axes.
+
+        It broadcasts against the tensor; with ``fold`` > 1, after both have axis 0 split into (fold, rest).
+        """
+        view = viewed(tuple(shape), self.fold)
         kept = (*range(len(self.leading)), self.axis)
-        return tuple(size if dim in kept else 1 for dim, size in enumerate(shape))
+        aligned = tuple(size if dim in kept else 1 for dim, size in enumerate(view))
+        return aligned if self.fold == 1 else (aligned[0] * aligned[1], *aligned[2:])
+
+    def unfolded(self) -> Layout:
+        """This layout, of the view in which axis 0 is split."""
+        return self if self.fold == 1 else Layout(self.axis, self.runs, self.leading, self.note)
 
     def numel_per_index(self, shape: Iterable[int]) -> int:
         """How many elements share one index of the axis (and of the leading axes)."""
@@ -195,4 +215,5 @@ class Layout:
         lengths = self.runs.lengths()
         along = torch.arange(len(lengths)).repeat_interleave(lengths)
         outer = torch.arange(prod(self.leading)).unsqueeze(1) * len(lengths)
-        return (outer + along).reshape(self.aligned_shape(shape)).expand(shape).contiguous()
+        view = viewed(shape, self.fold)
+        return (outer + along).reshape(self.unfolded().aligned_shape(view)).expand(view).reshape(shape).contiguous()

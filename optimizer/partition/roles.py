@@ -66,6 +66,19 @@ class Part:
             )
 
 
+def viewed(shape: tuple[int, ...], fold: int) -> tuple[int, ...]:
+    """The shape with axis 0 split into (fold, rest); the shape itself for fold 1.
+
+    Raises:
+        ValueError: axis 0 does not divide.
+    """
+    if fold == 1:
+        return shape
+    if not shape or fold < 1 or shape[0] % fold:
+        raise ValueError(f"axis 0 of shape {shape} does not split into fold={fold} equal pieces")
+    return (fold, shape[0] // fold, *shape[1:])
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """How one tensor is made, whatever the rules later do with it.
@@ -77,6 +90,8 @@ class Anatomy:
         leading: how many axes in front (experts, for instance) repeat the pattern independently.
         parts: the parts along ``axis``, in order; their sizes times ``repeat`` add up to ``shape[axis]``.
         repeat: how often the sequence of parts repeats along ``axis`` (interleaved heads).
+        fold: how many pieces axis 0 is split into before anything else: experts, or groups of a transposed
+            convolution, that the tensor keeps one behind the other. The axes above are those of the split view.
         reason: why the parts were chosen, in words, for ``explain``.
     """
 
@@ -87,14 +102,16 @@ class Anatomy:
     in_axis: int | None = None
     leading: int = 0
     repeat: int = 1
+    fold: int = 1
 
     def __post_init__(self) -> None:
-        expected = self.shape[self.axis] if self.shape else 1
+        view = viewed(self.shape, self.fold)
+        expected = view[self.axis] if view else 1
         found = self.repeat * sum(part.size for part in self.parts)
         if found != expected:
             raise ValueError(
                 f"the parts of this tensor add up to {found} indices, but axis {self.axis} of its shape "
-                f"{self.shape} has {expected} ({self.reason}); the module's configuration contradicts its weights"
+                f"{view} has {expected} ({self.reason}); the module's configuration contradicts its weights"
             )
 
     @property

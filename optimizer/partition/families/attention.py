@@ -1,0 +1,186 @@
+"""Attention with query, key and value projections of their own, and the output projections beside them.
+
+The rows of such projections are (head, head_dim) in every library we know; only the names of the children differ.
+"""
+
+from __future__ import annotations
+
+from ..roles import Anatomy, Part, Role
+from .makers import K, Q, V, heads, one_head, rows, stacked, table_rows
+from .table import Family, Maker
+
+_OUT = ("o_proj", "out_proj", "wo", "Wo", "dense", "proj", "out_lin", "output", "attention_out", "post_proj",
+        "proj_out", "o", "projection_layer", "projection", "to_out", "to_out.0", "linear_out", "linear_o",
+        "output.dense", "final", "output_projection.o_proj", "dense_proj")  # fmt: skip
+_EXTRA = ("gate_proj", "g_proj", "output_gate", "output_projection.gate_proj", "b_proj", "a_proj", "dt_proj", "r_proj",
+          "sink_proj", "g_a_proj", "g_b_proj", "forget_gate.f_proj", "forget_gate.f_a_proj", "forget_gate.f_b_proj",
+          "gate", "to_gate_logits", "gating", "linear_pos", "relative_k_proj", "rel_pos_proj", "pos_proj", "alpha_proj",
+          "fgate_preact", "igate_preact", "ogate_preact", "conv_kernel_layer", "conv_out_layer",
+          "relative_pos_embeddings", "proj_a", "f_proj", "beta_proj")  # fmt: skip
+
+
+def _separate(q: str, k: str, v: str, why: str, *, extra: dict[str, Maker] | None = None) -> Family:
+    """Query, key and value projections of their own, called by these names."""
+    params: dict[str, Maker] = {
+        q: heads(Q, query=(q,)),
+        k: heads(K, query=(q,)),
+        v: heads(V, query=(q,), key=(k,)),
+    }
+    params |= {name: rows(Role.ATTENTION_OUT) for name in _OUT if name not in params}
+    params |= {name: rows(Role.MLP_IN) for name in _EXTRA}
+    return Family(why=why, params=params | (extra or {}), children=(q, k, v))
+
+
+_HUGGING_FACE = "separate projections: rows are (head, head_dim)"
+
+_GLOBAL = {  # Longformer and LED: a second set of projections for the tokens that attend everywhere
+    "query_global": heads(Q, query=("query",)),
+    "key_global": heads(K, query=("query",)),
+    "value_global": heads(V, query=("query",), key=("key",)),
+}
+_LUKE = {name: heads(Q, query=("query",)) for name in ("w2e_query", "e2w_query", "e2e_query")}
+_ADDED = {  # diffusers' joint attention: the same heads for the second stream
+    "add_q_proj": heads(Q, query=("to_q",)),
+    "add_k_proj": heads(K, query=("to_q",)),
+    "add_v_proj": heads(V, query=("to_q",), key=("to_k",)),
+    "to_add_out": rows(Role.ATTENTION_OUT),
+    "to_out.1": rows(Role.ATTENTION_OUT),
+}
+_DELTA = {  # gated delta rules with projections of their own
+    "q_proj": heads(Q, dim=("head_k_dim", "head_dim")),
+    "k_proj": heads(K, dim=("head_k_dim", "head_dim")),
+    "v_proj": heads(V, dim=("head_v_dim", "head_dim")),
+}
+
+SEPARATE: tuple[Family, ...] = (
+    Family(
+        classes=("JanusVQVAEAttnBlock", "ChameleonVQVAEEncoderAttnBlock", "Emu3VQVAEAttentionBlock"),
+        children=("q", "k", "v"),
+        library="transformers",
+        why="attention over pixels with one head",
+        params={"q": one_head(Q), "k": one_head(K), "v": one_head(V), "proj_out": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        children=("q_proj", "k_proj", "v_proj", "b_proj"),
+        why="gated delta rule: heads of head_k_dim and head_v_dim units",
+        params=_DELTA | {"o_proj": rows(Role.ATTENTION_OUT)} | {name: rows(Role.MLP_IN) for name in _EXTRA},
+    ),
+    Family(
+        classes=("ZayaCCAProjection",),
+        library="transformers",
+        why="Zaya: values are half this token's, half the last one's",
+        params={
+            "q_proj": heads(Q, query=("q_proj",)),
+            "k_proj": heads(K, query=("q_proj",)),
+            "v_proj_current": heads(V, query=("q_proj",)),
+            "v_proj_delayed": heads(V, query=("q_proj",)),
+        },
+    ),
+    _separate("wq", "wk", "wv", "Meta and torchtitan: rows are (head, head_dim)"),
+    _separate("q_proj", "k_proj", "v_proj", _HUGGING_FACE),
+    _separate("query", "key", "value", _HUGGING_FACE, extra=_GLOBAL | _LUKE),
+    _separate("q", "k", "v", _HUGGING_FACE, extra={"relative_attention_bias": table_rows(Role.POSITION_EMBEDDING)}),
+    _separate("q_lin", "k_lin", "v_lin", _HUGGING_FACE),
+    _separate("query_proj", "key_proj", "value_proj", _HUGGING_FACE),
+    _separate("project_q", "project_k", "project_v", _HUGGING_FACE),
+    _separate("projection_query", "projection_key", "projection_value", _HUGGING_FACE),
+    _separate("linear_q", "linear_k", "linear_v", _HUGGING_FACE),
+    _separate("q_head", "k_head", "v_head", _HUGGING_FACE),
+    _separate("to_q", "to_k", "to_v", "diffusers: rows are (head, head_dim)", extra=_ADDED),
+    Family(
+        children=("add_q_proj", "add_k_proj", "add_v_proj"),
+        why="diffusers: joint attention's second stream",
+        params={
+            "add_q_proj": heads(Q, query=("add_q_proj",)),
+            "add_k_proj": heads(K, query=("add_q_proj",)),
+            "add_v_proj": heads(V, query=("add_q_proj",), key=("add_k_proj",)),
+            "to_add_out": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        children=("to_q", "to_kv"),
+        why="a query projection and keys and values in one, [K|V]",
+        params={"to_q": heads(Q, query=("to_q",)), "to_kv": stacked(K, V)}
+        | {name: rows(Role.ATTENTION_OUT) for name in ("to_out", "to_out.0", "to_out.1")},
+    ),
+    Family(
+        classes=("LSHSelfAttention",),
+        library="transformers",
+        why="Reformer: one projection is query and key at once",
+        params={"query_key": heads(Q, query=("query_key",)), "value": heads(V, query=("query_key",))},
+    ),
+    Family(
+        classes=("FunnelRelMultiheadAttention",),
+        library="transformers",
+        why="Funnel: keys of relative positions, (in, head, head_dim)",
+        params={
+            "r_kernel": lambda place, why: Anatomy(place.shape, (Part(K, place.shape[1], 1),), why, axis=1, in_axis=0)
+        },
+    ),
+    Family(
+        classes=("RwkvSelfAttention",),
+        library="transformers",
+        why="RWKV: no heads; channels mix by exponential decay",
+        params={
+            "key": rows(Role.MLP_IN),
+            "value": rows(Role.MLP_IN),
+            "receptance": rows(Role.MLP_IN),
+            "output": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("SwiftFormerEfficientAdditiveAttention",),
+        library="transformers",
+        why="additive attention: query and key units without heads",
+        params={
+            "to_query": one_head(Q),
+            "to_key": one_head(K),
+            "proj": rows(Role.MLP_IN),
+            "final": rows(Role.ATTENTION_OUT),
+            "w_g": table_rows(Role.MLP_IN),
+        },
+    ),
+    Family(
+        children=("wq_b", "wk", "weights_proj"),
+        why="sparse-attention indexer: its own heads, which only choose tokens",
+        params={
+            "wq_b": heads(Q, dim=("index_head_dim", "head_dim")),
+            "wk": heads(K, dim=("index_head_dim", "head_dim")),
+            "weights_proj": rows(Role.MLP_IN),
+        },
+    ),
+    Family(
+        classes=("LEDEncoderAttention", "BigBirdPegasusEncoderAttention"),
+        library="transformers",
+        why="output leads back from the heads of the inner attention",
+        params={"output": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        classes=("AriaCrossAttention",),
+        library="transformers",
+        why="projections before and after an inner MultiheadAttention",
+        params={"linear": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        classes=("Gemma3nTextAttention", "Gemma4TextAttention", "Gemma4UnifiedTextAttention"),
+        library="transformers",
+        why="Gemma: late layers take their keys and values from an earlier one",
+        params={
+            "q_proj": heads(Q, dim=("head_dim",)),
+            "k_proj": heads(K, dim=("head_dim",)),
+            "v_proj": heads(V, dim=("head_dim",)),
+            "o_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        children=("self", "output.dense"),
+        why="BERT-style attention: output.dense leads back from the heads",
+        params={"output.dense": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        children=("self.query", "output.dense"),
+        why="BERT-style attention: output.dense leads back from the heads",
+        params={"output.dense": rows(Role.ATTENTION_OUT)},
+    ),
+)
+"""Order matters: a row that asks for more comes before one that asks for less."""

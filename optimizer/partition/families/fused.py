@@ -1,0 +1,285 @@
+"""Attention whose projections are fused into one tensor, class by class: one name stands for many layouts."""
+
+from __future__ import annotations
+
+from ..roles import Anatomy, Role
+from .makers import K, Q, V, heads, per_group, per_head, rows, segments, stacked, thirds_per_head, vector
+from .table import Family, Place
+
+
+def gpt2_c_attn(place: Place, why: str) -> Anatomy:
+    """[Q|K|V] in self attention, [K|V] in cross attention."""
+    return (stacked(K, V) if place.flag("is_cross_attention") else stacked(Q, K, V))(place, why)
+
+
+def bigcode_c_attn(place: Place, why: str) -> Anatomy:
+    """GPTBigCode: [Q|K|V] with one key head; (head, 3, head_dim) without multi-query; [K|V] in cross attention."""
+    if place.flag("is_cross_attention"):
+        return stacked(K, V)(place, f"{why}; [K|V] under cross attention")
+    if place.flag("multi_query"):
+        return stacked(Q, K, V)(place, f"{why}; multi-query: [Q|K|V] with one key head")
+    return thirds_per_head(Q, K, V)(place, f"{why}; (head, 3, head_dim)")
+
+
+def falcon_query_key_value(place: Place, why: str) -> Anatomy:
+    """Falcon's three layouts, by the flags of its attention module."""
+    if place.flag("new_decoder_architecture"):
+        return per_group(place, f"{why}; 40B: (kv group, queries + 2, head_dim)")
+    if place.flag("multi_query"):
+        head_dim = place.ask("head_dim")
+        layout = segments((Q, "...", "head_dim"), (K, head_dim, head_dim), (V, head_dim, head_dim))
+        return layout(place, f"{why}; 7B: [Q heads|one K|one V]")
+    return thirds_per_head(Q, K, V)(place, f"{why}; RW: (head, 3, head_dim)")
+
+
+def codegen_qkv(place: Place, why: str) -> Anatomy:
+    """CodeGen: four chunks, each [Q|V|K]."""
+    chunks = 4
+    size, n_heads = place.outputs, place.ask("num_attention_heads", "n_head")
+    if size % (3 * n_heads) or n_heads % chunks:
+        raise ValueError(f"{n_heads} heads in {chunks} chunks do not divide {size} units")
+    local, head_dim = size // (3 * chunks), size // (3 * n_heads)
+    layout = per_head((Q, local), (V, local), (K, local))(place, why)
+    parts = tuple(type(p)(p.role, p.size, head_dim) for p in layout.parts)
+    return place.anatomy(parts, why, repeat=chunks)
+
+
+def levit_qkv(place: Place, why: str) -> Anatomy:
+    """LeViT: per head a query and a key of key_dim, a value of attention_ratio * key_dim."""
+    dim = place.ask("key_dim")
+    return per_head((Q, dim), (K, dim), (V, place.ask("attention_ratio") * dim))(place, why)
+
+
+def levit_kv(place: Place, why: str) -> Anatomy:
+    """LeViT's subsampling attention: per head a key and a value."""
+    dim = place.ask("key_dim")
+    return per_head((K, dim), (V, place.ask("attention_ratio") * dim))(place, why)
+
+
+def qwen_qkvz(place: Place, why: str) -> Anatomy:
+    """Qwen3-Next: per key head [q | k | v of its value heads | z of its value heads]."""
+    k_dim, v_dim = place.ask("head_k_dim"), place.ask("head_v_dim")
+    ratio = place.ask("num_v_heads") // place.ask("num_k_heads")
+    parts = ((Q, k_dim), (K, k_dim), (V, ratio * v_dim), (Role.MLP_IN, ratio * v_dim))
+    return per_head(*parts, heads=("num_k_heads",))(place, why)
+
+
+# fmt: off
+_VISION = (
+    "BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention",
+    "CohereCompassVisionAttention", "DeepseekOcr2SamVisionAttention", "Dots3NoteVisionAttention",
+    "Ernie4_5_VLMoeVisionAttention", "Exaone4_5_VisionAttention", "Florence2VisionChannelAttention",
+    "Florence2VisionWindowAttention", "Glm4vVisionAttention", "Glm4vMoeVisionAttention", "Glm5NextVisionAttention",
+    "GlmImageVisionAttention", "GlmOcrVisionAttention", "GotOcr2VisionAttention", "HieraMaskUnitAttention",
+    "MgpstrAttention", "PPFormulaNetVisionAttention", "PPOCRV5MobileRecAttention", "PPOCRV5ServerRecAttention",
+    "PPOCRV6SmallRecAttention", "Qwen2_5_VLVisionAttention", "VisionAttention", "Qwen3_5VisionAttention",
+    "Qwen3_5MoeVisionAttention", "Qwen3OmniMoeVisionAttention", "Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention",
+    "Qwen4ExpVisionAttention", "SamVisionAttention", "SamVisionSdpaAttention", "Sam2MultiScaleAttention",
+    "SamHQVisionAttention", "SegGptAttention", "SLANeXtVisionAttention", "TimesformerSelfAttention",
+    "UnlimitedOcrSamVisionAttention", "UnlimitedOcrSamVisionSdpaAttention", "VitDetAttention",
+)
+# fmt: on
+_OUTPUT = {name: rows(Role.ATTENTION_OUT) for name in ("proj", "projection", "dense", "o_proj", "out_proj", "Wo")}
+
+FUSED: tuple[Family, ...] = (
+    Family(
+        classes=("MultiheadAttention",),
+        library="torch",
+        why="torch MultiheadAttention: in_proj is [Q|K|V] by rows, separate when kdim or vdim differ",
+        params={
+            "in_proj_weight": stacked(Q, K, V),
+            "q_proj_weight": heads(Q, query=("q_proj_weight",)),
+            "k_proj_weight": heads(K, query=("q_proj_weight",)),
+            "v_proj_weight": heads(V, query=("q_proj_weight",)),
+            "in_proj_bias": vector(Role.BIAS),
+            "bias_k": vector(Role.BIAS),
+            "bias_v": vector(Role.BIAS),
+            "out_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("GPT2Attention", "ImageGPTAttention", "DecisionTransformerGPT2Attention", "Attention"),
+        children=("c_attn", "c_proj"),
+        library="transformers",
+        why="transformers GPT-2: Conv1D (in, out), columns [Q|K|V], [K|V] under cross attention",
+        params={
+            "c_attn": gpt2_c_attn,
+            "q_attn": heads(Q, query=("q_attn",)),
+            "c_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("GPTBigCodeAttention",),
+        library="transformers",
+        why="GPTBigCode",
+        params={
+            "c_attn": bigcode_c_attn,
+            "q_attn": heads(Q, query=("q_attn",)),
+            "c_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("FalconAttention",),
+        library="transformers",
+        why="Falcon",
+        params={"query_key_value": falcon_query_key_value, "dense": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        classes=(
+            "GPTNeoXAttention",
+            "GPTNeoXJapaneseAttention",
+            "BloomAttention",
+            "PersimmonAttention",
+            "MiniMaxLightningAttention",
+        ),
+        library="transformers",
+        why="query, key and value of a head lie together: (head, 3, head_dim)",
+        params={
+            "query_key_value": thirds_per_head(Q, K, V),
+            "qkv_proj": thirds_per_head(Q, K, V),
+            "output_gate": rows(Role.MLP_IN),
+        }
+        | _OUTPUT,
+    ),
+    Family(
+        classes=("DisentangledSelfAttention",),
+        children=("in_proj",),
+        library="transformers",
+        why="DeBERTa v1: query, key and value of a head lie together",
+        params={
+            "in_proj": thirds_per_head(Q, K, V),
+            "pos_proj": heads(K, query=("pos_proj",)),
+            "pos_q_proj": heads(Q, query=("pos_q_proj",)),
+        },
+    ),
+    Family(
+        classes=("CodeGenAttention",),
+        library="transformers",
+        why="CodeGen: four chunks, each [Q|V|K]",
+        params={"qkv_proj": codegen_qkv, "out_proj": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        classes=("Phi3Attention", "Phi4MultimodalAttention", "DbrxAttention", "MptAttention", "ModernBertAttention"),
+        library="transformers",
+        why="[Q|K|V] by rows, keys and values in their own number of heads",
+        params={"qkv_proj": stacked(Q, K, V), "Wqkv": stacked(Q, K, V)} | _OUTPUT,
+    ),
+    Family(
+        classes=_VISION,
+        library="transformers",
+        why="vision attention: qkv is (3, head, head_dim) by rows",
+        params={"qkv": stacked(Q, K, V)} | _OUTPUT,
+    ),
+    Family(
+        classes=("LevitAttention",),
+        library="transformers",
+        why="LeViT: per head query, key and a wider value",
+        params={"queries_keys_values.linear": levit_qkv, "projection.linear": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        classes=("LevitAttentionSubsample",),
+        library="transformers",
+        why="LeViT's subsampling attention",
+        params={
+            "queries.linear": heads(Q, dim=("key_dim",)),
+            "keys_values.linear": levit_kv,
+            "projection.linear": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("MobileViTV2LinearSelfAttention",),
+        library="transformers",
+        why="separable attention without heads: [one query channel|K|V]",
+        params={
+            "qkv_proj.convolution": segments((Q, 1, 1), (K, "embed_dim", "embed_dim"), (V, "embed_dim", "embed_dim")),
+            "out_proj.convolution": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("JetMoeAttention",),
+        library="transformers",
+        why="JetMoE: keys and values [K|V]; queries come from experts",
+        params={
+            "kv_proj": segments((K, "kv_projection_size", "head_dim"), (V, "kv_projection_size", "head_dim")),
+            "experts.input_linear": heads(Q, dim=("head_dim", "kv_channels")),
+            "experts.output_linear": rows(Role.ATTENTION_OUT),
+            "experts.router.layer": rows(Role.MLP_IN),
+        },
+    ),
+    Family(
+        classes=("Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "Qwen4ExpTextAttention"),
+        library="transformers",
+        why="gated attention: q_proj is (head, [query|gate])",
+        params={
+            "q_proj": per_head((Q, "head_dim"), (Role.MLP_IN, "head_dim")),
+            "k_proj": heads(K, dim=("head_dim",)),
+            "v_proj": heads(V, dim=("head_dim",)),
+            "o_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("Qwen3NextGatedDeltaNet",),
+        library="transformers",
+        why="gated delta rule: per key head [q|k|v|z]",
+        params={
+            "in_proj_qkvz": qwen_qkvz,
+            "in_proj_ba": rows(Role.MLP_IN),
+            "out_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        children=("in_proj_qkv", "in_proj_z", "out_proj"),
+        library=None,
+        why="gated delta rule: [q|k|v], gates apart",
+        params={
+            "in_proj_qkv": segments(
+                (Q, "key_dim", "head_k_dim"), (K, "key_dim", "head_k_dim"), (V, "...", "head_v_dim")
+            ),
+            "in_proj_z": rows(Role.MLP_IN),
+            "in_proj_b": rows(Role.MLP_IN),
+            "in_proj_a": rows(Role.MLP_IN),
+            "out_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        children=("c_attn", "c_proj"),
+        fused=True,
+        why="nanoGPT style: c_attn is [Q|K|V] by output units",
+        params={"c_attn": stacked(Q, K, V), "c_proj": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        children=("qkv", "proj"),
+        fused=True,
+        why="timm and litgpt: qkv is [Q|K|V] by rows",
+        params={"qkv": stacked(Q, K, V), "proj": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        children=("Wqkv",),
+        fused=True,
+        why="MosaicML and flash-attention style: Wqkv is [Q|K|V] by rows",
+        params={"Wqkv": stacked(Q, K, V)} | _OUTPUT,
+    ),
+    Family(
+        children=("wqkv", "wo"),
+        fused=True,
+        why="gpt-fast and torchtitan style: wqkv is [Q|K|V] by rows",
+        params={"wqkv": stacked(Q, K, V), "wo": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        children=("to_qkv",),
+        fused=True,
+        why="diffusers and lucidrains style: to_qkv is [Q|K|V] by rows",
+        params={"to_qkv": stacked(Q, K, V)}
+        | {name: rows(Role.ATTENTION_OUT) for name in ("to_out", "to_out.0", "out_proj")},
+    ),
+    Family(
+        children=("linear_qkv", "linear_proj"),
+        why="Megatron core (from its documentation): (kv group, queries + 2, head_dim)",
+        params={"linear_qkv": per_group, "linear_proj": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        children=("wqkv", "wo", "layernorm_qkv"),
+        why="TransformerEngine (from its documentation)",
+        params={"layernorm_qkv": per_group},
+    ),
+)

@@ -1,0 +1,106 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values through a low-rank latent."""
+
+from __future__ import annotations
+
+from ..roles import Anatomy, Part, Role
+from .makers import K, Q, V, heads, one_head, rows
+from .table import Family, Maker, Place
+
+
+def _dims(place: Place) -> tuple[int, int, int, int]:
+    """(heads, nope, rope, value) units of a head."""
+    return (
+        place.ask("num_heads", "n_heads", "num_attention_heads", "n_head"),
+        place.number("qk_nope_head_dim"),
+        place.number("qk_rope_head_dim"),  # zero in layers without rotary positions
+        place.number("v_head_dim"),
+    )
+
+
+def queries(place: Place, why: str) -> Anatomy:
+    """(head, [nope|rope]): one head is both."""
+    n_heads, nope, rope, _ = _dims(place)
+    return _checked(place, why, (Part(Q, nope + rope, nope + rope),), n_heads)
+
+
+def gated_queries(place: Place, why: str) -> Anatomy:
+    """(head, [nope|rope|gate])."""
+    n_heads, nope, rope, value = _dims(place)
+    return _checked(place, why, (Part(Q, nope + rope, nope + rope), Part(Role.MLP_IN, value)), n_heads)
+
+
+def keys_values(place: Place, why: str) -> Anatomy:
+    """(head, [k_nope|v])."""
+    n_heads, nope, _, value = _dims(place)
+    return _checked(place, why, (Part(K, nope, nope), Part(V, value, value)), n_heads)
+
+
+def latent_and_rope(place: Place, why: str) -> Anatomy:
+    """[latent|rope]: latent units stand for themselves, the rotary ones are a key that all heads share."""
+    rope = place.number("qk_rope_head_dim")
+    latent = Part(Role.MLP_IN, place.outputs - rope)
+    return place.anatomy((latent, Part(K, rope, rope)) if rope else (latent,), why)
+
+
+def _checked(place: Place, why: str, parts: tuple[Part, ...], n_heads: int) -> Anatomy:
+    size = sum(part.size for part in parts)
+    if size * n_heads != place.outputs:
+        raise ValueError(
+            f"{type(place.modules[0]).__name__} says {n_heads} heads of {size} units ({n_heads * size}), but the "
+            f"weight has {place.outputs}"
+        )
+    return place.anatomy(parts, why, repeat=n_heads)
+
+
+_WHY = "multi-head latent attention"
+_PARAMS: dict[str, Maker] = {
+    "q_a_proj": rows(Role.MLP_IN),
+    "q_b_proj": queries,
+    "q_proj": queries,
+    "q_gate_proj": gated_queries,
+    "kv_a_proj_with_mqa": latent_and_rope,
+    "kv_b_proj": keys_values,
+    "o_proj": rows(Role.ATTENTION_OUT),
+    "proj": rows(Role.ATTENTION_OUT),
+    "gate_proj": rows(Role.MLP_IN),
+    "g_proj": rows(Role.MLP_IN),
+}
+
+LATENT: tuple[Family, ...] = (
+    Family(children=("kv_a_proj_with_mqa", "kv_b_proj"), why=_WHY, params=_PARAMS),
+    Family(
+        children=("wkv_a", "wkv_b", "wo"),
+        why=f"{_WHY}, torchtitan's and DeepSeek's names",
+        params={
+            "wq": queries,
+            "wq_a": rows(Role.MLP_IN),
+            "wq_b": queries,
+            "wkv_a": latent_and_rope,
+            "wkv_b": keys_values,
+            "wo": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("DeepseekV4Attention",),
+        library="transformers",
+        why="DeepSeek-V4: low-rank queries, one projection that is key and value of the only kv head",
+        params={
+            "q_a_proj": rows(Role.MLP_IN),
+            "q_b_proj": heads(Q, dim=("head_dim",)),
+            "kv_proj": one_head(V),
+            "o_a_proj": rows(Role.ATTENTION_OUT),
+            "o_b_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("DeepseekV4HCACompressor", "DeepseekV4CSACompressor", "DeepseekV4Indexer"),
+        library="transformers",
+        why="DeepSeek-V4 compressor: one projection that is key and value",
+        params={
+            "kv_proj": one_head(V),
+            "gate_proj": rows(Role.MLP_IN),
+            "weights_proj": rows(Role.MLP_IN),
+            "q_b_proj": heads(Q, dim=("head_dim",)),
+        },
+    ),
+)

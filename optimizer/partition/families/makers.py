@@ -1,0 +1,175 @@
+"""Makers: how a tensor is made, in the words the table of families is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..heads import fused_heads, head_dim_of
+from ..roles import Anatomy, Part, Role, whole
+from .table import Maker, Place
+
+Q, K, V = Role.QUERY, Role.KEY, Role.VALUE
+Size = str | int
+"""Units of a part: a number, or the attribute of the module or its configuration that says it."""
+
+
+def rows(role: Role) -> Maker:
+    """A matrix whose output units stand for themselves."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        return place.plain(role, why)
+
+    return make
+
+
+def heads(role: Role, *, query: Sequence[str] = (), key: Sequence[str] = (), dim: Sequence[str] = ()) -> Maker:
+    """A query, key or value projection of its own: output units are (head, head_dim).
+
+    Args:
+        role: QUERY, KEY or VALUE.
+        query: where the query projection is, whose rows over the number of heads give head_dim.
+        key: where the key projection is, whose number of heads is the value's, whatever the value's head_dim.
+        dim: attributes that say head_dim outright; then nothing else is asked.
+    """
+
+    def make(place: Place, why: str) -> Anatomy:
+        size = place.outputs
+        if dim:
+            head_dim: int | None = place.ask(*dim)
+        else:
+            head_dim = head_dim_of(place.modules, place.rows_of(query) or size)
+        key_rows = place.rows_of(key) if role is V and not dim else None
+        if key_rows and head_dim:
+            kv_heads = max(1, key_rows // head_dim)
+            head_dim = size // kv_heads if size % kv_heads == 0 else None
+        return place.anatomy((Part(role, size, head_dim),), why)
+
+    return make
+
+
+def one_head(role: Role) -> Maker:
+    """A projection for the only head there is."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        return place.anatomy((Part(role, place.outputs, place.outputs),), why)
+
+    return make
+
+
+def stacked(*order: Role) -> Maker:
+    """[Q|K|V] (or [K|V], or any order) one after the other along the output axis."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        size = place.outputs
+        if Q not in order:  # [K|V] beside a query projection, or of cross attention: halves
+            half = size // len(order)
+            head_dim = head_dim_of(place.modules, place.rows_of(("q_proj", "to_q", "query", "q_attn")) or half)
+            return place.anatomy([Part(role, half, head_dim) for role in order], why)
+        found = fused_heads(place.modules, size)
+        if found is None:
+            return place.plain(Role.OTHER, f"{why}; but no number of heads was found")
+        n_heads, n_kv_heads, head_dim = found
+        sizes = {role: (n_heads if role is Q else n_kv_heads) * head_dim for role in order}
+        return place.anatomy([Part(role, sizes[role], head_dim) for role in order], why)
+
+    return make
+
+
+def per_head(*parts: tuple[Role, Size], heads: Sequence[str] = ()) -> Maker:
+    """The same sequence of parts for every head, for example (Q, K, V), or MLA's (key, value).
+
+    Args:
+        parts: (role, units of one head).
+        heads: attributes that say how many heads there are, checked against the tensor.
+    """
+
+    def make(place: Place, why: str) -> Anatomy:
+        sizes = [n if isinstance(n, int) else place.ask(n) for _, n in parts]
+        repeat, rest = divmod(place.outputs, sum(sizes))
+        expected = place.ask(*heads) if heads else repeat
+        if rest or repeat != expected:
+            raise ValueError(
+                f"{type(place.modules[0]).__name__} says {expected} heads of {sizes} units "
+                f"({expected * sum(sizes)}), but the weight has {place.outputs}"
+            )
+        made = [Part(role, n, n if role in (Q, K, V) else None) for (role, _), n in zip(parts, sizes, strict=True)]
+        return place.anatomy(made, why, repeat=repeat)
+
+    return make
+
+
+def thirds_per_head(*order: Role) -> Maker:
+    """(head, 3, head_dim): the three parts of a head lie together."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        n_heads = place.ask("num_heads", "num_attention_heads", "n_head")
+        if place.outputs % (3 * n_heads):
+            raise ValueError(f"{n_heads} heads of three parts do not divide {place.outputs} units")
+        head_dim = place.outputs // (3 * n_heads)
+        return place.anatomy([Part(role, head_dim, head_dim) for role in order], why, repeat=n_heads)
+
+    return make
+
+
+def per_group(place: Place, why: str) -> Anatomy:
+    """(kv group, queries of the group + 2, head_dim): each group's queries, then its key, then its value."""
+    n_heads = place.ask("num_heads", "num_attention_heads", "n_head")
+    groups = place.ask("num_kv_heads", "num_key_value_heads", "num_query_groups", "n_query_groups")
+    head_dim, rest = divmod(place.outputs, n_heads + 2 * groups)
+    if rest or n_heads % groups:
+        raise ValueError(f"{n_heads} query and {groups} key-value heads do not divide {place.outputs} units")
+    parts = (Part(Q, n_heads // groups * head_dim, head_dim), Part(K, head_dim, head_dim), Part(V, head_dim, head_dim))
+    return place.anatomy(parts, why, repeat=groups)
+
+
+def segments(*parts: tuple[Role, Size, Size | None]) -> Maker:
+    """Parts of stated sizes one after the other; one size may be "..." for the rest.
+
+    Args:
+        parts: (role, units, units of a head or None).
+    """
+
+    def make(place: Place, why: str) -> Anatomy:
+        sizes = [n if isinstance(n, int) else None if n == "..." else place.ask(n) for _, n, _ in parts]
+        known = sum(n for n in sizes if n is not None)
+        made = []
+        for (role, _, dim), n in zip(parts, sizes, strict=True):
+            head_dim = place.ask(dim) if isinstance(dim, str) else dim
+            made.append(Part(role, place.outputs - known if n is None else n, head_dim))
+        return place.anatomy(made, why)
+
+    return make
+
+
+def vector(role: Role) -> Maker:
+    """A tensor without an input axis: norms, biases."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        return whole(role, place.shape, why, axis=max(place.tensor.ndim - 1, 0))
+
+    return make
+
+
+def table_rows(role: Role) -> Maker:
+    """A bare table [..., rows, features] that is looked up or broadcast: one unit per row."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        ndim = place.tensor.ndim
+        if ndim < 2:
+            return whole(role, place.shape, why)
+        lead = tuple(size for size in place.shape[: ndim - 2])
+        return Anatomy(place.shape, (Part(role, place.shape[-2]),), why, axis=ndim - 2, in_axis=ndim - 1,
+                       leading=0 if all(size == 1 for size in lead) else ndim - 2)  # fmt: skip
+
+    return make
+
+
+def kernel(place: Place, why: str) -> Anatomy:
+    """A convolution kernel; the transposed ones keep (in, out / groups), so that groups fold into axis 0."""
+    shape, owner = place.shape, place.owner
+    if not getattr(owner, "transposed", False):
+        return Anatomy(shape, (Part(Role.CONV, shape[0]),), why, axis=0, in_axis=1)
+    groups = int(getattr(owner, "groups", 1))
+    if groups == 1:
+        return Anatomy(shape, (Part(Role.CONV, shape[1]),), why, axis=1, in_axis=0)
+    return Anatomy(shape, (Part(Role.CONV, shape[1]),), why, axis=2, in_axis=1, leading=1, fold=groups)

@@ -1,0 +1,72 @@
+"""Sequence mixers that are no attention: state spaces, gated recurrences, short convolutions."""
+
+from __future__ import annotations
+
+from ..roles import Anatomy, Part, Role
+from .makers import rows, vector
+from .table import Family, Maker, Place
+
+
+def transposed(role: Role) -> Maker:
+    """A bare matrix used as x @ W: (in, out), any axes in front standing for themselves."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        ndim = place.tensor.ndim
+        return Anatomy(place.shape, (Part(role, place.shape[-1]),), why, axis=ndim - 1, in_axis=ndim - 2,
+                       leading=ndim - 2)  # fmt: skip
+
+    return make
+
+
+_CONSTANTS = {name: vector(Role.BIAS) for name in ("A_log", "D", "dt_bias", "dt_proj_bias", "A")}
+
+MIXERS: tuple[Family, ...] = (
+    Family(
+        children=("in_proj", "out_proj", "A_log"),
+        why="state space: in_proj is [gate|x B C|dt] by rows; A, D and dt's bias are constants of a channel or head",
+        params={
+            "in_proj": rows(Role.MLP_IN),
+            "x_proj": rows(Role.MLP_IN),
+            "dt_proj": rows(Role.MLP_IN),
+            "x_proj_weight": rows(Role.MLP_IN),
+            "dt_proj_weight": rows(Role.MLP_IN),
+            "out_proj": rows(Role.MLP_OUT),
+        }
+        | _CONSTANTS,
+    ),
+    Family(
+        children=("in_proj", "conv", "out_proj"),
+        why="short convolution between two dense layers",
+        params={"in_proj": rows(Role.MLP_IN), "out_proj": rows(Role.MLP_OUT)},
+    ),
+    Family(children=("A_log",), why="constants of a head or channel", params=_CONSTANTS),
+    Family(
+        classes=("RecurrentGemmaRglru",),
+        library="transformers",
+        why="RG-LRU: a gate matrix (in, out) per head",
+        params={"input_gate_weight": transposed(Role.MLP_IN), "recurrent_gate_weight": transposed(Role.MLP_IN)},
+    ),
+    Family(
+        classes=("CsmCodebooksHead",),
+        library="transformers",
+        why="one output layer (hidden, vocabulary) per codebook",
+        params={"weight": transposed(Role.HEAD)},
+    ),
+    Family(
+        classes=("InklingRelativeLogits", "Inkling2RelativeLogits"),
+        library="transformers",
+        why="bias profiles used as x @ W: (in, distance)",
+        params={"proj": transposed(Role.MLP_IN)},
+    ),
+    Family(
+        classes=("Inkling2DynamicShortConvolution",),
+        library="transformers",
+        why="depthwise taps (tap, channel): one unit per channel",
+        params={"static_weight": transposed(Role.CONV)},
+    ),
+    Family(
+        children=("mm_input_projection_weight",),
+        why="projection used as x @ W: (in, out)",
+        params={"mm_input_projection_weight": transposed(Role.MLP_IN)},
+    ),
+)

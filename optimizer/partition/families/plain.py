@@ -1,0 +1,109 @@
+"""Layers that mean the same wherever they stand, and bare parameters known by what they are called."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..roles import Anatomy, Role, whole
+from .makers import kernel, rows, table_rows, vector
+from .table import Family, Maker, Place
+
+LAYERS: tuple[Family, ...] = (
+    Family(
+        classes=("_NormBase", "LayerNorm", "RMSNorm", "GroupNorm"),
+        why="normalisation layer",
+        params={"weight": vector(Role.NORM), "bias": vector(Role.BIAS)},
+    ),
+    Family(
+        classes=("_ConvNd",),
+        library="torch",
+        why="convolution: one unit per output channel",
+        params={"weight": kernel, "bias": vector(Role.BIAS)},
+    ),
+    Family(
+        classes=("RNNBase", "RNNCellBase"),
+        library="torch",
+        why="recurrent layer: rows are (gate, hidden unit)",
+        params={
+            f"weight_{kind}{layer}": rows(Role.MLP_IN)
+            for kind in ("ih", "hh", "hr")
+            for layer in ("", *(f"_l{i}{r}" for i in range(64) for r in ("", "_reverse")))
+        },
+    ),
+    Family(
+        classes=("Bilinear",),
+        library="torch",
+        why="bilinear layer: one unit per output",
+        params={"weight": lambda place, why: whole(Role.MLP_IN, place.shape, why)},
+    ),
+)
+"""Embedding and Linear are in ``discover``, for they depend on where they stand."""
+
+
+@dataclass(frozen=True)
+class Bare:
+    """A parameter no family claims, known by the class that holds it and by its own name.
+
+    Attributes:
+        owner: regular expression found in the class name of the holding module.
+        leaf: regular expression that matches the parameter's own name whole.
+        make: how it is made.
+        why: the reason.
+        least: fewest dimensions it speaks of.
+    """
+
+    owner: str
+    leaf: str
+    make: Maker
+    why: str
+    least: int = 1
+
+    def matches(self, place: Place, leaf: str) -> bool:
+        """Whether this row speaks of the parameter."""
+        return (
+            place.tensor.ndim >= self.least
+            and re.search(self.owner, type(place.owner).__name__) is not None
+            and re.fullmatch(self.leaf, leaf) is not None
+        )
+
+
+def weight_norm_direction(place: Place, why: str) -> Anatomy:
+    """weight_norm's direction has the shape of the weight it stands for."""
+    layer = place.modules[2] if len(place.modules) > 2 else place.owner
+    inner = Place(place.tensor, layer, place.modules)
+    return kernel(inner, why) if isinstance(layer, nn.modules.conv._ConvNd) else inner.plain(Role.MLP_IN, why)
+
+
+_LEARNED = table_rows(Role.POSITION_EMBEDDING)
+_TOKENS = (
+    r"(cls|mask|dist\w*|reg\w*|storage|class|query|latent|image|newline|sep|start|pad|bos|mem\w*|prompt|prefix|register|"
+    r"global|null|special|video|boi|eoi|view\w*)_(token\w*|embed\w*|quer\w+|newline|latents?)|probe|latents?|"
+    r"(learn\w*_)?quer(y|ies)|image_newline|view_separator|view_seperator|tokens|\w*_extensor"
+)
+BARE: tuple[Bare, ...] = (
+    Bare(r"(?i)router|gate$|gating", r"weight|.*classifier.*", rows(Role.MLP_IN), "router: one row per expert", 2),
+    Bare(r"", r"\w*bias(es)?|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
+    Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
+    Bare(
+        r"",
+        r"(rel(ative)?_pos\w*|relative_position_bias_table|\w*pos(ition)?_embed\w*|\w*positional_embedding\w*|embedding"
+        r"|wpe|pos_emb\w*|seg_embed|\w*_ape|emb|embeddings)",
+        _LEARNED,
+        "a table of learned vectors: one unit per row",
+        2,
+    ),
+    Bare(r"(?i)norm|grn", r"weight|scale|gamma|g|alpha", vector(Role.NORM), "scale of a normalisation"),
+    Bare(r"", r"layer_scale\w*|gamma\w*|\w*scale|temperature|lambda\w*|alpha", vector(Role.NORM), "a scale"),
+    Bare(r"", r"A_log|D|dt_bias|A|time_\w+|\w*_sinks?|sinks|time_decay|time_first", vector(Role.BIAS),
+         "constants of a channel or head: each its own, like biases"),
+    Bare(r"HyperConnection|HyperHead", r"\w*fn", rows(Role.MLP_IN), "mixing of streams: one unit per output", 2),
+    Bare(r"Indexer", r"\w+_gate", rows(Role.MLP_IN), "gate of an indexer: one unit per output", 2),
+    Bare(r"ParametrizationList", r"original1", weight_norm_direction, "weight norm: direction of the weight", 2),
+    Bare(r"ParametrizationList", r"original0", vector(Role.NORM), "weight norm: length of the weight"),
+    Bare(r"", r"weight_v", weight_norm_direction, "weight norm: direction of the weight", 2),
+    Bare(r"", r"weight_g", vector(Role.NORM), "weight norm: length of the weight"),
+)  # fmt: skip
+"""Read from the top; the first row that matches decides."""
