@@ -52,7 +52,9 @@ def test_bytes_are_the_optimizer_s_own() -> None:
 def test_frozen_parameters_have_rows_but_no_state() -> None:
     model = Llama()
     model.tok_embeddings.requires_grad_(False)
-    sums = explanation(model).totals
+    found = explanation(model)
+    assert [row.state_bytes + row.adamw_bytes for row in found.rows if row.name == "tok_embeddings.weight"] == [0]
+    sums = found.totals
     assert sums.exp_avg_bytes == AdamMini(model).state_bytes()["exp_avg"]
     assert (sums.frozen, sums.frozen_elements) == (1, 11 * 16)
     text = explain(model)
@@ -82,7 +84,7 @@ class Bare(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(3))
+        self.norm = nn.Parameter(torch.ones(3))
         self.mixing = nn.Parameter(torch.zeros(4, 6))
 
 
@@ -91,7 +93,8 @@ def test_reasons_that_quote_the_name_do_not_keep_layers_apart() -> None:
     lines = explain(model).splitlines()
     assert lines[2].startswith("! odd.{0..2}.mixing  "), "the unrecognised first"
     assert not any(line.startswith("!") for line in lines[3:-1]) and lines[-1].startswith("! 3 weight(s)")
-    assert sum(line.startswith("odd.{0..2}.gain") for line in lines) == 1
+    assert sum(line.startswith("odd.{0..2}.norm ") for line in lines) == 1
+    assert any(line.endswith("by name 'odd.{0..2}.norm'") for line in lines)
 
 
 @given(
