@@ -98,8 +98,11 @@ class TrainConfig:
         """The config with the content of its rules folded in, so that changed rules make another run."""
         if self.arm in (CONTROL, ADAMW):
             return self
-        units = {role.value: unit.value for role, unit in Rules.load(self.arm).units.items()}
-        digest = hashlib.sha256(json.dumps(units, sort_keys=True).encode()).hexdigest()[:12]
+        rules = Rules.load(self.arm)
+        content: dict[str, object] = {role.value: unit.value for role, unit in rules.units.items()}
+        if rules.overrides:  # only then, so that runs from before there were any keep their hashes
+            content["overrides"] = [[override.pattern, override.unit.value] for override in rules.overrides]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         return dataclasses.replace(self, rules_hash=digest)
 
 

@@ -1,45 +1,88 @@
-"""From a shell: ``python -m optimizer explain package.module:make_model [--rules adam_mini]``."""
+"""From a shell: ``python -m optimizer explain package.module:make_model [--rules adam_mini]``, or a config.json."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import nn
+from .partition import render
+from .partition.explain import compare, explanation
+from .partition.schema import json_schema
+from .targets import load_target
 
-from .partition import explain
+
+def _explain(arguments: argparse.Namespace) -> None:
+    """Print what every parameter is taken for, or what two rule sets do differently."""
+    if arguments.diff and arguments.rules:
+        raise ValueError(f"--rules {arguments.rules!r} has no meaning beside --diff {arguments.diff}; leave one out")
+    model = load_target(arguments.target)
+    if arguments.diff:
+        comparison = compare(model, *arguments.diff)
+        shown = comparison.collapsed() if arguments.collapse else comparison
+        _show(arguments, lambda: render.comparison_json(comparison), lambda: render.comparison_text(shown),
+              lambda width: render.comparison_table(shown, width))  # fmt: skip
+    else:
+        found = explanation(model, arguments.rules or "adam_mini")
+        rows = found.collapsed() if arguments.collapse else found
+        _show(arguments, lambda: render.explanation_json(found), lambda: render.explanation_text(rows),
+              lambda width: render.explanation_table(rows, width))  # fmt: skip
 
 
-def _model(target: str) -> nn.Module:
-    """The model at ``module:attribute``: a module, or something callable that makes one."""
-    name, _, attribute = target.partition(":")
-    if not attribute:
-        raise SystemExit(f"target {target!r} must be written module:attribute, for example my_model:make_model")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise SystemExit(f"target {target!r} cannot be imported: {error}") from error
-    model = found() if not isinstance(found, nn.Module) else found
-    if not isinstance(model, nn.Module):
-        raise SystemExit(f"target {target!r} gave a {type(model).__name__}, not a torch.nn.Module")
-    return model
+def _show(
+    arguments: argparse.Namespace,
+    document: Callable[[], dict[str, Any]],
+    text: Callable[[], str],
+    table: Callable[[int], tuple[str, Any, list[str]]],
+) -> None:
+    """JSON where it was asked for; a table as wide as the terminal where there is one; else plain text."""
+    if arguments.json:
+        print(json.dumps(document(), indent=1))
+        return
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+        except ImportError:
+            pass
+        else:
+            console = Console()
+            title, body, closing = table(console.width)
+            console.print(title, markup=False, highlight=False)
+            console.print(body)
+            console.print("\n".join(closing), markup=False, highlight=False)
+            return
+    print(text())
+
+
+def _schema(_: argparse.Namespace) -> None:
+    """Print the JSON Schema of a rules file."""
+    print(json.dumps(json_schema(), indent=2))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and print the table."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(prog="python -m optimizer", description=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("explain", help="what every parameter is taken for, and why")
-    command.add_argument("target", help="module:attribute, a model or a callable that makes one")
-    command.add_argument("--rules", default="adam_mini", help="shipped set or path to a rules file")
+    command.add_argument(
+        "target", help="module:attribute, a model or a callable that makes one; or a config.json, or its directory"
+    )
+    command.add_argument("--rules", help="shipped set or path to a rules file (default: adam_mini)")
+    command.add_argument("--json", action="store_true", help="one JSON document with every parameter")
+    command.add_argument(
+        "--diff", nargs=2, metavar="RULES", help="only the parameters whose layout differs between two sets of rules"
+    )
+    command.add_argument(
+        "--no-collapse", dest="collapse", action="store_false", help="a row for every layer, however alike"
+    )
+    command.set_defaults(run=_explain)
+    commands.add_parser("schema", help="the JSON Schema of a rules file").set_defaults(run=_schema)
     arguments = parser.parse_args(argv)
     try:
-        print(explain(_model(arguments.target), arguments.rules))
-    except (ValueError, FileNotFoundError) as error:
+        arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .partition import Anatomy, Layout, Rules, Unit, discover, layout_of
-from .partition.apply import has_heads
-from .partition.discover import module_behind, report_unknown, tagged
+from .partition import Anatomy, Layout, Rules, discover, layout_of
+from .partition.apply import understood
+from .partition.discover import module_behind, report_unknown, tagged, tagged_name
 from .partition.names import by_name
 from .partition.roles import Role
 from .update import adam_mini_update, second_moment_dtype
@@ -43,12 +43,15 @@ class AdamMini(torch.optim.Optimizer):
         betas: decay of the first and second moment, each in [0, 1).
         eps: added outside the root, >= 0.
         weight_decay: decoupled weight decay, >= 0.
-        rules: what shares a scalar: a shipped set's name, a path to a rules file, or ``Rules``.
+        rules: what shares a scalar: a shipped set's name, a path to a rules file, or ``Rules``. Overrides by name need
+            names: a model, ``named_parameters()``, groups of (name, tensor) pairs, or parameters stamped by ``tag``.
         maximize: ascend instead.
-        strict: raise instead of warning when a weight of two or more dimensions is not recognised.
+        strict: raise instead of warning when a weight of two or more dimensions is not recognised; one for which an
+            override of the rules chooses the unit counts as known.
 
     Raises:
-        ValueError: a hyper-parameter out of range; rules that cannot be read; with ``strict``, an unknown weight.
+        ValueError: a hyper-parameter out of range; rules that cannot be read; an override of the rules that matches
+            no parameter, or that cannot be looked up for want of names; with ``strict``, an unknown weight.
 
     Example:
         >>> optimizer = AdamMini(model, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
@@ -76,6 +79,7 @@ class AdamMini(torch.optim.Optimizer):
         # Known only while the groups are being made: parameters may be swapped for others later on.
         self._known = _anatomies(model) if model is not None else {}
         super().__init__(_groups_of(params) if isinstance(params, nn.Module) else params, defaults)
+        self._require_matches()
         self._known = {}
         self._report()
 
@@ -83,25 +87,40 @@ class AdamMini(torch.optim.Optimizer):
         """Add a group as in ``torch.optim.Optimizer``; its parameters are recognised by tag, then by name."""
         _validate({**self.defaults, **param_group}, "parameter group's")
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        names = group.get("param_names") or [""] * len(group["params"])
-        self._layouts.append([self._layout(p, name) for p, name in zip(group["params"], names, strict=True)])
+        try:
+            self._layouts.append([self._layout(p, name) for p, name in _named(self.param_groups[-1])])
+        except ValueError:
+            self.param_groups.pop()  # a refused group leaves nothing behind
+            raise
         if not self._known:  # a group added after construction speaks for itself
             self._report()
 
     def _layout(self, parameter: Tensor, name: str) -> Layout:
         """The layout of one parameter: from the model, a tag, or its name."""
         anatomy = self._anatomy(parameter, name)
-        if len(anatomy.shape) >= 2 and not (anatomy.recognised and self._heads_known(anatomy)):
+        full_name = self._full_name(parameter, name)
+        if self.rules.overrides and not full_name:
+            raise ValueError(
+                f"rules {self.rules.name!r} have overrides by name ({self.rules.overrides[0].pattern!r}), but a "
+                f"parameter of shape {tuple(parameter.shape)} has no name; pass the model, model.named_parameters(), "
+                "or tag(model) first"
+            )
+        if not understood(anatomy, self.rules, full_name):
             self._unknown[name or f"unnamed #{len(self._unknown)}"] = anatomy
-        return layout_of(anatomy, self.rules)
+        return layout_of(anatomy, self.rules, full_name)
 
     def _anatomy(self, parameter: Tensor, name: str) -> Anatomy:
-        return self._known.get(id(parameter)) or tagged(parameter) or by_name(name, tuple(parameter.shape))
+        known = self._known.get(id(parameter))
+        return (known[1] if known else tagged(parameter)) or by_name(name, tuple(parameter.shape))
 
-    def _heads_known(self, anatomy: Anatomy) -> bool:
-        wanted = any(self.rules[part.role] is Unit.ATTENTION_HEAD for part in anatomy.parts)
-        return not wanted or has_heads(anatomy)
+    def _full_name(self, parameter: Tensor, name: str) -> str:
+        """The name that the rules' overrides speak of: the caller's, else the model's, else the tag's."""
+        return name or self._known.get(id(parameter), ("", None))[0] or tagged_name(parameter)
+
+    def _require_matches(self) -> None:
+        """Every override of the rules speaks of something: a parameter of the model, frozen ones included, or ours."""
+        own = (self._full_name(p, name) for group in self.param_groups for p, name in _named(group))
+        self.rules.require_matches([*own, *(name for name, _ in self._known.values())])
 
     def _report(self) -> None:
         report_unknown(self._unknown, self.rules[Role.OTHER].value, strict=self._strict)
@@ -245,10 +264,16 @@ class AdamMini(torch.optim.Optimizer):
         return {**super().__getstate__(), **extra}
 
 
-def _anatomies(model: nn.Module) -> dict[int, Anatomy]:
-    """Anatomy by parameter identity, for as long as the groups are being made."""
+def _anatomies(model: nn.Module) -> dict[int, tuple[str, Anatomy]]:
+    """Name and anatomy by parameter identity, for as long as the groups are being made."""
     parameters = dict(model.named_parameters())
-    return {id(parameters[name]): anatomy for name, anatomy in discover(model).items()}
+    return {id(parameters[name]): (name, anatomy) for name, anatomy in discover(model).items()}
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:
+    """(parameter, name or an empty one) of a group."""
+    names = group.get("param_names") or [""] * len(group["params"])
+    return list(zip(group["params"], names, strict=True))
 
 
 def _groups_of(model: nn.Module) -> list[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from .apply import layout_of
 from .discover import discover, tag
-from .explain import explain, partition
+from .explain import compare, explain, explanation, partition
 from .layout import Layout, Runs
 from .roles import Anatomy, Part, Role, Unit
 from .rules import Rules
 
 __all__ = [
     "Anatomy", "Layout", "Part", "Role", "Rules", "Runs", "Unit",
-    "discover", "explain", "layout_of", "partition", "tag",
+    "compare", "discover", "explain", "explanation", "layout_of", "partition", "tag",
 ]  # fmt: skip

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from .layout import Layout, Runs
+from .overrides import refuse_headless
 from .roles import HEAD_ROLES, Anatomy, Part, Role, Unit, viewed
 from .rules import Rules
 
 _COLUMNS = Unit.IN_NEURON
 
 
-def layout_of(anatomy: Anatomy, rules: Rules) -> Layout:
+def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:
     """The layout of one tensor under the rules.
+
+    Overrides of the rules apply where the parameter's ``name`` is given; one sets the unit of every part.
 
     A tensor whose parts all have the unit TENSOR is one block, fused or not. Input-neuron sharing needs an input
     axis and, in a fused tensor, that every part asks for it: runs lie along one axis. Where it is impossible the
     parts keep one scalar per output unit (finer, never coarser than asked), and the layout's note says so.
+
+    Raises:
+        ValueError: an override asks for attention heads of a tensor that has none.
     """
-    units = [rules[part.role] for part in anatomy.parts]
+    override = rules.override_for(name)
+    refuse_headless(override, name, ((part.role, part.head_dim) for part in anatomy.parts))
+    units = [rules[part.role] if override is None else override.unit for part in anatomy.parts]
     if all(unit is Unit.TENSOR for unit in units):
         return _per_tensor(anatomy)
     if all(unit is Unit.ELEMENT for unit in units):
@@ -73,3 +81,14 @@ def _columns(anatomy: Anatomy, in_axis: int) -> Layout:
 def has_heads(anatomy: Anatomy) -> bool:
     """Whether every part that belongs to attention heads knows its head_dim."""
     return all(part.head_dim is not None for part in anatomy.parts if part.role in HEAD_ROLES)
+
+
+def understood(anatomy: Anatomy, rules: Rules, name: str = "") -> bool:
+    """Whether the rules can be followed with what is known of a tensor, so that nobody needs to be warned.
+
+    Vectors always can; a matrix needs a role and, where the rules ask for heads, a head_dim, or an override by name.
+    """
+    if len(anatomy.shape) < 2 or rules.override_for(name) is not None:
+        return True
+    wants_heads = any(rules[part.role] is Unit.ATTENTION_HEAD for part in anatomy.parts)
+    return anatomy.recognised and (not wants_heads or has_heads(anatomy))

@@ -17,6 +17,7 @@ from .roles import HEAD_ROLES, Anatomy, Role, whole
 
 logger = logging.getLogger("optimizer")
 _TAG = "_adam_mini_anatomy"
+_NAME_TAG = "_adam_mini_name"
 
 
 def discover(model: nn.Module) -> dict[str, Anatomy]:
@@ -184,6 +185,7 @@ def tag(model: nn.Module) -> nn.Module:
     parameters = dict(model.named_parameters())
     for name, anatomy in discover(model).items():
         setattr(parameters[name], _TAG, anatomy)
+        setattr(parameters[name], _NAME_TAG, name)
     return model
 
 
@@ -191,6 +193,11 @@ def tagged(parameter: Tensor) -> Anatomy | None:
     """The anatomy ``tag`` left on a parameter, if it still fits its shape."""
     anatomy = getattr(parameter, _TAG, None)
     return anatomy if isinstance(anatomy, Anatomy) and anatomy.shape == tuple(parameter.shape) else None
+
+
+def tagged_name(parameter: Tensor) -> str:
+    """The name ``tag`` left on a parameter, for the overrides of rules; empty where there is none."""
+    return str(getattr(parameter, _NAME_TAG, "")) if tagged(parameter) is not None else ""
 
 
 def module_behind(params: Any) -> nn.Module | None:

@@ -1,0 +1,158 @@
+"""The form of a rules file: what is checked when one is read, and the JSON Schema that says the same to others."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .overrides import Override
+from .roles import HEAD_ROLES, Role, Unit
+
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+SCHEMA_FILE = Path(__file__).with_name("rules") / "schema" / "rules.schema.json"
+_KEYS = ("schema_version", "name", "description", "units", "overrides", "evidence", "provenance")
+_SINCE_2 = frozenset({"overrides"})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Parse and check a rules file.
+
+    Returns:
+        the document with every key: "units" as role -> unit and "overrides" as a tuple of ``Override``.
+
+    Raises:
+        ValueError: naming the file, the key, its value and what is known.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"rules file {path} is not valid JSON ({error}); write it with Rules.save") from error
+    if not isinstance(document, dict) or "schema_version" not in document:
+        raise ValueError(f"rules file {path} has no schema_version; write it with Rules.save")
+    version = document["schema_version"]
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise ValueError(
+            f"rules file {path} has schema_version={version!r}; this release reads versions {list(READABLE_VERSIONS)}: "
+            "write the file again with this release, or upgrade"
+        )
+    known = [key for key in _KEYS if version > 1 or key not in _SINCE_2]
+    if unknown := [key for key in document if key not in known]:
+        hint = "".join(f"; {key!r} needs schema_version 2" for key in unknown if key in _SINCE_2)
+        raise ValueError(f"rules file {path}: unknown keys {unknown}; version {version} knows {known}{hint}")
+    if missing := [key for key in ("name", "units") if key not in document]:
+        raise ValueError(f"rules file {path}: missing keys {missing}; write it with Rules.save")
+    for key, kind, word in (
+        ("name", str, "a string"), ("description", str, "a string"), ("units", dict, "an object of role -> unit"),
+        ("overrides", list, "a list of {'pattern': ..., 'unit': ...}"),
+    ):  # fmt: skip
+        if key in document and not isinstance(document[key], kind):
+            raise ValueError(f"rules file {path}: {key!r}={document[key]!r} must be {word}")
+    where, listed = str(path), document.get("overrides", ())
+    return {
+        "description": "", "evidence": None, "provenance": None, **document,
+        "units": checked_units(document["units"], where),
+        "overrides": tuple(_from_document(index, entry, where) for index, entry in enumerate(listed)),
+    }  # fmt: skip
+
+
+def _from_document(index: int, entry: Any, where: str) -> Override:
+    """One entry of a file's "overrides"."""
+    key = f"overrides[{index}]"
+    if not isinstance(entry, dict) or entry.keys() != {"pattern", "unit"}:
+        raise ValueError(f"rules {where!r}: {key}={entry!r} must be an object with the keys 'pattern' and 'unit' only")
+    return checked_override(entry["pattern"], entry["unit"], where, key)
+
+
+def checked_override(pattern: Any, unit: Any, where: str, key: str = "override") -> Override:
+    """An ``Override`` from a pattern and a unit or its name, or a ValueError that names the offending value."""
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"rules {where!r}: {key}: the pattern {pattern!r} must be a string such as '*.lm_head.weight'")
+    return Override(pattern, _unit(unit, where, f"{key} ({pattern!r})"))
+
+
+def checked_units(units: Mapping[Any, Any], where: str) -> dict[Role, Unit]:
+    """Roles and units as enums, or a ValueError that names the offending word and the ones that exist."""
+    out: dict[Role, Unit] = {}
+    for key, value in units.items():
+        try:
+            role = Role(key)
+        except ValueError:
+            known = [role.value for role in Role]
+            raise ValueError(
+                f"rules {where!r} name an unknown role {key!r} (unit {value!r}){_nearest(key, known)}; known: {known}"
+            ) from None
+        unit = _unit(value, where, role.value)
+        if unit is Unit.ATTENTION_HEAD and role not in HEAD_ROLES:
+            raise ValueError(
+                f"rules {where!r} give {role.value} the unit ATTENTION_HEAD, which only "
+                f"{sorted(r.value for r in HEAD_ROLES)} have; choose OUT_NEURON or TENSOR"
+            )
+        out[role] = unit
+    return out
+
+
+def _unit(value: Any, where: str, receiver: str) -> Unit:
+    try:
+        return Unit(value)
+    except ValueError:
+        known = [unit.value for unit in Unit]
+        raise ValueError(
+            f"rules {where!r} give {receiver} an unknown unit {value!r}{_nearest(value, known)}; known: {known}"
+        ) from None
+
+
+def _nearest(word: Any, known: Iterable[str]) -> str:
+    """ ", did you mean ...?" where a known word is near."""
+    near = difflib.get_close_matches(str(word).upper(), list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a rules file, from the words this release knows."""
+    units = [unit.value for unit in Unit]
+    without_heads = [unit for unit in units if unit != Unit.ATTENTION_HEAD.value]
+    override = {
+        "type": "object",
+        "description": "The unit of every parameter whose name matches; the first match of the list wins.",
+        "properties": {
+            "pattern": {
+                "type": "string",
+                "minLength": 1,
+                "description": "Glob over the whole parameter name without wrappers' prefixes. '*' crosses dots; a "
+                "leading '*.' also matches nothing. A pattern that matches no parameter of a model is an error.",
+            },
+            "unit": {"enum": units},
+        },
+        "required": ["pattern", "unit"],
+        "additionalProperties": False,
+    }
+    properties: dict[str, Any] = {
+        "schema_version": {"enum": list(READABLE_VERSIONS)},
+        "name": {"type": "string"},
+        "description": {"type": "string", "description": "What the set is and where it comes from."},
+        "units": {
+            "type": "object",
+            "description": "Role -> what shares one second-moment scalar. A missing role has adam_mini's unit.",
+            "properties": {
+                role.value: {"enum": units if role in HEAD_ROLES else without_heads} for role in Role
+            },
+            "additionalProperties": False,
+        },
+        "overrides": {"type": "array", "items": override, "description": "Since version 2."},
+        "evidence": {"description": "Measurements that justify the set; null for sets taken from a paper."},
+        "provenance": {"description": "How the set was made."},
+    }  # fmt: skip
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Partition rules of adam-mini-lab",
+        "type": "object",
+        "properties": properties,
+        "required": ["schema_version", "name", "units"],
+        "additionalProperties": False,
+        "if": {"properties": {"schema_version": {"const": 1}}},
+        "then": {"properties": {"overrides": False}},
+    }
