@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .partition import explain
+from .plan import cli as plan
 
 
 def _model(target: str) -> nn.Module:
@@ -36,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("explain", help="what every parameter is taken for, and why")
     command.add_argument("target", help="module:attribute, a model or a callable that makes one")
     command.add_argument("--rules", default="adam_mini", help="shipped set or path to a rules file")
+    plan.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
+        if hasattr(arguments, "run"):
+            return arguments.run(arguments)
         print(explain(_model(arguments.target), arguments.rules))
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from error
