@@ -159,7 +159,8 @@ def notes(setup: Setup) -> tuple[str, ...]:
             f"Adam-mini's exp_avg in {setup.exp_avg_dtype}: its storage, whether or not your optimizer offers it"
         )
     if setup.tp > 1:
-        out.append("tensor parallelism cuts matrices by role; norms, biases and position tables are on every rank")
+        whole = "norms, biases, position tables and weights of unknown role"
+        out.append(f"tensor parallelism cuts matrices by role; {whole} are whole on every rank")
     if setup.flat and setup.zero:
         how = "every parameter" if setup.zero == 3 else "one buffer of all parameters"
         out.append(f"ZeRO splits {how} by elements; where a range cuts columns, exp_avg_sq is an upper bound")
