@@ -11,6 +11,7 @@ from typing import Any
 from .partition import render
 from .partition.explain import compare, explanation
 from .partition.schema import json_schema
+from .plan import cli as plan
 from .targets import load_target
 
 
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.set_defaults(run=_explain)
     commands.add_parser("schema", help="the JSON Schema of a rules file").set_defaults(run=_schema)
+    plan.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

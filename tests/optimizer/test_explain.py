@@ -192,7 +192,7 @@ def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["tests.optimizer.models:Llama", "--diff", "adam_mini", "slim_adam", "--rules", "x"], r"'x'.*leave one out"),
         (["DIR"], r"config\.json does not exist"),
         (["DIR/missing.json"], r"missing\.json does not exist"),
-        (["DIR/untyped.json"], r"untyped\.json has no 'model_type'"),
+        (["DIR/untyped.json"], r"untyped\.json: model_type=None"),
         (["DIR/torn.json"], r"torn\.json is not valid JSON"),
         (["DIR/unknown.json"], r"model_type='lama'.*module:attribute"),
         (["DIR/wrong.json"], r"wrong\.json.*(?s:.*)num_attention_heads"),

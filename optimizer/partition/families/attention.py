@@ -76,7 +76,7 @@ SEPARATE: tuple[Family, ...] = (
             "v_proj_delayed": heads(V, query=("q_proj",)),
         },
     ),
-    _separate("wq", "wk", "wv", "Meta and torchtitan: rows are (head, head_dim)"),
+    _separate("wq", "wk", "wv", "Meta and torchtitan Llama: rows are (head, head_dim)"),
     _separate("q_proj", "k_proj", "v_proj", _HUGGING_FACE),
     _separate("query", "key", "value", _HUGGING_FACE, extra=_GLOBAL | _LUKE),
     _separate("q", "k", "v", _HUGGING_FACE, extra={"relative_attention_bias": table_rows(Role.POSITION_EMBEDDING)}),

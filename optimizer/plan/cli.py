@@ -1,0 +1,82 @@
+"""``python -m optimizer plan TARGET``: memory per rank, side by side; ``--table FILE`` writes the shipped table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from optimizer.partition.rules import shipped as shipped_rules
+
+from . import report, table
+from .activations import estimate
+from .memory import DEFAULT_RULES, make_plan
+from .model import load_target, parameters_of, shipped
+from .sharding import DTYPES, MOMENT_DTYPES, Setup
+
+
+def add_command(subparsers: Any) -> None:
+    """Register ``plan`` with the command line's subparsers; the parsed arguments carry ``run``."""
+    command = subparsers.add_parser(
+        "plan",
+        help="memory of training a model, per rank and optimizer, from its architecture alone",
+        description=f"Shipped architectures: {', '.join(shipped())}.",
+    )
+    command.add_argument("target", nargs="?", help="shipped name, config.json or its folder, or module:function")
+    command.add_argument("--world", type=int, default=1, help="all ranks (default 1)")
+    command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks among them (default 1)")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--fsdp", action="store_true", help="FSDP2: parameters, gradients and state cut along axis 0")
+    how.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="DeepSpeed stage; 0 is DDP (default)")
+    known = ", ".join(shipped_rules())
+    command.add_argument("--rules", default=",".join(DEFAULT_RULES), help=f"comma-separated: {known}, or paths")
+    command.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="of parameters and gradients")
+    command.add_argument("--exp-avg-dtype", choices=MOMENT_DTYPES,
+                         help="of Adam-mini's first moment (default: that of the parameters it steps)")  # fmt: skip
+    command.add_argument("--master", action="store_true", help="keep an fp32 copy of 16-bit parameters")
+    command.add_argument("--batch", type=int, help="micro-batch of one data-parallel rank, for an activation estimate")
+    command.add_argument("--seq", type=int, help="tokens per sequence, for an activation estimate")
+    command.add_argument("--json", action="store_true", help="bytes, as JSON")
+    command.add_argument("--table", metavar="FILE", help="write the table of the shipped architectures as Markdown")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carry out the parsed command and write to standard output.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``load_target``, ``Setup``, ``make_plan`` and ``estimate``.
+        SystemExit: transformers is needed and missing.
+    """
+    try:
+        sys.stdout.write(_answer(arguments) + "\n")
+    except ImportError as error:
+        raise SystemExit(str(error)) from error
+
+
+def _answer(arguments: argparse.Namespace) -> str:
+    if arguments.table and arguments.target is not None:
+        raise ValueError(
+            f"--table {arguments.table!r} covers the shipped architectures; leave out {arguments.target!r}"
+        )
+    if arguments.table:
+        return f"wrote {table.write(arguments.table)}"
+    if arguments.target is None:
+        raise ValueError(f"target is missing; give config.json, module:function or one of {', '.join(shipped())}")
+    if (arguments.batch is None) != (arguments.seq is None):
+        raise ValueError(
+            f"--batch {arguments.batch} and --seq {arguments.seq} go together: give both for an estimate of activations"
+        )
+    sharding = "fsdp" if arguments.fsdp else f"zero{arguments.zero}" if arguments.zero else "ddp"
+    setup = Setup(arguments.world, arguments.tp, sharding, arguments.dtype, arguments.exp_avg_dtype, arguments.master)
+    rules = [name.strip() for name in arguments.rules.split(",") if name.strip()]
+    target = load_target(arguments.target)
+    plan = make_plan(parameters_of(target.model), setup, rules)
+    activations = None
+    if arguments.batch is not None:
+        config = getattr(target.model, "config", None)
+        activations = estimate(config, batch=arguments.batch, seq=arguments.seq, tp=arguments.tp)
+    if arguments.json:
+        return json.dumps(report.document(plan, target.name, activations), indent=1)
+    return report.text(plan, target.name, activations)
