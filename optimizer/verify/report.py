@@ -1,0 +1,61 @@
+"""What a verification found, as data and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Verdict(str, Enum):
+    """What gradients say of a layout."""
+
+    PROVEN = "proven"
+    CONTRADICTED = "contradicted"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The verdict on one parameter.
+
+    Attributes:
+        name: the parameter.
+        verdict: what gradients say.
+        claim: how the rules see it, in words.
+        why: the evidence, or what is in the way of deciding.
+    """
+
+    name: str
+    verdict: Verdict
+    claim: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings on a model.
+
+    Attributes:
+        findings: one for each parameter that is, or might be, a query, key or value projection.
+        forwards: what was run, for the reader.
+    """
+
+    findings: tuple[Finding, ...]
+    forwards: tuple[str, ...]
+
+    def of(self, verdict: Verdict) -> list[Finding]:
+        """The findings with one verdict."""
+        return [finding for finding in self.findings if finding.verdict is verdict]
+
+    @property
+    def contradicted(self) -> list[Finding]:
+        """Layouts that gradients contradict."""
+        return self.of(Verdict.CONTRADICTED)
+
+    def __str__(self) -> str:
+        order = (Verdict.CONTRADICTED, Verdict.UNDECIDED, Verdict.PROVEN)
+        rows = [(f.verdict.value, f.name, f.claim, f.why) for verdict in order for f in self.of(verdict)]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
+        counts = ", ".join(f"{len(self.of(verdict))} {verdict.value}" for verdict in reversed(order))
+        return "\n".join([*lines, "", f"{counts}; forward passes: {'; '.join(self.forwards) or 'none'}"])
