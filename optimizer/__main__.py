@@ -13,6 +13,7 @@ from .partition.explain import compare, explanation
 from .partition.schema import json_schema
 from .plan import cli as plan
 from .targets import load_target
+from .verify import cli as verify
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     command.set_defaults(run=_explain)
     commands.add_parser("schema", help="the JSON Schema of a rules file").set_defaults(run=_schema)
+    verify.add_command(commands)
     plan.add_command(commands)
     arguments = parser.parse_args(argv)
     try:

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,18 +28,7 @@ def load_target(target: str) -> nn.Module:
         from .integrations.transformers import model_from_config
 
         return model_from_config(target)
-    name, _, attribute = target.partition(":")
-    if not name or not attribute:
-        raise ValueError(
-            f"target {target!r} must be written module:attribute, for example my_model:make_model, or be the path of a "
-            "config.json or its directory"
-        )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"target {target!r} cannot be imported: {error}; run from the folder it is in") from error
+    found = resolve(target, "target")
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
@@ -55,3 +45,27 @@ def load_target(target: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"target {target!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def resolve(path: str, what: str) -> Any:
+    """The object at ``module:attribute``.
+
+    Args:
+        path: as written on the command line.
+        what: the argument's name, for messages.
+
+    Raises:
+        ValueError: another form, or nothing to import there.
+    """
+    name, _, attribute = path.partition(":")
+    if not name or not attribute:
+        raise ValueError(
+            f"{what} {path!r} must be written module:attribute, for example my_model:make_model"
+            + (", or be the path of a config.json or its directory" if what == "target" else "")
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {path!r} cannot be imported: {error}; run from the folder it is in") from error

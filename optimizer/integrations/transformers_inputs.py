@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +27,9 @@ def _of(module: nn.Module, path: str, generator: torch.Generator) -> Iterator[Fo
     config: Any = module.config
     common: dict[str, Any] = {"use_cache": False} if _accepts(module, "use_cache") else {}
     where = path or type(module).__name__
-    if name == "input_ids":
+    if _accepts(module, "grid_thw", by_name=True):
+        yield _patches(module, where, config, generator)
+    elif name == "input_ids":
         ids = _ids(module, generator)
         if bool(getattr(config, "is_encoder_decoder", False)) and _accepts(module, "decoder_input_ids"):
             common["decoder_input_ids"] = ids
@@ -37,10 +40,10 @@ def _of(module: nn.Module, path: str, generator: torch.Generator) -> Iterator[Fo
         yield from _sound(module, where, name, config, common, generator)
 
 
-def _accepts(module: nn.Module, argument: str) -> bool:
-    code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return argument in names or bool(code.co_flags & 8)
+def _accepts(module: nn.Module, argument: str, *, by_name: bool = False) -> bool:
+    """Whether forward takes an argument: listed, or, unless ``by_name``, swallowed by ``**kwargs``."""
+    parameters = inspect.signature(type(module).forward).parameters
+    return argument in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 def _get(config: Any, *names: str, default: Any = None) -> Any:
@@ -53,8 +56,11 @@ def _get(config: Any, *names: str, default: Any = None) -> Any:
 
 
 def _ids(module: nn.Module, generator: torch.Generator) -> Tensor:
-    embedding = next((m for m in module.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > 8), None)
-    size = embedding.num_embeddings if embedding is not None else 16
+    """Ids that every vocabulary has and that are special in none, as far as that goes."""
+    config: Any = module.config
+    parts = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
+    sizes = [n for part in parts if isinstance(n := getattr(part, "vocab_size", None), int)]
+    size = min([60, *sizes])
     return torch.randint(min(5, size - 1), size, (1, LENGTH), generator=generator)
 
 
@@ -71,12 +77,15 @@ def _images(
         extra["decoder_input_ids"] = _ids(module, generator)
     picture = torch.randn((1, channels, height, width), generator=generator)
     yield Forward(f"{where}(pixel_values {tuple(picture.shape)})", module, (), {"pixel_values": picture, **extra})
-    if isinstance(patch, int):
-        merge = int(_get(config, "spatial_merge_size", default=1))
-        temporal = int(_get(config, "temporal_patch_size", default=1))
-        rows = torch.randn((4 * merge * merge, channels * temporal * patch * patch), generator=generator)
-        grid = torch.tensor([[1, 2 * merge, 2 * merge]])
-        yield Forward(f"{where}(patches {tuple(rows.shape)})", module, (rows, grid))
+
+
+def _patches(module: nn.Module, where: str, config: Any, generator: torch.Generator) -> Forward:
+    """For towers that take flattened patches in a row, and the grid they come from."""
+    patch, channels = _get(config, "patch_size", default=14), _get(config, "in_channels", "num_channels", default=3)
+    merge = int(_get(config, "spatial_merge_size", default=1))
+    temporal = int(_get(config, "temporal_patch_size", default=1))
+    rows = torch.randn((4 * merge * merge, channels * temporal * patch * patch), generator=generator)
+    return Forward(f"{where}(patches {tuple(rows.shape)})", module, (rows, torch.tensor([[1, 2 * merge, 2 * merge]])))
 
 
 def _sound(

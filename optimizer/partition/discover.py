@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -151,7 +152,9 @@ def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
         if suspicious or (role is not Role.ATTENTION_OUT and _inside_attention(place)):
             return _doubtful(place, name)
         chosen = role if role in (Role.ATTENTION_OUT, Role.MLP_OUT) else Role.MLP_IN
-        return rows(chosen)(place, f"a dense layer ({type(owner).__name__}): units are its outputs")
+        return replace(
+            rows(chosen)(place, f"a dense layer ({type(owner).__name__}): units are its outputs"), declared=False
+        )
     bare = next((row for row in BARE if row.matches(place, leaf)), None)
     if bare is not None:
         return bare.make(place, bare.why)

@@ -52,11 +52,14 @@ class Part:
         size: how many there are.
         head_dim: how many consecutive ones form an attention head; None where there are no heads, or where
             nobody could tell (the rules then fall back to one scalar per index).
+        shared: whether the same units do a second thing too (Reformer's queries are its keys, DeepSeek-V4's keys its
+            values); ``role`` is the one with the finer unit.
     """
 
     role: Role
     size: int
     head_dim: int | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim is not None and (self.head_dim <= 0 or self.size % self.head_dim):
@@ -92,6 +95,7 @@ class Anatomy:
         repeat: how often the sequence of parts repeats along ``axis`` (interleaved heads).
         fold: how many pieces axis 0 is split into before anything else: experts, or groups of a transposed
             convolution, that the tensor keeps one behind the other. The axes above are those of the split view.
+        declared: False where no family speaks of the tensor and only its layer is known.
         reason: why the parts were chosen, in words, for ``explain``.
     """
 
@@ -103,6 +107,7 @@ class Anatomy:
     leading: int = 0
     repeat: int = 1
     fold: int = 1
+    declared: bool = True
 
     def __post_init__(self) -> None:
         view = viewed(self.shape, self.fold)

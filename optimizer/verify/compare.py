@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from ..partition import Anatomy, Layout, Role
+from ..partition import Anatomy, Layout, Part, Role
 from ..partition.roles import HEAD_ROLES
 from .footprints import Footprints
 from .report import Finding, Verdict
@@ -30,10 +30,9 @@ def along_units(layout: Layout, anatomy: Anatomy) -> Tensor | None:
     return torch.arange(len(lengths)).repeat_interleave(lengths)
 
 
-def roles_of_units(anatomy: Anatomy) -> list[Role]:
-    """The role of every output unit."""
-    once = [part.role for part in anatomy.parts for _ in range(part.size)]
-    return once * anatomy.repeat
+def parts_of_units(anatomy: Anatomy) -> list[Part]:
+    """The part every output unit belongs to."""
+    return [part for part in anatomy.parts for _ in range(part.size)] * anatomy.repeat
 
 
 def judge(name: str, anatomy: Anatomy, layout: Layout, evidence: Footprints | None, heads: Tensor | None) -> Finding:
@@ -61,17 +60,23 @@ def judge(name: str, anatomy: Anatomy, layout: Layout, evidence: Footprints | No
     if not evidence.moves.any():
         return found(Verdict.UNDECIDED, "moves nothing at this output projection")
     kinds = _kinds(evidence, heads)
-    roles = roles_of_units(anatomy)
-    claimed = [role if role in HEAD_ROLES else None for role in roles]
+    parts = parts_of_units(anatomy)
+    claimed = [part.role if part.role in HEAD_ROLES else None for part in parts]
     if len(evidence.moves) > 1 and bool(evidence.moves.all()) and int(blocks.max()) > 0 and Role.VALUE not in claimed:
         return found(Verdict.UNDECIDED, "every unit moves every feature: something mixes the heads on the way")
-    if evidence.elsewhere is None and len({r for r in claimed if r}) > 1:
+    if evidence.elsewhere is None and {Role.QUERY, Role.KEY} <= set(claimed):
         return found(Verdict.UNDECIDED, "positions before and after cannot be compared, so query and key look alike")
     for i, (role, kind) in enumerate(zip(claimed, kinds, strict=True)):
-        if kind is not None and not _agree(role, kind, evidence.elsewhere is not None):
-            said = role.value if role else roles[i].value
-            return found(Verdict.CONTRADICTED, f"unit {i} is said to be {said} and behaves like a {kind}")
+        if kind is not None and not parts[i].shared and not _agree(role, kind, evidence.elsewhere is not None):
+            return found(
+                Verdict.CONTRADICTED, f"unit {i} is said to be {parts[i].role.value} and behaves like a {kind}"
+            )
     return _grouping(found, blocks, evidence, claimed, kinds)
+
+
+def looks_like_attention(found: Mapping[str, Footprints], heads: Tensor | None) -> bool:
+    """Whether there are queries, keys and values among the units, whatever they are called."""
+    return {"query", "key", "value"} <= {kind for f in found.values() for kind in _kinds(f, heads) if kind}
 
 
 def _kinds(evidence: Footprints, heads: Tensor | None) -> list[str | None]:
@@ -128,7 +133,7 @@ def _grouping(
             if len(together) > 1:
                 return found(Verdict.CONTRADICTED, f"unit {i} shares its scalar with {len(together) - 1} others")
             continue
-        alike = (groups == groups[i]).nonzero().flatten()
+        alike = _head(i, groups, blocks, evidence)
         if not torch.equal(together, alike):
             return found(
                 Verdict.CONTRADICTED,
@@ -138,6 +143,17 @@ def _grouping(
     n_heads = len({int(groups[i]) for i, kind in enumerate(kinds) if kind in ("query", "key", "query or key")})
     seen = ", ".join(f"{n} {kind}" for kind, n in numbers.items())
     return found(Verdict.PROVEN, f"{seen} units" + (f" in {n_heads} heads" if n_heads else ""))
+
+
+def _head(unit: int, groups: Tensor, blocks: Tensor, evidence: Footprints) -> Tensor:
+    """The units of one head with this one: those of its footprint, less the blocks it does not act together with."""
+    alike = groups == groups[unit]
+    for block in blocks[alike].unique():
+        if evidence.coupled is not None and block != blocks[unit]:
+            other = int((alike & (blocks == block)).nonzero()[0])
+            if not evidence.coupled(unit, other):
+                alike &= blocks != block
+    return alike.nonzero().flatten()
 
 
 def _span(indices: Tensor) -> str:

@@ -13,14 +13,13 @@ Units of one footprint and kind are a head. Exact zeros decide, never a size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _CHUNK = 64
-_ZERO = 1e-9  # relative to the largest gradient: what a unit does not reach is zero exactly
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,13 @@ class Footprints:
         moves: bool [units, features of z].
         elsewhere: bool [units], whether z moves at a position other than the unit's own; None where positions of y and
             z cannot be compared.
+        coupled: whether two units act together, from the mixed second derivative: two softmaxes over the same features
+            of z add up, and what adds up is not one head. None where it cannot be asked.
     """
 
     moves: Tensor
     elsewhere: Tensor | None
+    coupled: Callable[[int, int], bool] | None = None
 
     @property
     def groups(self) -> Tensor:
@@ -69,19 +71,40 @@ def footprints(z: Tensor, leaves: Mapping[str, Tensor], feature_axis: Mapping[st
                 if g is not None:
                     units_last = g.movedim(feature_axis[name], -1)
                     found[name].append(units_last.reshape(-1, units_last.shape[-1]).abs())
-    out = {}
-    for name, slices in found.items():
-        if slices:
-            out[name] = _footprints(torch.stack(slices), position, len(flat))
-    return out
+    stacks = {name: torch.stack(slices) for name, slices in found.items() if slices}
+    return {
+        name: replace(footprint(stack, position, len(flat)), coupled=_coupling(rows, leaves[name], feature_axis[name]))
+        for name, stack in stacks.items()
+    }
 
 
-def _footprints(gradient: Tensor, position: int, positions: int) -> Footprints:
-    """From |dz/dy|, [features of z, positions of y, units]."""
-    largest = gradient.max()
-    nonzero = gradient > _ZERO * largest if largest > 0 else torch.zeros_like(gradient, dtype=torch.bool)
+def _coupling(outcome: Tensor, leaf: Tensor, axis: int) -> Callable[[int, int], bool]:
+    """The mixed second derivative of a fixed mixture of the outcome, as a question about two units."""
+    mixture = torch.linspace(1.0, 2.0, len(outcome), dtype=outcome.dtype)
+
+    def coupled(first: int, second: int) -> bool:
+        gradient = torch.autograd.grad(outcome @ mixture, leaf, create_graph=True)[0].movedim(axis, -1)
+        if not gradient.requires_grad:
+            return False
+        mixed = torch.autograd.grad(gradient[..., first].sum(), leaf, retain_graph=True, allow_unused=True)[0]
+        return mixed is not None and bool((mixed.movedim(axis, -1)[..., second] != 0).any())
+
+    return coupled
+
+
+def footprint(gradient: Tensor, position: int, positions: int, *, crossed: bool = False) -> Footprints:
+    """Footprints of one projection.
+
+    Args:
+        gradient: abs(dz/dy), [features of z, positions of y, units].
+        position: the position of z looked at.
+        positions: how many z has.
+        crossed: whether a projection at other positions than z's is known to be on the other side of a cross
+            attention, where a unit that counts at more than one position is no query.
+    """
+    nonzero = gradient > 0  # what a unit does not reach is zero exactly, and a fading memory reaches far
     moves = nonzero.any(1).T
     if gradient.shape[1] != positions:
-        return Footprints(moves, None)
+        return Footprints(moves, nonzero.any(0).sum(0) > 1 if crossed else None)
     others = torch.arange(positions) != position
     return Footprints(moves, nonzero[:, others].any(1).any(0))

@@ -33,6 +33,8 @@ class Forward:
         """Call it; what went wrong, or None. What was watched before a failure still counts."""
         try:
             self.module(*self.args, **self.kwargs)
+        except TimeoutError:
+            raise
         except Exception as error:  # any model may dislike a guess in any way
             return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .footprints import Footprints
+from .footprints import Footprints, footprint
 
 _ROUNDING = 1e-4  # relative: least squares in float64 on float32 gradients
 
@@ -62,11 +62,10 @@ def _at_positions(piece: Tensor, source: Tensor) -> Tensor:
 
 def _joined(solved: list[Tensor], position: int, positions: int) -> Footprints:
     """One ``Footprints`` for the parts of a fused weight."""
-    moves, elsewhere = [], []
-    comparable = all(s.shape[-1] == positions for s in solved)
+    parts = []
     for s in solved:
-        nonzero = s > _ROUNDING * float(s.max())
-        moves.append(nonzero.any(2).T)
-        others = torch.arange(s.shape[-1]) != position
-        elsewhere.append(nonzero[:, :, others].any(2).any(0))
-    return Footprints(torch.cat(moves), torch.cat(elsewhere) if comparable else None)
+        # A row that is not moved is zero exactly; positions of one that is moved get each other's rounding.
+        exact = torch.where(s > _ROUNDING * s.amax(2, keepdim=True), s, 0.0)
+        parts.append(footprint(exact.transpose(1, 2), position, positions, crossed=True))
+    reach = [part.elsewhere for part in parts if part.elsewhere is not None]
+    return Footprints(torch.cat([part.moves for part in parts]), torch.cat(reach) if len(reach) == len(parts) else None)

@@ -45,7 +45,7 @@ class Report:
 
     def of(self, verdict: Verdict) -> list[Finding]:
         """The findings with one verdict."""
-        return [finding for finding in self.findings if finding.verdict is verdict]
+        return [finding for finding in self.findings if finding.verdict == verdict]
 
     @property
     def contradicted(self) -> list[Finding]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..partition import Anatomy, Role, Rules, discover, layout_of
 from ..partition.families import is_convolution
 from ..partition.roles import HEAD_ROLES
-from .compare import judge
+from .compare import judge, looks_like_attention
 from .footprints import Footprints, footprints
 from .inputs import Forward, forwards_of
 from .joint import joint_footprints, open_output
@@ -47,11 +47,6 @@ def verify(model: nn.Module, inputs: Any = None, *, seed: int = 0, every_layer: 
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("the model is on the meta device and has no values; build a small one with weights")
     targets = {name: a for name, a in anatomies.items() if is_target(name, a, model)}
-    if not targets:
-        raise ValueError(
-            f"{type(model).__name__} has no query, key or value projection, and nothing that calls itself attention: "
-            "there is nothing to verify"
-        )
     probe = perturbed(model, seed)
     evidence: dict[str, tuple[Footprints, Tensor | None]] = {}
     ran = []
@@ -62,11 +57,16 @@ def verify(model: nn.Module, inputs: Any = None, *, seed: int = 0, every_layer: 
             raise RuntimeError(f"the forward pass {forward.name} fails: {complaint}; give other inputs")
         if seen.order or seen.joint:
             ran.append(forward.name + (f" (stopped: {complaint})" if complaint else ""))
-            _gather(probe, seen, targets, evidence, every_layer)
+            _gather(probe, seen, targets, anatomies, evidence, every_layer)
     if not ran:
         raise ValueError(
             f"no forward pass of {type(model).__name__} could be run with guessed inputs; give inputs= (in a shell: "
             "--inputs module:function, a function that returns a tuple or a dict of arguments)"
+        )
+    if not targets:
+        raise ValueError(
+            f"{type(model).__name__} has no query, key or value projection, calls nothing attention, and no projection "
+            "of it reaches across positions as one would: there is nothing to verify"
         )
     rules = Rules("adam_mini")
     findings = []
@@ -99,37 +99,60 @@ def perturbed(model: nn.Module, seed: int) -> nn.Module:
                 noise = torch.randn(parameter.shape, generator=generator)
                 scale = 0.05 if parameter.ndim < 2 else 0.5 / max(1, parameter.shape[-1]) ** 0.5
                 parameter.nan_to_num_(0.0, 0.0, 0.0).add_(noise.to(parameter.device), alpha=scale)
-    for module in out.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            open_output(module)
+        for module in out.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                open_output(module)
+            if isinstance(module, nn.Conv1d) and module.groups == module.in_channels == module.out_channels:
+                _pass_through(module)
     return out
+
+
+def _pass_through(convolution: nn.Conv1d) -> None:
+    """Make a depthwise convolution keep only the present tap, so that positions stay apart; channels never mixed."""
+    width = convolution.kernel_size[0]
+    padding = convolution.padding[0] if isinstance(convolution.padding, tuple) else width // 2
+    convolution.weight.zero_()
+    convolution.weight[:, :, min(padding, width - 1) if padding else width - 1] = 1.0
 
 
 def _gather(
     probe: nn.Module,
     seen: Watched,
     targets: dict[str, Anatomy],
+    anatomies: dict[str, Anatomy],
     evidence: dict[str, tuple[Footprints, Tensor | None]],
     every_layer: bool,
 ) -> None:
     """Footprints of every attention the forward pass went through, unless a like one is known already."""
     done: set[Any] = set()
     modules = dict(probe.named_modules())
-    for scope, out in _attentions(probe, seen, targets):
+    for scope, out in _attentions(seen, targets, anatomies):
         inside = [path for path in seen.order if path.startswith(scope) and path != out]
-        wanted = [path for path in inside if f"{path}.weight" in targets]
-        key = tuple((re.sub(r"\d+", "#", path), tuple(modules[path].weight.shape)) for path in wanted)
-        if not wanted or (key in done and not every_layer) or out not in seen.inputs:
+        key = tuple((re.sub(r"\d+", "#", path), tuple(modules[path].weight.shape)) for path in inside)
+        if key in done and not every_layer:
+            continue
+        known = {path: anatomies[f"{path}.weight"] for path in inside if f"{path}.weight" in anatomies}
+        declared = any(f"{path}.weight" in targets for path in inside)
+        complete = {role for anatomy in known.values() for role in anatomy.roles} >= HEAD_ROLES
+        if not declared and all(anatomy.declared for anatomy in known.values()):
             continue
         leaves = {path: seen.outputs[path] for path in inside}
-        if not seen.inputs[out].requires_grad:
-            continue
         axes = {path: 1 if is_convolution(modules[path]) else -1 for path in inside}
+        if not declared and not _mixes_positions(seen.inputs[out], leaves, axes):
+            continue  # a feed-forward block: every unit acts at its own position
         found = footprints(seen.inputs[out], leaves, axes)
         heads = _heads(found)
-        for path in wanted:
-            if path in found and (f"{path}.weight" not in evidence or not evidence[f"{path}.weight"][0].moves.any()):
-                evidence[f"{path}.weight"] = (found[path], heads)
+        if not declared and not looks_like_attention(found, heads):
+            continue
+        for path in inside:
+            name = f"{path}.weight"
+            if path not in found or path not in known or known[path].role is Role.ATTENTION_OUT:
+                continue
+            if name not in targets and complete:
+                continue  # beside queries, keys and values: gates and other numbers of a head, each its own
+            targets.setdefault(name, known[path])
+            if name not in evidence or not evidence[name][0].moves.any():
+                evidence[name] = (found[path], heads)
                 done.add(key)
     for path, (given, output) in seen.joint.items():
         for leaf, found_one in joint_footprints(modules[path], given, output).items():
@@ -138,36 +161,54 @@ def _gather(
                 evidence[name] = (found_one, None)
 
 
-def _attentions(probe: nn.Module, seen: Watched, targets: dict[str, Anatomy]) -> Iterable[tuple[str, str]]:
-    """(prefix of everything inside an attention, path of its output projection)."""
-    holders = dict.fromkeys(name.removesuffix(".weight").rpartition(".")[0] for name in targets)
-    for holder in holders:
+def _mixes_positions(z: Tensor, leaves: dict[str, Tensor], axes: dict[str, int]) -> bool:
+    """Whether the last position of z depends on another position of some projection: one backward pass."""
+    last = z.reshape(-1, z.shape[-1])[-1]
+    grads = torch.autograd.grad(last.sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    for (name, _), g in zip(leaves.items(), grads, strict=True):
+        if g is not None:
+            moved = g.movedim(axes[name], -1).reshape(-1, leaves[name].shape[axes[name]])
+            if bool((moved[:-1] != 0).any()):
+                return True
+    return False
+
+
+def _attentions(seen: Watched, targets: dict[str, Anatomy], anatomies: dict[str, Anatomy]) -> Iterable[tuple[str, str]]:
+    """(prefix of everything inside an attention, path of its output projection).
+
+    Around a target the scope grows until an output projection is in it; elsewhere only a module's own children count.
+    """
+    wanted = {name.removesuffix(".weight").rpartition(".")[0] for name in targets}
+    for holder in dict.fromkeys(path.rpartition(".")[0] for path in seen.order):
         prefix = holder
         while True:
             scope = f"{prefix}." if prefix else ""
             called = [path for path in seen.order if path.startswith(scope)]
-            behind = _output_projection(called, scope, targets, seen)
+            if holder not in wanted:
+                called = [path for path in called if "." not in path.removeprefix(scope)]
+            behind = _output_projection(called, seen, anatomies)
             if behind is not None:
                 yield scope, behind
-                break
-            if not prefix:
+            if behind is not None or not prefix or holder not in wanted:
                 break
             prefix = prefix.rpartition(".")[0]
 
 
-def _output_projection(called: Sequence[str], scope: str, targets: dict[str, Anatomy], seen: Watched) -> str | None:
-    """The first projection, called after a target of this scope, whose input depends on that target's output."""
-    pending: list[Tensor] = []
-    for path in called:
-        taken = seen.inputs.get(path)
-        if f"{path}.weight" in targets:
-            pending.append(seen.outputs[path])
+def _output_projection(called: Sequence[str], seen: Watched, anatomies: dict[str, Anatomy]) -> str | None:
+    """What leads back from the heads: by its role, else the last projection here that depends on those before it."""
+    best = None
+    for i, path in enumerate(called):
+        taken, anatomy = seen.inputs.get(path), anatomies.get(f"{path}.weight")
+        role = anatomy.role if anatomy is not None else Role.OTHER
+        if role in HEAD_ROLES or i == 0 or taken is None or not taken.requires_grad:
             continue
-        if pending and taken is not None and taken.requires_grad:
-            grads = torch.autograd.grad(taken.sum(), pending, retain_graph=True, allow_unused=True)
-            if sum(g is not None and bool((g != 0).any()) for g in grads) >= min(2, len(pending)):
+        before = [seen.outputs[p] for p in called[:i]]
+        grads = torch.autograd.grad(taken.sum(), before, retain_graph=True, allow_unused=True)
+        if any(g is not None and bool((g != 0).any()) for g in grads):
+            if role is Role.ATTENTION_OUT:
                 return path
-    return None
+            best = path
+    return best
 
 
 def _heads(found: dict[str, Footprints]) -> Tensor | None:

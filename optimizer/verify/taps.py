@@ -37,7 +37,8 @@ class Watched:
 def is_projection(module: nn.Module) -> bool:
     """A layer whose output units the watcher can tell apart."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim >= 2 and (is_dense(module) or is_convolution(module))
+    known = is_dense(module) or is_convolution(module) or "Expert" in type(module).__name__
+    return isinstance(weight, Tensor) and weight.ndim >= 2 and known
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ SEPARATE: tuple[Family, ...] = (
         classes=("LSHSelfAttention",),
         library="transformers",
         why="Reformer: one projection is query and key at once",
-        params={"query_key": heads(Q, query=("query_key",)), "value": heads(V, query=("query_key",))},
+        params={"query_key": heads(Q, query=("query_key",), shared=True), "value": heads(V, query=("query_key",))},
     ),
     Family(
         classes=("FunnelRelMultiheadAttention",),

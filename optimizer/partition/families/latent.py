@@ -87,7 +87,7 @@ LATENT: tuple[Family, ...] = (
         params={
             "q_a_proj": rows(Role.MLP_IN),
             "q_b_proj": heads(Q, dim=("head_dim",)),
-            "kv_proj": one_head(V),
+            "kv_proj": one_head(V, shared=True),
             "o_a_proj": rows(Role.ATTENTION_OUT),
             "o_b_proj": rows(Role.ATTENTION_OUT),
         },
@@ -97,7 +97,7 @@ LATENT: tuple[Family, ...] = (
         library="transformers",
         why="DeepSeek-V4 compressor: one projection that is key and value",
         params={
-            "kv_proj": one_head(V),
+            "kv_proj": one_head(V, shared=True),
             "gate_proj": rows(Role.MLP_IN),
             "weights_proj": rows(Role.MLP_IN),
             "q_b_proj": heads(Q, dim=("head_dim",)),

@@ -22,7 +22,14 @@ def rows(role: Role) -> Maker:
     return make
 
 
-def heads(role: Role, *, query: Sequence[str] = (), key: Sequence[str] = (), dim: Sequence[str] = ()) -> Maker:
+def heads(
+    role: Role,
+    *,
+    query: Sequence[str] = (),
+    key: Sequence[str] = (),
+    dim: Sequence[str] = (),
+    shared: bool = False,
+) -> Maker:
     """A query, key or value projection of its own: output units are (head, head_dim).
 
     Args:
@@ -30,6 +37,7 @@ def heads(role: Role, *, query: Sequence[str] = (), key: Sequence[str] = (), dim
         query: where the query projection is, whose rows over the number of heads give head_dim.
         key: where the key projection is, whose number of heads is the value's, whatever the value's head_dim.
         dim: attributes that say head_dim outright; then nothing else is asked.
+        shared: whether the units do a second thing too (``Part.shared``).
     """
 
     def make(place: Place, why: str) -> Anatomy:
@@ -42,16 +50,16 @@ def heads(role: Role, *, query: Sequence[str] = (), key: Sequence[str] = (), dim
         if key_rows and head_dim:
             kv_heads = max(1, key_rows // head_dim)
             head_dim = size // kv_heads if size % kv_heads == 0 else None
-        return place.anatomy((Part(role, size, head_dim),), why)
+        return place.anatomy((Part(role, size, head_dim, shared),), why)
 
     return make
 
 
-def one_head(role: Role) -> Maker:
+def one_head(role: Role, *, shared: bool = False) -> Maker:
     """A projection for the only head there is."""
 
     def make(place: Place, why: str) -> Anatomy:
-        return place.anatomy((Part(role, place.outputs, place.outputs),), why)
+        return place.anatomy((Part(role, place.outputs, place.outputs, shared),), why)
 
     return make
 

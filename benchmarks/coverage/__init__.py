@@ -1,0 +1,1 @@
+"""How many of transformers' architectures the partition knows, and how many of those gradients prove."""
