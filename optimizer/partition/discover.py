@@ -63,7 +63,8 @@ def _packed(module: nn.Module, found: dict[int, Anatomy]) -> None:
     for _, parameter in module.named_parameters(recurse=False):
         if not (parameter.is_floating_point() or parameter.is_complex()):
             shape = tuple(parameter.shape)
-            found[id(parameter)] = whole(Role.BIAS, shape, f"packed integers ({parameter.dtype}): never trained")
+            packed = whole(Role.OTHER, shape, f"packed integers ({parameter.dtype}): never trained")
+            found[id(parameter)] = replace(packed, trainable=False)
 
 
 def _adapters(module: nn.Module) -> tuple[str, ...]:
@@ -104,7 +105,12 @@ def _claim(
 
 def _is_projection(module: nn.Module) -> bool:
     """Whether a child that a family names can be a projection: dense, convolution, experts in parallel."""
-    return is_dense(module) or is_convolution(module) or "Expert" in type(module).__name__
+    return (
+        is_dense(module)
+        or is_convolution(module)
+        or isinstance(module, nn.ParameterDict)
+        or "Expert" in type(module).__name__
+    )
 
 
 def _embeddings(paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:

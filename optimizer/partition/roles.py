@@ -96,6 +96,7 @@ class Anatomy:
         fold: how many pieces axis 0 is split into before anything else: experts, or groups of a transposed
             convolution, that the tensor keeps one behind the other. The axes above are those of the split view.
         declared: False where no family speaks of the tensor and only its layer is known.
+        trainable: False for integers a quantiser packed, which no step ever reads.
         reason: why the parts were chosen, in words, for ``explain``.
     """
 
@@ -108,6 +109,7 @@ class Anatomy:
     repeat: int = 1
     fold: int = 1
     declared: bool = True
+    trainable: bool = True
 
     def __post_init__(self) -> None:
         view = viewed(self.shape, self.fold)
@@ -131,8 +133,8 @@ class Anatomy:
 
     @property
     def recognised(self) -> bool:
-        """Whether anything is known of this tensor."""
-        return Role.OTHER not in self.roles
+        """Whether enough is known of this tensor to train it."""
+        return Role.OTHER not in self.roles or not self.trainable
 
     @property
     def decays(self) -> bool:

@@ -133,7 +133,8 @@ def _gather(
             continue
         known = {path: anatomies[f"{path}.weight"] for path in inside if f"{path}.weight" in anatomies}
         declared = any(f"{path}.weight" in targets for path in inside)
-        complete = {role for anatomy in known.values() for role in anatomy.roles} >= HEAD_ROLES
+        parts = [part for anatomy in known.values() for part in anatomy.parts]
+        complete = {part.role for part in parts} >= HEAD_ROLES or any(part.shared for part in parts)
         if not declared and all(anatomy.declared for anatomy in known.values()):
             continue
         leaves = {path: seen.outputs[path] for path in inside}
@@ -180,18 +181,34 @@ def _attentions(seen: Watched, targets: dict[str, Anatomy], anatomies: dict[str,
     """
     wanted = {name.removesuffix(".weight").rpartition(".")[0] for name in targets}
     for holder in dict.fromkeys(path.rpartition(".")[0] for path in seen.order):
-        prefix = holder
-        while True:
-            scope = f"{prefix}." if prefix else ""
-            called = [path for path in seen.order if path.startswith(scope)]
-            if holder not in wanted:
-                called = [path for path in called if "." not in path.removeprefix(scope)]
+        if holder not in wanted:
+            scope = f"{holder}." if holder else ""
+            called = [p for p in seen.order if p.startswith(scope) and "." not in p.removeprefix(scope)]
             behind = _output_projection(called, seen, anatomies)
             if behind is not None:
                 yield scope, behind
-            if behind is not None or not prefix or holder not in wanted:
+            continue
+        nearest = None
+        for prefix in _upwards(holder):
+            scope = f"{prefix}." if prefix else ""
+            behind = _output_projection([p for p in seen.order if p.startswith(scope)], seen, anatomies)
+            if behind is None:
+                continue
+            nearest = nearest or (scope, behind)
+            if anatomies[f"{behind}.weight"].role is Role.ATTENTION_OUT:
+                nearest = (scope, behind)
                 break
-            prefix = prefix.rpartition(".")[0]
+        if nearest is not None:
+            yield nearest
+
+
+def _upwards(path: str, levels: int = 3) -> Iterable[str]:
+    """A path and those around it."""
+    for _ in range(levels):
+        yield path
+        if not path:
+            return
+        path = path.rpartition(".")[0]
 
 
 def _output_projection(called: Sequence[str], seen: Watched, anatomies: dict[str, Anatomy]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..partition.families import is_convolution, is_dense
 
@@ -44,18 +45,22 @@ def is_projection(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[Watched]:
     """Hooks on every projection, norm and MultiheadAttention of a model, for as long as it lasts."""
-    seen = Watched()
+    seen, active = Watched(), set[str]()
     handles = []
+    weights = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             handles.append(module.register_forward_pre_hook(_joint_inputs, with_kwargs=True))
             handles.append(module.register_forward_hook(_joint_output(seen, path), with_kwargs=True))
         elif is_projection(module) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            handles.append(module.register_forward_hook(_cut(seen, path)))
+            weights[id(module.weight)] = (path, module)
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: active.add(path)))
+            handles.append(module.register_forward_hook(_cut(seen, path, active)))
         elif "norm" in type(module).__name__.lower():
             handles.append(module.register_forward_hook(_freeze_scale))
     try:
-        yield seen
+        with _BorrowedWeights(seen, weights, active):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -65,8 +70,28 @@ def _features_last(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.movedim(1, -1) if is_convolution(module) and tensor.ndim >= 3 else tensor
 
 
-def _cut(seen: Watched, path: str) -> Any:
+class _BorrowedWeights(TorchFunctionMode):
+    """Projections whose weight is used without calling the layer, as BEiT does to put its bias together."""
+
+    def __init__(self, seen: Watched, weights: dict[int, tuple[str, nn.Module]], active: set[str]) -> None:
+        super().__init__()
+        self._seen, self._weights, self._active = seen, weights, active
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not nn.functional.linear:
+            return output
+        weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
+        path, module = self._weights.get(id(weight), ("", None))
+        if module is None or path in self._active:
+            return output
+        cut = _cut(self._seen, path, set())(module, args or ((kwargs or {}).get("input"),), output)
+        return output if cut is None else cut
+
+
+def _cut(seen: Watched, path: str, active: set[str]) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        active.discard(path)
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return None
         leaf = output.detach().requires_grad_()

@@ -251,7 +251,18 @@ FUSED: tuple[Family, ...] = (
         children=("qkv", "proj"),
         fused=True,
         why="timm and litgpt: qkv is [Q|K|V] by rows",
-        params={"qkv": stacked(Q, K, V), "proj": rows(Role.ATTENTION_OUT)},
+        params={
+            "qkv": stacked(Q, K, V),
+            "proj": rows(Role.ATTENTION_OUT),
+            "proj_l": rows(Role.MLP_IN),  # CaiT mixes heads before and after the softmax
+            "proj_w": rows(Role.MLP_IN),
+        },
+    ),
+    Family(
+        children=("q", "kv", "proj"),
+        fused=True,
+        why="timm: a query projection, keys and values in one, [K|V]",
+        params={"q": heads(Q, query=("q",)), "kv": stacked(K, V), "proj": rows(Role.ATTENTION_OUT)},
     ),
     Family(
         children=("Wqkv",),

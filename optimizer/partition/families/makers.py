@@ -71,7 +71,7 @@ def stacked(*order: Role) -> Maker:
         size = place.outputs
         if Q not in order:  # [K|V] beside a query projection, or of cross attention: halves
             half = size // len(order)
-            head_dim = head_dim_of(place.modules, place.rows_of(("q_proj", "to_q", "query", "q_attn")) or half)
+            head_dim = head_dim_of(place.modules, place.rows_of(("q_proj", "to_q", "query", "q_attn", "q")) or half)
             return place.anatomy([Part(role, half, head_dim) for role in order], why)
         found = fused_heads(place.modules, size)
         if found is None:

@@ -90,7 +90,7 @@ BARE: tuple[Bare, ...] = (
     Bare(
         r"",
         r"(rel(ative)?_pos\w*|relative_position_bias_table|\w*pos(ition)?_embed\w*|\w*positional_embedding\w*|embedding"
-        r"|wpe|pos_emb\w*|seg_embed|\w*_ape|emb|embeddings)",
+        r"|wpe|\w*scale_shift_table|pos_emb\w*|seg_embed|\w*_ape|emb|embeddings)",
         _LEARNED,
         "a table of learned vectors: one unit per row",
         2,

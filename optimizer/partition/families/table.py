@@ -129,6 +129,8 @@ class Family:
             return False
         if self.fused and type(module).__module__.startswith("transformers."):
             return False
+        if self.children and not _has(module, self.children[0].partition(".")[0]):
+            return False  # by far the most frequent answer, given without looking further
         return all(resolve(module, child) is not None for child in self.children)
 
 
@@ -142,7 +144,8 @@ def resolve(module: nn.Module, path: str) -> tuple[nn.Module, Tensor] | None:
     for name in path.removesuffix(".weight").split("."):
         owner, target = target, _child(target, name)
     if isinstance(target, nn.Module):
-        while not isinstance(getattr(target, "weight", None), nn.Parameter):
+        # An adapter layer has a weight of its own to show, its base layer's: the base layer says how it is laid out.
+        while "base_layer" in target._modules or not isinstance(getattr(target, "weight", None), nn.Parameter):
             inner = next((m for n in _WRAPPED if isinstance(m := getattr(target, n, None), nn.Module)), None)
             if inner is None:
                 return None
@@ -155,10 +158,20 @@ _WRAPPED = ("base_layer", "linear", "original_module", "base_module", "module", 
             "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # fmt: skip
 
 
+_AROUND = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Whether a module, or the one it wraps, has a child or parameter of this name."""
+    if name in module._modules or name in module._parameters:
+        return True
+    return any(w in module._modules for w in _AROUND)
+
+
 def _child(parent: object, name: str) -> object:
     """A child by attribute, through the wrappers that put a layer between."""
     found = getattr(parent, name, None)
-    for wrapper in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"):
+    for wrapper in _AROUND:
         if found is None and isinstance(inner := getattr(parent, wrapper, None), nn.Module):
             return _child(inner, name)
     return found
