@@ -20,10 +20,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test lint bench ablation figures clean
+.PHONY: help setup hessian test lint bench ablation figures coverage clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint bench ablation [PROFILE=cpu|smoke] figures clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint bench ablation [PROFILE=cpu|smoke] figures coverage clean"
 
 setup: $(READY)
 
@@ -62,6 +62,10 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.dense_hessian
 	$(PY) -m benchmarks.optimizer_step
+
+coverage: $(READY)
+	$(PY) -m benchmarks.coverage
+	$(PY) -m optimizer plan --table docs/memory.md
 
 ablation: $(READY)
 	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS)

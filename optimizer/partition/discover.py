@@ -29,7 +29,8 @@ def discover(model: nn.Module) -> dict[str, Anatomy]:
 
     Returns:
         name as in ``model.named_parameters()`` -> Anatomy. A weight shared by two modules has one entry, that of the
-        first of them in ``named_modules`` order that knows it (a tied output layer counts as the embedding).
+        first of them in ``named_modules`` order that knows it (a tied output layer counts as the embedding); the
+        choice is logged.
 
     Raises:
         ValueError: an uninitialised lazy parameter, or a configuration that contradicts its module's weights.
@@ -55,7 +56,20 @@ def discover(model: nn.Module) -> dict[str, Anatomy]:
             if id(parameter) not in found:
                 place = Place(parameter, module, _lineage(paths, path))
                 found[id(parameter)] = _leaf(place, names[id(parameter)], leaf)
+    _say_shared(paths, names, found)
     return {name: found[key] for key, name in names.items()}
+
+
+def _say_shared(paths: dict[str, nn.Module], names: dict[int, str], found: dict[int, Anatomy]) -> None:
+    """Log what a weight is taken for that several modules hold: a choice, since each might call it something else."""
+    holders: dict[int, list[str]] = {}
+    for path, module in paths.items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{path}.{leaf}" if path else leaf)
+    for key, shared in holders.items():
+        if len(shared) > 1:
+            logger.info("%s are one weight: taken as %s (%s)", " and ".join(shared), found[key].role.value, names[key])
 
 
 def _packed(module: nn.Module, found: dict[int, Anatomy]) -> None:

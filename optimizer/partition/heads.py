@@ -10,7 +10,7 @@ _HEAD_DIM = ("head_dim", "d_head", "dim_head", "head_size", "attention_head_size
 _HEADS = ("n_heads", "n_head", "num_heads", "num_attention_heads", "num_attn_heads", "n_local_heads", "nhead", "heads",
           "nheads", "groups")  # fmt: skip
 _KV_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_local_kv_heads", "kv_heads",
-             "n_query_groups", "num_query_groups")  # fmt: skip
+             "n_query_groups", "num_query_groups", "num_gqa_groups")  # fmt: skip
 _CONFIGS = ("config", "cfg", "args", "params", "model_args", "hparams")
 
 
@@ -95,6 +95,9 @@ def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | Non
             fitted = head_dim or rows // (heads + 2 * kv_heads)
             if (heads + 2 * kv_heads) * fitted == rows:
                 return heads, kv_heads, fitted
+        left, rest = divmod(rows - heads * head_dim, 2 * head_dim) if head_dim else (0, 1)
+        if candidates[:2] == (None, None) and not rest and left > 0 and heads % left == 0:
+            return heads, left, head_dim or 0  # nobody speaks of key-value heads; the rows that are left are theirs
         raise ValueError(
             f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={fitted} "
             f"({(heads + 2 * kv_heads) * fitted} rows), but the fused projection has {rows} rows"

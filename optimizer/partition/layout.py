@@ -130,6 +130,8 @@ class Layout:
         leading = tuple(int(size) for size in leading)
         if axis < len(leading):
             raise ValueError(f"axis={axis} must lie behind the {len(leading)} leading axes")
+        if fold != 1 and (not leading or leading[0] != fold):
+            raise ValueError(f"fold={fold} pieces must be the first leading axis; leading axes are {leading}")
         object.__setattr__(self, "axis", int(axis))
         object.__setattr__(self, "runs", runs if isinstance(runs, Runs) else Runs.of(runs))
         object.__setattr__(self, "leading", leading)

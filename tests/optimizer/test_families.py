@@ -109,22 +109,43 @@ WRONG = {
     "half heads": ("llama", "LlamaAttention", "q_proj", lambda p: (1, [Part(Q, p.outputs, 3)])),
     "double heads": ("llama grouped", "LlamaAttention", "q_proj", lambda p: (1, [Part(Q, p.outputs, 12)])),
     "keys per query head": ("llama grouped", "LlamaAttention", "k_proj", lambda p: (1, [Part(K, p.outputs, 3)])),
-    "shifted heads": ("llama", "LlamaAttention", "q_proj",
-                      lambda p: (1, [Part(Q, 3, 3), Part(Q, p.outputs - 6, 6), Part(Q, 3, 3)])),
+    "shifted heads": (
+        "llama",
+        "LlamaAttention",
+        "q_proj",
+        lambda p: (1, [Part(Q, 3, 3), Part(Q, p.outputs - 6, 6), Part(Q, 3, 3)]),
+    ),
     "a value taken for a key": ("llama", "LlamaAttention", "v_proj", lambda p: (1, [Part(K, p.outputs, 6)])),
     "a key taken for a value": ("llama", "LlamaAttention", "k_proj", lambda p: (1, [Part(V, p.outputs, 6)])),
-    "a query taken for a dense layer": ("llama", "LlamaAttention", "q_proj", lambda p: (1, [Part(Role.MLP_IN, p.outputs)])),
+    "a query taken for a dense layer": (
+        "llama",
+        "LlamaAttention",
+        "q_proj",
+        lambda p: (1, [Part(Role.MLP_IN, p.outputs)]),
+    ),
     "[K|Q|V] for [Q|K|V]": ("gpt2", "GPT2Attention", "c_attn", _thirds(K, Q, V)),
     "[Q|V|K] for [Q|K|V]": ("gpt2", "GPT2Attention", "c_attn", _thirds(Q, V, K)),
     "[Q|K|V] for (head, 3, head_dim)": ("bloom", "BloomAttention", "query_key_value", _thirds(Q, K, V)),
-    "(head, 3, head_dim) for [Q|K|V]": ("mpt", "MptAttention", "Wqkv",
-                                        lambda p: (5, [Part(Q, 6, 6), Part(K, 6, 6), Part(V, 6, 6)])),
-    "CodeGen as [Q|K|V]": ("codegen", "CodeGenAttention", "qkv_proj",
-                           lambda p: (1, [Part(r, p.outputs // 3, 8) for r in (Q, K, V)])),
+    "(head, 3, head_dim) for [Q|K|V]": (
+        "mpt",
+        "MptAttention",
+        "Wqkv",
+        lambda p: (5, [Part(Q, 6, 6), Part(K, 6, 6), Part(V, 6, 6)]),
+    ),
+    "CodeGen as [Q|K|V]": (
+        "codegen",
+        "CodeGenAttention",
+        "qkv_proj",
+        lambda p: (1, [Part(r, p.outputs // 3, 8) for r in (Q, K, V)]),
+    ),
     "a gate taken for a query": ("qwen3_next", "Qwen3NextAttention", "q_proj", lambda p: (1, [Part(Q, p.outputs, 8)])),
-    "[k|v] of a latent as [K|V]": ("deepseek_v3", "DeepseekV3Attention", "kv_b_proj",
-                                   lambda p: (1, [Part(K, 18, 6), Part(V, 30, 10)])),
-}  # fmt: skip
+    "[k|v] of a latent as [K|V]": (
+        "deepseek_v3",
+        "DeepseekV3Attention",
+        "kv_b_proj",
+        lambda p: (1, [Part(K, 18, 6), Part(V, 30, 10)]),
+    ),
+}
 
 
 @pytest.mark.parametrize("mistake", WRONG)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from optimizer import Layout
+from optimizer import Layout, partition
 from optimizer.partition import Runs
 
 lengths = st.lists(st.integers(1, 5), min_size=1, max_size=20)
@@ -66,3 +67,28 @@ def test_bad_layouts_are_named(make, words) -> None:
     with pytest.raises(ValueError) as error:
         make()
     assert all(word in str(error.value) for word in words)
+
+
+def test_an_axis_that_holds_experts_one_behind_the_other() -> None:
+    """(expert x hidden, out), used transposed: a block is one output column of one expert."""
+    layout = Layout(2, [1, 1, 1], leading=(2,), fold=2)
+    assert layout.n_blocks == 6 and layout.aligned_shape((8, 3)) == (2, 3)
+    assert layout.block_ids((8, 3)).tolist() == [[0, 1, 2]] * 4 + [[3, 4, 5]] * 4
+    assert layout.fits((8, 3)) and not layout.fits((7, 3)) and not layout.fits((8, 4))
+    assert layout != Layout(2, [1, 1, 1], leading=(2,))
+    with pytest.raises(ValueError, match=r"shape \(7, 3\).*2 piece"):
+        layout.require((7, 3))
+    with pytest.raises(ValueError, match=r"fold=2.*first leading axis"):
+        Layout(2, [1, 1, 1], fold=2)
+
+
+def test_grouped_transposed_convolutions_by_what_they_do() -> None:
+    """An output channel is moved by exactly the weights of its block."""
+    convolution = nn.ConvTranspose2d(6, 4, 3, groups=2, bias=False)
+    layout = partition(convolution)["weight"]
+    ids = layout.block_ids(convolution.weight.shape)
+    assert layout.n_blocks == 4 and convolution.weight.shape == (6, 2, 3, 3)
+    x = torch.rand(1, 6, 5, 5) + 0.1
+    for channel in range(4):
+        (grad,) = torch.autograd.grad(convolution(x)[0, channel].sum(), convolution.weight)
+        assert ids[grad != 0].unique().tolist() == [channel] and int((grad != 0).sum()) == int((ids == channel).sum())

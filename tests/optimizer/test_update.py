@@ -19,14 +19,18 @@ from optimizer.update import adam_mini_update
 
 @st.composite
 def layouts(draw) -> tuple[Layout, tuple[int, ...]]:
-    """A random layout and a shape it fits: any axis, leading axes, repeated patterns."""
+    """A random layout and a shape it fits: any axis, leading axes, repeated patterns, axis 0 in pieces."""
     pattern = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
     repeat = draw(st.integers(1, 3))
     behind = draw(st.lists(st.integers(1, 4), max_size=2))
     before = draw(st.lists(st.integers(1, 3), max_size=2))
     leading = draw(st.integers(0, len(before)))
     runs = Runs(tuple((n, 1) for n in pattern), repeat)
-    return Layout(len(before), runs, before[:leading]), (*before, runs.total, *behind)
+    shape = (*before, runs.total, *behind)
+    fold = draw(st.integers(1, 3))
+    if fold == 1:
+        return Layout(len(before), runs, before[:leading]), shape
+    return Layout(len(before) + 1, runs, (fold, *before[:leading]), fold=fold), (fold * shape[0], *shape[1:])
 
 
 def strided(x: Tensor, how: str) -> Tensor:
@@ -57,7 +61,9 @@ def test_equals_the_reference_in_float64(pair, seed: int, how: str, maximize: bo
         assert torch.equal(given_g, g), "the gradient was touched"
         torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-12)
     # The aligned second moment is the paper's v_b, spread over the block.
-    torch.testing.assert_close(v.expand(shape), state.v[ids], rtol=1e-12, atol=0)
+    pieces = v.unflatten(0, (layout.fold, -1)), (layout.fold, shape[0] // layout.fold, *shape[1:])
+    spread = pieces[0].expand(pieces[1]).reshape(shape) if layout.fold > 1 else v.expand(shape)
+    torch.testing.assert_close(spread, state.v[ids], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -21,11 +21,22 @@ def _dense_or_expert(place: Place, why: str, dense: Role, expert: Role) -> Anato
     shape = place.shape
     if len(shape) != 3:
         return place.plain(dense, why)
-    if place.flag("is_transposed") or type(place.owner).__name__ in _TRANSPOSED:
+    if _keeps_inputs_first(place):
         why = f"{why}; experts keep (expert, in, out)"
         return Anatomy(shape, (Part(expert, shape[2]),), why, axis=2, in_axis=1, leading=1)
     return Anatomy(shape, (Part(expert, shape[1]),), f"{why}; experts keep (expert, out, in)", axis=1, in_axis=2,
                    leading=1)  # fmt: skip
+
+
+def _keeps_inputs_first(place: Place) -> bool:
+    """Whether experts keep (expert, in, out): as the module says, else as its bias, one per output, shows."""
+    if place.flag("is_transposed") or type(place.owner).__name__ in _TRANSPOSED:
+        return True
+    own = dict(place.owner.named_parameters(recurse=False))
+    leaf = next((name for name, tensor in own.items() if tensor is place.tensor), "")
+    bias = next((own[n] for n in (f"{leaf}_bias", leaf.replace("weight", "bias")) if n in own and n != leaf), None)
+    _, first, second = place.shape
+    return bias is not None and first != second and bias.shape[-1] == second
 
 
 _TRANSPOSED = ("Llama4TextExperts", "GptOssExperts")

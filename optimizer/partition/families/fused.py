@@ -56,6 +56,13 @@ def levit_kv(place: Place, why: str) -> Anatomy:
     return per_head((K, dim), (V, place.ask("attention_ratio") * dim))(place, why)
 
 
+def transformer_engine_qkv(place: Place, why: str) -> Anatomy:
+    """Interleaved by group, or all queries, then keys, then values: the module's flag says which."""
+    if place.flag("qkv_weight_interleaved"):
+        return per_group(place, f"{why}; (kv group, queries + 2, head_dim)")
+    return stacked(Q, K, V)(place, f"{why}; [Q|K|V]")
+
+
 def qwen_qkvz(place: Place, why: str) -> Anatomy:
     """Qwen3-Next: per key head [q | k | v of its value heads | z of its value heads]."""
     k_dim, v_dim = place.ask("head_k_dim"), place.ask("head_v_dim")
@@ -80,6 +87,14 @@ _VISION = (
 )
 # fmt: on
 _OUTPUT = {name: rows(Role.ATTENTION_OUT) for name in ("proj", "projection", "dense", "o_proj", "out_proj", "Wo")}
+
+_TRANSFORMER_ENGINE = {
+    "layernorm_qkv": transformer_engine_qkv,
+    "layernorm_qkv.query_weight": heads(Q, query=("layernorm_qkv.query_weight",)),
+    "layernorm_qkv.key_weight": heads(K, query=("layernorm_qkv.query_weight",)),
+    "layernorm_qkv.value_weight": heads(V, query=("layernorm_qkv.query_weight",), key=("layernorm_qkv.key_weight",)),
+    "proj": rows(Role.ATTENTION_OUT),
+}
 
 FUSED: tuple[Family, ...] = (
     Family(
@@ -271,9 +286,15 @@ FUSED: tuple[Family, ...] = (
         params={"Wqkv": stacked(Q, K, V)} | _OUTPUT,
     ),
     Family(
+        classes=("FusedQKVLinear", "InternLM2Attention", "InternLM2FlashAttention2"),
+        children=("wqkv",),
+        why="torchtitan's fused projection and InternLM2 (both read, not run): (kv group, queries + 2, head_dim)",
+        params={"wqkv": per_group, "wo": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
         children=("wqkv", "wo"),
         fused=True,
-        why="gpt-fast and torchtitan style: wqkv is [Q|K|V] by rows",
+        why="gpt-fast style: wqkv is [Q|K|V] by rows",
         params={"wqkv": stacked(Q, K, V), "wo": rows(Role.ATTENTION_OUT)},
     ),
     Family(
@@ -289,8 +310,8 @@ FUSED: tuple[Family, ...] = (
         params={"linear_qkv": per_group, "linear_proj": rows(Role.ATTENTION_OUT)},
     ),
     Family(
-        children=("wqkv", "wo", "layernorm_qkv"),
+        children=("layernorm_qkv", "proj"),
         why="TransformerEngine (from its documentation)",
-        params={"layernorm_qkv": per_group},
+        params=_TRANSFORMER_ENGINE,
     ),
 )

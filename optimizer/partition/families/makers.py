@@ -121,8 +121,10 @@ def thirds_per_head(*order: Role) -> Maker:
 
 def per_group(place: Place, why: str) -> Anatomy:
     """(kv group, queries of the group + 2, head_dim): each group's queries, then its key, then its value."""
-    n_heads = place.ask("num_heads", "num_attention_heads", "n_head")
-    groups = place.ask("num_kv_heads", "num_key_value_heads", "num_query_groups", "n_query_groups")
+    n_heads = place.ask("num_heads", "num_attention_heads", "n_head", "n_heads")
+    groups = place.ask(
+        "num_kv_heads", "num_key_value_heads", "num_query_groups", "n_query_groups", "n_kv_heads", "num_gqa_groups"
+    )
     head_dim, rest = divmod(place.outputs, n_heads + 2 * groups)
     if rest or n_heads % groups:
         raise ValueError(f"{n_heads} query and {groups} key-value heads do not divide {place.outputs} units")
