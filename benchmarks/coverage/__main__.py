@@ -125,7 +125,7 @@ def main() -> None:
     """Sweep and write; with --only, a few classes, printed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/coverage.json"))
+    parser.add_argument("--json", type=Path, help="also write everything found as JSON")
     parser.add_argument("--only", nargs="*", help="class names: print, write nothing")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")

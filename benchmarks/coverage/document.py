@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 
-def write(rows: list[dict[str, Any]], page: Path, data: Path) -> None:
-    """Write both; each file appears whole or not at all."""
+def write(rows: list[dict[str, Any]], page: Path, data: Path | None) -> None:
+    """Write the page, and the data if asked; each file appears whole or not at all."""
     import torch
     import transformers
 
