@@ -229,10 +229,14 @@ def module_behind(params: Any) -> nn.Module | None:
     Those methods are generators, and a generator that has not started still holds the module it will walk. Asking
     it keeps ``AdamMini(model.parameters())`` as exact as ``AdamMini(model)``.
     """
-    if getattr(params, "gi_code", None) not in (nn.Module.parameters.__code__, nn.Module.named_parameters.__code__):
-        return None  # somebody else's generator: its "self", if it has one, means something else
-    owner = params.gi_frame.f_locals.get("self") if params.gi_frame is not None else None
-    return owner if isinstance(owner, nn.Module) else None
+    frame = getattr(params, "gi_frame", None)
+    owner = frame.f_locals.get("self") if frame is not None else None
+    if not isinstance(owner, nn.Module):
+        return None
+    methods = (getattr(type(owner), name, None) for name in ("parameters", "named_parameters"))
+    if any(getattr(method, "__code__", object()) is params.gi_code for method in methods):
+        return owner
+    return None  # somebody else's generator: its "self" means something else
 
 
 def report_unknown(unknown: dict[str, Anatomy], unit: str, *, strict: bool) -> None:

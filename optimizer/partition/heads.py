@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _HEAD_DIM = ("head_dim", "d_head", "dim_head", "head_size", "attention_head_size", "d_kv", "key_value_proj_dim",
-             "attn_head_size", "hidden_size_per_attention_head", "hidden_size_per_head", "qkv_size")  # fmt: skip
+             "attn_head_size", "hidden_size_per_attention_head")  # fmt: skip
 _HEADS = ("n_heads", "n_head", "num_heads", "num_attention_heads", "num_attn_heads", "n_local_heads", "nhead", "heads",
-          "nheads", "groups")  # fmt: skip
+          "nheads")  # fmt: skip
 _KV_HEADS = ("n_kv_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_local_kv_heads", "kv_heads",
              "n_query_groups", "num_query_groups", "num_gqa_groups")  # fmt: skip
 _CONFIGS = ("config", "cfg", "args", "params", "model_args", "hparams")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 from adam_mini import Adam_mini
 from optimizer import AdamMini, Layout, partition, tag
@@ -88,6 +89,10 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compile": torch.compile,
     "checkpointing": _checkpointed,
     "DDP": nn.parallel.DistributedDataParallel,
+    "FSDP2": lambda m: fully_shard(m),
+    "FSDP1, original parameters": lambda m: FullyShardedDataParallel(
+        m, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu")
+    ),
     "compiled DDP of checkpointing": lambda m: torch.compile(nn.parallel.DistributedDataParallel(_checkpointed(m))),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..roles import Anatomy, Role
+from ..roles import Anatomy, Part, Role
 from .makers import K, Q, V, heads, per_group, per_head, rows, segments, stacked, thirds_per_head, vector
 from .table import Family, Place
 
@@ -40,7 +40,7 @@ def codegen_qkv(place: Place, why: str) -> Anatomy:
         raise ValueError(f"{n_heads} heads in {chunks} chunks do not divide {size} units")
     local, head_dim = size // (3 * chunks), size // (3 * n_heads)
     layout = per_head((Q, local), (V, local), (K, local))(place, why)
-    parts = tuple(type(p)(p.role, p.size, head_dim) for p in layout.parts)
+    parts = [Part(part.role, part.size, head_dim) for part in layout.parts]
     return place.anatomy(parts, why, repeat=chunks)
 
 
@@ -54,6 +54,13 @@ def levit_kv(place: Place, why: str) -> Anatomy:
     """LeViT's subsampling attention: per head a key and a value."""
     dim = place.ask("key_dim")
     return per_head((K, dim), (V, place.ask("attention_ratio") * dim))(place, why)
+
+
+def channel_groups(place: Place, why: str) -> Anatomy:
+    """[Q|K|V], where channels attend to channels of their group."""
+    size = place.outputs // 3
+    width = size // place.ask("groups")
+    return place.anatomy([Part(role, size, width) for role in (Q, K, V)], why)
 
 
 def transformer_engine_qkv(place: Place, why: str) -> Anatomy:
@@ -75,10 +82,10 @@ def qwen_qkvz(place: Place, why: str) -> Anatomy:
 _VISION = (
     "BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention",
     "CohereCompassVisionAttention", "DeepseekOcr2SamVisionAttention", "Dots3NoteVisionAttention",
-    "Ernie4_5_VLMoeVisionAttention", "Exaone4_5_VisionAttention", "Florence2VisionChannelAttention",
-    "Florence2VisionWindowAttention", "Glm4vVisionAttention", "Glm4vMoeVisionAttention", "Glm5NextVisionAttention",
-    "GlmImageVisionAttention", "GlmOcrVisionAttention", "GotOcr2VisionAttention", "HieraMaskUnitAttention",
-    "MgpstrAttention", "PPFormulaNetVisionAttention", "PPOCRV5MobileRecAttention", "PPOCRV5ServerRecAttention",
+    "Ernie4_5_VLMoeVisionAttention", "Exaone4_5_VisionAttention", "Florence2VisionWindowAttention",
+    "Glm4vVisionAttention", "Glm4vMoeVisionAttention", "Glm5NextVisionAttention", "GlmImageVisionAttention",
+    "GlmOcrVisionAttention", "GotOcr2VisionAttention", "HieraMaskUnitAttention", "MgpstrAttention",
+    "PPFormulaNetVisionAttention", "PPOCRV5MobileRecAttention", "PPOCRV5ServerRecAttention",
     "PPOCRV6SmallRecAttention", "Qwen2_5_VLVisionAttention", "VisionAttention", "Qwen3_5VisionAttention",
     "Qwen3_5MoeVisionAttention", "Qwen3OmniMoeVisionAttention", "Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention",
     "Qwen4ExpVisionAttention", "SamVisionAttention", "SamVisionSdpaAttention", "Sam2MultiScaleAttention",
@@ -184,6 +191,12 @@ FUSED: tuple[Family, ...] = (
         library="transformers",
         why="vision attention: qkv is (3, head, head_dim) by rows",
         params={"qkv": stacked(Q, K, V)} | _OUTPUT,
+    ),
+    Family(
+        classes=("Florence2VisionChannelAttention",),
+        library="transformers",
+        why="channel attention: qkv is (3, group, channels of a group) by rows",
+        params={"qkv": channel_groups} | _OUTPUT,
     ),
     Family(
         classes=("LevitAttention",),
