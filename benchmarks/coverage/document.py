@@ -34,6 +34,8 @@ def status(row: dict[str, Any]) -> str:
         return "named unknown"
     if row.get("contradicted"):
         return "contradicted"
+    if "nothing to verify" in row.get("verify", ""):
+        return "no attention"
     if row.get("proven") and not row.get("undecided"):
         return "proven"
     return "partly proven" if row.get("proven") else "by table"
@@ -42,7 +44,8 @@ def status(row: dict[str, Any]) -> str:
 _MEANING = {
     "proven": "every weight recognised, and every query, key and value projection proven from gradients",
     "partly proven": "every weight recognised; some projections proven, none contradicted, some undecided",
-    "by table": "every weight recognised; no projection decided by gradients (or none there)",
+    "by table": "every weight recognised; no projection decided by gradients",
+    "no attention": "every weight recognised; there are no queries, keys or values to prove",
     "named unknown": "weights that are not recognised, named below; they get the unit of OTHER, with a warning",
     "contradicted": "gradients contradict the table",
     "refused": "the partition raises an error",
@@ -53,7 +56,7 @@ _MEANING = {
 def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     built = [row for row in rows if "not_built" not in row]
     counts = {word: sum(status(row) == word for row in rows) for word in _MEANING}
-    clean = sum(counts[word] for word in ("proven", "partly proven", "by table"))
+    clean = sum(counts[word] for word in ("proven", "partly proven", "by table", "no attention"))
     lines = [
         "# Coverage of transformers",
         "",
@@ -75,6 +78,7 @@ def _page(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     for row in rows:
         remarks = row.get("unknown") or row.get("contradicted") or row.get("undecided_names") or []
         why = row.get("not_built") or row.get("error") or row.get("verify") or row.get("not_small") or ""
+        why = "" if status(row) == "no attention" else why
         text = "; ".join([*([why] if why else []), *(str(r) for r in remarks[:3])]).replace("|", "\\|")
         more = f" (+{len(remarks) - 3})" if len(remarks) > 3 else ""
         lines.append(

@@ -90,7 +90,7 @@ def _shrink_one(part: Any, name: str, value: Any, by: int, images: bool, layers:
         elif _TOKENS.search(name) and value >= VOCABULARY:
             setattr(part, name, VOCABULARY - 1 - len(name) % 40)
         elif images and name == "image_size" and isinstance(getattr(part, "patch_size", None), int):
-            setattr(part, name, 4 * part.patch_size)
+            setattr(part, name, 4 * part.patch_size if part.patch_size >= 14 else min(value, 128))
         elif _scales(name) and value % by == 0 and value > by:
             setattr(part, name, value // by)
     elif isinstance(value, (list, tuple)) and value:

@@ -71,7 +71,8 @@ def judge(name: str, anatomy: Anatomy, layout: Layout, evidence: Footprints | No
             return found(
                 Verdict.CONTRADICTED, f"unit {i} is said to be {parts[i].role.value} and behaves like a {kind}"
             )
-    return _grouping(found, blocks, evidence, claimed, kinds)
+    settled = [kind is None or part.shared for kind, part in zip(kinds, parts, strict=True)]
+    return _grouping(found, blocks, evidence, claimed, kinds, settled)
 
 
 def looks_like_attention(found: Mapping[str, Footprints], heads: Tensor | None) -> bool:
@@ -118,14 +119,15 @@ def _grouping(
     evidence: Footprints,
     claimed: list[Role | None],
     kinds: list[str | None],
+    settled: list[bool],
 ) -> Finding:
     """Whether blocks are exactly the heads: one block, one footprint, for queries and keys; one unit for the rest."""
     groups = evidence.groups
     alive = groups >= 0  # units that move nothing at this position neither prove nor contradict
     for i, (role, kind) in enumerate(zip(claimed, kinds, strict=True)):
         together = ((blocks == blocks[i]) & alive).nonzero().flatten()
-        if kind is None:
-            continue
+        if settled[i]:
+            continue  # moves nothing, or does two things, of which its footprint shows the wider
         if role not in (Role.QUERY, Role.KEY):
             wide = kind in ("query", "key", "query or key") and int((groups == groups[i]).sum()) > 1
             if wide and role is None:

@@ -106,7 +106,7 @@ def footprint(gradient: Tensor, position: int, positions: int, *, crossed: bool 
     moves = nonzero.any(1).T
     if gradient.shape[1] != positions:
         return Footprints(moves, nonzero.any(0).sum(0) > 1 if crossed else None)
-    if positions == 1:
+    if positions == 1 and not crossed:
         return Footprints(moves, None)  # there is no elsewhere
     others = torch.arange(positions) != position
     return Footprints(moves, nonzero[:, others].any(1).any(0))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .footprints import Footprints, footprint
 
-_ROUNDING = 1e-4  # relative: least squares in float64 on float32 gradients
+_ROUNDING = 1e-5  # relative: least squares in float64 on float32 gradients
 
 
 def open_output(module: nn.MultiheadAttention) -> None:
@@ -63,9 +63,10 @@ def _at_positions(piece: Tensor, source: Tensor) -> Tensor:
 def _joined(solved: list[Tensor], position: int, positions: int) -> Footprints:
     """One ``Footprints`` for the parts of a fused weight."""
     parts = []
+    crossed = any(s.shape[-1] != positions for s in solved)
     for s in solved:
         # A row that is not moved is zero exactly; positions of one that is moved get each other's rounding.
         exact = torch.where(s > _ROUNDING * s.amax(2, keepdim=True), s, 0.0)
-        parts.append(footprint(exact.transpose(1, 2), position, positions, crossed=True))
+        parts.append(footprint(exact.transpose(1, 2), position, positions, crossed=crossed))
     reach = [part.elsewhere for part in parts if part.elsewhere is not None]
     return Footprints(torch.cat([part.moves for part in parts]), torch.cat(reach) if len(reach) == len(parts) else None)

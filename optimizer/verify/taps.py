@@ -59,7 +59,7 @@ def watching(model: nn.Module) -> Iterator[Watched]:
         elif "norm" in type(module).__name__.lower():
             handles.append(module.register_forward_hook(_freeze_scale))
     try:
-        with _BorrowedWeights(seen, weights, active):
+        with _Functions(seen, weights, active):
             yield seen
     finally:
         for handle in handles:
@@ -70,8 +70,8 @@ def _features_last(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.movedim(1, -1) if is_convolution(module) and tensor.ndim >= 3 else tensor
 
 
-class _BorrowedWeights(TorchFunctionMode):
-    """Projections whose weight is used without calling the layer, as BEiT does to put its bias together."""
+class _Functions(TorchFunctionMode):
+    """What is done without calling a module: projections by a borrowed weight (BEiT), norms as functions."""
 
     def __init__(self, seen: Watched, weights: dict[int, tuple[str, nn.Module]], active: set[str]) -> None:
         super().__init__()
@@ -79,6 +79,9 @@ class _BorrowedWeights(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func in _NORMS:
+            frozen = _freeze_scale(None, args, output)
+            return output if frozen is None else frozen
         if func is not nn.functional.linear:
             return output
         weight = args[1] if len(args) > 1 else (kwargs or {}).get("weight")
@@ -105,13 +108,17 @@ def _cut(seen: Watched, path: str, active: set[str]) -> Any:
     return hook
 
 
-def _freeze_scale(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+_NORMS = (nn.functional.normalize, nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm)
+
+
+def _freeze_scale(module: nn.Module | None, args: tuple[Any, ...], output: Any) -> Any:
     """Keep a norm's statistics as constants: they tie all units together without making them one head."""
     given = args[0] if args else None
-    if not (isinstance(output, Tensor) and isinstance(given, Tensor) and output.shape == given.shape):
+    if not (isinstance(output, Tensor) and isinstance(given, Tensor) and output.numel() == given.numel()):
         return None
     if not given.is_floating_point() or not output.requires_grad:
         return None
+    given = given.reshape(output.shape)
     scale = torch.where(given == 0, 0.0, output / given).detach()
     return (output - given * scale).detach() + given * scale
 

@@ -70,8 +70,8 @@ SEPARATE: tuple[Family, ...] = (
         library="transformers",
         why="Zaya: values are half this token's, half the last one's",
         params={
-            "q_proj": heads(Q, query=("q_proj",)),
-            "k_proj": heads(K, query=("q_proj",)),
+            "q_proj": heads(Q, query=("q_proj",), shared=True),  # their mean goes into the keys, and back
+            "k_proj": heads(K, query=("q_proj",), shared=True),
             "v_proj_current": heads(V, query=("q_proj",)),
             "v_proj_delayed": heads(V, query=("q_proj",)),
         },
