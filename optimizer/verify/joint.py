@@ -15,7 +15,10 @@ _ROUNDING = 1e-5  # relative: least squares in float64 on float32 gradients
 
 
 def open_output(module: nn.MultiheadAttention) -> None:
-    """Make the output projection the identity, so that what comes out are the heads, one behind the other."""
+    """Make the output projection the identity, so that what comes out are the heads, one behind the other.
+
+    Smaller projections keep the softmax from settling on one position, whose neighbours would drown in rounding.
+    """
     with torch.no_grad():
         module.out_proj.weight.copy_(torch.eye(module.embed_dim))
         if module.out_proj.bias is not None:
@@ -23,6 +26,8 @@ def open_output(module: nn.MultiheadAttention) -> None:
     for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         if isinstance(getattr(module, name), nn.Parameter):
             getattr(module, name).requires_grad_()
+            with torch.no_grad():
+                getattr(module, name).mul_(0.1)
 
 
 def joint_footprints(
