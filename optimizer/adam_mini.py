@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engines import native
 from .partition import Anatomy, Layout, Rules, discover, layout_of
 from .partition.apply import understood
 from .partition.discover import module_behind, report_unknown, tagged, tagged_name
@@ -46,6 +47,8 @@ class AdamMini(torch.optim.Optimizer):
         rules: what shares a scalar: a shipped set's name, a path to a rules file, or ``Rules``. Overrides by name need
             names: a model, ``named_parameters()``, groups of (name, tensor) pairs, or parameters stamped by ``tag``.
         maximize: ascend instead.
+        fused: None: one native pass over memory for contiguous CPU tensors where a C++ compiler is found at the first
+            step (the result is cached), eager torch operations elsewhere. True: native or an error. False: eager.
         strict: raise instead of warning when a weight of two or more dimensions is not recognised; one for which an
             override of the rules chooses the unit counts as known.
 
@@ -67,13 +70,16 @@ class AdamMini(torch.optim.Optimizer):
         *,
         rules: str | os.PathLike[str] | Rules = "adam_mini",
         maximize: bool = False,
+        fused: bool | None = None,
         strict: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+                    "fused": fused}  # fmt: skip
         _validate(defaults, "argument")
         self.rules = Rules.load(rules)
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
+        self._described: dict[tuple[int, int], tuple[torch.Size, Tensor]] = {}  # layouts as the native loop reads them
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
         # Known only while the groups are being made: parameters may be swapped for others later on.
@@ -137,7 +143,7 @@ class AdamMini(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a sparse or complex gradient; nothing has been changed then.
+            RuntimeError: a sparse or complex gradient, or ``fused=True`` where it cannot be; nothing has changed then.
             ValueError: a parameter whose shape no longer fits its layout; likewise.
         """
         loss = None
@@ -145,32 +151,64 @@ class AdamMini(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_bad_gradients()
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            beta1, beta2 = group["betas"]
-            for parameter, layout in zip(group["params"], layouts, strict=True):
-                if parameter.grad is None:
-                    continue
-                state = self._state_of(parameter, layout)
-                state["step"] += 1
-                adam_mini_update(
-                    parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], layout,
-                    step=state["step"].item(), lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
-                    weight_decay=group["weight_decay"], maximize=group["maximize"],
-                )  # fmt: skip
+        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            self._step_group(g, group, layouts)
         return loss
+
+    def _step_group(self, g: int, group: dict[str, Any], layouts: list[Layout]) -> None:
+        """Sort a group's tensors by the engine that takes them, and let each take its own."""
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        common: dict[str, Any] = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
+        common |= {"beta1": beta1, "beta2": beta2}
+        native_step = group["fused"] is not False and not torch.compiler.is_compiling() and native.available()
+        batches: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
+        for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+            grad = parameter.grad
+            if grad is None:
+                continue
+            state = self._state_of(parameter, layout)
+            taken, first, second = state["step"], state["exp_avg"], state["exp_avg_sq"]
+            kinds = native.accepts(parameter, grad, first, second) if native_step else None
+            if kinds is not None:
+                batches.setdefault(kinds, []).append((parameter, grad, first, second, taken, self._described[g, i][1]))
+                continue
+            taken += 1
+            adam_mini_update(parameter, grad, first, second, layout, step=taken.item(), lr=group["lr"], **common)
+        for kinds, tensors in batches.items():
+            native.step(tensors, kinds, lr=float(group["lr"]), **common)
 
     def _refuse_bad_gradients(self) -> None:
         """Check everything before anything moves."""
         for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
             for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
-                if parameter.grad is None:
+                grad = parameter.grad
+                if grad is None:
                     continue
-                where = f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})"
-                if parameter.grad.layout is not torch.strided:
-                    raise RuntimeError(f"{where} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))")
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"{_where(group, g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))"
+                    )
                 if parameter.is_complex():
-                    raise RuntimeError(f"{where} is complex; give the optimizer torch.view_as_real of it")
-                layout.require(parameter.shape, where)
+                    raise RuntimeError(f"{_where(group, g, i)} is complex; give the optimizer torch.view_as_real of it")
+                known = self._described.get((g, i))
+                if known is None or known[0] != parameter.shape:
+                    layout.require(parameter.shape, _where(group, g, i))
+                    self._described[g, i] = (parameter.shape, native.describe(layout, parameter.shape))
+                if group["fused"]:
+                    self._require_native(parameter, grad, _where(group, g, i))
+
+    def _require_native(self, parameter: Tensor, grad: Tensor, where: str) -> None:
+        """Raise where ``fused=True`` was asked for and cannot be given."""
+        state = self.state.get(parameter) or {}
+        first = state.get("exp_avg", parameter)
+        if not native.available():
+            raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
+        if native.accepts(parameter, grad, first, state.get("exp_avg_sq", torch.zeros(()))) is None:
+            raise RuntimeError(
+                f"fused=True, but {where} is on {parameter.device}, {parameter.dtype}, strides {parameter.stride()}, "
+                f"its gradient {grad.dtype}, strides {grad.stride()}; the native step takes contiguous floating-point "
+                "CPU tensors of one dtype: use fused=None"
+            )
 
     def _state_of(self, parameter: Tensor, layout: Layout) -> dict[str, Any]:
         """The parameter's state, made at its first gradient."""
@@ -222,7 +260,7 @@ class AdamMini(torch.optim.Optimizer):
         """(description, parameter, layout, saved state) of every parameter the document has state for."""
         saved = [key for group in document["param_groups"] for key in group["params"]]
         own = [
-            (f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})", parameter, layout)
+            (_where(group, g, i), parameter, layout)
             for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))
             for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
         ]
@@ -253,15 +291,28 @@ class AdamMini(torch.optim.Optimizer):
             for name, dtype in (("exp_avg", parameter.dtype), ("exp_avg_sq", second_moment_dtype(parameter))):
                 state[name] = source[name].detach().to(parameter.device, dtype, copy=True)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         extra = {
             "rules": self.rules,
+            "_described": {},
             "_layouts": self._layouts,
             "_strict": self._strict,
             "_unknown": {},
             "_known": {},
         }
         return {**super().__getstate__(), **extra}
+
+
+def _where(group: Mapping[str, Any], g: int, i: int) -> str:
+    """A parameter in words, for messages."""
+    return f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})"
 
 
 def _anatomies(model: nn.Module) -> dict[int, tuple[str, Anatomy]]:

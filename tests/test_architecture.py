@@ -63,6 +63,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"optimizer", "hessian", "adam_mini.py"}
     assert "optimizer/partition/rules/adam_mini.json" in names
+    assert "optimizer/engines/native/kernel.cpp" in names
     assert "optimizer/partition/rules/schema/rules.schema.json" in names
     assert "optimizer/plan/configs/llama-3-8b.json" in names
     metadata = next(n for n in names if n.endswith("METADATA"))

@@ -4,6 +4,7 @@
 // each outer index. What a row-wise run needs twice, its gradient, is read the second time from cache; where a run is
 // too long for that, or lies across memory, the tensor takes two passes.
 //
+// Every operation rounds as torch's own would, one by one: the build switches contraction off.
 // No header of torch is used: the library builds in seconds and does not depend on torch's C++ interface.
 
 #include <algorithm>

@@ -1,0 +1,233 @@
+"""The native step against the paper's transcription and the eager step; and what happens where it cannot be built."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from optimizer import AdamMini, Layout
+from optimizer.engines import native
+from optimizer.engines.native import library
+from optimizer.reference import initial_state, reference_step
+from optimizer.update import adam_mini_update
+from tests.optimizer.models import Llama
+from tests.optimizer.test_update import layouts
+from tests.optimizer.zoo import TEXT
+
+COMMON: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def take(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, layout: Layout, *, maximize: bool = False) -> None:
+    kinds = native.accepts(p, g, m, v)
+    assert kinds is not None
+    native.step([(p, g, m, v, t, native.describe(layout, p.shape))], kinds, lr=1e-2, maximize=maximize, **COMMON)
+
+
+def compare(layout: Layout, shape: tuple[int, ...], seed: int, steps: int, maximize: bool = False) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(shape, generator=generator, dtype=torch.float64)
+    expected, ids = p.clone(), layout.block_ids(shape)
+    state = initial_state(p, ids)
+    m, v, t = torch.zeros_like(p), torch.zeros(layout.aligned_shape(shape), dtype=torch.float64), torch.zeros(())
+    for _ in range(steps):
+        g = torch.randn(shape, generator=generator, dtype=torch.float64)
+        before = g.clone()
+        take(p, g, m, v, t, layout, maximize=maximize)
+        expected = reference_step(expected, g, state, ids, lr=1e-2, maximize=maximize, **COMMON)
+        assert torch.equal(g, before), "the gradient was touched"
+    torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-12)
+    assert float(t) == steps
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts(), st.integers(0, 10_000), st.booleans())
+def test_equals_the_reference_in_float64(pair: Any, seed: int, maximize: bool) -> None:
+    compare(*pair, seed, 3, maximize)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        (Layout(0, [1] * 70), (70, 900)),  # rows
+        (Layout(0, [64, 64, 1, 1]), (130, 300)),  # heads, then rows
+        (Layout(0, [300]), (300, 400)),  # one block over all threads
+        (Layout(1, [1] * 300), (200, 300)),  # columns, in strips
+        (Layout(1, [100] * 3 + [1] * 60), (90, 360)),  # columns in runs
+        (Layout(2, [1] * 60, leading=(3,)), (3, 40, 60)),  # transposed experts
+        (Layout(1, [1] * 40, leading=(3,)), (3, 40, 60)),  # experts
+        (Layout(1, [1] * 8), (20, 8, 3, 3)),  # transposed convolution
+        (Layout.per_element((7, 60)), (7, 60)),
+        (Layout.per_element(()), ()),
+    ],
+)
+def test_large_layouts_over_fifty_steps(layout: Layout, shape: tuple[int, ...]) -> None:
+    compare(layout, shape, 0, 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("moment", [None, torch.float32])
+def test_low_precision(dtype: torch.dtype, moment: torch.dtype | None) -> None:
+    """v as in the eager step, huge fp16 gradients included; parameters no further from exact ones than there."""
+    torch.manual_seed(0)
+    layout, shape = Layout(0, [4, 4, 1, 1, 1]), (11, 33)
+    p = torch.randn(shape).to(dtype)
+    m = torch.zeros(shape, dtype=moment or dtype)
+    pairs = [(p.clone(), m.clone(), torch.zeros(11, 1)) for _ in range(2)]
+    exact, ids = p.double(), layout.block_ids(shape)
+    state = initial_state(exact, ids)
+    t = torch.zeros(())
+    for step in range(1, 6):
+        g = (6e4 * torch.rand(shape) if step == 3 else 1e-4 * torch.randn(shape)).to(dtype)
+        take(pairs[0][0], g, pairs[0][1], pairs[0][2], t, layout)
+        adam_mini_update(pairs[1][0], g, pairs[1][1], pairs[1][2], layout, step=step, lr=1e-2, maximize=False, **COMMON)
+        exact = reference_step(exact, g.double(), state, ids, lr=1e-2, **COMMON)
+    assert bool(torch.isfinite(pairs[0][2]).all())
+    torch.testing.assert_close(pairs[0][2], pairs[1][2], rtol=1e-5, atol=0)
+    ours, eager = (float((pair[0].double() - exact).abs().mean()) for pair in pairs)
+    assert ours <= 1.1 * eager
+
+
+@pytest.mark.parametrize("make", [Llama, *(TEXT[n] for n in ("gpt2", "mixtral", "dbrx", "gpt_oss", "qwen3_next"))])
+@pytest.mark.parametrize("rules", ["adam_mini", "slim_adam", "pytorch_default", "elementwise"])
+def test_whole_models_follow_the_eager_step(make: Any, rules: str) -> None:
+    models = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = make().double()
+        optimizer = AdamMini(model, lr=1e-2, weight_decay=0.1, rules=rules, fused=fused)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            optimizer.step()
+        models.append(model)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_what_it_cannot_take_goes_the_eager_way() -> None:
+    """Strides, and everything else, in one optimizer; fused=True says what is in the way."""
+    weight = nn.Parameter(torch.randn(6, 4).t())
+    plain = nn.Parameter(torch.randn(4, 6))
+    expected = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in (weight, plain)]
+    both = AdamMini([("a.weight", weight), ("b.weight", plain)], lr=0.1)
+    eager = AdamMini([("a.weight", expected[0]), ("b.weight", expected[1])], lr=0.1, fused=False)
+    for p, q in zip((weight, plain), expected, strict=True):
+        p.grad = torch.ones(3, 1).sum() * torch.ones_like(p)
+        q.grad = p.grad.clone(memory_format=torch.preserve_format)
+    both.step()
+    eager.step()
+    for p, q in zip((weight, plain), expected, strict=True):
+        torch.testing.assert_close(p, q)
+    strict = AdamMini([("a.weight", weight)], lr=0.1, fused=True)
+    before = weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"fused=True.*a\.weight.*strides \(1, 4\).*fused=None"):
+        strict.step()
+    assert torch.equal(weight, before)
+
+
+def test_expanded_gradients_are_read_right() -> None:
+    p = nn.Parameter(torch.ones(4, 3))
+    optimizer = AdamMini([("w.weight", p)], lr=0.1, betas=(0.9, 0.95), eps=0.0)
+    p.grad = torch.tensor(2.0).expand(4, 3)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.9))
+
+
+def test_steps_are_deterministic_and_threads_do_not_matter() -> None:
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        p, m, v, t = torch.randn(300, 400), torch.zeros(300, 400), torch.zeros(300, 1), torch.zeros(())
+        for _ in range(3):
+            take(p, torch.randn(300, 400), m, v, t, Layout(0, [150, 150]))
+        results.append(p)
+    torch.set_num_threads(2)
+    assert torch.equal(results[1], results[2]) and torch.equal(results[0], results[1])
+
+
+# --- building it ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A cache of one's own, nothing loaded yet."""
+    monkeypatch.setenv("ADAM_MINI_CACHE", str(tmp_path / "cache"))
+    library.library.cache_clear()
+    yield tmp_path / "cache"
+    library.library.cache_clear()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    monkeypatch.setattr(library, "_folders", lambda: iter([str(folder) for folder in folders]))
+
+
+def test_without_a_compiler_steps_are_eager(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(library.shutil, "which", lambda name: None)
+    p = nn.Parameter(torch.ones(3, 2))
+    optimizer = AdamMini([("w.weight", p)], lr=0.1)
+    with caplog.at_level(logging.INFO, logger="optimizer"):
+        for _ in range(3):
+            p.grad = torch.ones(3, 2)
+            optimizer.step()
+    said = [r for r in caplog.records if "native" in r.getMessage()]
+    assert [r.levelname for r in said] == ["WARNING"] and "no C++ compiler" in said[0].getMessage()
+    with pytest.raises(RuntimeError, match="cannot be built here"):
+        AdamMini([("w.weight", p)], fused=True).step()
+
+
+def test_a_compiler_that_fails_is_quoted_once(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    only(monkeypatch, fresh)
+    script = fresh.parent / "broken-c++"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: out of memory" >&2\nexit 1\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    with caplog.at_level(logging.WARNING, logger="optimizer"):
+        assert not native.available() and not native.available()
+    assert len(caplog.records) == 1 and "error: out of memory" in caplog.text
+    assert list(fresh.iterdir()) == [], "no half-written file stays behind"
+
+
+def ask(folder: Path) -> int:
+    """The answer of a process of its own, which has nothing loaded."""
+    code = "from optimizer.engines import native; raise SystemExit(not native.available())"
+    environment = {**os.environ, "ADAM_MINI_CACHE": str(folder)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=240).returncode
+
+
+def test_a_torn_file_in_the_cache_is_built_again(tmp_path: Path) -> None:
+    assert ask(tmp_path) == 0
+    (built,) = tmp_path.iterdir()
+    built.write_bytes(built.read_bytes()[:5000])
+    assert ask(tmp_path) == 0
+    assert [f.stat().st_size > 10_000 for f in tmp_path.iterdir()] == [True]
+
+
+def test_a_cache_that_cannot_be_written_is_passed_over(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = fresh.parent / "a file"
+    blocked.write_text("")
+    only(monkeypatch, blocked / "cache", fresh)
+    assert native.available() and len(list(fresh.iterdir())) == 1
+
+
+def test_processes_that_start_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, [tmp_path] * 3)) == [0] * 3
+    assert len(list(tmp_path.iterdir())) == 1
