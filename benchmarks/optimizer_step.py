@@ -1,6 +1,6 @@
-"""Step time, state bytes and largest temporary of the eager step beside torch's AdamW.
+"""Step time, state bytes and largest temporary of every way to step beside torch's AdamW.
 
-    python -m benchmarks.optimizer_step [--rounds 15] [--threads 2]
+    python -m benchmarks.optimizer_step [--rounds 25] [--threads 2]
 
 Each contestant trains its own copy of a Llama-shaped set of parameters with the same fixed gradients.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,46 +47,70 @@ def largest_temporary(optimizer: torch.optim.Optimizer) -> int:
     return max((event.self_cpu_memory_usage for event in recorded.events()), default=0)
 
 
+CASES = {
+    "10M fp32": ({"dim": 384, "hidden": 1024, "layers": 4, "vocab": 4096}, torch.float32),
+    "45M fp32": ({"dim": 512, "hidden": 1376, "layers": 9, "vocab": 16000}, torch.float32),
+    "45M bf16": ({"dim": 512, "hidden": 1376, "layers": 9, "vocab": 16000}, torch.bfloat16),
+}
+BASELINE = "AdamW fused"
+CONTESTANTS = {
+    BASELINE: lambda model: torch.optim.AdamW(model.parameters(), fused=True),
+    "AdamW foreach": lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
+    "AdamW for-loop": lambda model: torch.optim.AdamW(model.parameters(), foreach=False),
+    "AdamMini native": lambda model: AdamMini(model, exp_avg_dtype=torch.float32, fused=True),
+    "AdamMini eager": lambda model: AdamMini(model, exp_avg_dtype=torch.float32, fused=False),
+}
+
+
+def case(shape: dict[str, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Every contestant on its own copy of one set of parameters, interleaved."""
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    for name, make in CONTESTANTS.items():
+        model = llama_shapes(**shape).to(dtype)
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.grad = (1e-3 * gradient).to(dtype)
+        optimizers[name] = make(model)
+    table = summary(interleaved({name: o.step for name, o in optimizers.items()}, rounds), BASELINE)
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    for name, optimizer in optimizers.items():
+        table[name]["largest_temporary_share"] = largest_temporary(optimizer) / largest
+    mini = optimizers["AdamMini native"]
+    assert isinstance(mini, AdamMini)
+    count = sum(p.numel() for p in model.parameters())
+    return {"parameters": count, "bytes_per_parameter": sum(mini.state_bytes().values()) / count, "rows": table}
+
+
+def microseconds_per_tensor(tensors: int = 1000) -> float:
+    """What a step costs for each tensor beside the arithmetic: tensors of eight elements."""
+    parameters = [nn.Parameter(torch.zeros(8)) for _ in range(tensors)]
+    for parameter in parameters:
+        parameter.grad = torch.ones(8)
+    optimizer = AdamMini([(f"norm{i}.weight", p) for i, p in enumerate(parameters)], fused=True)
+    seconds = interleaved({"step": optimizer.step}, 25)["step"]
+    return 1e6 * statistics.median(seconds) / tensors
+
+
 def main() -> None:
     """Run the comparison and write ``benchmarks/results/optimizer_step.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
-    makers = {
-        "AdamW fused": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
-        "AdamW foreach": lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
-        "AdamW for-loop": lambda model: torch.optim.AdamW(model.parameters(), foreach=False),
-        "AdamMini eager": AdamMini,
-    }
-    optimizers = {}
-    for name, make in makers.items():
-        model = llama_shapes(dim=384, hidden=1024, layers=4, vocab=4096)
-        for parameter in model.parameters():
-            parameter.grad = 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-        optimizers[name] = make(model)
-    seconds = interleaved({name: o.step for name, o in optimizers.items()}, arguments.rounds)
-    table = summary(seconds, "AdamW fused")
-    count = sum(p.numel() for p in model.parameters())
-    largest = max(p.numel() * p.element_size() for p in model.parameters())
-    mini = optimizers["AdamMini eager"]
-    assert isinstance(mini, AdamMini)
-    for name, optimizer in optimizers.items():
-        table[name]["largest_temporary_share"] = largest_temporary(optimizer) / largest
-        row = table[name]
-        logger.info(
-            "%-15s median %7.2f ms (quartiles %.2f to %.2f), %.2fx fused AdamW, largest temporary %.3f of the largest "
-            "tensor, n=%d", name, 1e3 * row["median_s"], 1e3 * row["q1_s"], 1e3 * row["q3_s"], row["ratio"],
-            row["largest_temporary_share"], row["n"],
-        )  # fmt: skip
-    per_parameter = sum(mini.state_bytes().values()) / count
-    logger.info("AdamMini state: %.3f bytes per parameter over %s parameters", per_parameter, f"{count:,}")
-    logger.info(
-        "written to %s",
-        write("optimizer_step", {"parameters": count, "bytes_per_parameter": per_parameter, "rows": table}),
-    )
+    results = {name: case(shape, dtype, arguments.rounds) for name, (shape, dtype) in CASES.items()}
+    for name, result in results.items():
+        for contestant, row in result["rows"].items():
+            logger.info(
+                "%s  %-15s median %7.2f ms (quartiles %.2f to %.2f), %.2fx fused AdamW, largest temporary %.4f of the "
+                "largest tensor, n=%d", name, contestant, 1e3 * row["median_s"], 1e3 * row["q1_s"], 1e3 * row["q3_s"],
+                row["ratio"], row["largest_temporary_share"], row["n"],
+            )  # fmt: skip
+        logger.info("%s  AdamMini state: %.3f bytes per parameter", name, result["bytes_per_parameter"])
+    overhead = microseconds_per_tensor()
+    logger.info("native step beside the arithmetic: %.2f us per tensor", overhead)
+    logger.info("written to %s", write("optimizer_step", {"cases": results, "microseconds_per_tensor": overhead}))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class AdamMini(torch.optim.Optimizer):
         rules: what shares a scalar: a shipped set's name, a path to a rules file, or ``Rules``. Overrides by name need
             names: a model, ``named_parameters()``, groups of (name, tensor) pairs, or parameters stamped by ``tag``.
         maximize: ascend instead.
+        exp_avg_dtype: of the first moment: None for the parameter's own, or a floating-point dtype.
         fused: None: one native pass over memory for contiguous CPU tensors where a C++ compiler is found at the first
             step (the result is cached), eager torch operations elsewhere. True: native or an error. False: eager.
         strict: raise instead of warning when a weight of two or more dimensions is not recognised; one for which an
@@ -70,16 +71,17 @@ class AdamMini(torch.optim.Optimizer):
         *,
         rules: str | os.PathLike[str] | Rules = "adam_mini",
         maximize: bool = False,
+        exp_avg_dtype: torch.dtype | None = None,
         fused: bool | None = None,
         strict: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-                    "fused": fused}  # fmt: skip
+                    "exp_avg_dtype": exp_avg_dtype, "fused": fused}  # fmt: skip
         _validate(defaults, "argument")
         self.rules = Rules.load(rules)
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
-        self._described: dict[tuple[int, int], tuple[torch.Size, Tensor]] = {}  # layouts as the native loop reads them
+        self._ready: dict[int, list[native.Ready | None]] = {}  # by group position: what the native loop took last time
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
         # Known only while the groups are being made: parameters may be swapped for others later on.
@@ -150,52 +152,58 @@ class AdamMini(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_bad_gradients()
-        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
-            self._step_group(g, group, layouts)
+        work = [self._prepare(g, group, layouts) for g, (group, layouts) in
+                enumerate(zip(self.param_groups, self._layouts, strict=True))]  # fmt: skip
+        for g, (batches, others) in enumerate(work):
+            self._step_group(g, batches, others)
         return loss
 
-    def _step_group(self, g: int, group: dict[str, Any], layouts: list[Layout]) -> None:
-        """Sort a group's tensors by the engine that takes them, and let each take its own."""
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        common: dict[str, Any] = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
-        common |= {"beta1": beta1, "beta2": beta2}
-        native_step = group["fused"] is not False and not torch.compiler.is_compiling() and native.available()
-        batches: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
-        for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+    def _prepare(self, g: int, group: dict[str, Any], layouts: list[Layout]) -> tuple[native.Batches, list[int]]:
+        """Check everything before anything moves: (tensors the native loop takes as it took them last time, others)."""
+        ready = self._ready.setdefault(g, [None] * len(layouts))
+        usable = group["fused"] is not False and not torch.compiler.is_compiling() and native.available()
+        batches, others = native.Batches(), []
+        for i, parameter in enumerate(group["params"]):
             grad = parameter.grad
             if grad is None:
                 continue
-            state = self._state_of(parameter, layout)
-            taken, first, second = state["step"], state["exp_avg"], state["exp_avg_sq"]
-            kinds = native.accepts(parameter, grad, first, second) if native_step else None
-            if kinds is not None:
-                batches.setdefault(kinds, []).append((parameter, grad, first, second, taken, self._described[g, i][1]))
+            known = ready[i]
+            if usable and known is not None and known.takes(parameter, grad, self.state.get(parameter, {})):
+                batches.add(known, grad)
                 continue
-            taken += 1
-            adam_mini_update(parameter, grad, first, second, layout, step=taken.item(), lr=group["lr"], **common)
-        for kinds, tensors in batches.items():
-            native.step(tensors, kinds, lr=float(group["lr"]), **common)
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{_where(group, g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))"
+                )
+            if parameter.is_complex():
+                raise RuntimeError(f"{_where(group, g, i)} is complex; give the optimizer torch.view_as_real of it")
+            layouts[i].require(parameter.shape, _where(group, g, i))
+            if group["fused"]:
+                self._require_native(parameter, grad, _where(group, g, i))
+            others.append(i)
+        return batches, others
 
-    def _refuse_bad_gradients(self) -> None:
-        """Check everything before anything moves."""
-        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
-            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
-                grad = parameter.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"{_where(group, g, i)} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))"
-                    )
-                if parameter.is_complex():
-                    raise RuntimeError(f"{_where(group, g, i)} is complex; give the optimizer torch.view_as_real of it")
-                known = self._described.get((g, i))
-                if known is None or known[0] != parameter.shape:
-                    layout.require(parameter.shape, _where(group, g, i))
-                    self._described[g, i] = (parameter.shape, native.describe(layout, parameter.shape))
-                if group["fused"]:
-                    self._require_native(parameter, grad, _where(group, g, i))
+    def _step_group(self, g: int, batches: native.Batches, others: list[int]) -> None:
+        """Let each engine take its own."""
+        group, layouts, ready = self.param_groups[g], self._layouts[g], self._ready[g]
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        common: dict[str, Any] = {name: group[name] for name in ("eps", "weight_decay", "maximize")}
+        common |= {"beta1": beta1, "beta2": beta2}
+        usable = group["fused"] is not False and not torch.compiler.is_compiling() and native.available()
+        for i in others:
+            parameter, grad = group["params"][i], group["params"][i].grad
+            state = self._state_of(parameter, layouts[i], group["exp_avg_dtype"])
+            taken = ready[i] = native.prepare(parameter, grad, state, layouts[i]) if usable else None
+            if taken is not None:
+                batches.add(taken, grad)
+                continue
+            state["step"] += 1
+            adam_mini_update(
+                parameter, grad, state["exp_avg"], state["exp_avg_sq"], layouts[i], step=state["step"].item(),
+                lr=group["lr"], **common,
+            )  # fmt: skip
+        if len(batches):
+            batches.step(lr=float(group["lr"]), **common)
 
     def _require_native(self, parameter: Tensor, grad: Tensor, where: str) -> None:
         """Raise where ``fused=True`` was asked for and cannot be given."""
@@ -210,12 +218,12 @@ class AdamMini(torch.optim.Optimizer):
                 "CPU tensors of one dtype: use fused=None"
             )
 
-    def _state_of(self, parameter: Tensor, layout: Layout) -> dict[str, Any]:
+    def _state_of(self, parameter: Tensor, layout: Layout, dtype: torch.dtype | None) -> dict[str, Any]:
         """The parameter's state, made at its first gradient."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros(
                 layout.aligned_shape(parameter.shape),
                 dtype=second_moment_dtype(parameter),
@@ -229,7 +237,7 @@ class AdamMini(torch.optim.Optimizer):
         for group, layouts in zip(self.param_groups, self._layouts, strict=True):
             for parameter, layout in zip(group["params"], layouts, strict=True):
                 aligned = math.prod(layout.aligned_shape(parameter.shape))
-                total["exp_avg"] += parameter.numel() * parameter.element_size()
+                total["exp_avg"] += parameter.numel() * (group["exp_avg_dtype"] or parameter.dtype).itemsize
                 total["exp_avg_sq"] += aligned * second_moment_dtype(parameter).itemsize
                 total["step"] += torch.float32.itemsize
         return total
@@ -243,6 +251,7 @@ class AdamMini(torch.optim.Optimizer):
             ValueError: the state belongs to another partition, or its groups differ; nothing has been changed then.
         """
         captured: list[Mapping[str, Any]] = [state_dict]
+        own = [{name: group[name] for name in ("exp_avg_dtype", "fused")} for group in self.param_groups]
 
         def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> None:
             self._require_own_state(document)
@@ -254,6 +263,8 @@ class AdamMini(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for group, options in zip(self.param_groups, own, strict=True):
+            group.update(options)  # how state is kept and steps are taken is the running optimizer's business
         self._restore_dtypes(captured[-1])
 
     def _saved_states(self, document: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Layout, Mapping[str, Any]]]:
@@ -285,10 +296,11 @@ class AdamMini(torch.optim.Optimizer):
 
     def _restore_dtypes(self, document: Mapping[str, Any]) -> None:
         """Undo torch's cast of every state to the parameter's dtype, and its sharing of the caller's tensors."""
+        wanted = {id(p): group["exp_avg_dtype"] or p.dtype for group in self.param_groups for p in group["params"]}
         for _, parameter, _, source in self._saved_states(document):
             state = self.state[parameter]
             state["step"] = torch.as_tensor(source["step"], dtype=torch.float32).detach().clone().cpu()
-            for name, dtype in (("exp_avg", parameter.dtype), ("exp_avg_sq", second_moment_dtype(parameter))):
+            for name, dtype in (("exp_avg", wanted[id(parameter)]), ("exp_avg_sq", second_moment_dtype(parameter))):
                 state[name] = source[name].detach().to(parameter.device, dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -301,7 +313,7 @@ class AdamMini(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         extra = {
             "rules": self.rules,
-            "_described": {},
+            "_ready": {},
             "_layouts": self._layouts,
             "_strict": self._strict,
             "_unknown": {},
@@ -350,6 +362,13 @@ def _validate(options: Mapping[str, Any], what: str) -> None:
             value = value.item()
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{what} {name}={value!r} must be a finite number >= 0")
+    dtype = options.get("exp_avg_dtype")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
+        raise ValueError(
+            f"{what} exp_avg_dtype={dtype!r} must be None or a dtype such as torch.float32, torch.bfloat16"
+        )
+    if options.get("fused") not in (None, True, False):
+        raise ValueError(f"{what} fused={options['fused']!r} must be None, True or False")
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{what} betas={betas!r} must be two numbers, for example (0.9, 0.95)")

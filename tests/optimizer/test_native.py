@@ -29,9 +29,11 @@ COMMON: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_deca
 
 
 def take(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, layout: Layout, *, maximize: bool = False) -> None:
-    kinds = native.accepts(p, g, m, v)
-    assert kinds is not None
-    native.step([(p, g, m, v, t, native.describe(layout, p.shape))], kinds, lr=1e-2, maximize=maximize, **COMMON)
+    ready = native.prepare(p, g, {"exp_avg": m, "exp_avg_sq": v, "step": t}, layout)
+    assert ready is not None
+    batches = native.Batches()
+    batches.add(ready, g)
+    batches.step(lr=1e-2, maximize=maximize, **COMMON)
 
 
 def compare(layout: Layout, shape: tuple[int, ...], seed: int, steps: int, maximize: bool = False) -> None:
@@ -231,3 +233,74 @@ def test_processes_that_start_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(ask, [tmp_path] * 3)) == [0] * 3
     assert len(list(tmp_path.iterdir())) == 1
+
+
+# --- what changes between steps ---------------------------------------------------------------------------------------
+
+
+def pair(shape: tuple[int, ...] = (6, 5)) -> list[tuple[nn.Parameter, AdamMini]]:
+    out = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(shape))
+        out.append((p, AdamMini([("lm_head.weight", p)], lr=0.1, fused=None if fused else False)))
+    return out
+
+
+def step_both(both: list[tuple[nn.Parameter, AdamMini]], seed: int) -> None:
+    for p, optimizer in both:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(p.dtype)
+        optimizer.step()
+    torch.testing.assert_close(both[0][0], both[1][0])
+
+
+def test_new_storage_loaded_state_and_other_objects_between_steps() -> None:
+    both = pair()
+    step_both(both, 1)
+    for p, _ in both:
+        p.data = p.data.clone()  # a wrapper moved it
+    step_both(both, 2)
+    for _, optimizer in both:
+        optimizer.load_state_dict(optimizer.state_dict())
+    step_both(both, 3)
+    for k, (p, optimizer) in enumerate(both):  # swapped for another object, as Accelerate's FSDP2 does
+        other = nn.Parameter(p.data)
+        optimizer.param_groups[0]["params"][0] = other
+        optimizer.state[other] = optimizer.state.pop(p)
+        both[k] = (other, optimizer)
+    step_both(both, 4)
+    both[0][1].param_groups[0]["lr"] = both[1][1].param_groups[0]["lr"] = 0.01
+    step_both(both, 5)
+    for p, _ in both:
+        p.data = p.data.double()
+    with pytest.raises(RuntimeError):  # torch itself refuses a float gradient; a double one meets fp32 state
+        both[0][0].grad = torch.zeros(6, 5)
+        both[0][1].step()
+
+
+def test_a_parameter_that_comes_late_and_one_that_pauses() -> None:
+    torch.manual_seed(0)
+    a, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3))
+    optimizer = AdamMini([("a.weight", a), ("b.weight", b)], lr=0.1)
+    for step in range(4):
+        a.grad = torch.ones(4, 3) if step != 2 else None
+        b.grad = torch.ones(4, 3) if step > 1 else None
+        optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in (a, b)] == [3.0, 2.0]
+
+
+def test_first_moments_in_another_dtype() -> None:
+    p = nn.Parameter(torch.randn(8, 4).bfloat16())
+    optimizer = AdamMini([("lm_head.weight", p)], exp_avg_dtype=torch.float32)
+    p.grad = torch.randn(8, 4).bfloat16()
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype is torch.float32
+    assert optimizer.state_bytes()["exp_avg"] == 8 * 4 * 4
+    other = AdamMini([("lm_head.weight", p)], exp_avg_dtype=torch.bfloat16, fused=False)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[p]["exp_avg"].dtype is torch.bfloat16, "the running optimizer's dtype wins"
+    assert other.param_groups[0]["fused"] is False
+    with pytest.raises(ValueError, match="exp_avg_dtype='int8'"):
+        AdamMini([p], exp_avg_dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fused='yes'"):
+        AdamMini([p], fused="yes")  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """The step as one pass over memory, for dense CPU tensors."""
 
 from .library import available
-from .step import accepts, describe, step
+from .step import Batches, Ready, accepts, describe, prepare
 
-__all__ = ["accepts", "available", "describe", "step"]
+__all__ = ["Batches", "Ready", "accepts", "available", "describe", "prepare"]

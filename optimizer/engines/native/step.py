@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -35,36 +35,72 @@ def accepts(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) ->
     code, moment = _CODES.get(param.dtype), _CODES.get(exp_avg.dtype)
     if code is None or moment is None or (code, moment) not in _PAIRS or param.device.type != "cpu":
         return None
+    if exp_avg_sq.dtype is not (torch.float64 if code == 0 else torch.float32):
+        return None
     if not (param.is_contiguous() and grad.is_contiguous() and exp_avg.is_contiguous() and exp_avg_sq.is_contiguous()):
         return None
     return code, moment
 
 
-def step(
-    tensors: Sequence[tuple[Tensor, ...]],
-    kinds: tuple[int, int],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """One step of tensors that ``accepts`` gave one answer for.
+class Ready:
+    """A tensor the loop can take, with everything that stays from step to step looked up once.
 
-    Args:
-        tensors: (param, grad, exp_avg, exp_avg_sq, step, layout) each: the first four as in
-            ``optimizer.update.adam_mini_update``, step 0-dim fp32 and advanced here, layout from ``describe``.
-        kinds: from ``accepts``.
-        lr, beta1, beta2, eps, weight_decay, maximize: as in ``adam_mini_update``.
+    Pointers are only believed while the parameter and its state are the same objects at the same place.
     """
-    loaded = library()
-    assert loaded is not None
-    pointers = array("q")
-    for six in tensors:
-        pointers.extend([tensor.data_ptr() for tensor in six])
-    loaded.adam_mini_step(
-        len(tensors), pointers.buffer_info()[0], *kinds, lr, beta1, beta2, eps, weight_decay, -1.0 if maximize else 1.0,
-        1.0, torch.get_num_threads(),
-    )  # fmt: skip
+
+    __slots__ = ("_first", "_second", "_taken", "at", "dtype", "held", "kinds", "layout", "numel")
+
+    def __init__(self, kinds: tuple[int, int], parameter: Tensor, state: Mapping[str, Tensor], layout: Tensor) -> None:
+        self.kinds, self.layout = kinds, layout
+        self.at, self.numel, self.dtype = parameter.data_ptr(), parameter.numel(), parameter.dtype
+        self._first, self._second, self._taken = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        self.held = tuple(t.data_ptr() for t in (self._first, self._second, self._taken, layout))
+
+    def takes(self, parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> bool:
+        """Whether nothing has changed that the loop relies on."""
+        return (
+            parameter.data_ptr() == self.at
+            and parameter.numel() == self.numel
+            and grad.dtype is self.dtype
+            and grad.layout is torch.strided
+            and grad.is_contiguous()
+            and type(grad) is Tensor
+            and state.get("exp_avg") is self._first
+            and state.get("exp_avg_sq") is self._second
+            and state.get("step") is self._taken
+        )
+
+
+def prepare(parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor], layout: Layout) -> Ready | None:
+    """A ``Ready`` for the tensor, or None where the loop cannot take it."""
+    kinds = accepts(parameter, grad, state["exp_avg"], state["exp_avg_sq"])
+    if kinds is None or state["step"].dtype is not torch.float32 or state["step"].device.type != "cpu":
+        return None
+    return Ready(kinds, parameter, state, describe(layout, parameter.shape))
+
+
+class Batches:
+    """Tensors of one group, sorted by the types the loop is called with."""
+
+    def __init__(self) -> None:
+        self._pointers: dict[tuple[int, int], array[int]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(pointers) // 6 for pointers in self._pointers.values())
+
+    def add(self, ready: Ready, grad: Tensor) -> None:
+        """One more tensor; it and its gradient must stay alive until ``step``."""
+        pointers = self._pointers.get(ready.kinds)
+        if pointers is None:
+            pointers = self._pointers[ready.kinds] = array("q")
+        pointers.extend((ready.at, grad.data_ptr(), *ready.held))
+
+    def step(self, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool) -> None:
+        """One Adam-mini step of every tensor, its counter included; numbers as in ``adam_mini_update``."""
+        loaded = library()
+        assert loaded is not None
+        for kinds, pointers in self._pointers.items():
+            loaded.adam_mini_step(
+                len(pointers) // 6, pointers.buffer_info()[0], *kinds, lr, beta1, beta2, eps, weight_decay,
+                -1.0 if maximize else 1.0, 1.0, torch.get_num_threads(),
+            )  # fmt: skip
