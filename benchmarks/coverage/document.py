@@ -18,6 +18,8 @@ def write(rows: list[dict[str, Any]], page: Path, data: Path | None) -> None:
         (data, json.dumps({**versions, "classes": rows}, indent=1) + "\n"),
         (page, _page(rows, versions)),
     ):
+        if path is None:
+            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         temporary.write_text(text, encoding="utf-8")

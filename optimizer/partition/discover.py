@@ -104,7 +104,7 @@ def _claim(
     for family in table:
         if not family.matches(module):
             continue
-        for path, make in family.params.items():
+        for path, make in family.claims(module).items():
             target = resolve(module, path)
             if target is None or id(target[1]) in found or id(target[1]) not in names:
                 continue
@@ -250,7 +250,8 @@ def report_unknown(unknown: dict[str, Anatomy], unit: str, *, strict: bool) -> N
     listing = "; ".join(f"{name} {anatomy.shape} ({anatomy.reason})" for name, anatomy in list(unknown.items())[:8])
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     text = (
-        f"{len(unknown)} weight(s) not recognised: {listing}{more}. They get the unit of OTHER ({unit}). "
+        f"{len(unknown)} weight(s) not recognised: {listing}{more}. What is not recognised gets the unit "
+        f"of OTHER ({unit}), heads of unknown size a scalar per row. "
         "Pass the model itself (or tag(model) first), declare the family in optimizer/partition/families.py, or "
         "choose another unit for OTHER in the rules"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-_HEAD_DIM = ("head_dim", "d_head", "dim_head", "head_size", "attention_head_size", "d_kv", "key_value_proj_dim",
+_HEAD_DIM = ("head_dim", "d_head", "dim_head", "attention_head_size", "head_size", "d_kv", "key_value_proj_dim",
              "attn_head_size", "hidden_size_per_attention_head")  # fmt: skip
 _HEADS = ("n_heads", "n_head", "num_heads", "num_attention_heads", "num_attn_heads", "n_local_heads", "nhead", "heads",
           "nheads")  # fmt: skip
@@ -38,7 +38,7 @@ def ask(modules: Sequence[Any], names: Sequence[str]) -> int | None:
     return next((n for source in sources(modules) if (n := _integer(source, names)) is not None), None)
 
 
-def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
+def head_dim_of(modules: Sequence[Any], query_rows: int, width: int | None = None) -> int | None:
     """Rows per attention head of a query projection with ``query_rows`` rows.
 
     The nearest source that knows ``head_dim`` or a number of heads decides; a source that knows both must agree
@@ -47,6 +47,8 @@ def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
     Args:
         modules: the attention module, then its ancestors, innermost first.
         query_rows: rows of the query projection.
+        width: what the query projection takes in. Where a module around this one counts heads that together are as
+            wide, this one is one of them (a ``ModuleList`` of single heads).
 
     Raises:
         ValueError: the nearest source contradicts the number of rows.
@@ -56,6 +58,8 @@ def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
         if head_dim is None and heads is None:
             continue
         where = type(source).__name__
+        if heads is not None and width == heads * query_rows != query_rows and not _speaks_of(modules[0], source):
+            return query_rows
         if head_dim is None:
             assert heads is not None
             if query_rows % heads:
@@ -74,6 +78,11 @@ def head_dim_of(modules: Sequence[Any], query_rows: int) -> int | None:
             )
         return head_dim
     return None
+
+
+def _speaks_of(module: Any, source: Any) -> bool:
+    """Whether a source is the module or a configuration it holds, rather than something further out."""
+    return source is module or any(getattr(module, name, None) is source for name in _CONFIGS)
 
 
 def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | None:
@@ -100,6 +109,7 @@ def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | Non
             return heads, left, head_dim or 0  # nobody speaks of key-value heads; the rows that are left are theirs
         raise ValueError(
             f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={fitted} "
-            f"({(heads + 2 * kv_heads) * fitted} rows), but the fused projection has {rows} rows"
+            f"({(heads + 2 * kv_heads) * fitted} rows), but the fused projection has {rows} rows; set head_dim, and "
+            "n_kv_heads (num_key_value_heads) where keys and values have fewer heads, on the module or its config"
         )
     return None

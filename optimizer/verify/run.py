@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..partition import Anatomy, Role, Rules, discover, layout_of
 from ..partition.families import is_convolution
@@ -51,13 +52,14 @@ def verify(model: nn.Module, inputs: Any = None, *, seed: int = 0, every_layer: 
     evidence: dict[str, tuple[Footprints, Tensor | None]] = {}
     ran = []
     for forward in forwards_of(probe, inputs, seed):
-        with watching(probe) as seen, torch.enable_grad():
+        with watching(probe) as seen, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # second derivatives, too
             complaint = forward.run()
         if complaint and inputs is not None:
             raise RuntimeError(f"the forward pass {forward.name} fails: {complaint}; give other inputs")
         if seen.order or seen.joint:
             ran.append(forward.name + (f" (stopped: {complaint})" if complaint else ""))
-            _gather(probe, seen, targets, anatomies, evidence, every_layer)
+            with sdpa_kernel(SDPBackend.MATH):
+                _gather(probe, seen, targets, anatomies, evidence, every_layer)
     if not ran:
         raise ValueError(
             f"no forward pass of {type(model).__name__} could be run with guessed inputs; give inputs= (in a shell: "

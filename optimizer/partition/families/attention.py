@@ -5,18 +5,26 @@ The rows of such projections are (head, head_dim) in every library we know; only
 
 from __future__ import annotations
 
-from ..roles import Anatomy, Part, Role
-from .makers import K, Q, V, heads, one_head, rows, stacked, table_rows
-from .table import Family, Maker
+import re
+
+from torch import nn
+
+from ..roles import Role
+from .makers import K, Q, V, heads, one_head, per_slice, rows, same_heads, stacked, table_first, table_rows, vector
+from .table import Family, Maker, is_dense
 
 _OUT = ("o_proj", "out_proj", "wo", "Wo", "dense", "proj", "out_lin", "output", "attention_out", "post_proj",
         "proj_out", "o", "projection_layer", "projection", "to_out", "to_out.0", "linear_out", "linear_o",
         "output.dense", "final", "output_projection.o_proj", "dense_proj")  # fmt: skip
 _EXTRA = ("gate_proj", "g_proj", "output_gate", "output_projection.gate_proj", "b_proj", "a_proj", "dt_proj", "r_proj",
           "sink_proj", "g_a_proj", "g_b_proj", "forget_gate.f_proj", "forget_gate.f_a_proj", "forget_gate.f_b_proj",
-          "gate", "to_gate_logits", "gating", "linear_pos", "relative_k_proj", "rel_pos_proj", "pos_proj", "alpha_proj",
+          "gate", "to_gate_logits", "gating", "alpha_proj", "gru_rel_pos_linear",
           "fgate_preact", "igate_preact", "ogate_preact", "conv_kernel_layer", "conv_out_layer",
           "relative_pos_embeddings", "proj_a", "f_proj", "beta_proj")  # fmt: skip
+
+
+_POSITIONS = ("linear_pos", "relative_k_proj", "rel_pos_proj", "pos_proj", "pos_key_proj", "pos_query_proj")
+"""Projections of relative positions, which the queries meet (or, the other way round, the keys): heads like keys."""
 
 
 def _separate(q: str, k: str, v: str, why: str, *, extra: dict[str, Maker] | None = None) -> Family:
@@ -28,7 +36,32 @@ def _separate(q: str, k: str, v: str, why: str, *, extra: dict[str, Maker] | Non
     }
     params |= {name: rows(Role.ATTENTION_OUT) for name in _OUT if name not in params}
     params |= {name: rows(Role.MLP_IN) for name in _EXTRA}
+    params |= {name: heads(K, query=(q,)) for name in _POSITIONS}
     return Family(why=why, params=params | (extra or {}), children=(q, k, v))
+
+
+class Alike(Family):
+    """Names that differ in q, k and v (or query, key and value) alone: W_q, q_linear, w_qs, queries, and so on."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether there are three such children."""
+        return _alike(module) is not None
+
+    def claims(self, module: nn.Module) -> dict[str, Maker]:
+        """The three, and the output projection beside them."""
+        names = _alike(module)
+        return _separate(*names, self.why).params if names is not None else {}
+
+
+def _alike(module: nn.Module) -> tuple[str, str, str] | None:
+    names = [name for name, child in module._modules.items() if child is not None and is_dense(child)]
+    for name in names:
+        for q, k, v in (("queries", "keys", "values"), ("query", "key", "value"), ("q", "k", "v"), ("Q", "K", "V")):
+            for found in re.finditer(q, name):
+                others = [name[: found.start()] + word + name[found.end() :] for word in (k, v)]
+                if all(other in names for other in others):
+                    return name, others[0], others[1]
+    return None
 
 
 _HUGGING_FACE = "separate projections: rows are (head, head_dim)"
@@ -76,6 +109,54 @@ SEPARATE: tuple[Family, ...] = (
             "v_proj_delayed": heads(V, query=("q_proj",)),
         },
     ),
+    Family(
+        classes=("GroupViTAssignAttention",),
+        library="transformers",
+        why="GroupViT: assignment of tokens to groups, one head",
+        params={"q_proj": one_head(Q), "k_proj": one_head(K), "v_proj": one_head(V), "proj": rows(Role.ATTENTION_OUT)},
+    ),
+    Family(
+        classes=("XLNetRelativeAttention",),
+        library="transformers",
+        why="XLNet: (in, head, head_dim); values have no single axis, so as in Adam",
+        params={
+            "q": per_slice(Q),
+            "k": per_slice(K),
+            "r": per_slice(K),
+            "v": vector(Role.BIAS),
+            "o": table_first(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        classes=("LiltSelfAttention",),
+        library="transformers",
+        why="LiLT: the layout stream has the same heads, narrower",
+        params={
+            "layout_query": same_heads(Q),
+            "layout_key": same_heads(K),
+            "layout_value": rows(V),
+        },
+    ),
+    Family(
+        classes=("Aimv2AttentionPoolingHead",),
+        library="transformers",
+        why="pooling by a learned query",
+        params={
+            "k_proj": heads(K, query=("k_proj",)),
+            "v_proj": heads(V, query=("k_proj",)),
+            "output_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
+        children=("sampling_offsets", "attention_weights", "value_proj", "output_proj"),
+        why="deformable attention: no keys; offsets and weights of each sample stand for themselves",
+        params={
+            "sampling_offsets": rows(Role.MLP_IN),
+            "attention_weights": rows(Role.MLP_IN),
+            "value_proj": heads(V, query=("value_proj",)),
+            "output_proj": rows(Role.ATTENTION_OUT),
+        },
+    ),
     _separate("wq", "wk", "wv", "Meta and torchtitan Llama: rows are (head, head_dim)"),
     _separate("q_proj", "k_proj", "v_proj", _HUGGING_FACE),
     _separate("query", "key", "value", _HUGGING_FACE, extra=_GLOBAL | _LUKE),
@@ -84,7 +165,6 @@ SEPARATE: tuple[Family, ...] = (
     _separate("query_proj", "key_proj", "value_proj", _HUGGING_FACE),
     _separate("project_q", "project_k", "project_v", _HUGGING_FACE),
     _separate("projection_query", "projection_key", "projection_value", _HUGGING_FACE),
-    _separate("linear_q", "linear_k", "linear_v", _HUGGING_FACE),
     _separate("q_head", "k_head", "v_head", _HUGGING_FACE),
     _separate("to_q", "to_k", "to_v", "diffusers: rows are (head, head_dim)", extra=_ADDED),
     Family(
@@ -113,9 +193,7 @@ SEPARATE: tuple[Family, ...] = (
         classes=("FunnelRelMultiheadAttention",),
         library="transformers",
         why="Funnel: keys of relative positions, (in, head, head_dim)",
-        params={
-            "r_kernel": lambda place, why: Anatomy(place.shape, (Part(K, place.shape[1], 1),), why, axis=1, in_axis=0)
-        },
+        params={"r_kernel": per_slice(K)},
     ),
     Family(
         classes=("RwkvSelfAttention",),
@@ -149,6 +227,7 @@ SEPARATE: tuple[Family, ...] = (
             "weights_proj": rows(Role.MLP_IN),
         },
     ),
+    Alike(why="projections of queries, keys and values by their names: rows are (head, head_dim)", params={}),
     Family(
         classes=("LEDEncoderAttention", "BigBirdPegasusEncoderAttention"),
         library="transformers",

@@ -217,9 +217,9 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("MobileViTV2LinearSelfAttention",),
         library="transformers",
-        why="separable attention without heads: [one query channel|K|V]",
+        why="separable attention: one score, then context and value channels, each acting for itself",
         params={
-            "qkv_proj.convolution": segments((Q, 1, 1), (K, "embed_dim", "embed_dim"), (V, "embed_dim", "embed_dim")),
+            "qkv_proj.convolution": rows(Role.MLP_IN),
             "out_proj.convolution": rows(Role.ATTENTION_OUT),
         },
     ),
@@ -268,6 +268,12 @@ FUSED: tuple[Family, ...] = (
             "in_proj_a": rows(Role.MLP_IN),
             "out_proj": rows(Role.ATTENTION_OUT),
         },
+    ),
+    Family(
+        classes=("BarkSelfAttention",),
+        library="transformers",
+        why="Bark: [Q|K|V] by rows",
+        params={"att_proj": stacked(Q, K, V)} | _OUTPUT,
     ),
     Family(
         children=("c_attn", "c_proj"),

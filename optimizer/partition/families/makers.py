@@ -45,7 +45,9 @@ def heads(
         if dim:
             head_dim: int | None = place.ask(*dim)
         else:
-            head_dim = head_dim_of(place.modules, place.rows_of(query) or size)
+            into = place.frame[2]
+            width = place.shape[into] if into is not None else None
+            head_dim = head_dim_of(place.modules, place.rows_of(query) or size, width)
         key_rows = place.rows_of(key) if role is V and not dim else None
         if key_rows and head_dim:
             kv_heads = max(1, key_rows // head_dim)
@@ -60,6 +62,36 @@ def one_head(role: Role, *, shared: bool = False) -> Maker:
 
     def make(place: Place, why: str) -> Anatomy:
         return place.anatomy((Part(role, place.outputs, place.outputs, shared),), why)
+
+    return make
+
+
+def per_slice(role: Role) -> Maker:
+    """(in, head, head_dim), used by einsum: a head is a slice of axis 1."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        return Anatomy(place.shape, (Part(role, place.shape[1], 1),), why, axis=1, in_axis=0)
+
+    return make
+
+
+def same_heads(role: Role) -> Maker:
+    """A projection with the number of heads its module has, whatever the width of a head."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        n_heads = place.ask("num_attention_heads", "num_heads", "n_heads")
+        if place.outputs % n_heads:
+            raise ValueError(f"{n_heads} heads do not divide {place.outputs} units")
+        return place.anatomy((Part(role, place.outputs, place.outputs // n_heads),), why)
+
+    return make
+
+
+def table_first(role: Role) -> Maker:
+    """Output units along axis 0, whatever comes behind."""
+
+    def make(place: Place, why: str) -> Anatomy:
+        return whole(role, place.shape, why)
 
     return make
 

@@ -85,12 +85,12 @@ _TOKENS = (
 )
 BARE: tuple[Bare, ...] = (
     Bare(r"(?i)router|gate$|gating", r"weight|.*classifier.*", rows(Role.MLP_IN), "router: one row per expert", 2),
-    Bare(r"", r"\w*bias(es)?|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
+    Bare(r"", r"\w*bias(es)?|\w*bias_[a-z]|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
     Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
     Bare(
         r"",
         r"(rel(ative)?_pos\w*|relative_position_bias_table|\w*pos(ition)?_embed\w*|\w*positional_embedding\w*|embedding"
-        r"|wpe|\w*scale_shift_table|pos_emb\w*|seg_embed|\w*_ape|emb|embeddings)",
+        r"|mask_emb|wpe|\w*scale_shift_table|pos_emb\w*|seg_embed|\w*_ape|emb|embeddings)",
         _LEARNED,
         "a table of learned vectors: one unit per row",
         2,

@@ -120,6 +120,10 @@ class Family:
     library: str | None = None
     fused: bool = field(default=False)
 
+    def claims(self, module: nn.Module) -> dict[str, Maker]:
+        """The parameters of a matching module it speaks of."""
+        return self.params
+
     def matches(self, module: nn.Module) -> bool:
         """Whether this row speaks of the module."""
         if self.classes and not any(
