@@ -207,11 +207,12 @@ class AdamMini(torch.optim.Optimizer):
 
     def _require_native(self, parameter: Tensor, grad: Tensor, where: str) -> None:
         """Raise where ``fused=True`` was asked for and cannot be given."""
-        state = self.state.get(parameter) or {}
-        first = state.get("exp_avg", parameter)
+        state = self.state.get(parameter) or {
+            "exp_avg": parameter, "exp_avg_sq": torch.zeros((), dtype=second_moment_dtype(parameter)),
+        }  # fmt: skip
         if not native.available():
             raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
-        if native.accepts(parameter, grad, first, state.get("exp_avg_sq", torch.zeros(()))) is None:
+        if native.accepts(parameter, grad, state["exp_avg"], state["exp_avg_sq"]) is None:
             raise RuntimeError(
                 f"fused=True, but {where} is on {parameter.device}, {parameter.dtype}, strides {parameter.stride()}, "
                 f"its gradient {grad.dtype}, strides {grad.stride()}; the native step takes contiguous floating-point "

@@ -105,7 +105,7 @@ def measured(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("rules", ["adam_mini", "slim_adam", "pytorch_default", "elementwise"])
 def test_temporaries_are_bounded_by_the_plan_and_not_by_much(dtype: torch.dtype, rules: str) -> None:
     linear = with_gradients(nn.Sequential(nn.Linear(600, 1000, bias=False, dtype=dtype)))
-    optimizer = AdamMini(linear, rules=rules)
+    optimizer = AdamMini(linear, rules=rules, fused=False)  # the native step has none to plan for
     optimizer.step()
     top = measured(optimizer.step)
     setup = Setup(dtype="fp32" if dtype is torch.float32 else "bf16")

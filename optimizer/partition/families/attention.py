@@ -209,10 +209,10 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("SwiftFormerEfficientAdditiveAttention",),
         library="transformers",
-        why="additive attention: query and key units without heads",
+        why="additive attention: no products of queries and keys, every unit acts for itself",
         params={
-            "to_query": one_head(Q),
-            "to_key": one_head(K),
+            "to_query": rows(Role.MLP_IN),
+            "to_key": rows(Role.MLP_IN),
             "proj": rows(Role.MLP_IN),
             "final": rows(Role.ATTENTION_OUT),
             "w_g": table_rows(Role.MLP_IN),
