@@ -151,7 +151,8 @@ def notes(setup: Setup) -> tuple[str, ...]:
         ),
         "not counted: activations, layers gathered for a forward pass, communication buffers, allocator overhead",
         "AdamW's temporary is that of torch's default (foreach) step, which fused=True does without; the 8-bit step is "
-        "taken as compiled, with none; Adam-mini's is an upper bound of this package's eager step, which the native CPU step does without",
+        "taken as compiled, with none; Adam-mini's is an upper bound of this package's eager step (the native CPU step "
+        "has none)",
         "8-bit: blockwise 256 with fp32 scales and code tables as torchao stores them; small tensors stay unquantised",
     ]
     if setup.exp_avg_dtype not in (None, setup.stepped_dtype):

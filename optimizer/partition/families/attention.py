@@ -134,7 +134,7 @@ SEPARATE: tuple[Family, ...] = (
         params={
             "layout_query": same_heads(Q),
             "layout_key": same_heads(K),
-            "layout_value": rows(V),
+            "layout_value": same_heads(V),
         },
     ),
     Family(
@@ -148,7 +148,7 @@ SEPARATE: tuple[Family, ...] = (
         },
     ),
     Family(
-        children=("sampling_offsets", "attention_weights", "value_proj", "output_proj"),
+        children=("sampling_offsets", "attention_weights"),
         why="deformable attention: no keys; offsets and weights of each sample stand for themselves",
         params={
             "sampling_offsets": rows(Role.MLP_IN),
@@ -228,6 +228,12 @@ SEPARATE: tuple[Family, ...] = (
         },
     ),
     Alike(why="projections of queries, keys and values by their names: rows are (head, head_dim)", params={}),
+    Family(
+        classes=("LxmertAttentionOutput",),
+        library="transformers",
+        why="leads back from the heads of the attention beside it",
+        params={"dense": rows(Role.ATTENTION_OUT)},
+    ),
     Family(
         classes=("LEDEncoderAttention", "BigBirdPegasusEncoderAttention"),
         library="transformers",

@@ -78,15 +78,13 @@ def weight_norm_direction(place: Place, why: str) -> Anatomy:
 
 
 _LEARNED = table_rows(Role.POSITION_EMBEDDING)
-_TOKENS = (
-    r"(cls|mask|dist\w*|reg\w*|storage|class|query|latent|image|newline|sep|start|pad|bos|mem\w*|prompt|prefix|register|"
-    r"global|null|special|video|boi|eoi|view\w*)_(token\w*|embed\w*|quer\w+|newline|latents?)|probe|latents?|"
-    r"(learn\w*_)?quer(y|ies)|image_newline|view_separator|view_seperator|tokens|\w*_extensor"
-)
+_TOKENS = r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
 BARE: tuple[Bare, ...] = (
     Bare(r"(?i)router|gate$|gating", r"weight|.*classifier.*", rows(Role.MLP_IN), "router: one row per expert", 2),
     Bare(r"", r"\w*bias(es)?|\w*bias_[a-z]|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
     Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
+    Bare(r"", r"\w*quer(y|ies)", _LEARNED, "learned queries: one unit each", 3),
+    Bare(r"(?i)residual", r"query", _LEARNED, "learned queries: one unit each", 2),
     Bare(
         r"",
         r"(rel(ative)?_pos\w*|relative_position_bias_table|\w*pos(ition)?_embed\w*|\w*positional_embedding\w*|embedding"
