@@ -84,7 +84,7 @@ BARE: tuple[Bare, ...] = (
     Bare(r"", r"\w*bias(es)?|\w*bias_[a-z]|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
     Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
     Bare(r"", r"\w*quer(y|ies)", _LEARNED, "learned queries: one unit each", 3),
-    Bare(r"(?i)residual", r"query", _LEARNED, "learned queries: one unit each", 2),
+    Bare(r"(?i)residual|projector", r"query", _LEARNED, "learned queries: one unit each", 2),
     Bare(
         r"",
         r"(rel(ative)?_pos\w*|relative_position_bias_table|\w*pos(ition)?_embed\w*|\w*positional_embedding\w*|embedding"
