@@ -36,7 +36,7 @@ def status(row: dict[str, Any]) -> str:
         return "named unknown"
     if row.get("contradicted"):
         return "contradicted"
-    if "nothing to verify" in row.get("verify", ""):
+    if "has no query, key or value projection" in row.get("verify", ""):
         return "no attention"
     if row.get("proven") and not row.get("undecided"):
         return "proven"

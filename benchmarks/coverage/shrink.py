@@ -10,7 +10,7 @@ _WIDTH = re.compile(
     r"(hidden_size|d_model|n_embd|^dim$|hidden_dim|intermediate|ffn_dim|ffn_hidden|d_ff|n_inner|head_dim|head_size|d_kv|"
     r"d_head|lora_rank|embed_dim|embedding_size|proj_dim|projection_dim|hidden_sizes|embed_dims|key_value_proj|"
     r"kv_channels|channels?_size|lru_width|_hidden$|layer_size|conv_dim|d_rel|embedding_dim|text_dim|attention_dim|"
-    r"mamba_expand_dim|qk_nope|qk_rope|v_head|output_dim|hidden_act_dim|mlp_dim|bottleneck|num_channels_out)"
+    r"mamba_expand_dim|qk_nope|qk_rope|v_head|output_dim|hidden_act_dim|mlp_dim|bottleneck|num_channels_out|rotary_dim)"
 )
 _NOT_WIDTH = re.compile(
     r"(vocab|num_|^n_heads|max_|patch|image|window|kernel|ratio|multiplier|factor|state_size|groups)"
