@@ -205,6 +205,15 @@ TEXT: dict[str, Callable[[], nn.Module]] = {
         num_local_experts=3,
         num_experts_per_tok=2,
     ),
+    "nemotron": _causal("Nemotron", **EVEN),
+    "hunyuan": _causal("HunYuanDenseV1", **EVEN),
+    "hunyuan_moe": _causal("HunYuanMoEV1", **EVEN, **MOE, moe_topk=[2, 2]),
+    "ministral": _causal("Ministral", **EVEN, layer_types=["sliding_attention", "full_attention"]),
+    "dots1": _causal(
+        "Dots1", **EVEN, **{**MOE, "n_routed_experts": 3, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    ),
+    "lfm2_moe": _causal("Lfm2Moe", **{**EVEN, "head_dim": 8}, **MOE, layer_types=["conv", "full_attention"]),
+    "esm": _of("EsmForMaskedLM", "EsmConfig", **BERT, mask_token_id=3),
     "modernbert": _of("ModernBertForMaskedLM", "ModernBertConfig", **{**BERT, "cls_token_id": 1, "sep_token_id": 2}),
     "bert": _of("BertForMaskedLM", "BertConfig", **BERT),
     "roberta": _of("RobertaForMaskedLM", "RobertaConfig", **BERT),
