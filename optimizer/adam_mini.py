@@ -169,7 +169,7 @@ class AdamMini(torch.optim.Optimizer):
                 continue
             known = ready[i]
             if usable and known is not None and known.takes(parameter, grad, self.state.get(parameter, {})):
-                batches.add(known, grad)
+                batches.add(known, parameter, grad)
                 continue
             if grad.layout is not torch.strided:
                 raise RuntimeError(
@@ -195,7 +195,7 @@ class AdamMini(torch.optim.Optimizer):
             state = self._state_of(parameter, layouts[i], group["exp_avg_dtype"])
             taken = ready[i] = native.prepare(parameter, grad, state, layouts[i]) if usable else None
             if taken is not None:
-                batches.add(taken, grad)
+                batches.add(taken, parameter, grad)
                 continue
             state["step"] += 1
             adam_mini_update(

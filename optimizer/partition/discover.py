@@ -252,7 +252,7 @@ def report_unknown(unknown: dict[str, Anatomy], unit: str, *, strict: bool) -> N
     text = (
         f"{len(unknown)} weight(s) not recognised: {listing}{more}. What is not recognised gets the unit "
         f"of OTHER ({unit}), heads of unknown size a scalar per row. "
-        "Pass the model itself (or tag(model) first), declare the family in optimizer/partition/families.py, or "
+        "Pass the model itself (or tag(model) first), declare the family in optimizer/partition/families/, or "
         "choose another unit for OTHER in the rules"
     )
     if strict:

@@ -102,7 +102,7 @@ def _summary(found: Explanation) -> list[str]:
         out.append(f"{sums.frozen:,} frozen parameters, {sums.frozen_elements:,} elements: no state")
     if sums.unrecognised:
         out.append(
-            f"! {sums.unrecognised:,} weight(s) not recognised: declare the family in optimizer/partition/families.py, "
+            f"! {sums.unrecognised:,} weight(s) not recognised: declare the family in optimizer/partition/families/, "
             "or give them a unit by name with Rules.override"
         )
     return out

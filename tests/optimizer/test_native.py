@@ -32,7 +32,7 @@ def take(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, layout: Layout, 
     ready = native.prepare(p, g, {"exp_avg": m, "exp_avg_sq": v, "step": t}, layout)
     assert ready is not None
     batches = native.Batches()
-    batches.add(ready, g)
+    batches.add(ready, p, g)
     batches.step(lr=1e-2, maximize=maximize, **COMMON)
 
 
@@ -304,3 +304,14 @@ def test_first_moments_in_another_dtype() -> None:
         AdamMini([p], exp_avg_dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="fused='yes'"):
         AdamMini([p], fused="yes")  # type: ignore[arg-type]
+
+
+def test_a_graph_that_needs_the_old_values_notices() -> None:
+    """As with every in-place operation of torch: a backward pass after the step is an error, not a wrong gradient."""
+    p = nn.Parameter(torch.randn(4, 3))
+    optimizer = AdamMini([("lm_head.weight", p)], fused=True)
+    stale = (p * p).sum()
+    p.grad = torch.ones(4, 3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()

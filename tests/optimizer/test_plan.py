@@ -35,7 +35,8 @@ LLAMA = {"model_type": "llama", "vocab_size": 101, "hidden_size": 24, "intermedi
 
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     keys = {key: value for key, value in LLAMA.items() if key != "model_type"}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**keys, **changes})).to(dtype)
 
@@ -228,7 +229,8 @@ def test_tensor_parallel_shapes_by_role() -> None:
 
 
 def test_tensor_parallel_cuts_conv1d_along_its_outputs() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.GPT2Config(vocab_size=10, n_positions=8, n_embd=12, n_layer=1, n_head=4)
     parameters = {p.name: p for p in parameters_of(transformers.GPT2LMHeadModel(config))}
     shape = {name.split("h.0.")[-1]: tensor_parallel_shape(p, 2) for name, p in parameters.items()}

@@ -84,12 +84,14 @@ class Batches:
 
     def __init__(self) -> None:
         self._pointers: dict[tuple[int, int], array[int]] = {}
+        self._changed: list[Tensor] = []
 
     def __len__(self) -> int:
         return sum(len(pointers) // 6 for pointers in self._pointers.values())
 
-    def add(self, ready: Ready, grad: Tensor) -> None:
+    def add(self, ready: Ready, parameter: Tensor, grad: Tensor) -> None:
         """One more tensor; it and its gradient must stay alive until ``step``."""
+        self._changed.append(parameter)
         pointers = self._pointers.get(ready.kinds)
         if pointers is None:
             pointers = self._pointers[ready.kinds] = array("q")
@@ -104,3 +106,5 @@ class Batches:
                 len(pointers) // 6, pointers.buffer_info()[0], *kinds, lr, beta1, beta2, eps, weight_decay,
                 -1.0 if maximize else 1.0, 1.0, torch.get_num_threads(),
             )  # fmt: skip
+        # The loop writes behind autograd's back: a graph that still needs the old values must notice.
+        torch.autograd.graph.increment_version(self._changed)

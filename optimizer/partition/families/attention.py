@@ -258,11 +258,6 @@ SEPARATE: tuple[Family, ...] = (
         },
     ),
     Family(
-        children=("self", "output.dense"),
-        why="BERT-style attention: output.dense leads back from the heads",
-        params={"output.dense": rows(Role.ATTENTION_OUT)},
-    ),
-    Family(
         children=("self.query", "output.dense"),
         why="BERT-style attention: output.dense leads back from the heads",
         params={"output.dense": rows(Role.ATTENTION_OUT)},
