@@ -14,6 +14,7 @@ from ..partition.layout import Layout
 from ..update import adam_mini_update
 from . import native
 from .checks import require_takeable
+from .foreach import foreach_update
 from .traced import traced_update
 
 
@@ -148,5 +149,10 @@ def _eager(item: Item, hyper: Hyper) -> None:
 
 
 def _foreach(batched: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
-    for item in batched:
-        _traced(item, hyper, differentiable=False)
+    params, grads, states, layouts = (list(column) for column in zip(*batched, strict=True))
+    first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    foreach_update(
+        params, grads, first, second, steps, layouts, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,
+        weight_decay=hyper.weight_decay, maximize=hyper.maximize, capturable=capturable, grad_scale=hyper.grad_scale,
+        found_inf=hyper.found_inf,
+    )  # fmt: skip
