@@ -13,7 +13,7 @@ from ..groups import describe
 from ..hyper import Hyper
 from ..partition.layout import Layout
 from ..state import moment_dtype
-from ..update import adam_mini_update, second_moment_dtype
+from ..update import adam_mini_update
 from . import native
 from .traced import traced_update
 
@@ -37,10 +37,12 @@ class Engines:
 
     def __init__(self) -> None:
         self._ready: dict[int, list[native.Ready | None]] = {}  # by group position
+        self._batches: dict[int, native.Batches] = {}  # likewise: what the native loop took in the last step
 
     def forget(self) -> None:
         """Layouts or state were replaced: look everything up again."""
         self._ready.clear()
+        self._batches.clear()
 
     def prepare(
         self,
@@ -59,19 +61,27 @@ class Engines:
             AssertionError: ``capturable=True`` on a device that cannot capture, or ``foreach=True`` with
                 ``differentiable=True``, as in torch.
         """
-        work = Work(g, group, layouts, native.Batches(), [])
-        ready = self._ready.setdefault(g, [None] * len(layouts))
+        parameters = group["params"]
+        grads = [parameter.grad for parameter in parameters] if only is None else []
         if group["foreach"] and group["differentiable"]:
             raise AssertionError("foreach=True keeps no graph; use foreach=None with differentiable=True")
         usable = _may_fuse(group) and not torch.compiler.is_compiling() and native.available()
-        for i in range(len(layouts)) if only is None else (only,):
-            parameter = group["params"][i]
+        ready = self._ready.setdefault(g, [None] * len(layouts))
+        last = self._batches.get(g) if usable and only is None else None
+        if last is not None and last.takes(parameters, grads, states):
+            work, rest = Work(g, group, layouts, last, []), last.others
+        else:
+            work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), range(len(layouts))
+            if only is None:
+                self._batches[g] = work.batches
+        for i in rest if only is None else (only,):
+            parameter = parameters[i]
             grad = parameter.grad
             if grad is None:
                 continue
             known = ready[i]
             if usable and known is not None and known.takes(parameter, grad, states.get(parameter, {})):
-                work.batches.add(known, parameter, grad)
+                work.batches.add(known, parameter, grad, i)
                 continue
             where = describe(group, g, i)
             require_steppable(parameter, grad, where)
@@ -96,7 +106,7 @@ class Engines:
             if _may_fuse(group) and not compiling and native.available():
                 taken = ready[i] = native.prepare(parameter, grad, state, layout)
                 if taken is not None:
-                    work.batches.add(taken, parameter, grad)
+                    work.batches.add(taken, parameter, grad, i)
                     continue
             if _batches(group, parameter) and not compiling:
                 batched.append((parameter, grad, state, layout))
@@ -187,9 +197,6 @@ def _require_fused(parameter: Tensor, grad: Tensor, state: Mapping[str, Any], wh
         return
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
-    kept = state or {"exp_avg": parameter, "exp_avg_sq": torch.zeros((), dtype=second_moment_dtype(parameter))}
-    if native.accepts(parameter, grad, kept["exp_avg"], kept["exp_avg_sq"]) is None:
-        raise RuntimeError(
-            f"fused=True, but {where} is on {parameter.device}, {parameter.dtype}, strides {parameter.stride()}, its "
-            f"gradient {grad.dtype}, strides {grad.stride()}; no fused engine takes these: use fused=None"
-        )
+    reason = native.obstacle(parameter, grad, state)
+    if reason is not None:
+        raise RuntimeError(f"fused=True, but no fused engine takes {where} and its gradient: {reason}; use fused=None")
