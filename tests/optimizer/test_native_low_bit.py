@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from optimizer import Layout
 from optimizer.engines import native
 from optimizer.engines.native import step
-from optimizer.moments import FORMATS, INT4, INT8, Format, dequantise, move, row_axes, zero_state
-from optimizer.rounding import apply
+from optimizer.moments import FORMATS, INT4, INT8, Format, move, zero_state
 from optimizer.update import block_mean_square
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -65,14 +62,11 @@ def eager_step(
     maximize: bool = False,
 ) -> None:  # fmt: skip
     factor = second_moment(g, state, layout)
-    rest = {"how": rounding, "compensation": state.get("compensation"), "step": int(state["step"]), "seed": seed}
-    if "exp_avg_scale" in state:
-        move(p, g, state["exp_avg"], state["exp_avg_scale"], factor, beta1=HYPER["beta1"], maximize=maximize,
-             decay=HYPER["lr"] * HYPER["weight_decay"], **rest)  # fmt: skip
-        return
-    m = state["exp_avg"]
-    m.copy_(m.float() * HYPER["beta1"] + g.float() * (1 - HYPER["beta1"]) * (-1 if maximize else 1))
-    apply(p, m.float() * factor, decay=HYPER["lr"] * HYPER["weight_decay"], **rest)
+    move(
+        p, g, state["exp_avg"], state.get("exp_avg_scale"), factor, beta1=HYPER["beta1"], maximize=maximize,
+        decay=HYPER["lr"] * HYPER["weight_decay"], step=int(state["step"]), seed=seed, how=rounding,
+        compensation=state.get("compensation"),
+    )  # fmt: skip
 
 
 def fresh(p: Tensor, layout: Layout, format: Format | None = None, moment: torch.dtype | None = None) -> Any:
@@ -81,19 +75,13 @@ def fresh(p: Tensor, layout: Layout, format: Format | None = None, moment: torch
     return {"step": torch.zeros(()), **first, "exp_avg_sq": torch.zeros(layout.aligned_shape(p.shape), dtype=wide)}
 
 
-def moments_of(state: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    axes = row_axes(shape)
-    codes = state["exp_avg"].flatten(-axes) if state["exp_avg"].dtype == torch.int8 else state["exp_avg"]
-    return dequantise(codes, state["exp_avg_scale"], math.prod(shape[-axes:])).view(shape)
-
-
 def codes_of(state: dict[str, Tensor]) -> Tensor:
     stored = state["exp_avg"]
     return stored if stored.dtype == torch.int8 else torch.stack([stored << 4, stored & 0xF0]).view(torch.int8) >> 4
 
 
 def test_blocks_are_those_of_the_specification() -> None:
-    assert {bits: FORMATS[f"int{bits}"].block for bits in (8, 4)} == step._BLOCKS
+    assert {f.bits: (f.block, f.scale_dtype) for f in FORMATS.values()} == step._SCALES
 
 
 @pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
@@ -110,8 +98,8 @@ def test_low_bit_moments_follow_the_specification(
     for k in range(4):
         g = (torch.randn(shape, generator=generator) * 10.0 ** (k - 3)).to(dtype)
         before = g.clone()
-        native_step(ours[0], g, ours[1], layout, maximize=k == 1)
-        eager_step(theirs[0], g, theirs[1], layout, maximize=k == 1)
+        native_step(ours[0], g, ours[1], layout, maximize=k == 1, seed=5)
+        eager_step(theirs[0], g, theirs[1], layout, maximize=k == 1, seed=5)
         assert torch.equal(g, before)
         apart = (codes_of(ours[1]).int() - codes_of(theirs[1]).int()).abs()
         assert int(apart.max()) <= 1 and float((apart > 0).float().mean()) < 1e-3
@@ -120,33 +108,6 @@ def test_low_bit_moments_follow_the_specification(
     exact = dtype in (torch.float32, torch.float64)
     # A code that differs moves the parameter by a part of a code's worth, once.
     torch.testing.assert_close(ours[0], theirs[0], **({"rtol": 1e-5, "atol": 2e-6} if exact else {}))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.integers(16, 300), st.integers(0, 1000), st.sampled_from([INT8, INT4]))
-def test_no_error_piles_up(rows: int, n: int, seed: int, format: Format) -> None:
-    """param - factor * carry * moment moves by -factor * gradient alone, whatever rounding does to the moment."""
-    generator = torch.Generator().manual_seed(seed)
-    layout = Layout(0, [1] * rows)
-    p = torch.randn(rows, n, generator=generator, dtype=torch.float64)
-    state = fresh(p, layout, format)
-    state["exp_avg_sq"].fill_(1.0)
-    carry, lr = HYPER["beta1"] / (1 - HYPER["beta1"]), HYPER["lr"]
-    state["step"].fill_(10_000)  # bias corrections are one
-    options = {"weight_decay": 0.0, "beta2": 0.0, "eps": 0.0}
-    for _ in range(3):
-        g = torch.randn(rows, n, generator=generator, dtype=torch.float64)
-        factor = lr / g.square().mean(1, keepdim=True).sqrt()
-        before = p - factor * carry * _wide(state, p.shape)
-        native_step(p, g, state, layout, **options)
-        torch.testing.assert_close(
-            p - factor * carry * _wide(state, p.shape), before - factor * g, rtol=1e-12, atol=1e-12
-        )
-
-
-def _wide(state: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    codes = state["exp_avg"].flatten(-row_axes(shape)) if state["exp_avg"].dtype == torch.int8 else state["exp_avg"]
-    return dequantise(codes, state["exp_avg_scale"], shape[-1], torch.float64)
 
 
 @pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
@@ -163,7 +124,9 @@ def test_nothing_and_nonsense(format: Format) -> None:
     eager_step(torch.ones(4, 256), g, expected, layout)
     torch.testing.assert_close(state["exp_avg_scale"], expected["exp_avg_scale"], equal_nan=True)
     assert int((codes_of(state).int() - codes_of(expected).int()).abs().max()) <= 1
-    assert bool(p[1, : format.block].isnan().all()) and bool(p[0].isfinite().all() and p[3].isfinite().all())
+    assert bool(p[0].isfinite().all() and p[3].isfinite().all())
+    native_step(p, torch.ones(4, 256), state, layout)
+    assert p[1].isnan().nonzero().flatten().tolist() == list(range(format.block)), "the block, and it alone"
 
 
 def test_what_low_bits_cannot_take() -> None:
