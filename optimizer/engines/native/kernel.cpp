@@ -29,7 +29,7 @@ struct Steps {
   static Step<T> of(const Hyper& h, double t) {
     return {T(h.beta1), T(1 - h.beta1), T(h.beta2), T(1 - h.beta2), T(1 - h.lr * h.weight_decay),
             T(-h.lr * h.weight_decay), T(h.unscale), T(h.lr / (1 - std::pow(h.beta1, t))),
-            T(std::sqrt(1 - std::pow(h.beta2, t))), T(h.eps), T(h.beta1 / (1 - h.beta1)), static_cast<uint32_t>(t)};
+            T(std::sqrt(1 - std::pow(h.beta2, t))), T(h.eps), static_cast<uint32_t>(t)};
   }
   const void* get(const float*) const { return &single; }
   const void* get(const double*) const { return &wide; }

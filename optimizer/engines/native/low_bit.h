@@ -1,8 +1,7 @@
 // First moments in eight or four bits, as optimizer/moments.py specifies them; dense tensors, rows of task.layout.row
 // elements, blocks of kBlock elements that share a scale.
 //
-// A scale's block goes through a buffer: the exact new moment, its codes, and what rounding took, which the parameter
-// gets at once.
+// A scale's block goes through a buffer: the exact new moment, from which the parameter moves, and its codes.
 
 #pragma once
 
@@ -14,7 +13,9 @@
 namespace adam_mini {
 
 struct Int8 {
+  using Scale = float;
   static constexpr int64_t kBlock = 128, kLevels = 127;
+  static float scale(float exact) { return exact; }
   static int64_t row_bytes(int64_t n) { return n; }
   static int64_t offset(int64_t within_row) { return within_row; }
   static void unpack(const uint8_t* from, int8_t* codes, int64_t n) { std::memcpy(codes, from, n); }
@@ -22,7 +23,12 @@ struct Int8 {
 };
 
 struct Int4 {
-  static constexpr int64_t kBlock = 64, kLevels = 7;
+  using Scale = bfloat16;
+  static constexpr int64_t kBlock = 32, kLevels = 7;
+  static float scale(float exact) {  // up, so that no element lies above the largest code
+    const bfloat16 up{static_cast<uint16_t>((bits_of(exact) + 0xffffu) >> 16)};
+    return load(&up);
+  }
   static int64_t row_bytes(int64_t n) { return (n + 1) / 2; }
   static int64_t offset(int64_t within_row) { return within_row / 2; }
   static void unpack(const uint8_t* from, int8_t* codes, int64_t n) {
@@ -58,43 +64,41 @@ float scale_of(const T* m, int64_t n) {
   std::memcpy(&absmax, &largest, sizeof absmax);
   if (!(largest < magnitude(std::numeric_limits<T>::infinity()))) return std::numeric_limits<float>::quiet_NaN();
   if (absmax < T(0x1p-100)) return 0;
-  return static_cast<float>(absmax / T(Q::kLevels * Q::kLevels));
+  return Q::scale(static_cast<float>(absmax / T(Q::kLevels * Q::kLevels)));
 }
 
+// Codes rounded up with the probability that makes their mean right; base: the block's random number.
 template <typename T, typename Q>
-void quantise(const T* m, int8_t* codes, float scale, int64_t n) {
+void quantise(const T* m, int8_t* codes, float scale, int64_t n, uint32_t base) {
   if (!(scale > 0)) return std::fill(codes, codes + n, int8_t(0)), void();
   const T inverse = T(1) / T(scale);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T root = std::sqrt(std::max(std::abs(m[i]) * inverse - T(0.25), T(0)));
-    const T code = std::min(T(Q::kLevels), std::nearbyint(root));
+    const T x = std::abs(m[i]) * inverse, low = std::floor(std::sqrt(x));
+    const uint32_t bits = (base + static_cast<uint32_t>(i) * 0x9e3779b9u) >> 8;
+    const T share = T(static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-24f);
+    const T code = std::min(T(Q::kLevels), low + (share * (low * T(2) + T(1)) < x - low * low ? T(1) : T(0)));
     codes[i] = static_cast<int8_t>(static_cast<int32_t>(std::copysign(code, m[i])));
   }
 }
 
 // One block of a scale: element `at` of the tensor, n elements. factor(i) is of the block's element i.
 template <typename T, typename P, typename Q, int R, typename F>
-void low_bit_block(const Tensors<T, P, uint8_t, R>& x, uint8_t* stored, float* scale, int64_t at, int64_t n,
-                   const Step<T>& s, const F& factor) {
+void low_bit_block(const Tensors<T, P, uint8_t, R>& x, uint8_t* stored, typename Q::Scale* scale, int64_t at,
+                   int64_t n, const Step<T>& s, uint32_t random, const F& factor) {
   alignas(64) T m[Q::kBlock];
   alignas(64) int8_t codes[Q::kBlock + 2];
   Q::unpack(stored, codes, n);
-  const T before = *scale;
+  const T before = load(scale);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T c = codes[i];
     m[i] = s.beta1 * (c * std::abs(c) * before) + s.rest1 * (s.unscale * load(x.g + at + i));
+    x.to.put(at + i, at + i, at + i, s, factor(i) * m[i]);
   }
-  *scale = scale_of<T, Q>(m, n);
-  quantise<T, Q>(m, codes, *scale, n);
-  const T after = *scale;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T c = codes[i];
-    const T change = factor(i) * (m[i] + s.carry * (m[i] - c * std::abs(c) * after));
-    x.to.put(at + i, at + i, at + i, s, change);
-  }
+  const float after = scale_of<T, Q>(m, n);
+  store(scale, after);
+  quantise<T, Q>(m, codes, after, n, random);
   Q::pack(codes, stored, n);
 }
 
@@ -102,13 +106,14 @@ void low_bit_block(const Tensors<T, P, uint8_t, R>& x, uint8_t* stored, float* s
 template <typename T, typename P, typename Q, int R, typename F>
 void low_bit_blocks(const Task& task, int64_t from, int64_t to, const F& factor_at) {
   const Tensors<T, P, uint8_t, R> x(task);
-  float* scales = reinterpret_cast<float*>(task.record->scale);
+  auto* scales = reinterpret_cast<typename Q::Scale*>(task.record->scale);
+  const uint32_t start = task.of<T>().count * 0x85ebca6bu + static_cast<uint32_t>(task.record->seed);
   const int64_t n = task.layout.row, per_row = (n + Q::kBlock - 1) / Q::kBlock;
   int64_t row = from / per_row, within = from % per_row * Q::kBlock;
   for (int64_t b = from; b < to; ++b) {
     const int64_t count = std::min(Q::kBlock, n - within), at = row * n + within;
     low_bit_block<T, P, Q, R>(x, x.m + row * Q::row_bytes(n) + Q::offset(within), scales + b, at, count, task.of<T>(),
-                              factor_at(at, count));
+                              random_bits(static_cast<uint32_t>(b), start), factor_at(at, count));
     within += Q::kBlock;
     if (within >= n) ++row, within = 0;
   }

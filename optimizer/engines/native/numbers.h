@@ -57,7 +57,6 @@ struct Step {
   T lr_corrected;                // lr / (1 - beta1^t)
   T root2;                       // sqrt(1 - beta2^t)
   T eps;
-  T carry;  // beta1 / (1 - beta1)
   uint32_t count;  // t
 
   T factor(T v) const { return lr_corrected / (std::sqrt(v) / root2 + eps); }

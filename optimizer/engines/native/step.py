@@ -18,8 +18,8 @@ from .library import library
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _LOW_BIT = {torch.int8: 8, torch.uint8: 4}
-_BLOCKS = {8: 128, 4: 64}
-"""Elements that share a scale, by bits (``Int8`` and ``Int4`` in low_bit.h)."""
+_SCALES = {8: (128, torch.float32), 4: (32, torch.bfloat16)}
+"""Elements that share a scale, and its dtype, by bits (``Int8`` and ``Int4`` in low_bit.h)."""
 _PAIRS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 3), *((p, m) for p in range(4) for m in (8, 4))}
 """(parameter and gradient, first moment) the loop is compiled for."""
 _ROUNDINGS = {None: 0, "stochastic": 1, "kahan": 2}
@@ -92,8 +92,8 @@ def _scale_obstacle(parameter: Tensor, codes: Tensor, scale: Tensor) -> str | No
     bits, row = _LOW_BIT[codes.dtype], _row(parameter, scale)
     lead = tuple(parameter.shape[: scale.dim() - 1])
     stored = tuple(parameter.shape) if bits == 8 else (*lead, -(-row // 2))
-    blocks = (*lead, -(-row // _BLOCKS[bits]) if row else 0)
-    if tuple(codes.shape) != stored or tuple(scale.shape) != blocks or scale.dtype is not torch.float32:
+    block, dtype = _SCALES[bits]
+    if tuple(codes.shape) != stored or tuple(scale.shape) != (*lead, -(-row // block)) or scale.dtype is not dtype:
         return f"their quantised exp_avg and its scale have shapes {tuple(codes.shape)} and {tuple(scale.shape)}"
     return None if codes.is_contiguous() and scale.is_contiguous() else "their quantised exp_avg is not contiguous"
 
