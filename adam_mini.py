@@ -128,7 +128,7 @@ class Adam_mini(AdamMini):
             [layout_of(self._named_anatomy(name, anatomy), rules) for name, anatomy in group]
             for group in self._anatomies
         ]
-        self._ready.clear()  # of the layouts before
+        self._engines.forget()  # the layouts before
         self._resolved = True
 
     def _named_anatomy(self, name: str, anatomy: Anatomy) -> Anatomy:

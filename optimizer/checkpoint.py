@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .convert import moment
 from .convert.blocks import axes_of, is_level, looks_coarser, rebuilt, spreads
-from .convert.groups import Place, matched, options_of, places_of, rules_named
+from .convert.matching import Place, matched, options_of, places_of, rules_named
 from .convert.states import Saved, read
 from .partition import Layout, Rules
 from .partition.rules import shipped
@@ -221,11 +221,12 @@ def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str]) 
         if v.dtype != dtype:
             notes[f"exp_avg_sq cast from {v.dtype} to {dtype}"] += 1
         v = v.detach().to(parameter.device, dtype, copy=True).contiguous()
-    step = torch.tensor(saved.step, dtype=torch.float32, device=parameter.device if group.get("capturable") else "cpu")
+    beside = group["capturable"] or group["fused"]
+    step = torch.tensor(saved.step, dtype=torch.float32, device=parameter.device if beside else "cpu")
     state: dict[str, Any] = {"step": step}
-    state.update(moment.restored(saved, parameter, group.get("exp_avg_dtype"), notes))
+    state.update(moment.restored(saved, parameter, group["exp_avg_dtype"], notes))
     state["exp_avg_sq"] = v
-    if group.get("bf16_rounding") == "kahan" and parameter.dtype == torch.bfloat16:
+    if group["bf16_rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
         state["compensation"] = _compensation(saved, parameter, notes)
     elif saved.compensation is not None:
         notes["compensation dropped: bf16_rounding is not 'kahan' here"] += 1

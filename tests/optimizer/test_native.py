@@ -300,8 +300,8 @@ def test_first_moments_in_another_dtype() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert other.state[p]["exp_avg"].dtype is torch.bfloat16, "the running optimizer's dtype wins"
     assert other.param_groups[0]["fused"] is False
-    with pytest.raises(ValueError, match="exp_avg_dtype='int8'"):
-        AdamMini([p], exp_avg_dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="exp_avg_dtype='int7'"):
+        AdamMini([p], exp_avg_dtype="int7")
     with pytest.raises(ValueError, match="fused='yes'"):
         AdamMini([p], fused="yes")  # type: ignore[arg-type]
 

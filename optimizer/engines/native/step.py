@@ -97,14 +97,17 @@ class Batches:
             pointers = self._pointers[ready.kinds] = array("q")
         pointers.extend((ready.at, grad.data_ptr(), *ready.held))
 
-    def step(self, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool) -> None:
+    def step(
+        self, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, maximize: bool,
+        grad_scale: float = 1.0,
+    ) -> None:  # fmt: skip
         """One Adam-mini step of every tensor, its counter included; numbers as in ``adam_mini_update``."""
         loaded = library()
         assert loaded is not None
         for kinds, pointers in self._pointers.items():
             loaded.adam_mini_step(
                 len(pointers) // 6, pointers.buffer_info()[0], *kinds, lr, beta1, beta2, eps, weight_decay,
-                -1.0 if maximize else 1.0, 1.0, torch.get_num_threads(),
+                -1.0 if maximize else 1.0, grad_scale, torch.get_num_threads(),
             )  # fmt: skip
         # The loop writes behind autograd's back: a graph that still needs the old values must notice.
         torch.autograd.graph.increment_version(self._changed)

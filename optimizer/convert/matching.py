@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..groups import describe, named
+from ..options import validate
 from ..partition.discover import tagged_name
 from ..partition.layout import Layout
 from ..partition.names import clean
@@ -55,10 +57,9 @@ def places_of(param_groups: Sequence[Mapping[str, Any]], layouts: Sequence[Seque
     """The parameters of an optimizer, in its order."""
     places = []
     for g, (group, row) in enumerate(zip(param_groups, layouts, strict=True)):
-        names = group.get("param_names") or [tagged_name(parameter) for parameter in group["params"]]
-        for i, (parameter, layout, name) in enumerate(zip(group["params"], row, names, strict=True)):
-            where = f"parameter {i} of group {g} ({name or 'unnamed'})"
-            places.append(Place(where, clean(name), parameter, layout, group, g))
+        for i, ((parameter, name), layout) in enumerate(zip(named(group), row, strict=True)):
+            known = clean(name or tagged_name(parameter))
+            places.append(Place(describe(group, g, i), known, parameter, layout, group, g))
     return places
 
 
@@ -173,6 +174,10 @@ def options_of(
 
     A group takes each option that all saved groups of its parameters agree on, and keeps its own where they do not or
     have none: a checkpoint with one group per decay loads into one group, and the other way round.
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+        RuntimeError: flags that exclude each other.
     """
     groups, disagreements, start = [], [], 0
     published = written_by_published(document)
@@ -188,6 +193,7 @@ def options_of(
         if "param_names" not in own and len(of) == 1 and len(document["param_groups"][of[0]]["params"]) == count:
             names = document["param_groups"][of[0]].get("param_names")
             options |= {"param_names": names} if names else {}
+        validate(options, f"group {g} of the checkpoint has an argument that cannot be:")
         groups.append({"params": list(range(start, start + count)), **options})
         start += count
         if kept := [key for key in differing if key in own]:
