@@ -125,14 +125,13 @@ def prepare(
     """
     places = places_of(param_groups, layouts)
     sources = matched(param_groups, places, document)
-    prepared = Prepared([])
-    prepared.groups, disagreements = options_of(param_groups, places, sources, document)
-    prepared.notes.update(disagreements)
     states = document["state"]
     saved = [(place, read(states[source.key], place.parameter.shape, place.where))
              for place, source in zip(places, sources, strict=True) if states.get(source.key)]  # fmt: skip
     for place, one in saved:
         _require_alike(place, one)
+    groups, disagreements = options_of(param_groups, places, sources, document)
+    prepared = Prepared(groups, notes=Counter(disagreements))
     others = _of_another_partition(saved, rules, rules_named(document), convert=convert)
     for place, one in saved:
         prepared.state[place.parameter] = _state(place, one, others.get(id(place.parameter), False), prepared.notes)
@@ -161,10 +160,14 @@ def _of_another_partition(
         place, offence = offences[0]
         more = f" ({len(offences) - 1} more parameters likewise)" if len(offences) > 1 else ""
         saved_under = f"rules {named!r}" if named else "rules it does not name (Adam, AdamW, or an older version)"
+        advice = "with the rules of the checkpoint"
+        if named == rules.name:
+            saved_under += ", but recognised its parameters otherwise"
+            advice = "from the model, as that of the checkpoint was"
         raise ValueError(
             f"the checkpoint was saved under {saved_under}, this optimizer has rules {rules.name!r}: exp_avg_sq of "
-            f"{place.where} {offence}{more}. Build the optimizer with the rules of the checkpoint, or pass "
-            "convert=True to rebuild the second moments from block means"
+            f"{place.where} {offence}{more}. Build the optimizer {advice}, or pass convert=True to rebuild the second "
+            "moments from block means"
         )
     return found
 
