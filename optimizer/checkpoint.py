@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .convert import moment
 from .convert.blocks import axes_of, is_level, looks_coarser, rebuilt, spreads
-from .convert.matching import Place, matched, options_of, places_of, rules_named
+from .convert.matching import Place, matched, options_of, places_of, rules_named, written_by_published
 from .convert.states import Saved, read
 from .partition import Layout, Rules
 from .partition.rules import shipped
@@ -132,44 +132,41 @@ def prepare(
         _require_alike(place, one)
     groups, disagreements = options_of(param_groups, places, sources, document)
     prepared = Prepared(groups, notes=Counter(disagreements))
-    others = _of_another_partition(saved, rules, rules_named(document), convert=convert)
+    others = _of_another_partition(saved, rules, document, convert=convert)
     for place, one in saved:
-        prepared.state[place.parameter] = _state(place, one, others.get(id(place.parameter), False), prepared.notes)
+        prepared.state[place.parameter] = _state(place, one, id(place.parameter) in others, prepared.notes)
     keys = {key for group in document["param_groups"] for key in group["params"]}
     prepared.state.update({key: copy.deepcopy(value) for key, value in states.items() if key not in keys})
     return prepared
 
 
 def _of_another_partition(
-    saved: Iterable[tuple[Place, Saved]], rules: Rules, named: str | None, *, convert: bool
-) -> dict[int, bool]:
+    saved: Iterable[tuple[Place, Saved]], rules: Rules, document: Mapping[str, Any], *, convert: bool
+) -> set[int]:
     """Parameters, by id, whose second moment was kept for other blocks.
 
     Raises:
         ValueError: there are some and ``convert`` is not set; both partitions named.
     """
-    known = None if named is None or _same_rules(named, rules) else named
-    found = {}
-    offences = []
-    for place, one in saved:
-        offence = _offence(place, one, known is not None)
-        if offence is not None:
-            found[id(place.parameter)] = True
-            offences.append((place, offence))
+    named = rules_named(document)
+    others = named is not None and not _same_rules(named, rules)
+    offences = [(place, offence) for place, one in saved if (offence := _offence(place, one, others))]
     if offences and not convert:
-        place, offence = offences[0]
-        more = f" ({len(offences) - 1} more parameters likewise)" if len(offences) > 1 else ""
-        saved_under = f"rules {named!r}" if named else "rules it does not name (Adam, AdamW, or an older version)"
-        advice = "with the rules of the checkpoint"
-        if named == rules.name:
-            saved_under += ", but recognised its parameters otherwise"
+        saved_under, advice = f"rules {named!r}", "with the rules of the checkpoint"
+        if written_by_published(document):
+            saved_under, advice = "the published adam-mini package", "with rules of the same blocks"
+        elif named is None:
+            saved_under = "rules it does not name (Adam, AdamW, or an older version)"
+        elif named == rules.name:
+            saved_under += ", but knew its parameters otherwise"
             advice = "from the model, as that of the checkpoint was"
+        (place, offence), more = offences[0], len(offences) - 1
         raise ValueError(
             f"the checkpoint was saved under {saved_under}, this optimizer has rules {rules.name!r}: exp_avg_sq of "
-            f"{place.where} {offence}{more}. Build the optimizer {advice}, or pass convert=True to rebuild the second "
-            "moments from block means"
+            f"{place.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the optimizer "
+            f"{advice}, or pass convert=True to rebuild the second moments from block means"
         )
-    return found
+    return {id(place.parameter) for place, _ in offences}
 
 
 def _require_alike(place: Place, saved: Saved) -> None:

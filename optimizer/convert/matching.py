@@ -120,8 +120,6 @@ def saved_names(document: Mapping[str, Any]) -> list[str]:
 
 def rules_named(document: Mapping[str, Any]) -> str | None:
     """The rules that a document says its second moments follow; None where it does not say."""
-    if written_by_published(document):
-        return "of the published adam-mini package"
     return next((str(group["rules"]) for group in document["param_groups"] if group.get("rules")), None)
 
 

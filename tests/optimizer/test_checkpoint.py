@@ -394,7 +394,7 @@ def test_without_names_positions_count_as_in_torch() -> None:
     for group in document["param_groups"]:
         del group["param_names"]
     unnamed = AdamMini([{"params": group["params"]} for group in opt.param_groups])
-    refused(unnamed, document, "recognised its parameters otherwise.*from the model")
+    refused(unnamed, document, "knew its parameters otherwise.*from the model")
     tag(model)
     unnamed = AdamMini([{"params": group["params"]} for group in opt.param_groups])
     unnamed.load_state_dict(document)
