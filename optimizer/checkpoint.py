@@ -149,8 +149,8 @@ def _of_another_partition(
         ValueError: there are some and ``convert`` is not set; both partitions named.
     """
     named = rules_named(document)
-    others = named is not None and not _same_rules(named, rules)
-    offences = [(place, offence) for place, one in saved if (offence := _offence(place, one, others))]
+    others = named is not None and not same_rules(named, rules)
+    offences = [(place, offence) for place, one in saved if (offence := offence_of(place, one, others))]
     if offences and not convert:
         saved_under, advice = f"rules {named!r}", "with the rules of the checkpoint"
         if written_by_published(document):
@@ -179,11 +179,12 @@ def _require_alike(place: Place, saved: Saved) -> None:
         )
 
 
-def _same_rules(named: str, rules: Rules) -> bool:
+def same_rules(named: str, rules: Rules) -> bool:
+    """Whether a checkpoint's name of its rules stands for these."""
     return named == rules.name or (named in shipped() and Rules(named) == rules)
 
 
-def _offence(place: Place, saved: Saved, other_rules: bool) -> str | None:
+def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
     """What is wrong with a saved second moment under the parameter's layout, in words; None where nothing is."""
     shape, v = tuple(place.parameter.shape), saved.exp_avg_sq
     place.layout.require(shape, place.where)
