@@ -187,9 +187,10 @@ def same_rules(named: str, rules: Rules) -> bool:
 def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
     """What is wrong with a saved second moment under the parameter's layout, in words; None where nothing is."""
     shape, v = tuple(place.parameter.shape), saved.exp_avg_sq
-    place.layout.require(shape, place.where)
-    wanted = place.layout.aligned_shape(shape)
-    if saved.axes is not None or saved.blocks.startswith("vmean"):
+    wanted = place.aligned
+    if wanted is None:
+        return None
+    if place.is_whole and (saved.axes is not None or saved.blocks.startswith("vmean")):
         if saved.axes == axes_of(place.layout, shape):
             return None
         return (
@@ -197,7 +198,7 @@ def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
         )
     if tuple(v.shape) != wanted:
         return f"has shape {tuple(v.shape)} in the checkpoint, but {wanted} is needed"
-    if hasattr(v, "to_local") or v.is_meta:
+    if not place.is_whole or hasattr(v, "to_local") or v.is_meta:
         return None  # values of a sharded tensor would need communication
     if not is_level(v, place.layout, _LEVEL):
         return f"has the right shape {wanted}, but differs inside one of the {place.layout.n_blocks} blocks"
@@ -213,7 +214,7 @@ def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str]) 
     parameter, group = place.parameter, place.group
     shape, v = tuple(parameter.shape), saved.exp_avg_sq
     dtype = second_moment_dtype(parameter)
-    if other_blocks or tuple(v.shape) != place.layout.aligned_shape(shape):
+    if other_blocks or place.aligned not in (None, tuple(v.shape)):
         _require_whole(place, v)
         v = rebuilt(v, place.layout, shape, dtype).to(parameter.device)
         if other_blocks:
@@ -248,7 +249,7 @@ def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tenso
 def _require_whole(place: Place, v: Tensor) -> None:
     """Raise where a second moment cannot be rebuilt from what is at hand."""
     shape = tuple(place.parameter.shape)
-    if hasattr(v, "to_local") or hasattr(place.parameter, "to_local"):
+    if not place.is_whole or hasattr(v, "to_local") or hasattr(place.parameter, "to_local"):
         raise ValueError(
             f"exp_avg_sq of {place.where} is sharded, and rebuilding it would need the whole tensor; convert the "
             "checkpoint once, on one process: python -m optimizer convert"

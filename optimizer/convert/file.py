@@ -132,7 +132,7 @@ def _state(place: matching.Place, saved: Saved, others: bool) -> tuple[dict[str,
             f"shape {shape} has; is it a checkpoint of another model?"
         )
     other_blocks = checkpoint.offence_of(place, saved, others) is not None
-    if other_blocks or tuple(v.shape) != place.layout.aligned_shape(shape):
+    if other_blocks or tuple(v.shape) != place.aligned:
         v = rebuilt(v, place.layout, shape, second_moment_dtype(place.parameter))
     state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, "exp_avg_sq": v, **saved.others}
     if saved.scale is not None:
@@ -277,10 +277,8 @@ def _write(document: Any, target: Path) -> None:
     """Write beside the target, then put it in place at once."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(document, file)
-            file.flush()
-            os.fsync(file.fileno())
+        torch.save(document, name)  # by its name: a file object would get each tensor as a copy
+        os.fsync(handle)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # as open() would have made it; mkstemp's files are private
@@ -289,3 +287,5 @@ def _write(document: Any, target: Path) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+    finally:
+        os.close(handle)

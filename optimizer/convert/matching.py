@@ -44,6 +44,17 @@ class Place:
     group: Mapping[str, Any]
     g: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the layout tells the blocks of what is held here; it does not for pieces of a flattened tensor."""
+        return type(self.layout) is Layout and self.layout.fits(self.parameter.shape)
+
+    @property
+    def aligned(self) -> tuple[int, ...] | None:
+        """Shape of the second moment; None where the layout cannot tell."""
+        shape = tuple(self.parameter.shape)
+        return self.layout.aligned_shape(shape) if self.layout.fits(shape) else None
+
 
 @dataclass(frozen=True)
 class Source:

@@ -415,6 +415,19 @@ def test_state_of_some_parameters_only() -> None:
     train(model, other)
 
 
+def test_flat_pieces_of_a_tensor_load_as_they_were_saved() -> None:
+    """Sharding by flat ranges swaps parameters for 1-D pieces: their layouts speak of the whole tensor."""
+    opt = AdamMini(Llama())
+    piece = nn.Parameter(torch.randn(40))
+    opt.param_groups[0]["params"][0] = piece
+    document = copy.deepcopy(opt.state_dict())
+    document["state"] = {0: {"step": 3, "exp_avg": torch.randn(40), "exp_avg_sq": torch.rand(3, 1)}}
+    opt.load_state_dict(document)
+    assert equal(opt.state[piece]["exp_avg_sq"], document["state"][0]["exp_avg_sq"])
+    document["state"][0]["exp_avg"] = torch.randn(41)
+    refused(opt, document, r"exp_avg of parameter 0 .*\(41,\).*\(40,\)")
+
+
 # --- moments in few bits, compensation -----------------------------------------------------------------------------
 
 

@@ -92,8 +92,9 @@ def test_names_not_positions(published: ModuleType) -> None:  # noqa: F811
     refused(AdamMini(Llama(layers=3)), opt.state_dict(), "lacks 9 of this optimizer's parameters")
 
 
+@pytest.mark.parametrize("door", [AdamMini, Adam_mini])
 @pytest.mark.parametrize("kv", [4, 2])
-def test_half_heads_are_refused_and_convert_to_their_means(published: ModuleType, kv: int) -> None:  # noqa: F811
+def test_half_heads_are_refused_and_convert_to_their_means(published: ModuleType, kv: int, door) -> None:  # noqa: F811
     """With head_dim != dim / n_heads the package cut heads in half: not our blocks, but unions of theirs are."""
     model = Llama(n_heads=4, n_kv_heads=kv, head_dim=8)
     opt = theirs(published, model, kv)
