@@ -135,7 +135,13 @@ def prepare(
     others = _of_another_partition(saved, rules, document, convert=convert)
     for place, one in saved:
         prepared.state[place.parameter] = _state(place, one, id(place.parameter) in others, prepared.notes)
-    keys = {key for group in document["param_groups"] for key in group["params"]}
+    saved_groups = document["param_groups"]
+    if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in saved_groups):
+        logger.warning(
+            "the checkpoint is Adam's, whose weight_decay went through the moments; here it is decoupled, as AdamW's: "
+            "set it anew"
+        )
+    keys = {key for group in saved_groups for key in group["params"]}
     prepared.state.update({key: copy.deepcopy(value) for key, value in states.items() if key not in keys})
     return prepared
 

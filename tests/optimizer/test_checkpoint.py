@@ -316,6 +316,16 @@ def test_adam_and_adamw_continue_under_elementwise(kind, amsgrad: bool, caplog) 
         same_weights(a, b, 1e-6)
 
 
+@pytest.mark.parametrize(("kind", "decay", "said"), [(torch.optim.Adam, 0.1, True), (torch.optim.Adam, 0.0, False),
+                                                     (torch.optim.AdamW, 0.1, False)])  # fmt: skip
+def test_another_kind_of_weight_decay_is_said(kind, decay: float, said: bool, caplog) -> None:
+    model = Llama()
+    adam = kind(model.parameters(), weight_decay=decay)
+    train(model, adam, range(1))
+    AdamMini(model.parameters(), rules="elementwise").load_state_dict(adam.state_dict())
+    assert ("here it is decoupled" in caplog.text) == said
+
+
 @pytest.mark.parametrize("rules", SHARED)
 def test_adamw_converts_to_any_rules_by_block_means(rules: str, caplog) -> None:
     model = Llama()
@@ -560,4 +570,21 @@ def test_old_flat_documents_without_rules_load() -> None:
     twin = Llama(seed=1)
     other = AdamMini(twin)
     set_optimizer_state_dict(twin, other, document, options=options)
+    assert equal(other.state_dict(), opt.state_dict())
+
+
+def test_older_files_need_a_partial_load_and_get_one(tmp_path) -> None:
+    """What the docs say of files without rules: torch's default planner wants every key, a partial one does not."""
+    model, opt = trained()
+    document = get_optimizer_state_dict(model, opt)
+    for group in document["param_groups"]:
+        del group["rules"]
+    dcp.save({"optim": document}, checkpoint_id=tmp_path)
+    twin = Llama(seed=1)
+    other = AdamMini(twin)
+    wanted = {"optim": get_optimizer_state_dict(twin, other)}
+    with pytest.raises(dcp.api.CheckpointException, match="rules"):
+        dcp.load(wanted, checkpoint_id=tmp_path)
+    dcp.load(wanted, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_optimizer_state_dict(twin, other, wanted["optim"])
     assert equal(other.state_dict(), opt.state_dict())
