@@ -41,7 +41,7 @@ rounded to T once, operations are rounded one by one (no fused multiply-add)::
     lost   = m - value(codes, scale)
     param  = keep * param - factor * (m + carry * lost)
 
-Rounding takes ``lost`` from the moment, and with it ``factor * beta1^k * lost`` from the parameter in each later step k:
+Rounding takes ``lost`` from the moment, and with it ``factor * beta1^k * lost`` from the parameter in step k after:
 ``factor * carry * lost`` altogether. The parameter gets that sum at once. So whatever rounding does, ``param - factor *
 carry * value(codes)`` moves by exactly ``-factor * g``, as it does with exact momentum: no error piles up, none needs
 memory, and rounding to nearest, which alone would freeze small moments (0.9 of one code rounds to one code), is
@@ -68,7 +68,7 @@ SMALL = 4096
 """Tensors of fewer elements keep an unquantised moment."""
 _ROW = 64  # elements a row has at least, where the axes behind the first one have as many
 _SHORTEST = 16  # shorter rows would pay more for scales than codes save
-_PIECE = 1 << 16  # elements worked on at once: bounds the temporaries
+_PIECE = 1 << 15  # elements worked on at once: bounds the temporaries
 _TINY = 2.0**-100  # below it 1 / scale could overflow; such a block is nothing, as its squares are
 
 
@@ -151,8 +151,8 @@ def quantise(m: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     Returns:
         (codes as stored: int8 [*lead, n] or uint8 [*lead, ceil(n / 2)]; scale, fp32 [*lead, ceil(n / block)]).
     """
-    n, block = m.shape[-1], format.block
-    blocks = torch.nn.functional.pad(m, (0, -n % block)).unflatten(-1, (-1, block))
+    n = m.shape[-1]
+    blocks = _blocks(m, format.block)
     absmax = blocks.abs().amax(-1, keepdim=True)  # NaN where there is one
     scale = (absmax / format.levels**2).float()
     scale.masked_fill_(absmax < _TINY, 0.0).masked_fill_(~absmax.isfinite(), float("nan"))
@@ -176,8 +176,14 @@ def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.
     """
     format = format_of(codes)
     values = (codes if format.bits == 8 else _unpacked(codes, n)).to(dtype)
-    values = torch.nn.functional.pad(values, (0, -n % format.block)).unflatten(-1, (-1, format.block))
+    values = _blocks(values, format.block)
     return (values * values.abs()).mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)[..., :n]
+
+
+def _blocks(rows: Tensor, block: int) -> Tensor:
+    """[*lead, n] as [*lead, ceil(n / block), block], zeros behind the end; a view where nothing is missing."""
+    missing = -rows.shape[-1] % block
+    return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (-1, block))
 
 
 def _packed(codes: Tensor, format: Format) -> Tensor:

@@ -126,7 +126,9 @@ def apply(
         param.copy_(stochastic(param.float() * (1 - decay) - change, step=step, seed=seed, first=first))
         return
     if compensation is None:
-        raise ValueError("bf16_rounding='kahan' needs a bf16 compensation of the parameter's shape; give zeros at first")
+        raise ValueError(
+            "bf16_rounding='kahan' needs a bf16 compensation of the parameter's shape; give zeros at first"
+        )
     new, left = kahan(param, compensation, param.float() * -decay - change)
     param.copy_(new)
     compensation.copy_(left)
