@@ -175,10 +175,9 @@ def _uniform(scale: Tensor, block: int, step: int | Tensor, seed: int, first: in
     """fp32 numbers in [0, 1): [*lead, blocks, block] for scales [*lead, blocks, 1]."""
     index = torch.arange(first, first + scale.numel(), device=scale.device)
     along = torch.arange(block, device=scale.device) * 0x9E3779B9
-    numbers = hashed(index, step, seed).unsqueeze(-1) + along
-    return (
-        numbers.bitwise_and_(0xFFFFFFFF).bitwise_right_shift_(8).float().mul_(2.0**-24).view(*scale.shape[:-1], block)
-    )
+    numbers = hashed(index, step, seed).to(torch.int32).unsqueeze(-1) + along.to(torch.int32)  # wraps around
+    numbers = numbers.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    return numbers.float().mul_(2.0**-24).view(*scale.shape[:-1], block)
 
 
 def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:

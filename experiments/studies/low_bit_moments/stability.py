@@ -1,7 +1,7 @@
 """How large a step each rounding stands, on quadratics of one variable each that share blocks.
 
 Heavy-ball momentum with beta1 = 0.9 is stable while step size x curvature stays below 2 (1 + beta1) / (1 - beta1) = 38;
-gradient descent without momentum below 2. Where rounding takes momentum away, or feeds its errors back, the limit falls.
+gradient descent without momentum below 2. Where rounding feeds its errors back or undoes momentum, the limit falls.
 """
 
 from __future__ import annotations
