@@ -248,7 +248,7 @@ def advance(
 def move(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor | None, factor: Tensor, *, beta1: float,
     decay: float | Tensor, maximize: bool, step: int | Tensor, seed: int, how: str | None = None,
-    compensation: Tensor | None = None,
+    compensation: Tensor | None = None, first_row: int = 0,
 ) -> None:  # fmt: skip
     """The step of one tensor once its second moment has moved: first moment and parameter, in place.
 
@@ -265,6 +265,7 @@ def move(
         seed: of the tensor, uint32, likewise.
         how: rounding of bf16 parameters, as in ``rounding.apply``.
         compensation: see there; changed.
+        first_row: where the tensors are a slice of the first axis: its start, so that random numbers are the whole's.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     full = (param, grad, factor.expand_as(param), *(() if compensation is None else (compensation,)))
@@ -274,7 +275,8 @@ def move(
         axes = param.dim() - exp_avg_scale.dim() + 1
         codes, format = exp_avg.flatten(-axes) if exp_avg.dtype == torch.int8 else exp_avg, format_of(exp_avg)
         pieces = _pieces(full, (codes, exp_avg_scale), (8 // format.bits, format.block))
-    first = first_block = 0
+    first = first_row * (param.numel() // max(1, len(param))) if param.dim() else 0
+    first_block = first_row * exp_avg_scale[0].numel() if exp_avg_scale is not None else 0
     for own, stored in pieces:
         if axes:
             p, g, f, *rest = own
