@@ -133,8 +133,8 @@ def prepare(
     groups, disagreements = options_of(param_groups, places, sources, document)
     prepared = Prepared(groups, notes=Counter(disagreements))
     others = _of_another_partition(saved, rules, document, convert=convert)
-    for place, one in saved:
-        prepared.state[place.parameter] = _state(place, one, id(place.parameter) in others, prepared.notes)
+    for seed, (place, one) in enumerate(saved):
+        prepared.state[place.parameter] = _state(place, one, id(place.parameter) in others, prepared.notes, seed)
     saved_groups = document["param_groups"]
     if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in saved_groups):
         logger.warning(
@@ -215,7 +215,7 @@ def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
     return None
 
 
-def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str]) -> dict[str, Any]:
+def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str], seed: int) -> dict[str, Any]:
     """The state of one parameter, as the running optimizer keeps it."""
     parameter, group = place.parameter, place.group
     shape, v = tuple(parameter.shape), saved.exp_avg_sq
@@ -232,7 +232,7 @@ def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str]) 
     beside = group["capturable"] or group["fused"]
     step = torch.tensor(saved.step, dtype=torch.float32, device=parameter.device if beside else "cpu")
     state: dict[str, Any] = {"step": step}
-    state.update(moment.restored(saved, parameter, group["exp_avg_dtype"], notes))
+    state.update(moment.restored(saved, parameter, group["exp_avg_dtype"], notes, seed))
     state["exp_avg_sq"] = v
     if group["bf16_rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
         state["compensation"] = _compensation(saved, parameter, notes)

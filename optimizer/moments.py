@@ -6,11 +6,11 @@ cut into blocks of ``block`` elements (the last one may be shorter); a block has
 front of the row and ``n`` the row's length:
 
     ===============  ==========================================  =============================================
-    state            int8 (block 128)                            int4 (block 64)
+    state            int8 (blocks of 128)                        int4 (blocks of 32)
     ===============  ==========================================  =============================================
     exp_avg          int8, the parameter's shape                 uint8 [*lead, ceil(n / 2)], low nibble first,
                                                                  two's complement, a spare nibble is 0
-    exp_avg_scale    fp32 [*lead, ceil(n / 128)]                 fp32 [*lead, ceil(n / 64)]
+    exp_avg_scale    fp32 [*lead, ceil(n / 128)]                 bf16 [*lead, ceil(n / 32)]
     ===============  ==========================================  =============================================
 
 All state of a fresh tensor is zero bytes. Two rows never share a scale: a tensor cut along an axis of ``lead`` has its
@@ -25,28 +25,28 @@ codes and scales cut alike. Both are contiguous whatever the parameter's strides
     absmax = max |m_i|
     absmax NaN or infinite:   scale = NaN, codes = 0      (the block stays NaN: nothing vanishes silently)
     absmax < 2^-100:          scale = 0,   codes = 0
-    otherwise:                scale = fp32(absmax / levels^2)           levels = 127 or 7
+    otherwise:                scale = fp32(absmax / levels^2)           levels = 127 or 7; bf16: then rounded up
                               x_i   = |m_i| * (1 / scale)
-                              c_i   = sign(m_i) * min(levels, rint(sqrt(max(x_i - 0.25, 0))))
+                              low_i = floor(sqrt(x_i))
+                              c_i   = sign(m_i) * min(levels, low_i + (u_i * (2 low_i + 1) < x_i - low_i^2))
 
-``rint`` rounds to the nearest, ties to even. A code's borders lie where (c + 1/2)^2 = x - 1/4, half-way between the
-values c^2 and (c + 1)^2: the nearest value is taken, not the nearest root.
+That is stochastic rounding: up with the probability that makes the mean of value(c_i) equal m_i. The numbers u_i in
+[0, 1) depend on nothing but the block, the step and the tensor's seed; one hash a block, then a Weyl sequence::
+
+    base = rounding.hashed(the block's row-major index among the tensor's scales, step, seed)
+    u_i  = (((base + i * 0x9E3779B9) mod 2^32) >> 8) * 2^-24                    i: the element's index in its block
 
 **How a tensor takes a step**, with ``factor`` = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) from the
-second moment, ``keep`` = 1 - lr * weight_decay, ``carry`` = beta1 / (1 - beta1); scalars are computed in double and
-rounded to T once, operations are rounded one by one (no fused multiply-add)::
+second moment and ``keep`` = 1 - lr * weight_decay; scalars are computed in double and rounded to T once, operations
+are rounded one by one (no fused multiply-add)::
 
     m      = beta1 * value(codes, scale) + (1 - beta1) * g          g in T; -g to maximise
+    param  = keep * param - factor * m                              the exact new moment
     codes, scale = quantise(m)
-    lost   = m - value(codes, scale)
-    param  = keep * param - factor * (m + carry * lost)
 
-Rounding takes ``lost`` from the moment, and with it ``factor * beta1^k * lost`` from the parameter in each later step k:
-``factor * carry * lost`` altogether. The parameter gets that sum at once. So whatever rounding does, ``param - factor *
-carry * value(codes)`` moves by exactly ``-factor * g``, as it does with exact momentum: no error piles up, none needs
-memory, and rounding to nearest, which alone would freeze small moments (0.9 of one code rounds to one code), is
-enough. This is error feedback (Seide et al., INTERSPEECH 2014; Karimireddy et al., arXiv 1901.09847), with the weights
-as the accumulator. It needs no random numbers.
+Rounding to nearest would freeze moments: without a gradient, 0.9 of a code rounds to the same code, for ever; in int4
+every code does. Carrying what rounding takes over to the parameter would lose nothing, but costs stability: in int4
+steps have to be ten times smaller. ``docs/low_bit.md`` has the measurements.
 
 **Small tensors** keep an unquantised moment (fp32; float64 for float64 parameters) and no scale: fewer than 4,096
 elements, fewer than two axes, or rows of fewer than 16 elements. ``quantises`` answers for a shape: ask it with the
@@ -62,13 +62,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from .rounding import apply
+from .rounding import apply, hashed
 
 SMALL = 4096
 """Tensors of fewer elements keep an unquantised moment."""
 _ROW = 64  # elements a row has at least, where the axes behind the first one have as many
 _SHORTEST = 16  # shorter rows would pay more for scales than codes save
-_PIECE = 1 << 16  # elements worked on at once: bounds the temporaries
+_PIECE = 1 << 15  # elements worked on at once: bounds the temporaries
 _TINY = 2.0**-100  # below it 1 / scale could overflow; such a block is nothing, as its squares are
 
 
@@ -80,11 +80,13 @@ class Format:
         name: what ``exp_avg_dtype`` calls it.
         bits: per code.
         block: elements that share a scale, along a row.
+        scale_dtype: of the scales.
     """
 
     name: str
     bits: int
     block: int
+    scale_dtype: torch.dtype
 
     @property
     def levels(self) -> int:
@@ -97,7 +99,7 @@ class Format:
         return torch.int8 if self.bits == 8 else torch.uint8
 
 
-INT8, INT4 = Format("int8", 8, 128), Format("int4", 4, 64)
+INT8, INT4 = Format("int8", 8, 128, torch.float32), Format("int4", 4, 32, torch.bfloat16)
 FORMATS = {format.name: format for format in (INT8, INT4)}
 
 
@@ -126,14 +128,14 @@ def zero_state(parameter: Tensor, format: Format) -> dict[str, Tensor]:
     codes, scale = state_shapes(parameter.shape, format)
     return {
         "exp_avg": torch.zeros(codes, dtype=format.dtype, device=parameter.device),
-        "exp_avg_scale": torch.zeros(scale, dtype=torch.float32, device=parameter.device),
+        "exp_avg_scale": torch.zeros(scale, dtype=format.scale_dtype, device=parameter.device),
     }
 
 
 def state_bytes(shape: Sequence[int], format: Format) -> int:
     """Bytes of the first moment of a tensor that ``quantises``, scales included."""
     codes, scale = state_shapes(shape, format)
-    return prod(codes) + 4 * prod(scale)
+    return prod(codes) + format.scale_dtype.itemsize * prod(scale)
 
 
 def format_of(exp_avg: Tensor) -> Format:
@@ -141,25 +143,41 @@ def format_of(exp_avg: Tensor) -> Format:
     return INT8 if exp_avg.dtype == torch.int8 else INT4
 
 
-def quantise(m: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Moments as codes and scales.
+def quantise(m: Tensor, format: Format, *, step: int | Tensor, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Moments as codes and scales, right on average.
 
     Args:
         m: fp32 or float64, [*lead, n]: rows along the last axis; not changed.
         format: to be stored as.
+        step: the optimizer's step, 1 at the first; an int64 tensor where it must not be waited for.
+        seed: of the tensor, uint32.
+        first: index of ``m``'s first block in its tensor, where it is a piece of one.
 
     Returns:
-        (codes as stored: int8 [*lead, n] or uint8 [*lead, ceil(n / 2)]; scale, fp32 [*lead, ceil(n / block)]).
+        (codes as stored: int8 [*lead, n] or uint8 [*lead, ceil(n / 2)]; scale [*lead, ceil(n / block)]).
     """
-    n, block = m.shape[-1], format.block
-    blocks = torch.nn.functional.pad(m, (0, -n % block)).unflatten(-1, (-1, block))
+    n = m.shape[-1]
+    blocks = _blocks(m, format.block)
     absmax = blocks.abs().amax(-1, keepdim=True)  # NaN where there is one
     scale = (absmax / format.levels**2).float()
+    if format.scale_dtype == torch.bfloat16:  # up, so that no element lies above the largest code
+        scale = ((scale.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)
     scale.masked_fill_(absmax < _TINY, 0.0).masked_fill_(~absmax.isfinite(), float("nan"))
-    inverse = scale.to(m.dtype).reciprocal()
-    roots = (blocks.abs() * inverse).sub_(0.25).clamp_(min=0).sqrt_().round_().clamp_(max=format.levels)
-    codes = roots.copysign_(blocks).masked_fill_(~(scale > 0), 0.0).to(torch.int8)
-    return _packed(codes.flatten(-2)[..., :n], format), scale.squeeze(-1)
+    x = blocks.abs().mul_(scale.to(m.dtype).reciprocal())
+    low = x.sqrt().floor_()
+    share = x.sub_(low.square())
+    up = _uniform(scale, format.block, step, seed, first).mul(low * 2 + 1) < share
+    codes = low.add_(up).clamp_(max=format.levels).copysign_(blocks).masked_fill_(~(scale > 0), 0.0).to(torch.int8)
+    return _packed(codes.flatten(-2)[..., :n], format), scale.squeeze(-1).to(format.scale_dtype)
+
+
+def _uniform(scale: Tensor, block: int, step: int | Tensor, seed: int, first: int) -> Tensor:
+    """fp32 numbers in [0, 1): [*lead, blocks, block] for scales [*lead, blocks, 1]."""
+    index = torch.arange(first, first + scale.numel(), device=scale.device)
+    along = torch.arange(block, device=scale.device) * 0x9E3779B9
+    numbers = hashed(index, step, seed).to(torch.int32).unsqueeze(-1) + along.to(torch.int32)  # wraps around
+    numbers = numbers.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    return numbers.float().mul_(2.0**-24).view(*scale.shape[:-1], block)
 
 
 def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -167,7 +185,7 @@ def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.
 
     Args:
         codes: as stored, rows along the last axis.
-        scale: fp32, [*lead, ceil(n / block)].
+        scale: [*lead, ceil(n / block)].
         n: length of a row.
         dtype: fp32 or float64.
 
@@ -176,8 +194,14 @@ def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.
     """
     format = format_of(codes)
     values = (codes if format.bits == 8 else _unpacked(codes, n)).to(dtype)
-    values = torch.nn.functional.pad(values, (0, -n % format.block)).unflatten(-1, (-1, format.block))
+    values = _blocks(values, format.block)
     return (values * values.abs()).mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)[..., :n]
+
+
+def _blocks(rows: Tensor, block: int) -> Tensor:
+    """[*lead, n] as [*lead, ceil(n / block), block], zeros behind the end; a view where nothing is missing."""
+    missing = -rows.shape[-1] % block
+    return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (-1, block))
 
 
 def _packed(codes: Tensor, format: Format) -> Tensor:
@@ -194,8 +218,11 @@ def _unpacked(codes: Tensor, n: int) -> Tensor:
     return (nibbles ^ 8).view(torch.int8) - 8
 
 
-def advance(grad: Tensor, codes: Tensor, scale: Tensor, *, beta1: float, maximize: bool) -> Tensor:
-    """The first moment of some whole rows takes a step, in place; what the parameter has to move by comes back.
+def advance(
+    grad: Tensor, codes: Tensor, scale: Tensor, *, beta1: float, maximize: bool, step: int | Tensor, seed: int,
+    first: int = 0,
+) -> Tensor:  # fmt: skip
+    """The first moment of some whole rows takes a step, in place.
 
     Args:
         grad: gradient, fp32 (float64 for float64 parameters), [*lead, n]; not changed.
@@ -203,64 +230,91 @@ def advance(grad: Tensor, codes: Tensor, scale: Tensor, *, beta1: float, maximiz
         scale: their scales, changed.
         beta1: decay of the first moment.
         maximize: ascend instead.
+        step: as in ``quantise``; likewise ``seed`` and ``first``.
+        seed: see there.
+        first: see there.
 
     Returns:
-        The exact new moment plus ``beta1 / (1 - beta1)`` times what rounding took from it; dtype and shape of ``grad``.
+        The exact new moment; dtype and shape of ``grad``.
     """
-    n = grad.shape[-1]
-    m = dequantise(codes, scale, n, grad.dtype).mul_(beta1)
+    m = dequantise(codes, scale, grad.shape[-1], grad.dtype).mul_(beta1)
     m.add_(grad * ((beta1 - 1) if maximize else (1 - beta1)))
-    new_codes, new_scale = quantise(m, format_of(codes))
+    new_codes, new_scale = quantise(m, format_of(codes), step=step, seed=seed, first=first)
     codes.copy_(new_codes)
     scale.copy_(new_scale)
-    lost = m - dequantise(codes, scale, n, grad.dtype)
-    return m.add_(lost.mul_(beta1 / (1 - beta1)))
+    return m
 
 
 def move(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor, factor: Tensor, *, beta1: float,
-    decay: float | Tensor, maximize: bool, how: str | None = None, compensation: Tensor | None = None, step: int = 0,
-    seed: int = 0,
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor | None, factor: Tensor, *, beta1: float,
+    decay: float | Tensor, maximize: bool, step: int | Tensor, seed: int, how: str | None = None,
+    compensation: Tensor | None = None, first_row: int = 0,
 ) -> None:  # fmt: skip
     """The step of one tensor once its second moment has moved: first moment and parameter, in place.
 
     Args:
         param: parameter, any shape whose rows are whole, any strides; changed.
         grad: its gradient, same shape, any strides; read only.
-        exp_avg: codes as stored, changed.
-        exp_avg_scale: their scales, changed.
+        exp_avg: codes as stored, or an unquantised moment of the parameter's shape; changed.
+        exp_avg_scale: the codes' scales, changed; None for an unquantised moment.
         factor: step size of every element, broadcasts against ``param``: lr, bias corrections and sqrt(v) in it.
         beta1: decay of the first moment.
         decay: lr * weight_decay.
         maximize: ascend instead.
-        how: rounding of bf16 parameters, as in ``rounding.apply``; likewise ``compensation``, ``step`` and ``seed``.
+        step: the optimizer's step, 1 at the first, for the random numbers.
+        seed: of the tensor, uint32, likewise.
+        how: rounding of bf16 parameters, as in ``rounding.apply``.
         compensation: see there; changed.
-        step: see there.
-        seed: see there.
+        first_row: where the tensors are a slice of the first axis: its start, so that random numbers are the whole's.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    axes = param.dim() - exp_avg_scale.dim() + 1
-    codes = exp_avg.flatten(-axes) if exp_avg.dtype == torch.int8 else exp_avg
     full = (param, grad, factor.expand_as(param), *(() if compensation is None else (compensation,)))
-    first = 0
-    for c, s, p, g, f, *rest in _pieces(codes, exp_avg_scale, *full):
-        u = advance(g.to(dtype).flatten(-axes), c, s, beta1=beta1, maximize=maximize).view(p.shape).mul_(f)
+    if exp_avg_scale is None:
+        axes, pieces = 0, _pieces((exp_avg, *full), (), ())
+    else:
+        axes = param.dim() - exp_avg_scale.dim() + 1
+        codes, format = exp_avg.flatten(-axes) if exp_avg.dtype == torch.int8 else exp_avg, format_of(exp_avg)
+        pieces = _pieces(full, (codes, exp_avg_scale), (8 // format.bits, format.block))
+    first = first_row * (param.numel() // max(1, len(param))) if param.dim() else 0
+    first_block = first_row * exp_avg_scale[0].numel() if exp_avg_scale is not None else 0
+    for own, stored in pieces:
+        if axes:
+            p, g, f, *rest = own
+            g = g.to(dtype).flatten(-axes)
+            m = advance(g, *stored, beta1=beta1, maximize=maximize, step=step, seed=seed, first=first_block)
+            u = m.view(p.shape).mul_(f)
+            first_block += stored[1].numel()
+        else:
+            m, p, g, f, *rest = own
+            exact = m.to(dtype) * beta1 + g.to(dtype) * ((beta1 - 1) if maximize else (1 - beta1))
+            m.copy_(exact)
+            u = m.to(dtype) * f
         apply(p, u, decay=decay, how=how, compensation=rest[0] if rest else None, step=step, seed=seed, first=first)
         first += p.numel()
 
 
-def _pieces(codes: Tensor, scale: Tensor, *full: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Views of all tensors, in row-major order, of at most ``_PIECE`` elements; one row of several axes stays whole."""
-    one, leads = full[0], scale.dim() - 1
+_Tensors = tuple[Tensor, ...]
+
+
+def _pieces(full: _Tensors, stored: _Tensors, per: tuple[int, ...]) -> Iterator[tuple[_Tensors, _Tensors]]:
+    """Views of all tensors, in row-major order, of at most ``_PIECE`` elements; one row of several axes stays whole.
+
+    Args:
+        full: tensors of the parameter's shape.
+        stored: codes and scales, whose rows are their last axis; or nothing.
+        per: how many elements of a row one of each stands for.
+    """
+    one = full[0]
+    leads = stored[0].dim() - 1 if stored else one.dim() - 1
     if one.numel() <= _PIECE or (leads == 0 and one.dim() > 1):
-        yield codes, scale, *full
-    elif leads and one[0].numel() >= _PIECE:
-        for inner in zip(codes, scale, *full, strict=True):
-            yield from _pieces(*inner)
-    elif leads:
-        rows = _PIECE // one[0].numel()
-        yield from zip(*(t.split(rows) for t in (codes, scale, *full)), strict=True)
-    else:  # whole blocks of one long row
-        format = format_of(codes)
-        sizes = (_PIECE * format.bits // 8, _PIECE // format.block, *(_PIECE for _ in full))
-        yield from zip(*(t.split(size) for t, size in zip((codes, scale, *full), sizes, strict=True)), strict=True)
+        yield full, stored
+        return
+    if leads and one[0].numel() >= _PIECE:
+        for i in range(len(one)):
+            yield from _pieces(tuple(t[i] for t in full), tuple(t[i] for t in stored), per)
+        return
+    size = _PIECE // one[0].numel()
+    wide = [t.split(size) for t in full]
+    narrow = [t.split(size if leads else size // n) for t, n in zip(stored, per, strict=True)]
+    for k in range(len(wide[0])):
+        yield tuple(t[k] for t in wide), tuple(t[k] for t in narrow)

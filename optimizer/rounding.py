@@ -6,7 +6,7 @@ A bf16 number has 8 significant bits; a step of less than 2^-9 of a weight round
 state. Random numbers are a function of (element, step, seed) alone, so neither threads nor the order of work matter.
 On the bits of the exact fp32 value, read as an unsigned integer ``x`` (sign and magnitude: it rounds the magnitude)::
 
-    r      = 24-bit number of the element >> 8                          0 .. 65535, see ``uniform_bits``
+    r      = hashed(element's row-major index, step, seed ^ 0x5BD1E995) >> 16        0 .. 65535
     bf16   = (x + r) >> 16                                              infinities and NaN: rounded as torch does
 
 so the magnitude rounds up with probability (low 16 bits) / 65536. Source: the rounding of Gupta et al.,
@@ -32,36 +32,32 @@ PARAMETER_STREAM = 0x5BD1E995
 _MASK = 0xFFFFFFFF
 
 
-def uniform_bits(numel: int, step: int, seed: int, first: int = 0, device: torch.device | None = None) -> Tensor:
-    """Counter-based random numbers: 24 bits for each element.
+def hashed(index: Tensor, step: int | Tensor, seed: int) -> Tensor:
+    """Counter-based random numbers of 32 bits.
 
-    For the element with row-major index i of its tensor, all modulo 2^32::
+    For index i, all modulo 2^32::
 
         x = i * 0x9E3779B9 + step * 0x85EBCA6B + seed
         x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16
-        result = x >> 8
 
-    The finaliser is Wellons' lowbias32. Two elements whose indices differ by a multiple of 2^32 share a number.
+    The finaliser is Wellons' lowbias32. Indices that differ by a multiple of 2^32 share a number.
 
     Args:
-        numel: how many.
-        step: the optimizer's step, 1 at the first.
+        index: int64, >= 0, any shape; not changed.
+        step: the optimizer's step, 1 at the first; an int64 tensor where it must not be waited for.
         seed: of the tensor, uint32.
-        first: index of the first one.
-        device: of the result.
 
     Returns:
-        int64 [numel], in 0 .. 2^24 - 1; times 2^-24 it is uniform in [0, 1).
+        int64, shape of ``index``, in 0 .. 2^32 - 1.
     """
     start = (step * 0x85EBCA6B + seed) & _MASK
-    x = torch.arange(first, first + numel, device=device).bitwise_and_(_MASK)
-    x.mul_(0x9E3779B9 - (1 << 32)).add_(start).bitwise_and_(_MASK)  # the negative twin: products stay within int64
+    x = (index & _MASK).mul_(0x9E3779B9 - (1 << 32)).add_(start).bitwise_and_(_MASK)  # the negative twin fits int64
     x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
     x.bitwise_xor_(x >> 15).mul_(0x846CA68B - (1 << 32)).bitwise_and_(_MASK)
-    return x.bitwise_xor_(x >> 16).bitwise_right_shift_(8)
+    return x.bitwise_xor_(x >> 16)
 
 
-def stochastic(exact: Tensor, *, step: int, seed: int, first: int = 0) -> Tensor:
+def stochastic(exact: Tensor, *, step: int | Tensor, seed: int, first: int = 0) -> Tensor:
     """fp32 values rounded to bf16 at random, right on average.
 
     Args:
@@ -73,7 +69,8 @@ def stochastic(exact: Tensor, *, step: int, seed: int, first: int = 0) -> Tensor
     Returns:
         bf16, shape of ``exact``.
     """
-    noise = uniform_bits(exact.numel(), step, seed ^ PARAMETER_STREAM, first, exact.device).bitwise_right_shift_(8)
+    index = torch.arange(first, first + exact.numel(), device=exact.device)
+    noise = hashed(index, step, seed ^ PARAMETER_STREAM).bitwise_right_shift_(16)
     bits = exact.contiguous().view(torch.int32).flatten()
     # Adding to the bits carries from the mantissa into the exponent where it must; infinities and NaN stay out of it.
     moved = bits.add(noise.to(torch.int32)).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
@@ -98,7 +95,7 @@ def kahan(param: Tensor, compensation: Tensor, delta: Tensor) -> tuple[Tensor, T
 
 def apply(
     param: Tensor, change: Tensor, *, decay: float | Tensor, how: str | None = None, compensation: Tensor | None = None,
-    step: int = 0, seed: int = 0, first: int = 0,
+    step: int | Tensor = 0, seed: int = 0, first: int = 0,
 ) -> None:  # fmt: skip
     """``param = (1 - decay) * param - change``, computed in ``change``'s dtype and rounded once, in place.
 
@@ -126,7 +123,9 @@ def apply(
         param.copy_(stochastic(param.float() * (1 - decay) - change, step=step, seed=seed, first=first))
         return
     if compensation is None:
-        raise ValueError("bf16_rounding='kahan' needs a bf16 compensation of the parameter's shape; give zeros at first")
+        raise ValueError(
+            "bf16_rounding='kahan' needs a bf16 compensation of the parameter's shape; give zeros at first"
+        )
     new, left = kahan(param, compensation, param.float() * -decay - change)
     param.copy_(new)
     compensation.copy_(left)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from optimizer import AdamMini, Rules, tag
 from optimizer import moments as few_bits
+from optimizer.convert import moment
 from tests.optimizer.models import GPT, Llama, batch, loss_of
 
 ADAM = {torch.optim.Adam: {"weight_decay": 0.0}, torch.optim.AdamW: {"weight_decay": 0.01}}
@@ -453,14 +454,17 @@ def wide(exp_avg_dtype: Any, seed: int = 0) -> tuple[nn.Parameter, AdamMini]:
 def codes_of(p: nn.Parameter, kind: str) -> dict[str, torch.Tensor]:
     """Quantised state of a random first moment."""
     m = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
-    codes, scale = few_bits.quantise(m, few_bits.FORMATS[kind])
+    codes, scale = few_bits.quantise(m, few_bits.FORMATS[kind], step=3, seed=0)
     v = torch.rand(64, 1, generator=torch.Generator().manual_seed(8))
     return {"step": torch.tensor(3.0), "exp_avg": codes, "exp_avg_scale": scale, "exp_avg_sq": v, "plain": m}
 
 
+@pytest.mark.parametrize("piece", [1, 1 << 18])
 @pytest.mark.parametrize("new", [None, torch.bfloat16, "int8", "int4"])
 @pytest.mark.parametrize("old", [None, "int8", "int4"])
-def test_first_moments_change_their_form_on_loading(old: Any, new: Any, caplog) -> None:
+def test_first_moments_change_their_form_on_loading(old: Any, new: Any, piece: int, caplog, monkeypatch) -> None:
+    """The same bits whatever the size of the pieces it is done in."""
+    monkeypatch.setattr(moment, "_PIECE", piece)
     p, opt = wide(old)
     state = codes_of(p, old or "int8")
     exact = state.pop("plain")
@@ -479,7 +483,7 @@ def test_first_moments_change_their_form_on_loading(old: Any, new: Any, caplog) 
         if old == new:
             assert equal(got, state) and not caplog.records
             return
-        codes, scale = few_bits.quantise(exact, few_bits.FORMATS[new])
+        codes, scale = few_bits.quantise(exact, few_bits.FORMATS[new], step=3, seed=0)
         assert equal(got, {**state, "exp_avg": codes, "exp_avg_scale": scale})
         assert f"exp_avg quantised from {old or 'torch.float32'} to {new} (1x)" in caplog.text
     else:
