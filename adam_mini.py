@@ -176,11 +176,11 @@ class Adam_mini(AdamMini):
             self._resolve()
         super().init_state()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load state as ``AdamMini`` does; fixes the blocks if no step has yet."""
         if not self._resolved:
             self._resolve()
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, convert=convert)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind; fixes the blocks if no step has yet."""
