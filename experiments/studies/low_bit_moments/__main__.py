@@ -69,9 +69,11 @@ def stage(name: str, folder: Path) -> None:
             write_json(path, document)
     for row in document["comparison"]:
         if "mean_difference" in row:
-            print("{arm:40s} n={n} {mean_difference:+.4f} ± {standard_error:.4f}".format(**row))
+            low, high = row["interval_95"]
+            print("{arm:46s} n={n} {mean_difference:+.4f} ± {standard_error:.4f}".format(**row), end=" ")
+            print(f"[{low:+.4f}, {high:+.4f}] {'passes' if row['passes'] else 'fails'}")
         else:
-            print(f"{row['arm']:40s} n={row['n']} diverged")
+            print(f"{row['arm']:46s} n={row['n']} diverged")
 
 
 def main(
