@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout, Role, Unit
@@ -165,9 +166,15 @@ class Adam_mini(AdamMini):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step; the first one fixes the blocks."""
-        if not self._resolved:
+        if not torch.compiler.is_compiling() and not self._resolved:
             self._resolve()
         return super().step(closure)
+
+    def init_state(self) -> None:
+        """Make all state now; fixes the blocks if no step has yet."""
+        if not self._resolved:
+            self._resolve()
+        super().init_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state as ``AdamMini`` does; fixes the blocks if no step has yet."""

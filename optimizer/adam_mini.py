@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .engines import Engines
+from .engines import Engines, register, traced_step
 from .groups import anatomies_by_identity, describe, groups_of, named
 from .hyper import Hyper
 from .options import validate
@@ -105,6 +104,7 @@ class AdamMini(torch.optim.Optimizer):
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
         self._engines = Engines()
+        self._handle = register(self)
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
         # Known only while the groups are being made: parameters may be swapped for others later on.
@@ -162,7 +162,7 @@ class AdamMini(torch.optim.Optimizer):
         """Whether torch.amp.GradScaler leaves unscaling and the check for inf to ``step``: asked for by ``fused``."""
         return bool(self.defaults["fused"])
 
-    @_use_grad_for_differentiable
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -177,21 +177,31 @@ class AdamMini(torch.optim.Optimizer):
                 no longer fits its parameter, or ``fused=True`` where it cannot be; nothing has changed then.
             ValueError: a parameter whose shape no longer fits its layout; likewise.
         """
-        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
-            return loss
+        if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
+            traced_step(self, self._handle)
+        elif not self._skips():
+            self._accelerator_graph_capture_health_check()
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                self._step()
+        return loss
+
+    def _step(self) -> None:
+        """Check everything, then let the engines move it."""
         work = [
             self._engines.prepare(g, group, layouts, self.state)
             for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))
         ]
         for part in work:
             self._engines.step(part, self._hyper(part.group), self._state_of)
-        return loss
+
+    def _skips(self) -> bool:
+        """Whether a GradScaler found that this step must not happen; on other devices the engines look themselves."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
 
     def _step_parameter(self, g: int, i: int) -> None:
         """Take the step of one parameter alone."""
@@ -291,7 +301,7 @@ class AdamMini(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
         super().__setstate__(state)
-        self._engines = Engines()
+        self._engines, self._handle = Engines(), register(self)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
