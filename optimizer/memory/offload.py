@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adam_mini import AdamMini
-from ..engines.dispatch import require_steppable
 from ..groups import describe
 from .release import reduced_later, without_owning
 
@@ -120,7 +119,9 @@ class CPUOffload(torch.optim.Optimizer):
         """Start the copy of a gradient to the host, behind what the accelerator is computing now."""
         mirror, grad = self._mirrors[parameter], parameter.grad
         assert grad is not None
-        require_steppable(parameter, grad, describe(self.param_groups[mirror.g], mirror.g, mirror.i))
+        if grad.layout is not torch.strided:
+            where = describe(self.param_groups[mirror.g], mirror.g, mirror.i)
+            raise RuntimeError(f"{where} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))")
         module, stream = torch.get_device_module(grad.device), self._stream(grad.device)
         stream.wait_stream(module.current_stream(grad.device))
         with module.stream(stream):
@@ -142,6 +143,7 @@ class CPUOffload(torch.optim.Optimizer):
             self._streams[device] = module.Stream() if device.type == "cpu" else module.Stream(device)
         return self._streams[device]
 
+    @torch._disable_dynamo  # copies and streams are nothing to compile; as torch does it, without importing dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on the host and send the parameters back.

@@ -72,6 +72,20 @@ def two_processes() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("build", [lambda m: gradient_release(AdamMini(m, **OPTIONS)).optimizer,
+                                   lambda m: CPUOffload(m, **OPTIONS)], ids=["release", "offload"])  # fmt: skip
+def test_under_a_compiled_model_and_step(build: Any) -> None:
+    plain, model = Llama(), Llama()
+    train(plain, AdamMini(plain, **OPTIONS), range(3))
+    optimizer = build(model)
+    compiled, step = torch.compile(model, backend="eager"), torch.compile(optimizer.step, backend="eager")
+    for t in range(3):
+        loss_of(compiled, t).backward()
+        step()
+        optimizer.zero_grad()
+    same(model, plain)
+
+
 @pytest.mark.parametrize("build", [lambda m: gradient_release(AdamMini(m)).optimizer, CPUOffload])
 def test_parameters_are_freed_with_their_optimizer(build: Any) -> None:
     model = Llama()
