@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..state import moment_dtype
-from ..update import second_moment_dtype
 from . import native
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
@@ -86,9 +85,6 @@ def _require_fused(parameter: Tensor, grad: Tensor, state: Mapping[str, Any], wh
     """Raise RuntimeError where ``fused=True`` was asked for and cannot be given."""
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
-    kept = state or {"exp_avg": parameter, "exp_avg_sq": torch.zeros((), dtype=second_moment_dtype(parameter))}
-    if native.accepts(parameter, grad, kept["exp_avg"], kept["exp_avg_sq"]) is None:
-        raise RuntimeError(
-            f"fused=True, but {where} is on {parameter.device}, {parameter.dtype}, strides {parameter.stride()}, its "
-            f"gradient {grad.dtype}, strides {grad.stride()}; no fused engine takes these: use fused=None"
-        )
+    reason = native.obstacle(parameter, grad, state)
+    if reason is not None:
+        raise RuntimeError(f"fused=True, but no fused engine takes {where} and its gradient: {reason}; use fused=None")

@@ -19,8 +19,9 @@ from .traced import traced_update
 
 
 class Item(NamedTuple):
-    """One tensor of a step."""
+    """One tensor of a step: its position in its group, and what moves."""
 
+    position: int
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
@@ -43,10 +44,12 @@ class Engines:
 
     def __init__(self) -> None:
         self._ready: dict[int, list[native.Ready | None]] = {}  # by group position
+        self._batches: dict[int, native.Batches] = {}  # likewise: what the native loop took in the last step
 
     def forget(self) -> None:
         """Layouts or state were replaced: look everything up again."""
         self._ready.clear()
+        self._batches.clear()
 
     def prepare(
         self,
@@ -63,19 +66,26 @@ class Engines:
             ValueError: a parameter whose shape no longer fits its layout.
             AssertionError: flags that torch refuses at a step.
         """
-        work = Work(g, group, layouts, native.Batches(), [])
+        parameters = group["params"]
         ready = self._ready.setdefault(g, [None] * len(layouts))
         if group["foreach"] and group["differentiable"]:
             raise AssertionError("foreach=True keeps no graph; use foreach=None with differentiable=True")
         usable = _may_fuse(group) and native.available()
-        for i in range(len(layouts)) if only is None else (only,):
-            parameter = group["params"][i]
+        last = self._batches.get(g) if usable and only is None else None
+        if last is not None and last.takes(parameters, [p.grad for p in parameters], states):
+            work, rest = Work(g, group, layouts, last, []), last.others
+        else:
+            work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), list(range(len(layouts)))
+            if only is None:
+                self._batches[g] = work.batches
+        for i in rest if only is None else (only,):
+            parameter = parameters[i]
             grad = parameter.grad
             if grad is None:
                 continue
             known = ready[i]
             if usable and known is not None and known.takes(parameter, grad, states.get(parameter, {})):
-                work.batches.add(known, parameter, grad)
+                work.batches.add(known, parameter, grad, i)
                 continue
             where = describe(group, g, i)
             require_takeable(parameter, grad, states.get(parameter) or {}, group, where)
@@ -86,7 +96,7 @@ class Engines:
     def step(self, work: Work, hyper: Hyper, state_of: Callable[[int, int], dict[str, Any]]) -> None:
         """Let each engine take its own; ``state_of(g, i)`` gives a parameter's state, made if need be."""
         params = work.group["params"]
-        items = [Item(params[i], params[i].grad, state_of(work.g, i), work.layouts[i]) for i in work.others]
+        items = [Item(i, params[i], params[i].grad, state_of(work.g, i), work.layouts[i]) for i in work.others]
         ready = self._ready[work.g]
         for i, taken in zip(work.others, run(items, work.group, hyper, work.batches), strict=True):
             ready[i] = taken
@@ -100,13 +110,13 @@ def run(
     Returns:
         For each item what the native loop can be told again next time, or None where another engine took it.
     """
-    batches = native.Batches() if batches is None else batches
+    batches = native.Batches(len(items)) if batches is None else batches
     usable = _may_fuse(group) and native.available()
-    taken = [native.prepare(*item) if usable else None for item in items]
+    taken = [native.prepare(*item[1:]) if usable else None for item in items]
     batched = []
     for item, ready in zip(items, taken, strict=True):
         if ready is not None:
-            batches.add(ready, item.param, item.grad)
+            batches.add(ready, item.param, item.grad, item.position)
         elif _batches(group, item.param):
             batched.append(item)
         elif group["differentiable"] or group["capturable"]:
@@ -133,14 +143,14 @@ def _batches(group: Mapping[str, Any], parameter: Tensor) -> bool:
 
 
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
-    param, grad, state, layout = item
+    _, param, grad, state, layout = item
     traced_update(
         param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper, differentiable=differentiable
     )
 
 
 def _eager(item: Item, hyper: Hyper) -> None:
-    param, grad, state, layout = item
+    _, param, grad, state, layout = item
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     state["step"] += 1
@@ -149,7 +159,7 @@ def _eager(item: Item, hyper: Hyper) -> None:
 
 
 def _foreach(batched: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
-    params, grads, states, layouts = (list(column) for column in zip(*batched, strict=True))
+    _, params, grads, states, layouts = (list(column) for column in zip(*batched, strict=True))
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     foreach_update(
         params, grads, first, second, steps, layouts, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,

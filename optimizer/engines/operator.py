@@ -78,7 +78,7 @@ def _step(
     for i, param, grad in zip(positions, params, grads, strict=True):
         state: dict[str, Any] = {name: next(given) for name in sorted(optimizer.state[own["params"][i]])}
         require_takeable(param, grad, state, own, describe(own, group, i))
-        items.append(Item(param, grad, state, optimizer._layouts[group][i]))
+        items.append(Item(i, param, grad, state, optimizer._layouts[group][i]))
     if not optimizer._skips():
         run(items, own, optimizer._hyper(own))
 

@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_deca
 def take(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: Tensor, layout: Layout, *, maximize: bool = False) -> None:
     ready = native.prepare(p, g, {"exp_avg": m, "exp_avg_sq": v, "step": t}, layout)
     assert ready is not None
-    batches = native.Batches()
+    batches = native.Batches(1)
     batches.add(ready, p, g)
     batches.step(lr=1e-2, maximize=maximize, **COMMON)
 
@@ -119,24 +119,24 @@ def test_whole_models_follow_the_eager_step(make: Any, rules: str) -> None:
 
 
 def test_what_it_cannot_take_goes_the_eager_way() -> None:
-    """Strides, and everything else, in one optimizer; fused=True says what is in the way."""
-    weight = nn.Parameter(torch.randn(6, 4).t())
-    plain = nn.Parameter(torch.randn(4, 6))
-    expected = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in (weight, plain)]
-    both = AdamMini([("a.weight", weight), ("b.weight", plain)], lr=0.1)
-    eager = AdamMini([("a.weight", expected[0]), ("b.weight", expected[1])], lr=0.1, fused=False)
-    for p, q in zip((weight, plain), expected, strict=True):
-        p.grad = torch.ones(3, 1).sum() * torch.ones_like(p)
-        q.grad = p.grad.clone(memory_format=torch.preserve_format)
-    both.step()
-    eager.step()
-    for p, q in zip((weight, plain), expected, strict=True):
+    """Gradients in a dtype of their own, beside what it takes, in one optimizer; fused=True says what is in the way."""
+    made = []
+    for fused in (None, False):
+        torch.manual_seed(0)
+        wide, plain = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4, 6))
+        wide.grad_dtype = torch.bfloat16
+        optimizer = AdamMini([("a.weight", wide), ("b.weight", plain)], lr=0.1, fused=fused)
+        for _ in range(3):
+            wide.grad, plain.grad = torch.ones(6, 4, dtype=torch.bfloat16), torch.ones(4, 6)
+            optimizer.step()
+        made.append((wide, plain))
+    for p, q in zip(*made, strict=True):
         torch.testing.assert_close(p, q)
-    strict = AdamMini([("a.weight", weight)], lr=0.1, fused=True)
-    before = weight.detach().clone()
-    with pytest.raises(RuntimeError, match=r"fused=True.*a\.weight.*strides \(1, 4\).*fused=None"):
+    strict = AdamMini([("a.weight", made[0][0])], lr=0.1, fused=True)
+    before = made[0][0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"fused=True.*a\.weight.*torch\.float32 and torch\.bfloat16.*fused=None"):
         strict.step()
-    assert torch.equal(weight, before)
+    assert torch.equal(made[0][0], before)
 
 
 def test_expanded_gradients_are_read_right() -> None:

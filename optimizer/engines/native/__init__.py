@@ -1,6 +1,6 @@
-"""The step as one pass over memory, for dense CPU tensors."""
+"""The step as one pass over memory, for CPU tensors."""
 
 from .library import available
-from .step import Batches, Ready, accepts, describe, prepare
+from .step import Batches, Ready, obstacle, prepare
 
-__all__ = ["Batches", "Ready", "accepts", "available", "describe", "prepare"]
+__all__ = ["Batches", "Ready", "available", "obstacle", "prepare"]

@@ -1,284 +1,154 @@
 // Adam-mini over a list of tensors in one pass (arXiv 2406.16793, Algorithm 1), for CPUs.
 //
-// A tensor is seen as [outer][between][axis][inner] (row-major, dense); its blocks are runs along axis, repeated for
-// each outer index. What a row-wise run needs twice, its gradient, is read the second time from cache; where a run is
-// too long for that, or lies across memory, the tensor takes two passes.
+// The steps of all tensors are cut into pieces that threads take as they come free; how they are cut does not depend on
+// the number of threads, and so neither does any result.
 //
 // Every operation rounds as torch's own would, one by one: the build switches contraction off.
 // No header of torch is used: the library builds in seconds and does not depend on torch's C++ interface.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include <deque>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "dense.h"
+#include "low_bit.h"
+#include "strided.h"
 
 namespace {
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { _Float16 value; };
+using namespace adam_mini;
 
-inline double load(const double* p) { return *p; }
-inline float load(const float* p) { return *p; }
-inline float load(const float16* p) { return static_cast<float>(p->value); }
-inline float load(const bfloat16* p) {
-  const uint32_t wide = static_cast<uint32_t>(p->bits) << 16;
-  float out;
-  std::memcpy(&out, &wide, sizeof out);
+struct Hyper { double lr, beta1, beta2, eps, weight_decay, unscale; };
+
+// The numbers of a step, in both precisions.
+struct Steps {
+  Step<float> single;
+  Step<double> wide;
+
+  Steps(const Hyper& h, double t) : single(of<float>(h, t)), wide(of<double>(h, t)) {}
+
+  template <typename T>
+  static Step<T> of(const Hyper& h, double t) {
+    return {T(h.beta1), T(1 - h.beta1), T(h.beta2), T(1 - h.beta2), T(1 - h.lr * h.weight_decay),
+            T(-h.lr * h.weight_decay), T(h.unscale), T(h.lr / (1 - std::pow(h.beta1, t))),
+            T(std::sqrt(1 - std::pow(h.beta2, t))), T(h.eps), static_cast<uint32_t>(t)};
+  }
+  const void* get(const float*) const { return &single; }
+  const void* get(const double*) const { return &wide; }
+};
+
+struct Plan {
+  std::vector<Task> tasks;
+  std::vector<std::pair<Task, void (*)(const Task&, int)>> whole;  // tensors that all threads share, one by one
+  int64_t pieces = 0, elements = 0;
+
+  void add(Task task, void (*piece)(const Task&, int64_t), int64_t window, int64_t pieces_each) {
+    task.piece = piece;
+    task.window = window;
+    task.first = pieces;
+    task.pieces = pieces_each * task.windows();
+    pieces += task.pieces;
+    elements += task.layout.numel();
+    tasks.push_back(task);
+  }
+};
+
+int64_t longest(const Layout& l) {
+  int64_t out = 0;
+  for (int64_t k = 0; k < l.segments; ++k) out = std::max(out, l.lengths[2 * k]);
   return out;
 }
 
-inline void store(double* p, double x) { *p = x; }
-inline void store(float* p, float x) { *p = x; }
-inline void store(float16* p, float x) { p->value = static_cast<_Float16>(x); }
-inline void store(bfloat16* p, float x) {
-  uint32_t wide;
-  std::memcpy(&wide, &x, sizeof wide);
-  const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const uint32_t nan = (wide >> 16) | 0x40u;
-  p->bits = static_cast<uint16_t>((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
-}
-
-// What is the same for every element of a tensor. T: float, or double for double parameters.
-template <typename T>
-struct Step {
-  T beta1, beta2, keep;  // keep: 1 - lr * weight_decay
-  T unscale;             // gradients are multiplied by this (+-1 / grad scale)
-  T lr_corrected;        // lr / (1 - beta1^t)
-  T root2;               // sqrt(1 - beta2^t)
-  T eps;
-
-  T factor(T v) const { return lr_corrected / (std::sqrt(v) / root2 + eps); }
-};
-
-struct Layout {
-  int64_t outer, between, axis, inner, repeat, segments;
-  const int64_t* lengths;  // (length, count) pairs
-  int64_t numel() const { return outer * between * axis * inner; }
-};
-
-constexpr int64_t kChunk = 1 << 15;  // elements of a piece of work: a few cache lines short of L2
-
-template <typename T, typename G>
-double sum_of_squares(const G* g, int64_t n) {
-  double total = 0;
-  for (int64_t start = 0; start < n; start += 4096) {  // short sums in T, their sum in double
-    const int64_t stop = std::min(n, start + 4096);
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t i = start; i < stop; ++i) {
-      const T x = load(g + i);
-      part += x * x;
-    }
-    total += part;
+template <typename T, typename P, typename M, int R>
+void plan(Plan& out, Task task, const Steps& steps) {
+  const Layout& l = task.layout;
+  task.step = steps.get(static_cast<const T*>(nullptr));
+  const int64_t across = l.between * l.inner;  // elements of an index
+  int64_t window = std::max<int64_t>(1, kChunk / across);
+  if (l.form == kStrided) return out.add(task, strided_piece<T, P, M, R>, window, l.outer);
+  if (l.between > 1) {
+    if (l.inner == 1 && l.ones()) window = std::max<int64_t>(64, window / 64 * 64);  // strips of whole cache lines
+    return out.add(task, columns_piece<T, P, M, R>, window, l.outer);
   }
-  return total;
+  out.add(task, rows_piece<T, P, M, R>, window, 1);
+  if (longest(l) * l.inner > kLong) out.whole.emplace_back(task, long_runs<T, P, M, R>);
 }
 
-template <typename T, typename P, typename G, typename M>
-void update(P* p, const G* g, M* m, int64_t n, const Step<T>& s, T factor) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T moment = s.beta1 * load(m + i) + (T(1) - s.beta1) * (s.unscale * load(g + i));
-    store(m + i, moment);
-    store(p + i, s.keep * load(p + i) - factor * load(m + i));
-  }
-}
-
-template <typename T, typename P, typename G, typename M>
-void update_each(P* p, const G* g, M* m, T* v, int64_t n, const Step<T>& s) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T x = s.unscale * load(g + i);
-    const T second = s.beta2 * v[i] + (T(1) - s.beta2) * x * x;
-    v[i] = second;
-    store(m + i, s.beta1 * load(m + i) + (T(1) - s.beta1) * x);
-    store(p + i, s.keep * load(p + i) - load(m + i) * (s.lr_corrected / (std::sqrt(second) / s.root2 + s.eps)));
-  }
-}
-
-template <typename T>
-T advance(T v, double mean, const Step<T>& s) {
-  return s.beta2 * v + (T(1) - s.beta2) * static_cast<T>(mean) * s.unscale * s.unscale;
-}
-
-struct Run { int64_t first, length; };  // along the axis, outer indices laid end to end
-
-std::vector<Run> runs_of(const Layout& l) {
-  std::vector<Run> out;
-  int64_t at = 0;
-  for (int64_t o = 0; o < l.outer * l.repeat; ++o)
-    for (int64_t k = 0; k < l.segments; ++k)
-      for (int64_t c = 0; c < l.lengths[2 * k + 1]; ++c) {
-        out.push_back({at, l.lengths[2 * k]});
-        at += l.lengths[2 * k];
-      }
-  return out;
-}
-
-bool all_ones(const Layout& l) {
-  for (int64_t k = 0; k < l.segments; ++k)
-    if (l.lengths[2 * k] != 1) return false;
-  return true;
-}
-
-// Runs that are contiguous in memory: nothing between the outer axes and the axis.
-template <typename T, typename P, typename G, typename M>
-void rows(P* p, const G* g, M* m, T* v, const Layout& l, const Step<T>& s, int threads) {
-  if (all_ones(l)) {
-    const int64_t n = l.outer * l.axis;
-    if (l.inner == 1) {
-#pragma omp parallel for num_threads(threads) if (n > kChunk) schedule(static)
-      for (int64_t start = 0; start < n; start += kChunk)
-        update_each(p + start, g + start, m + start, v + start, std::min(kChunk, n - start), s);
-      return;
-    }
-#pragma omp parallel for num_threads(threads) if (n * l.inner > kChunk) schedule(static)
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t at = r * l.inner;
-      v[r] = advance(v[r], sum_of_squares<T>(g + at, l.inner) / l.inner, s);
-      update(p + at, g + at, m + at, l.inner, s, s.factor(v[r]));
-    }
+template <typename T, typename P, typename Q, int R>
+void plan_low_bit(Plan& out, Task task, const Steps& steps) {
+  const Layout& l = task.layout;
+  task.step = steps.get(static_cast<const T*>(nullptr));
+  task.window = std::max<int64_t>(1, kChunk / (l.between * l.inner));
+  if (l.between > 1 || l.inner % l.row != 0) {
+    task.window = std::max<int64_t>(64, task.window / 64 * 64);
+    out.whole.emplace_back(task, low_bit_any<T, P, Q, R>);
     return;
   }
-  const std::vector<Run> runs = runs_of(l);
-  const int64_t n = static_cast<int64_t>(runs.size());
-  const bool few = n < 2 * threads && l.numel() > kChunk;
-  if (!few) {
-#pragma omp parallel for num_threads(threads) if (l.numel() > kChunk) schedule(dynamic, 1 + n / (8 * threads))
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t at = runs[r].first * l.inner, count = runs[r].length * l.inner;
-      const T second = advance(v[runs[r].first], sum_of_squares<T>(g + at, count) / count, s);
-      std::fill(v + runs[r].first, v + runs[r].first + runs[r].length, second);
-      update(p + at, g + at, m + at, count, s, s.factor(second));
-    }
-    return;
-  }
-  for (const Run& run : runs) {  // long runs: all threads on each
-    const int64_t at = run.first * l.inner, count = run.length * l.inner, pieces = (count + kChunk - 1) / kChunk;
-    std::vector<double> parts(pieces);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < pieces; ++c)
-      parts[c] = sum_of_squares<T>(g + at + c * kChunk, std::min(kChunk, count - c * kChunk));
-    double total = 0;
-    for (double part : parts) total += part;
-    const T second = advance(v[run.first], total / count, s);
-    std::fill(v + run.first, v + run.first + run.length, second);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < pieces; ++c) {
-      const int64_t i = at + c * kChunk;
-      update(p + i, g + i, m + i, std::min(kChunk, count - c * kChunk), s, s.factor(second));
-    }
-  }
+  out.add(task, low_bit_rows_piece<T, P, Q, R>, task.window, 1);
+  if (longest(l) * l.inner > kLong) out.whole.emplace_back(task, low_bit_long_runs<T, P, Q, R>);
 }
 
-// Blocks across memory: one outer index at a time, [between][axis][inner]; columns in strips that stay in cache.
-template <typename T, typename P, typename G, typename M>
-void columns(P* p, const G* g, M* m, T* v, const Layout& l, const Step<T>& s, int threads) {
-  const int64_t width = l.axis * l.inner, plane = l.between * width;
-  const bool ones = all_ones(l) && l.inner == 1;
-  const int64_t strip = ones ? std::max<int64_t>(64, std::min(width, kChunk / std::max<int64_t>(1, l.between) / 64 * 64))
-                             : width;
-  const int64_t strips = (width + strip - 1) / strip;
-  const double share = static_cast<double>(l.between) * l.inner;
-  if (ones) {
-#pragma omp parallel for num_threads(threads) if (l.numel() > kChunk) schedule(static)
-    for (int64_t k = 0; k < l.outer * strips; ++k) {
-      const int64_t o = k / strips, from = k % strips * strip, n = std::min(strip, width - from);
-      std::vector<T> sums(n, T(0)), factors(n);
-      for (int64_t b = 0; b < l.between; ++b) {
-        const G* row = g + o * plane + b * width + from;
-        T* acc = sums.data();
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const T x = load(row + i);
-          acc[i] += x * x;
-        }
-      }
-      T* second = v + o * l.axis + from;
-      for (int64_t i = 0; i < n; ++i) {
-        second[i] = advance(second[i], sums[i] / share, s);
-        factors[i] = s.factor(second[i]);
-      }
-      for (int64_t b = 0; b < l.between; ++b) {
-        const int64_t at = o * plane + b * width + from;
-        const T* f = factors.data();
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) {
-          const T moment = s.beta1 * load(m + at + i) + (T(1) - s.beta1) * (s.unscale * load(g + at + i));
-          store(m + at + i, moment);
-          store(p + at + i, s.keep * load(p + at + i) - f[i] * load(m + at + i));
-        }
-      }
-    }
-    return;
-  }
-  const std::vector<Run> runs = runs_of(l);
-  const int64_t per_outer = static_cast<int64_t>(runs.size()) / std::max<int64_t>(1, l.outer);
-#pragma omp parallel for num_threads(threads) if (l.numel() > kChunk) schedule(static)
-  for (int64_t k = 0; k < l.outer * per_outer; ++k) {
-    const Run run = runs[k];
-    const int64_t o = k / per_outer, first = run.first - o * l.axis, count = run.length * l.inner;
-    double total = 0;
-    for (int64_t b = 0; b < l.between; ++b)
-      total += sum_of_squares<T>(g + o * plane + b * width + first * l.inner, count);
-    const T second = advance(v[run.first], total / (share * run.length), s);
-    std::fill(v + run.first, v + run.first + run.length, second);
-    for (int64_t b = 0; b < l.between; ++b) {
-      const int64_t at = o * plane + b * width + first * l.inner;
-      update(p + at, g + at, m + at, count, s, s.factor(second));
-    }
-  }
+template <typename T, typename P, int R>
+void plan_moment(Plan& out, const Task& task, const Steps& steps) {
+  const int64_t moment = task.record->moment_dtype;
+  if (moment == 8) plan_low_bit<T, P, Int8, R>(out, task, steps);
+  else if (moment == 4) plan_low_bit<T, P, Int4, R>(out, task, steps);
+  else if (moment == task.record->dtype) plan<T, P, P, R>(out, task, steps);
+  else if (moment == 1) plan<T, P, float, R>(out, task, steps);
+  else if constexpr (std::is_same_v<P, float>) plan<T, P, bfloat16, R>(out, task, steps);
 }
 
-template <typename T, typename P, typename M>
-void one(const int64_t* pointers, const Step<T>& step, int threads) {
-  P* p = reinterpret_cast<P*>(pointers[0]);
-  const P* g = reinterpret_cast<const P*>(pointers[1]);
-  M* m = reinterpret_cast<M*>(pointers[2]);
-  T* v = reinterpret_cast<T*>(pointers[3]);
-  const int64_t* meta = reinterpret_cast<const int64_t*>(pointers[5]);
-  const Layout layout{meta[0], meta[1], meta[2], meta[3], meta[4], meta[5], meta + 6};
-  if (layout.numel() == 0) return;
-  if (layout.between == 1)
-    rows(p, g, m, v, layout, step, threads);
-  else
-    columns(p, g, m, v, layout, step, threads);
+void plan_tensor(Plan& out, const Task& task, const Steps& steps) {
+  const Record& r = *task.record;
+  if (r.dtype == 0) plan_moment<double, double, kNearest>(out, task, steps);
+  else if (r.dtype == 1) plan_moment<float, float, kNearest>(out, task, steps);
+  else if (r.dtype == 3) plan_moment<float, float16, kNearest>(out, task, steps);
+  else if (r.rounding == kStochastic) plan_moment<float, bfloat16, kStochastic>(out, task, steps);
+  else if (r.rounding == kKahan) plan_moment<float, bfloat16, kKahan>(out, task, steps);
+  else plan_moment<float, bfloat16, kNearest>(out, task, steps);
+}
+
+void take(const Plan& plan, int threads) {
+  if (plan.elements <= kChunk || threads == 1) {
+    for (const Task& task : plan.tasks)
+      for (int64_t k = 0; k < task.pieces; ++k) task.piece(task, k);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t k = 0; k < plan.pieces; ++k) {
+    const auto after = std::upper_bound(plan.tasks.begin(), plan.tasks.end(), k,
+                                        [](int64_t piece, const Task& task) { return piece < task.first; });
+    const Task& task = *(after - 1);
+    task.piece(task, k - task.first);
+  }
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t adam_mini_abi() { return 1; }
+int64_t adam_mini_abi() { return 2; }
 
-// pointers: for each tensor param, grad, exp_avg, exp_avg_sq, step (float, advanced here), layout
-// dtype: 0 double, 1 float, 2 bfloat16, 3 float16, of param and grad; moment likewise, or 1 beside 2 and 3
-// gradients are multiplied by sign / grad_scale
-void adam_mini_step(int64_t n, const int64_t* pointers, int64_t dtype, int64_t moment, double lr, double beta1,
-                    double beta2, double eps, double weight_decay, double sign, double grad_scale, int64_t threads) {
+// One step of n tensors, their counters included. records: see tensors.h; grads: an address each.
+// Gradients are multiplied by unscale: +-1 / grad scale.
+void adam_mini_step(int64_t n, const int64_t* records, const int64_t* grads, double lr, double beta1, double beta2,
+                    double eps, double weight_decay, double unscale, int64_t threads) {
+  const Hyper hyper{lr, beta1, beta2, eps, weight_decay, unscale};
+  std::deque<Steps> steps;
+  double last = 0;
+  Plan plan;
+  plan.tasks.reserve(n);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t* own = pointers + 6 * i;
-    float* taken = reinterpret_cast<float*>(own[4]);
-    const double t = static_cast<double>(*taken += 1.0f);
-    const auto fill = [&](auto zero) {
-      using T = decltype(zero);
-      return Step<T>{T(beta1), T(beta2), T(1 - lr * weight_decay), T(sign / grad_scale),
-                     T(lr / (1 - std::pow(beta1, t))), T(std::sqrt(1 - std::pow(beta2, t))), T(eps)};
-    };
-    const int used = static_cast<int>(threads);
-    if (dtype == 0) one<double, double, double>(own, fill(0.0), used);
-    else if (dtype == 1 && moment == 1) one<float, float, float>(own, fill(0.0f), used);
-    else if (dtype == 1 && moment == 2) one<float, float, bfloat16>(own, fill(0.0f), used);
-    else if (dtype == 2 && moment == 1) one<float, bfloat16, float>(own, fill(0.0f), used);
-    else if (dtype == 2 && moment == 2) one<float, bfloat16, bfloat16>(own, fill(0.0f), used);
-    else if (dtype == 3 && moment == 1) one<float, float16, float>(own, fill(0.0f), used);
-    else if (dtype == 3 && moment == 3) one<float, float16, float16>(own, fill(0.0f), used);
+    const Record* record = reinterpret_cast<const Record*>(records) + i;
+    const double t = static_cast<double>(*reinterpret_cast<float*>(record->counter) += 1.0f);
+    if (steps.empty() || t != last) steps.emplace_back(hyper, t);
+    last = t;
+    Task task{};
+    task.record = record;
+    task.grad = grads[i];
+    task.layout = layout_at(record->layout);
+    if (task.layout.numel() != 0) plan_tensor(plan, task, steps.back());
   }
+  take(plan, static_cast<int>(threads));
+  for (const auto& [task, all] : plan.whole) all(task, static_cast<int>(threads));
 }
 
 }  // extern "C"

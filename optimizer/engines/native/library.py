@@ -18,9 +18,10 @@ from pathlib import Path
 logger = logging.getLogger("optimizer")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
+_HEADERS = ("dense.h", "low_bit.h", "numbers.h", "strided.h", "tensors.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
           "-ffp-contract=off")  # fmt: skip
-_ABI = 1
+_ABI = 2
 _PATIENCE = 300  # seconds for a compiler
 
 
@@ -66,7 +67,8 @@ def _folders() -> Iterator[str]:
 def _key(compiler: str) -> str:
     """What the built file depends on: source, flags, compiler, and, for -march=native, the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_PATIENCE).stdout
-    facts = [_SOURCE.read_text(encoding="utf-8"), *_FLAGS, compiler, version, platform.machine(), _processor()]
+    sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *map(_SOURCE.with_name, _HEADERS))]
+    facts = [*sources, *_FLAGS, compiler, version, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 
@@ -127,7 +129,7 @@ def _load(path: Path) -> ctypes.CDLL:
     if loaded.adam_mini_abi() != _ABI:
         raise OSError(f"{path} has interface {loaded.adam_mini_abi()}, not {_ABI}")
     i, d = ctypes.c_int64, ctypes.c_double
-    loaded.adam_mini_step.argtypes = [i, ctypes.c_void_p, i, i, d, d, d, d, d, d, d, i]
+    loaded.adam_mini_step.argtypes = [i, ctypes.c_void_p, ctypes.c_void_p, d, d, d, d, d, d, i]
     loaded.adam_mini_step.restype = None
     return loaded
 

@@ -1,0 +1,89 @@
+"""The command: screening, final runs, and their comparison; every finished run is kept at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.stats
+import torch
+import tyro
+
+from experiments.storage import environment, read_json, write_json
+from experiments.studies.low_bit_moments.candidates import FAST, SCREENED
+from experiments.studies.low_bit_moments.runs import Arm, name_of, run
+
+MARGIN = 0.02  # nats: the rule's second condition
+STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
+    "screen": (("fp32", "bf16", *SCREENED), (100, 101, 102), 300, 3e-3),
+    "fast": (("fp32", *FAST), (100, 101, 102), 300, 1e-2),
+    "final": (("fp32", "int8", "int4", "twin"), tuple(range(8)), 1000, 3e-3),
+}
+"""Arms, seeds, steps and learning rate of each stage."""
+
+
+def compare(runs: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
+    """Paired differences of an arm's final losses to fp32's, over the seeds both have finished.
+
+    Returns:
+        JSON-able: mean, standard error, 95 % t-interval, n, whether the rule is met; in nats.
+    """
+    losses = {(r["arm"], r["seed"]): r["final_val_loss"] for r in runs}
+    seeds = sorted(seed for name, seed in losses if name == arm and ("fp32", seed) in losses)
+    if any(losses[arm, seed] is None for seed in seeds):
+        return {"arm": arm, "n": len(seeds), "diverged": True, "passes": False}
+    differences = np.array([losses[arm, seed] - losses["fp32", seed] for seed in seeds])
+    mean, n = float(differences.mean()), len(differences)
+    error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    half = float(scipy.stats.t.ppf(0.975, n - 1)) * error if n > 1 else math.inf
+    return {
+        "arm": arm, "n": n, "mean_difference": mean, "standard_error": error, "interval_95": [mean - half, mean + half],
+        "mean_loss": float(np.mean([losses[arm, seed] for seed in seeds])), "differences": differences.tolist(),
+        "passes": abs(mean) <= 2 * error and mean + half < MARGIN,
+    }  # fmt: skip
+
+
+def _finished(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the arms that have a run, fp32 apart, in order."""
+    return list(dict.fromkeys(r["arm"] for r in runs if r["arm"] != "fp32"))
+
+
+def stage(name: str, folder: Path) -> None:
+    """Run what is missing of a stage, seed by seed, and write and print the comparison."""
+    arms, seeds, steps, lr = STAGES[name]
+    path = folder / f"{name}.json"
+    document = read_json(path) or {"environment": environment(), "runs": [], "comparison": []}
+    done = {(r["arm"], r["seed"], r["steps"]) for r in document["runs"]}
+    for seed in seeds:
+        for arm in arms:
+            if (name_of(arm), seed, steps) in done:
+                continue
+            result = run(arm, seed, steps, lr)
+            print(f"{name} seed {seed} {result['arm']}: {result['final_val_loss']} ({result['seconds']} s)", flush=True)
+            document["runs"].append(result)
+            document["comparison"] = [compare(document["runs"], name) for name in _finished(document["runs"])]
+            write_json(path, document)
+    for row in document["comparison"]:
+        if "mean_difference" in row:
+            print("{arm:40s} n={n} {mean_difference:+.4f} ± {standard_error:.4f}".format(**row))
+        else:
+            print(f"{row['arm']:40s} n={row['n']} diverged")
+
+
+def main(only: Literal["screen", "fast", "final", "all"] = "all", results: Path = Path("results/low_bit")) -> None:
+    """Run the study; takes a core for about an hour and a half from scratch.
+
+    Args:
+        only: which part of it.
+        results: folder of screen.json and final.json; finished runs found there are not run again.
+    """
+    torch.set_num_threads(1)
+    for name in STAGES if only == "all" else (only,):
+        stage(name, results)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

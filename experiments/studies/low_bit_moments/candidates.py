@@ -1,0 +1,106 @@
+"""Ways to keep a first moment in few bits, in one slow, parametrised form; what ships is a special case.
+
+``optimizer.moments`` holds the chosen ones. Here the map of codes, the rounding, the block and the scales' dtype vary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optimizer.rounding import uniform_bits
+
+Law = Literal["linear", "square"]
+Rounding = Literal["nearest", "stochastic", "carried", "both"]
+LAWS: tuple[Law, ...] = ("linear", "square")
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "carried", "both")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way.
+
+    Attributes:
+        bits: of a code.
+        law: "linear": value = c * scale; "square": value = c * |c| * scale.
+        rounding: "nearest"; "stochastic" (the mean is exact); "carried" (nearest, and what it takes from the moment is
+            given to the parameter at once, ``optimizer.moments``); "both" (stochastic and carried).
+        block: elements that share a scale.
+        scale: dtype of scales.
+    """
+
+    bits: int
+    law: Law
+    rounding: Rounding
+    block: int
+    scale: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def name(self) -> str:
+        """For tables and files."""
+        return f"int{self.bits}-{self.law}-{self.rounding}-{self.block}-{self.scale}"
+
+    @property
+    def bytes_per_value(self) -> float:
+        """Codes and scales, of rows that are whole blocks."""
+        return self.bits / 8 + (4 if self.scale == "fp32" else 2) / self.block
+
+
+def rounded(m: Tensor, candidate: Candidate, step: int, seed: int) -> Tensor:
+    """Moments after a round trip through codes.
+
+    Args:
+        m: fp32 [rows, n].
+        candidate: how.
+        step: of the optimizer, for stochastic rounding.
+        seed: of the tensor, for stochastic rounding.
+    """
+    rows, n = m.shape
+    levels = 2 ** (candidate.bits - 1) - 1
+    blocks = torch.nn.functional.pad(m, (0, -n % candidate.block)).view(rows, -1, candidate.block)
+    size = blocks.abs()
+    unit = size.amax(-1, keepdim=True) / (levels if candidate.law == "linear" else levels**2)
+    if candidate.scale == "bf16":
+        unit = unit.bfloat16().float()
+    x = size * torch.where(unit > 0, 1 / unit, 0.0)
+    if candidate.rounding in ("stochastic", "both"):
+        u = uniform_bits(x.numel(), step, seed).view(x.shape) * 2.0**-24
+        low = x.floor() if candidate.law == "linear" else x.sqrt().floor()
+        share = x - low if candidate.law == "linear" else (x - low * low) / (2 * low + 1)
+        codes = low + (u < share)
+    else:
+        codes = x.round() if candidate.law == "linear" else (x - 0.25).clamp(min=0).sqrt().round()
+    codes = codes.clamp(max=levels)
+    values = (codes if candidate.law == "linear" else codes * codes) * unit * blocks.sign()
+    return values.reshape(rows, -1)[:, :n]
+
+
+class Kept:
+    """The first moment of one matrix under a candidate."""
+
+    def __init__(self, shape: torch.Size, candidate: Candidate, seed: int) -> None:
+        self.candidate, self.seed = candidate, seed
+        self.value = torch.zeros(shape)
+
+    def advance(self, grad: Tensor, beta1: float, step: int) -> Tensor:
+        """Take a step; what the parameter moves by, before its step size, comes back."""
+        exact = self.value * beta1 + grad * (1 - beta1)
+        self.value = rounded(exact, self.candidate, step, self.seed)
+        if self.candidate.rounding in ("nearest", "stochastic"):
+            return exact
+        return exact + (exact - self.value) * (beta1 / (1 - beta1))
+
+
+SCREENED = (
+    *(Candidate(4, law, rounding, 64) for law in LAWS for rounding in ROUNDINGS[:3]),
+    Candidate(4, "square", "both", 64),
+    Candidate(4, "square", "carried", 32, "bf16"),
+    Candidate(4, "square", "carried", 128),
+    *(Candidate(8, law, rounding, 128) for law in LAWS for rounding in ROUNDINGS[:2]),
+    *(Candidate(8, "square", "carried", block) for block in (64, 128, 256)),
+)
+FAST = tuple(Candidate(4, "square", rounding, 64) for rounding in ROUNDINGS[1:])
+"""Screened at a high learning rate, too."""

@@ -1,0 +1,126 @@
+"""One training run with first moments kept one way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from experiments import data
+from experiments.configs import TrainConfig
+from experiments.models import LlamaConfig, build, lm_loss
+from experiments.studies.low_bit_moments.candidates import Candidate, Kept
+from experiments.train import learning_rate, validation_loss
+from optimizer import AdamMini, moments, partition
+from optimizer.update import block_mean_square
+
+CONFIG = TrainConfig(
+    "low_bit_moments", LlamaConfig(hidden=416), data="enwik8", steps=1000, eval_every=100, eval_batches=64
+)
+EPS = 1e-8
+Arm = str | Candidate
+"""``fp32``, ``twin``, ``bf16``, ``int8`` and ``int4`` (as shipped), or a candidate."""
+
+
+def name_of(arm: Arm) -> str:
+    """An arm's name in results; it holds every constant of a shipped format, so that another one is another arm."""
+    if isinstance(arm, Candidate):
+        return arm.name
+    format = moments.FORMATS.get(arm)
+    return f"{arm}-square-carried-{format.block}-fp32 as shipped" if format else arm
+
+
+class _Plain:
+    """A first moment in one floating-point dtype."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.value = torch.zeros(shape, dtype=dtype)
+
+    def advance(self, grad: Tensor, beta1: float, step: int) -> Tensor:
+        exact = self.value * beta1 + grad * (1 - beta1)
+        self.value = exact.to(self.value.dtype)
+        return exact
+
+
+class _Shipped:
+    """A first moment as ``optimizer.moments`` keeps it."""
+
+    def __init__(self, p: Tensor, format: moments.Format) -> None:
+        self.state = moments.zero_state(p, format)
+
+    def advance(self, grad: Tensor, beta1: float, step: int) -> Tensor:
+        return moments.advance(grad, self.state["exp_avg"], self.state["exp_avg_scale"], beta1=beta1, maximize=False)
+
+
+class Trainer:
+    """Adam-mini with the arm's first moments: the equations of ``optimizer.update``, tensor by tensor."""
+
+    def __init__(self, model: nn.Module, arm: Arm, config: TrainConfig) -> None:
+        self.config, self.taken = config, 0
+        self.layouts = partition(model)
+        decays = {id(p): g["weight_decay"] for g in AdamMini(model, weight_decay=config.weight_decay).param_groups
+                  for p in g["params"]}  # fmt: skip
+        self.parameters = dict(model.named_parameters())
+        self.decay = {name: decays[id(p)] for name, p in self.parameters.items()}
+        self.second = {
+            name: torch.zeros(self.layouts[name].aligned_shape(p.shape)) for name, p in self.parameters.items()
+        }
+        self.first = {name: _kept(p, arm, seed) for seed, (name, p) in enumerate(self.parameters.items())}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One step of every tensor."""
+        self.taken += 1
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        for name, p in self.parameters.items():
+            assert p.grad is not None
+            v = self.second[name]
+            v.mul_(beta2).add_(block_mean_square(p.grad, self.layouts[name]), alpha=1 - beta2)
+            factor = lr / (1 - beta1**self.taken) / ((v / (1 - beta2**self.taken)).sqrt() + EPS)
+            move = self.first[name].advance(p.grad, beta1, self.taken)
+            p.mul_(1 - lr * self.decay[name]).sub_(factor * move)
+
+
+def _kept(p: Tensor, arm: Arm, seed: int) -> _Plain | _Shipped | Kept:
+    """How the arm keeps the first moment of a tensor; small ones in fp32 under every arm."""
+    if arm in ("fp32", "twin") or not moments.quantises(p.shape):
+        return _Plain(p.shape, torch.float32)
+    if isinstance(arm, Candidate):
+        return Kept(p.shape, arm, seed)
+    return _Plain(p.shape, torch.bfloat16) if arm == "bf16" else _Shipped(p, moments.FORMATS[arm])
+
+
+def run(arm: Arm, seed: int, steps: int, lr: float = CONFIG.lr) -> dict[str, Any]:
+    """Train once.
+
+    Returns:
+        JSON-able: arm, seed, steps, curve of (step, validation loss) pairs, final_val_loss (None when it diverged),
+        and seconds.
+    """
+    config = dataclasses.replace(CONFIG, seed=seed, steps=steps, lr=lr)
+    model, corpus = build(config.model, seed), data.load(config.data)
+    if arm == "twin":
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.mul_(1 + 1e-6 * torch.randn(p.shape, generator=generator))
+    trainer = Trainer(model, arm, config)
+    held_out = data.fixed_batches(corpus.validation, config.eval_batches, config.batch, config.seq_len)
+    curve: list[tuple[int, float]] = []
+    started = time.perf_counter()
+    for step in range(steps):
+        loss = lm_loss(model, data.batch_at(corpus.train, seed, step, config.batch, config.seq_len))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        trainer.step(learning_rate(config, step))
+        model.zero_grad(set_to_none=True)
+        last = step + 1 == steps
+        if last or (step + 1) % config.eval_every == 0:
+            curve.append((step + 1, validation_loss(model, held_out if last else held_out[::4])))
+    final = curve[-1][1] if math.isfinite(curve[-1][1]) else None
+    return {"arm": name_of(arm), "seed": seed, "steps": steps, "lr": lr, "final_val_loss": final, "curve": curve,
+            "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip

@@ -1,0 +1,109 @@
+// What a tensor is to the loop: its record, its layout, and the pieces its step is cut into.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace adam_mini {
+
+// As step.py writes it, one int64 each.
+struct Record {
+  int64_t param, moment, second, counter, layout, scale, compensation, seed;
+  int64_t dtype, moment_dtype, rounding;
+};
+
+enum Form { kDense = 0, kStrided = 1 };
+
+// Distance between neighbours along one axis in each tensor, and in row-major order.
+struct Dim { int64_t size, param, grad, moment, compensation, index; };
+
+// A dense tensor is [outer][between][axis][inner] in memory; its blocks are runs along axis, repeated for each outer
+// index. Of a strided one only the products count; its axes are listed: the leading ones, then all others, axis at
+// position axis_at among them, largest strides first.
+struct Layout {
+  int64_t form, outer, between, axis, inner, repeat, row, segments, leading, others, axis_at;
+  const int64_t* lengths;  // (length, count) pairs
+  const Dim* dims;
+
+  int64_t numel() const { return outer * between * axis * inner; }
+  bool ones() const { return segments == 1 && lengths[0] == 1; }
+};
+
+inline Layout layout_at(int64_t address) {
+  const int64_t* n = reinterpret_cast<const int64_t*>(address);
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n + 11,
+          reinterpret_cast<const Dim*>(n + 11 + 2 * n[7])};
+}
+
+// f(first, length) for each run that starts in [from, to), both along the axis.
+template <typename F>
+void each_run(const Layout& l, int64_t from, int64_t to, F&& f) {
+  const int64_t period = l.axis / std::max<int64_t>(1, l.repeat);
+  if (period == 0) return;
+  for (int64_t at = from / period * period; at < to;) {
+    for (int64_t k = 0; k < l.segments; ++k) {
+      const int64_t length = l.lengths[2 * k], count = l.lengths[2 * k + 1];
+      int64_t c = at >= from ? 0 : std::min(count, (from - at + length - 1) / length);
+      at += c * length;
+      for (; c < count; ++c, at += length) {
+        if (at >= to) return;
+        f(at, length);
+      }
+    }
+  }
+}
+
+constexpr int64_t kChunk = 1 << 15;  // elements of a piece of work: with its moment and gradient well inside L2
+constexpr int64_t kLong = 1 << 17;   // a run of more elements than this is shared by all threads
+
+// The step of one tensor, in pieces that do not depend on each other.
+struct Task {
+  void (*piece)(const Task&, int64_t);
+  const Record* record;
+  int64_t grad;
+  const void* step;  // Step<T>
+  Layout layout;
+  int64_t window;  // indices of the axis whose runs make a piece
+  int64_t pieces;
+  int64_t first;  // number of its first piece among those of all tensors
+
+  template <typename T> const Step<T>& of() const { return *static_cast<const Step<T>*>(step); }
+  int64_t windows() const { return (layout.axis + window - 1) / window; }
+};
+
+// The tensors of a task under their types.
+template <typename T, typename P, typename M, int R>
+struct Tensors {
+  Target<T, P, R> to;
+  const P* g;
+  M* m;
+  T* v;
+
+  explicit Tensors(const Task& task)
+      : to{reinterpret_cast<P*>(task.record->param), reinterpret_cast<bfloat16*>(task.record->compensation),
+           task.of<T>().count * 0x85ebca6bu + (static_cast<uint32_t>(task.record->seed) ^ 0x5bd1e995u)},
+        g(reinterpret_cast<const P*>(task.grad)),
+        m(reinterpret_cast<M*>(task.record->moment)),
+        v(reinterpret_cast<T*>(task.record->second)) {}
+};
+
+template <typename T, typename G>
+double sum_of_squares(const G* g, int64_t n) {
+  double total = 0;
+  for (int64_t start = 0; start < n; start += 4096) {  // short sums in T, their sum in double
+    const int64_t stop = std::min(n, start + 4096);
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t i = start; i < stop; ++i) {
+      const T x = load(g + i);
+      part += x * x;
+    }
+    total += part;
+  }
+  return total;
+}
+
+}  // namespace adam_mini
