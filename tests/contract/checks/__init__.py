@@ -1,5 +1,8 @@
 """The clauses of the contract, by subject matter; importing this package enters them all."""
 
-from . import construction, gradients, groups, hooks, hyper, schedulers, state
+from . import compiled, construction, distributed, flags, gradients, groups, hooks, hyper, schedulers, state, training
 
-__all__ = ["construction", "gradients", "groups", "hooks", "hyper", "schedulers", "state"]
+__all__ = [
+    "compiled", "construction", "distributed", "flags", "gradients", "groups", "hooks", "hyper", "schedulers", "state",
+    "training",
+]  # fmt: skip

@@ -7,7 +7,18 @@ import torch
 from torch import nn
 
 from tests.contract.harness import (
-    LR, assert_moved, assert_refused, check, give_gradients, give_signs, named, one, pair, tensors, values,
+    LR,
+    assert_moved,
+    assert_refused,
+    check,
+    give_gradients,
+    give_signs,
+    named,
+    one,
+    ours,
+    pair,
+    tensors,
+    values,
 )  # fmt: skip
 from tests.contract.subjects import Subject
 
@@ -113,6 +124,17 @@ def takes_plain_tensors(subject: Subject) -> None:
     assert_moved([p], [before])
 
 
+@check(applies=ours)
+def takes_a_model(subject: Subject) -> None:
+    """cls(model) knows every parameter's name and makes the groups with and without decay itself."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = subject.make(model, lr=LR, weight_decay=0.5)
+    assert {group["weight_decay"]: group["param_names"] for group in optimizer.param_groups} == {
+        0.5: ["0.weight", "1.weight"], 0.0: ["0.bias", "1.bias"],
+    }  # fmt: skip
+    works(optimizer, list(model.parameters()))
+
+
 @check
 def leaves_the_callers_list_alone(subject: Subject) -> None:
     """A list used for clip_grad_norm_ afterwards must still hold what the caller put there."""
@@ -125,6 +147,7 @@ def leaves_the_callers_list_alone(subject: Subject) -> None:
 @check
 def refuses_a_bare_tensor(subject: Subject) -> None:
     """cls(tensor) would optimise its rows one by one; torch says TypeError."""
+    subject.make([one()])
     assert_refused(TypeError, lambda: subject.make(one()))
 
 
@@ -138,6 +161,7 @@ def refuses_an_empty_list(subject: Subject) -> None:
 @check
 def refuses_what_is_no_tensor(subject: Subject) -> None:
     """A number or an array among the parameters is a mistake, named as TypeError."""
+    subject.make([{"params": [one(), one()]}])
     for wrong in (1.0, [1.0, 2.0], "weight"):
         assert_refused(TypeError, lambda wrong=wrong: subject.make([{"params": [one(), wrong]}]))
 
@@ -145,12 +169,14 @@ def refuses_what_is_no_tensor(subject: Subject) -> None:
 @check
 def refuses_a_set(subject: Subject) -> None:
     """A set's order changes between runs, and state would be loaded into the wrong parameters."""
+    subject.make([{"params": [one(), one()]}])
     assert_refused(TypeError, lambda: subject.make([{"params": {one(), one()}}]))
 
 
 @check
 def refuses_a_result_of_a_computation(subject: Subject) -> None:
     """A non-leaf never gets a gradient: training it would do nothing."""
+    subject.make([{"params": [one()]}])
     assert_refused(ValueError, lambda: subject.make([{"params": [one() * 2]}]))
     assert_refused(ValueError, lambda: subject.make([("x.weight", one() * 2)]))
 
@@ -158,6 +184,7 @@ def refuses_a_result_of_a_computation(subject: Subject) -> None:
 @check
 def refuses_some_with_names_and_some_without(subject: Subject) -> None:
     """Names for half of the parameters would go to the wrong ones."""
+    subject.make([{"params": [("a.weight", one())]}, {"params": [("b.weight", one())]}])
     assert_refused(ValueError, lambda: subject.make([{"params": [("a.weight", one()), one()]}]))
     assert_refused(ValueError, lambda: subject.make([{"params": [("a.weight", one())]}, {"params": [one()]}]))
 
@@ -174,6 +201,7 @@ def warns_of_a_parameter_listed_twice(subject: Subject) -> None:
 def refuses_a_parameter_in_two_groups(subject: Subject) -> None:
     """Two groups that both hold a weight would step it twice, with two rates."""
     p = one()
+    subject.make([{"params": [p]}, {"params": [one()]}])
     assert_refused(ValueError, lambda: subject.make([{"params": [p]}, {"params": [p]}]))
 
 

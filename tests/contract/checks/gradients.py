@@ -9,8 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from tests.contract.harness import (
-    LR, assert_close, assert_moved, assert_refused, assert_same, check, give_gradients, give_signs, named, one, pair,
-    tensors, train, trained, values,
+    LR,
+    assert_close,
+    assert_moved,
+    assert_refused,
+    assert_same,
+    check,
+    give_gradients,
+    give_signs,
+    named,
+    one,
+    pair,
+    tensors,
+    train,
+    trained,
+    values,
 )  # fmt: skip
 from tests.contract.subjects import Subject
 

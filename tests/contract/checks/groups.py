@@ -8,8 +8,21 @@ import torch
 from torch import nn
 
 from tests.contract.harness import (
-    LR, assert_close, assert_moved, assert_refused, assert_same, check, give_gradients, give_signs, named, one, pair,
-    set_all, tensors, train, values,
+    LR,
+    assert_close,
+    assert_moved,
+    assert_refused,
+    assert_same,
+    check,
+    give_gradients,
+    give_signs,
+    named,
+    one,
+    pair,
+    set_all,
+    tensors,
+    train,
+    values,
 )  # fmt: skip
 from tests.contract.subjects import Subject
 
@@ -182,7 +195,7 @@ def a_users_own_key_in_a_group_stays(subject: Subject) -> None:
 
 @check
 def swapped_parameters_go_on(subject: Subject) -> None:
-    """Accelerate's FSDP2 replaces parameters in the groups and moves their state; training goes on as if nothing was."""
+    """Accelerate's FSDP2 replaces parameters in the groups and moves their state; training goes on as before."""
     pairs, kept = named(), named()
     optimizer, reference = subject.make(pairs, lr=LR), subject.make(kept, lr=LR)
     train(optimizer, tensors(pairs))

@@ -10,7 +10,19 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.profiler import ProfilerActivity, profile
 
 from tests.contract.harness import (
-    LR, Named, assert_moved, assert_same, check, give_gradients, named, one, pair, tensors, train, trained, values,
+    LR,
+    Named,
+    assert_moved,
+    assert_same,
+    check,
+    give_gradients,
+    named,
+    one,
+    pair,
+    tensors,
+    train,
+    trained,
+    values,
 )  # fmt: skip
 from tests.contract.subjects import Subject
 

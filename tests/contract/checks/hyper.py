@@ -7,8 +7,22 @@ import math
 import torch
 
 from tests.contract.harness import (
-    LR, assert_close, assert_moved, assert_refused, assert_same, check, give_gradients, give_signs, named, one, pair,
-    set_all, tensors, train, trained, values,
+    LR,
+    assert_close,
+    assert_moved,
+    assert_refused,
+    assert_same,
+    check,
+    give_gradients,
+    give_signs,
+    named,
+    one,
+    pair,
+    set_all,
+    tensors,
+    train,
+    trained,
+    values,
 )  # fmt: skip
 from tests.contract.subjects import Subject
 

@@ -186,7 +186,7 @@ def schedulers_resume(subject: Subject) -> None:
         give_signs([p])
         optimizer.step()
         schedule.step()
-    q, again, resumed = build()
+    _, again, resumed = build()
     again.load_state_dict(optimizer.state_dict())
     resumed.load_state_dict(schedule.state_dict())
     resumed.step()

@@ -11,8 +11,21 @@ import torch
 from torch import nn
 
 from tests.contract.harness import (
-    LR, Named, assert_close, assert_refused, assert_same, check, give_gradients, named, one, ours, pair, set_all,
-    tensors, train, trained,
+    LR,
+    Named,
+    assert_close,
+    assert_refused,
+    assert_same,
+    check,
+    give_gradients,
+    named,
+    one,
+    ours,
+    pair,
+    set_all,
+    tensors,
+    train,
+    trained,
 )  # fmt: skip
 from tests.contract.subjects import Subject
 
@@ -46,7 +59,7 @@ def looking_at_state_is_harmless(subject: Subject) -> None:
 
 @check
 def state_has_adams_names(subject: Subject) -> None:
-    """FSDP, DCP and tools look for step, exp_avg and exp_avg_sq; the first moment is the parameter's shape and dtype."""
+    """FSDP, DCP and tools look for step, exp_avg and exp_avg_sq; exp_avg has the parameter's shape and dtype."""
     optimizer, pairs = trained(subject)
     for p in tensors(pairs):
         state = optimizer.state[p]
@@ -104,6 +117,18 @@ def a_bfloat16_checkpoint_resumes_to_the_bit(subject: Subject) -> None:
     dtypes = [{key: t.dtype for key, t in optimizer.state[p].items()} for p in tensors(pairs)]
     target = resumes(subject, copy.deepcopy(optimizer.state_dict()), optimizer, pairs)
     assert [{key: t.dtype for key, t in state.items()} for state in target.state.values()] == dtypes
+
+
+@check
+def a_checkpoint_takes_the_models_dtype(subject: Subject) -> None:
+    """A float32 run continued in bfloat16: the first moment follows the weights, the counters stay float32."""
+    optimizer, _ = trained(subject)
+    target = subject.make(pairs := named(dtype=torch.bfloat16), lr=LR)
+    target.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(target, tensors(pairs), 1, start=3)
+    for p in tensors(pairs):
+        assert target.state[p]["exp_avg"].dtype == torch.bfloat16 and target.state[p]["step"].dtype == torch.float32
+        assert target.state[p]["step"] == 4 and p.isfinite().all()
 
 
 @check
@@ -331,7 +356,7 @@ def weights_replaced_by_hand_are_used(subject: Subject) -> None:
 
 @check
 def one_optimizer_per_parameter_is_the_same_training(subject: Subject) -> None:
-    """Optimizer in backward: cls([p], **kw) per parameter, stepped by a post-accumulate hook that frees the gradient."""
+    """Optimizer in backward: one per parameter, stepped by a post-accumulate hook that frees the gradient at once."""
     pairs, others = named(), named()
     together = subject.make(pairs, lr=LR)
     alone = {p: subject.make(pair(p, name), lr=LR) for name, p in others}
