@@ -38,6 +38,7 @@ TORCH_FAULTS: dict[str, dict[str, str]] = {
     "a_parameter_that_changed_shape_is_refused": {
         "AdamW fused": "torch's fused CPU kernel believes the parameter's size; a larger one ends the process"
     },
+    "a_parameter_that_changed_device_is_refused": {"AdamW fused": "torch's fused step goes by the parameter alone"},
     "autograd_notices_the_step": {"AdamW fused": "torch's fused kernel does not bump the version of what it writes"},
     "a_compiled_step_is_one_graph": {"AdamW fused": "torch does not trace its fused step: two breaks, empty graphs"},
 }

@@ -136,6 +136,16 @@ def assert_same(some: Iterable[Tensor], others: Iterable[Tensor]) -> None:
         torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0, equal_nan=True)
 
 
+def state_of(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of everything the optimizer remembers of the parameters, in order."""
+    return [
+        torch.as_tensor(value).detach().clone()
+        for p in params
+        for _, value in sorted(optimizer.state[p].items())
+        if isinstance(value, (Tensor, int, float))
+    ]
+
+
 def assert_close(some: Iterable[Tensor], others: Iterable[Tensor], tolerance: float = 1e-6) -> None:
     """The same numbers to rounding of float32."""
     for a, b in zip(some, others, strict=True):

@@ -19,7 +19,7 @@ from tests.contract.harness import (
     pair,
     tensors,
     values,
-)  # fmt: skip
+)
 from tests.contract.subjects import Subject
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
-)  # fmt: skip
+)
 
 from tests.contract.harness import LR, assert_same, check, give_gradients, set_all, values
 from tests.contract.subjects import Subject

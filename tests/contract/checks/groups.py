@@ -23,7 +23,7 @@ from tests.contract.harness import (
     tensors,
     train,
     values,
-)  # fmt: skip
+)
 from tests.contract.subjects import Subject
 
 DOCUMENTED = ("lr", "betas", "eps", "weight_decay", "maximize", "foreach", "capturable", "differentiable", "fused")
@@ -53,7 +53,7 @@ def every_argument_can_be_given_by_keyword(subject: Subject) -> None:
 @check
 def groups_hold_what_was_given(subject: Subject) -> None:
     """lr, betas, eps and weight_decay are found again in the groups, under torch's names."""
-    optimizer = subject.make([{"params": [one()]}], lr=0.5, betas=(0.75, 0.875), eps=0.25, weight_decay=0.125)
+    optimizer = subject.make(pair(one()), lr=0.5, betas=(0.75, 0.875), eps=0.25, weight_decay=0.125)
     (group,) = optimizer.param_groups
     assert [group[key] for key in ("lr", "eps", "weight_decay")] == [0.5, 0.25, 0.125]
     assert tuple(float(beta) for beta in group["betas"]) == (0.75, 0.875)

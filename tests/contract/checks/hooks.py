@@ -23,7 +23,7 @@ from tests.contract.harness import (
     train,
     trained,
     values,
-)  # fmt: skip
+)
 from tests.contract.subjects import Subject
 
 

@@ -13,7 +13,7 @@ from tests.contract.subjects import Subject
 
 
 def follows(subject: Subject, make: Callable[[Any], Any], steps: int = 8, **options: Any) -> None:
-    """Rates and betas are AdamW's under the same schedule, and each step moves the weights by its rate."""
+    """Rates are AdamW's under the same schedule, and each step moves the weights by its rate."""
     p, q = one(), one()
     optimizer = subject.make(pair(p), lr=LR, **options)
     reference = torch.optim.AdamW([q], lr=LR, foreach=False)
@@ -31,7 +31,6 @@ def follows(subject: Subject, make: Callable[[Any], Any], steps: int = 8, **opti
             s.step(1.0 + step) if isinstance(s, schedules.ReduceLROnPlateau) else s.step()
         (group,) = optimizer.param_groups
         assert float(group["lr"]) == float(reference.param_groups[0]["lr"])
-        assert tuple(map(float, group["betas"])) == reference.param_groups[0]["betas"]
         seen.add(rate)
     assert len(seen) > 1, "the schedule never changed the rate"
 
