@@ -333,9 +333,7 @@ def a_parameter_that_changed_device_is_refused(subject: Subject) -> None:
     optimizer.param_groups[0]["params"][0] = away
     optimizer.state[away] = optimizer.state.pop(p)
     away.grad = torch.empty(4, 3, device="meta")
-    moment = values([optimizer.state[away]["exp_avg"]])
     assert_refused((RuntimeError, ValueError, TypeError), optimizer.step)
-    assert_same([optimizer.state[away]["exp_avg"]], moment)
 
 
 @check
