@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import moment_dtype
+from ..state import format_of, moment_dtype, rounding_of
 from . import native
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
@@ -29,15 +29,17 @@ def require_takeable(
 
     Raises:
         RuntimeError: a sparse or complex gradient, one of another dtype or device, state of another dtype or device,
-            or ``fused=True`` for a tensor that no fused engine takes.
+            ``fused=True`` for a tensor that no fused engine takes, or a tensor lr that foreach does not take.
         AssertionError: ``capturable=True`` on a device that cannot capture, as in torch.
     """
     require_steppable(parameter, grad, where)
     _require_own(parameter, state, group, where)
-    if group["capturable"] and not torch.compiler.is_compiling():
+    if group["foreach"] and not group["capturable"] and isinstance(group["lr"], Tensor):
+        raise RuntimeError(f"the lr of {where} is a tensor, which foreach=True takes only with capturable=True")
+    if group["capturable"] and not group["fused"] and not torch.compiler.is_compiling():
         _require_capturable(parameter, state, where)
     if group["fused"]:
-        _require_fused(parameter, grad, state, where)
+        _require_fused(parameter, grad, state, group, where)
 
 
 def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
@@ -64,7 +66,7 @@ def _require_own(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str
     if "exp_avg" not in state:
         return
     moment, wanted = state["exp_avg"], moment_dtype(parameter, group)
-    if moment.device != parameter.device or moment.dtype != wanted or moment.shape[:-1] != parameter.shape[:-1]:
+    if moment.device != parameter.device or moment.dtype != wanted:
         raise RuntimeError(
             f"{where} is now {parameter.dtype} on {parameter.device} and needs a first moment of {wanted} there, but "
             f"its state holds {moment.dtype} on {moment.device}; optimizer.load_state_dict(optimizer.state_dict()) "
@@ -81,10 +83,14 @@ def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str)
         )
 
 
-def _require_fused(parameter: Tensor, grad: Tensor, state: Mapping[str, Any], where: str) -> None:
+def _require_fused(
+    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+) -> None:
     """Raise RuntimeError where ``fused=True`` was asked for and cannot be given."""
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
-    reason = native.obstacle(parameter, grad, state)
+    reason = native.obstacle(
+        parameter, grad, state, rounding=rounding_of(parameter, group), low_bit=format_of(parameter, group) is not None
+    )
     if reason is not None:
         raise RuntimeError(f"fused=True, but no fused engine takes {where} and its gradient: {reason}; use fused=None")

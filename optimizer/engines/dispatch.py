@@ -11,17 +11,20 @@ from torch import Tensor
 from ..groups import describe
 from ..hyper import Hyper
 from ..partition.layout import Layout
+from ..state import rounding_of
 from ..update import adam_mini_update
 from . import native
 from .checks import require_takeable
 from .foreach import foreach_update
+from .rounded import rounded_update
 from .traced import traced_update
 
 
 class Item(NamedTuple):
-    """One tensor of a step: its position in its group, and what moves."""
+    """One tensor of a step: its position in its group, the seed of its roundings, and what moves."""
 
     position: int
+    seed: int
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
@@ -96,7 +99,10 @@ class Engines:
     def step(self, work: Work, hyper: Hyper, state_of: Callable[[int, int], dict[str, Any]]) -> None:
         """Let each engine take its own; ``state_of(g, i)`` gives a parameter's state, made if need be."""
         params = work.group["params"]
-        items = [Item(i, params[i], params[i].grad, state_of(work.g, i), work.layouts[i]) for i in work.others]
+        items = [
+            Item(i, seed_of(work.g, i), params[i], params[i].grad, state_of(work.g, i), work.layouts[i])
+            for i in work.others
+        ]
         ready = self._ready[work.g]
         for i, taken in zip(work.others, run(items, work.group, hyper, work.batches), strict=True):
             ready[i] = taken
@@ -112,11 +118,13 @@ def run(
     """
     batches = native.Batches(len(items)) if batches is None else batches
     usable = _may_fuse(group) and native.available()
-    taken = [native.prepare(*item[1:]) if usable else None for item in items]
+    taken = [_prepared(item, group) if usable else None for item in items]
     batched = []
     for item, ready in zip(items, taken, strict=True):
         if ready is not None:
             batches.add(ready, item.param, item.grad, item.position)
+        elif "exp_avg_scale" in item.state or rounding_of(item.param, group):
+            _rounded(item, group, hyper)
         elif _batches(group, item.param):
             batched.append(item)
         elif group["differentiable"] or group["capturable"]:
@@ -131,6 +139,16 @@ def run(
     return taken
 
 
+def seed_of(g: int, i: int) -> int:
+    """The seed of a tensor's roundings, uint32: of its place in the groups, so that runs repeat and resume."""
+    return (g * 0x9E3779B1 + i * 0x85EBCA77) & 0xFFFFFFFF
+
+
+def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
+    rounding = rounding_of(item.param, group)
+    return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
+
+
 def _may_fuse(group: Mapping[str, Any]) -> bool:
     """Whether the flags allow a fused engine, as torch reads them: an explicit foreach decides against one."""
     return not group["differentiable"] and (group["fused"] or (group["fused"] is None and group["foreach"] is None))
@@ -143,14 +161,14 @@ def _batches(group: Mapping[str, Any], parameter: Tensor) -> bool:
 
 
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
-    _, param, grad, state, layout = item
+    param, grad, state, layout = item[2:]
     traced_update(
         param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper, differentiable=differentiable
     )
 
 
 def _eager(item: Item, hyper: Hyper) -> None:
-    _, param, grad, state, layout = item
+    param, grad, state, layout = item[2:]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     state["step"] += 1
@@ -158,8 +176,16 @@ def _eager(item: Item, hyper: Hyper) -> None:
     adam_mini_update(param, grad, state["exp_avg"], state["exp_avg_sq"], layout, step=state["step"].item(), **numbers)
 
 
+def _rounded(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
+    grad = item.grad if hyper.grad_scale is None else item.grad / hyper.grad_scale
+    item.state["step"] += 1
+    rounding = rounding_of(item.param, group)
+    if item.param.numel():
+        rounded_update(item.param, grad, item.state, item.layout, hyper, seed=item.seed, rounding=rounding)
+
+
 def _foreach(batched: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
-    _, params, grads, states, layouts = (list(column) for column in zip(*batched, strict=True))
+    params, grads, states, layouts = (list(column) for column in list(zip(*batched, strict=True))[2:])
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     foreach_update(
         params, grads, first, second, steps, layouts, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..groups import describe
 from .checks import require_takeable
-from .dispatch import Item, run
+from .dispatch import Item, run, seed_of
 
 if TYPE_CHECKING:
     from ..adam_mini import AdamMini
@@ -78,7 +78,7 @@ def _step(
     for i, param, grad in zip(positions, params, grads, strict=True):
         state: dict[str, Any] = {name: next(given) for name in sorted(optimizer.state[own["params"][i]])}
         require_takeable(param, grad, state, own, describe(own, group, i))
-        items.append(Item(i, param, grad, state, optimizer._layouts[group][i]))
+        items.append(Item(i, seed_of(group, i), param, grad, state, optimizer._layouts[group][i]))
     if not optimizer._skips():
         run(items, own, optimizer._hyper(own))
 
