@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -204,35 +203,76 @@ def test_a_compiler_that_fails_is_quoted_once(
     with caplog.at_level(logging.WARNING, logger="optimizer"):
         assert not native.available() and not native.available()
     assert len(caplog.records) == 1 and "error: out of memory" in caplog.text
-    assert list(fresh.iterdir()) == [], "no half-written file stays behind"
+    assert [f.suffix for f in fresh.iterdir()] == [".lock"], "no half-written file stays behind"
 
 
-def ask(folder: Path) -> int:
-    """The answer of a process of its own, which has nothing loaded."""
-    code = "from optimizer.engines import native; raise SystemExit(not native.available())"
-    environment = {**os.environ, "ADAM_MINI_CACHE": str(folder)}
-    return subprocess.run([sys.executable, "-c", code], env=environment, timeout=240).returncode
+QUICK = ("-O0", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+
+
+def ask(folder: Path) -> tuple[int, str]:
+    """The answer of a process of its own, which has nothing loaded, and what it logs."""
+    code = (
+        "import logging; logging.basicConfig(level=logging.INFO); from optimizer.engines.native import library; "
+        f"library._FLAGS = {QUICK}; library._folders = lambda: iter([{str(folder)!r}]); "
+        "raise SystemExit(not (library.available() and library.available()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stderr
+
+
+def built(folder: Path) -> list[Path]:
+    return list(folder.glob("*.so"))
 
 
 def test_a_torn_file_in_the_cache_is_built_again(tmp_path: Path) -> None:
-    assert ask(tmp_path) == 0
-    (built,) = tmp_path.iterdir()
-    built.write_bytes(built.read_bytes()[:5000])
-    assert ask(tmp_path) == 0
-    assert [f.stat().st_size > 10_000 for f in tmp_path.iterdir()] == [True]
+    assert ask(tmp_path) == (0, "")
+    (file,) = built(tmp_path)
+    file.write_bytes(file.read_bytes()[:5000])
+    code, said = ask(tmp_path)
+    assert code == 0 and said.count("is damaged") == 1
+    assert [f.stat().st_size > 10_000 for f in built(tmp_path)] == [True]
 
 
 def test_a_cache_that_cannot_be_written_is_passed_over(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = fresh.parent / "a file"
     blocked.write_text("")
     only(monkeypatch, blocked / "cache", fresh)
-    assert native.available() and len(list(fresh.iterdir())) == 1
+    monkeypatch.setattr(library, "_FLAGS", QUICK)
+    assert native.available() and len(built(fresh)) == 1
 
 
-def test_processes_that_start_at_once(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(ask, [tmp_path] * 3)) == [0] * 3
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_cache_that_can_only_be_read_is_used(tmp_path: Path) -> None:
+    """What somebody else built: nothing has to be written, not even a lock."""
+    assert ask(tmp_path) == (0, "")
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+        lock.mkdir()  # cannot be opened, whoever asks
+    before = {f: f.stat().st_mtime_ns for f in built(tmp_path)}
+    assert ask(tmp_path) == (0, "")
+    assert {f: f.stat().st_mtime_ns for f in built(tmp_path)} == before
+
+
+def test_eight_processes_that_start_at_once(tmp_path: Path) -> None:
+    """One builds, and nobody has anything to say."""
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, [tmp_path] * 8)) == [(0, "")] * 8
+    assert len(built(tmp_path)) == 1
+
+
+def test_a_compiler_that_dies_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight at once: each says so once and steps eagerly."""
+    script = tmp_path / "dying-c++"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
+        'while [ "$1" != -o ]; do shift; done\necho half > "$2"\nkill -9 $$\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    cache = tmp_path / "cache"
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [cache] * 8))
+    assert all(code == 1 and said.count("cannot be built") == 1 for code, said in answers)
+    assert [f.suffix for f in cache.iterdir()] == [".lock"]
 
 
 # --- what changes between steps ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _SOURCE = Path(__file__).with_name("kernel.cpp")
 _HEADERS = ("dense.h", "low_bit.h", "numbers.h", "strided.h", "tensors.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
           "-ffp-contract=off")  # fmt: skip
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")  # compilers prefer 256 bits for the sake of older processors
 _ABI = 2
 _PATIENCE = 300  # seconds for a compiler
 
@@ -82,14 +85,38 @@ def _processor() -> str:
 
 
 def _built(folder: Path, compiler: str) -> Path:
-    """The library's file, compiled if it is not there; processes that start at once each build and rename their own."""
+    """The library's file, compiled if it is not there."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if hasattr(os, "getuid") and folder.stat().st_uid not in (os.getuid(), 0):
         raise PermissionError(f"{folder} belongs to somebody else")
     key = _key(compiler)
-    for found in folder.glob(f"step-{key}-*.so"):
-        if _whole(found):
-            return found
+    with _alone(folder / f"step-{key}.lock"):
+        for found in folder.glob(f"step-{key}-*.so"):
+            if _whole(found):
+                return found
+        return _compiled(folder, key, compiler)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one process compile and the others wait for it; where files cannot be locked, each compiles its own."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = stack.enter_context(open(path, "ab"))
+            deadline = time.monotonic() + _PATIENCE
+            while time.monotonic() < deadline:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given back when the file is closed, or we die
+                    break
+                except BlockingIOError:
+                    time.sleep(0.05)
+        yield
+
+
+def _compiled(folder: Path, key: str, compiler: str) -> Path:
+    """A new file, whole or not at all."""
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:

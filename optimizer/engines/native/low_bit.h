@@ -12,6 +12,8 @@
 
 namespace adam_mini {
 
+constexpr int64_t kAhead = 512;
+
 struct Int8 {
   using Scale = float;
   static constexpr int64_t kBlock = 128, kLevels = 127;
@@ -55,7 +57,7 @@ inline int64_t magnitude(double x) {
 }
 
 template <typename T, typename Q>
-float scale_of(const T* m, int64_t n) {
+inline __attribute__((always_inline)) float scale_of(const T* m, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   Bits largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -69,7 +71,7 @@ float scale_of(const T* m, int64_t n) {
 
 // Codes rounded up with the probability that makes their mean right; base: the block's random number.
 template <typename T, typename Q>
-void quantise(const T* m, int8_t* codes, float scale, int64_t n, uint32_t base) {
+inline __attribute__((always_inline)) void quantise(const T* m, int8_t* codes, float scale, int64_t n, uint32_t base) {
   if (!(scale > 0)) return std::fill(codes, codes + n, int8_t(0)), void();
   const T inverse = T(1) / T(scale);
 #pragma omp simd
@@ -84,11 +86,10 @@ void quantise(const T* m, int8_t* codes, float scale, int64_t n, uint32_t base) 
 
 // One block of a scale: element `at` of the tensor, n elements. factor(i) is of the block's element i.
 template <typename T, typename P, typename Q, int R, typename F>
-void low_bit_block(const Tensors<T, P, uint8_t, R>& x, uint8_t* stored, typename Q::Scale* scale, int64_t at,
-                   int64_t n, const Step<T>& s, uint32_t random, const F& factor) {
+inline __attribute__((always_inline)) void low_bit_block(const Tensors<T, P, uint8_t, R>& x, int8_t* codes,
+                                                         typename Q::Scale* scale, int64_t at, int64_t n,
+                                                         const Step<T>& s, uint32_t random, const F& factor) {
   alignas(64) T m[Q::kBlock];
-  alignas(64) int8_t codes[Q::kBlock + 2];
-  Q::unpack(stored, codes, n);
   const T before = load(scale);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -99,23 +100,40 @@ void low_bit_block(const Tensors<T, P, uint8_t, R>& x, uint8_t* stored, typename
   const float after = scale_of<T, Q>(m, n);
   store(scale, after);
   quantise<T, Q>(m, codes, after, n, random);
-  Q::pack(codes, stored, n);
 }
 
+constexpr int64_t kSpan = 8;  // blocks unpacked at once
+
 // Blocks [from, to) of the tensor's; factor_at(element, n) gives the factor of each of n elements as a function.
+// ahead: in how many elements the gradient is needed next from memory; rounding keeps the processor busy for longer
+// than its own prefetching looks.
 template <typename T, typename P, typename Q, int R, typename F>
-void low_bit_blocks(const Task& task, int64_t from, int64_t to, const F& factor_at) {
+void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, const F& factor_at) {
   const Tensors<T, P, uint8_t, R> x(task);
+  const Step<T>& s = task.of<T>();
   auto* scales = reinterpret_cast<typename Q::Scale*>(task.record->scale);
-  const uint32_t start = task.of<T>().count * 0x85ebca6bu + static_cast<uint32_t>(task.record->seed);
+  const uint32_t start = s.count * 0x85ebca6bu + static_cast<uint32_t>(task.record->seed);
   const int64_t n = task.layout.row, per_row = (n + Q::kBlock - 1) / Q::kBlock;
-  int64_t row = from / per_row, within = from % per_row * Q::kBlock;
-  for (int64_t b = from; b < to; ++b) {
-    const int64_t count = std::min(Q::kBlock, n - within), at = row * n + within;
-    low_bit_block<T, P, Q, R>(x, x.m + row * Q::row_bytes(n) + Q::offset(within), scales + b, at, count, task.of<T>(),
-                              random_bits(static_cast<uint32_t>(b), start), factor_at(at, count));
-    within += Q::kBlock;
-    if (within >= n) ++row, within = 0;
+  alignas(64) int8_t codes[kSpan * Q::kBlock + 2];
+  for (int64_t b = from; b < to;) {
+    const int64_t row = b / per_row, k = b % per_row, blocks = std::min({kSpan, to - b, per_row - k});
+    const int64_t first = k * Q::kBlock, length = std::min(blocks * Q::kBlock, n - first);
+    uint8_t* stored = x.m + row * Q::row_bytes(n) + Q::offset(first);
+    Q::unpack(stored, codes, length);
+    for (int64_t done = 0; done < length; done += Q::kBlock, ++b) {
+      const int64_t count = std::min(Q::kBlock, length - done), at = row * n + first + done;
+      for (int64_t i = 0; i < Q::kBlock; i += 64 / static_cast<int64_t>(sizeof(P))) {
+        __builtin_prefetch(x.g + at + ahead + i);
+        __builtin_prefetch(x.to.p + at + kAhead + i, 1);
+      }
+      const uint32_t random = random_bits(static_cast<uint32_t>(b), start);
+      const auto factor = factor_at(at, count);
+      if (count == Q::kBlock)  // a loop of known length is a faster one
+        low_bit_block<T, P, Q, R>(x, codes + done, scales + b, at, Q::kBlock, s, random, factor);
+      else
+        low_bit_block<T, P, Q, R>(x, codes + done, scales + b, at, count, s, random, factor);
+    }
+    Q::pack(codes, stored, length);
   }
 }
 
@@ -133,8 +151,8 @@ struct Each {
 
 // Blocks [from, to), one factor for all.
 template <typename T, typename P, typename Q, int R>
-void low_bit_blocks_of(const Task& task, int64_t from, int64_t to, T factor) {
-  low_bit_blocks<T, P, Q, R>(task, from, to, [=](int64_t, int64_t) { return Same<T>{factor}; });
+void low_bit_blocks_of(const Task& task, int64_t from, int64_t to, int64_t ahead, T factor) {
+  low_bit_blocks<T, P, Q, R>(task, from, to, ahead, [=](int64_t, int64_t) { return Same<T>{factor}; });
 }
 
 // Where an index of the axis holds whole rows: as in dense.h.
@@ -149,7 +167,7 @@ void low_bit_rows_piece(const Task& task, int64_t k) {
     const int64_t count = length * l.inner;
     if (count > kLong) return;
     const T second = spread(x.v, first, length, sum_of_squares<T>(x.g + first * l.inner, count) / count, s);
-    low_bit_blocks_of<T, P, Q, R>(task, first * blocks, (first + length) * blocks, s.factor(second));
+    low_bit_blocks_of<T, P, Q, R>(task, first * blocks, (first + length) * blocks, count, s.factor(second));
   });
 }
 
@@ -172,7 +190,7 @@ void low_bit_long_runs(const Task& task, int threads) {
     const int64_t from = first * blocks, to = (first + length) * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = from; b < to; b += share)
-      low_bit_blocks_of<T, P, Q, R>(task, b, std::min(to, b + share), factor);
+      low_bit_blocks_of<T, P, Q, R>(task, b, std::min(to, b + share), kAhead, factor);
   });
 }
 
@@ -207,7 +225,7 @@ void low_bit_any(const Task& task, int threads) {
 #pragma omp parallel for num_threads(threads) if (l.numel() > kChunk) schedule(static)
   for (int64_t b = 0; b < blocks; b += share) {
     T factors[Q::kBlock];
-    low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), [&](int64_t at, int64_t n) {
+    low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), kAhead, [&](int64_t at, int64_t n) {
       int64_t index = at / l.inner, left = l.inner - at % l.inner;  // of axis and everything in front; until the next
       int64_t o = index / (l.axis * l.between), a = index % l.axis, b = index / l.axis % l.between;
       for (int64_t i = 0; i < n; ++i) {
