@@ -87,7 +87,7 @@ def main(
     """
     torch.set_num_threads(1)
     if only in ("stability", "all"):
-        write_json(results / "stability.json", {"steps": stability.STEPS, "rows": stability.table()})
+        write_json(results / "stability.json", stability.table())
     for name in STAGES if only == "all" else STAGES.keys() & {only}:
         stage(name, results)
 
