@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout, Role, Unit
@@ -51,7 +50,8 @@ class Adam_mini(AdamMini):
     lower-cased names contain it.
 
     Args:
-        named_parameters: ``model.named_parameters()`` or a model.
+        named_parameters: ``model.named_parameters()`` or a model; parameters without names or group dicts keep the
+            caller's groups and decay.
         lr: learning rate.
         betas: decay of the first and second moment.
         eps: added outside the root.
@@ -106,9 +106,11 @@ class Adam_mini(AdamMini):
         self._resolved = False
         model = named_parameters if isinstance(named_parameters, nn.Module) else module_behind(named_parameters)
         params: Any = model
-        if model is None:
+        if model is None and isinstance(named_parameters, Tensor):
+            params = named_parameters  # torch says what is wrong with it
+        elif model is None:
             params = list(named_parameters)  # type: ignore[arg-type]
-            if not (params and isinstance(params[0], dict)):
+            if params and isinstance(params[0], tuple):
                 params = _decay_groups(params, weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, rules="adam_mini")
         del self.named_parameters  # a model must not live on in its optimizer
@@ -164,11 +166,10 @@ class Adam_mini(AdamMini):
             )
         return Anatomy(anatomy.shape, (Part(role, size, head_dim),), anatomy.reason, in_axis=1)
 
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; the first one fixes the blocks."""
-        if not torch.compiler.is_compiling() and not self._resolved:
+    def _before_step(self) -> None:
+        """The first step fixes the blocks."""
+        if not self._resolved:
             self._resolve()
-        return super().step(closure)
 
     def init_state(self) -> None:
         """Make all state now; fixes the blocks if no step has yet."""

@@ -186,8 +186,12 @@ class AdamMini(torch.optim.Optimizer):
                 self._step()
         return loss
 
+    def _before_step(self) -> None:
+        """For subclasses: torch runs the hooks of a ``step`` that calls another one's twice."""
+
     def _step(self) -> None:
         """Check everything, then let the engines move it."""
+        self._before_step()
         work = [
             self._engines.prepare(g, group, layouts, self.state)
             for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))

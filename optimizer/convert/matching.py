@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from ..partition.discover import tagged_name
 from ..partition.layout import Layout
 from ..partition.names import clean
 from .states import is_published
+
+logger = logging.getLogger("optimizer")
 
 ENGINE = ("exp_avg_dtype", "bf16_rounding", "fused", "foreach", "capturable", "differentiable")
 """Options that say how state is kept and steps are computed: the running optimizer's business."""
@@ -94,7 +97,10 @@ def matched(
         own, theirs = [name.lower() for name in own], [name.lower() for name in theirs]
     if _identify(own) and _identify(theirs):
         by_keys = all(isinstance(source.key, str) for source in sources)
-        if set(own) == set(theirs) or not by_keys:  # keys by name are in the optimizer's order already
+        renamed = not by_keys and not set(own) & set(theirs)  # nothing in common: the model's names changed
+        if renamed:
+            logger.info("no parameter has the name it has in the checkpoint; they are matched by position")
+        elif set(own) == set(theirs) or not by_keys:  # keys by name are in the optimizer's order already
             _require_same_names(own, theirs)
             found = dict(zip(theirs, sources, strict=True))
             return [found[name] for name in own]
