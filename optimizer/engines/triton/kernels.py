@@ -7,6 +7,8 @@ Arguments they share:
     factors    fp32 [n, 2]: -lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t) of each tensor
     numbers    fp32 [6]: 1 - beta1, 1 - beta2, 1 - lr * weight_decay, eps, what gradients are multiplied by, 1 to step
     P, G, M    types of the parameter, the gradient, the first moment
+    WIDTH      columns of a tile of rows
+    EVEN       everything begins and ends at multiples of 16 elements
 """
 # mypy: ignore-errors
 # Annotations must stay objects here: Triton reads them.
@@ -25,9 +27,8 @@ PARTS = tl.constexpr(tables.PARTS)
 COUNTERS = tl.constexpr(128)
 
 FIELDS = tl.constexpr(len(tables.Entry._fields))
-TENSOR, NUMEL, AXIS, INNER, BETWEEN, REPEAT, COUNT, PERIOD, FIRST, LENGTH, N_RUNS, PIECES, PIECE, SCRATCH, STRIDE, SUMMED = (
-    tl.constexpr(i) for i in range(len(tables.Entry._fields))
-)
+(TENSOR, NUMEL, AXIS, INNER, BETWEEN, REPEAT, ALIKE, PERIOD, FIRST, LENGTH, N_RUNS, PIECES, PIECE, SCRATCH, STRIDE,
+ SUMMED) = (tl.constexpr(i) for i in range(len(tables.Entry._fields)))  # fmt: skip
 
 
 @triton.jit
@@ -85,22 +86,24 @@ def _work(entries, programs):
 
 @triton.jit
 def _address(addresses, entry, which: tl.constexpr, dtype: tl.constexpr):
-    return tl.load(addresses + 5 * tl.load(entry + TENSOR) + which).to(tl.pointer_type(dtype))
+    address = tl.load(addresses + 5 * tl.load(entry + TENSOR) + which)
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)  # so says ``accepts``: several numbers per load
 
 
 @triton.jit
 def _run(entry, u):
     """(outer index, index along the axis at which it begins) of run number u of the entry."""
-    repeat, count = tl.load(entry + REPEAT), tl.load(entry + COUNT)
-    outer, inside = u // (repeat * count), u % (repeat * count)
-    begin = (inside // count) * tl.load(entry + PERIOD) + tl.load(entry + FIRST) + (inside % count) * tl.load(entry + LENGTH)
+    repeat, alike = tl.load(entry + REPEAT), tl.load(entry + ALIKE)
+    outer, inside = u // (repeat * alike), u % (repeat * alike)
+    begin = (inside // alike) * tl.load(entry + PERIOD) + (inside % alike) * tl.load(entry + LENGTH)
+    begin += tl.load(entry + FIRST)
     return outer, begin
 
 
 @triton.jit
 def _stepped(mask, numbers):
     """The mask, all false where the step is skipped."""
-    return tl.where(mask, tl.load(numbers + 5), 0.0) != 0
+    return mask & (tl.load(numbers + 5).to(tl.int32) != 0)
 
 
 @triton.jit
@@ -135,14 +138,17 @@ def _update(param, exp_avg, offsets, mask, g, scale, numbers):
 @triton.jit
 def each(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Every element its own block; a unit is BLOCK elements."""
     entry, unit = _work(entries, programs)
     param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
     offsets = unit * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(entry + NUMEL)
+    numel = tl.load(entry + NUMEL)
+    if EVEN:
+        numel = tl.multiple_of(numel, 16)
+    mask = offsets < numel
     g = _gradient(grad, offsets, mask, numbers)
     v = _second(tl.load(exp_avg_sq + offsets, mask=mask, other=0.0), g * g, numbers)
     tl.store(exp_avg_sq + offsets, v, mask=_stepped(mask, numbers))
@@ -152,7 +158,7 @@ def each(
 @triton.jit
 def rows(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Contiguous runs; a unit is TILE // WIDTH of them. The gradient's second read comes from cache."""
     entry, unit = _work(entries, programs)
@@ -163,6 +169,8 @@ def rows(
     outer, begin = _run(entry, u)
     index = outer * tl.load(entry + AXIS) + begin
     inner, length = tl.load(entry + INNER), tl.load(entry + LENGTH)
+    if EVEN:
+        inner = tl.multiple_of(inner, 16)
     size = length * inner
     k = tl.arange(0, WIDTH)
     squares = tl.zeros([TILE // WIDTH, WIDTH], dtype=tl.float32)
@@ -192,26 +200,30 @@ def _spread(exp_avg_sq, index, length, v, there, numbers, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _piece(entry, unit):
+def _piece(entry, unit, EVEN: tl.constexpr):
     """(run, piece of it, offset of the piece's first element, elements) of a unit of spans."""
-    inner, between, pieces, piece = tl.load(entry + INNER), tl.load(entry + BETWEEN), tl.load(entry + PIECES), tl.load(entry + PIECE)
+    inner, between = tl.load(entry + INNER), tl.load(entry + BETWEEN)
+    pieces, piece = tl.load(entry + PIECES), tl.load(entry + PIECE)
     u, part = unit // (between * pieces), unit % (between * pieces)
     outer, begin = _run(entry, u)
     start = (part % pieces) * piece
     row = outer * between + part // pieces
     offset = (row * tl.load(entry + AXIS) + begin) * inner + start
-    return u, part, offset, tl.minimum(piece, tl.load(entry + LENGTH) * inner - start)
+    size = tl.minimum(piece, tl.load(entry + LENGTH) * inner - start)
+    if EVEN:
+        offset, size = tl.multiple_of(offset, 16), tl.multiple_of(size, 16)
+    return u, part, offset, size
 
 
 @triton.jit
 def span_sums(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares of pieces of long runs; a unit is a piece."""
     entry, unit = _work(entries, programs)
     grad = _address(addresses, entry, 1, G)
-    u, part, offset, size = _piece(entry, unit)
+    u, part, offset, size = _piece(entry, unit, EVEN)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, size, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -223,13 +235,13 @@ def span_sums(
 @triton.jit
 def span_update(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The update of a piece of a long run."""
     entry, unit = _work(entries, programs)
     param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
-    u, part, offset, size = _piece(entry, unit)
+    u, _, offset, size = _piece(entry, unit, EVEN)
     outer, begin = _run(entry, u)
     scale = _scale(tl.load(exp_avg_sq + outer * tl.load(entry + AXIS) + begin), entry, factors, numbers)
     for start in range(0, size, BLOCK):
@@ -241,12 +253,15 @@ def span_update(
 @triton.jit
 def column_sums(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares down the columns of [between][axis * inner]; a unit is COLUMNS columns of ROWS rows."""
     entry, unit = _work(entries, programs)
     grad = _address(addresses, entry, 1, G)
-    width, between, pieces = tl.load(entry + AXIS) * tl.load(entry + INNER), tl.load(entry + BETWEEN), tl.load(entry + PIECES)
+    width, between = tl.load(entry + AXIS) * tl.load(entry + INNER), tl.load(entry + BETWEEN)
+    if EVEN:
+        width = tl.multiple_of(width, 16)
+    pieces = tl.load(entry + PIECES)
     part, tile = unit % pieces, unit // pieces
     tiles = (width + COLUMNS - 1) // COLUMNS
     outer, column = tile // tiles, (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -263,7 +278,7 @@ def column_sums(
 @triton.jit
 def column_update(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The update of BLOCK elements, each with the second moment of its index."""
     entry, unit = _work(entries, programs)
@@ -271,7 +286,10 @@ def column_update(
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
     axis, inner, between = tl.load(entry + AXIS), tl.load(entry + INNER), tl.load(entry + BETWEEN)
     offsets = unit * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(entry + NUMEL)
+    numel = tl.load(entry + NUMEL)
+    if EVEN:
+        numel = tl.multiple_of(numel, 16)
+    mask = offsets < numel
     index = offsets // (between * axis * inner) * axis + offsets // inner % axis
     v = tl.load(exp_avg_sq + index, mask=mask, other=0.0)
     g = _gradient(grad, offsets, mask, numbers)
@@ -281,7 +299,7 @@ def column_update(
 @triton.jit
 def seconds(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Second moments from partial sums, in a fixed order; a unit is RUNS runs."""
     entry, unit = _work(entries, programs)

@@ -36,10 +36,11 @@ def available() -> bool:
 
 
 def accepts(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the kernels take these tensors: dense, fp32, bf16 or fp16, on one CUDA device."""
+    """Whether the kernels take these tensors: dense, fp32, bf16 or fp16, at multiples of 16 bytes of a CUDA device."""
     tensors = (param, grad, exp_avg, exp_avg_sq)
     return (
         all(type(t) in _PLAIN and t.is_contiguous() and t.dtype in _TYPES for t in tensors)
+        and all(t.data_ptr() % 16 == 0 for t in tensors)
         and exp_avg_sq.dtype == torch.float32
         and len({t.device for t in tensors}) == 1
         and param.device.type == ("cpu" if _interpreted() else "cuda")
@@ -149,12 +150,13 @@ def _launch(
     instead: Sequence[Tensor | None],
 ) -> None:
     """Every kernel once, in order, on the current stream of the device."""
-    import triton.language as tl
-
-    from . import kernels
+    from . import kernels  # imports triton
 
     device, count = columns[0][0].device, len(columns[0])
-    addresses = _on_device(torch.tensor([[t.data_ptr() for t in row] for row in zip(*columns, strict=True)]), device)
+    table = torch.tensor([[t.data_ptr() for t in row] for row in zip(*columns, strict=True)])
+    if bool((table[:, :4] % 16).any()):
+        raise ValueError("a tensor does not begin at a multiple of 16 bytes; ask accepts() first")
+    addresses = _on_device(table, device)
     floats = torch.empty(2 * count + 6 + work.scratch, dtype=torch.float32, device=device)
     factors, shared, scratch = floats[: 2 * count], floats[2 * count : 2 * count + 6], floats[2 * count + 6 :]
     values = list(numbers)
@@ -166,17 +168,27 @@ def _launch(
             else:
                 tensor = tensor.to(device)
         pointers.append(tensor)
-    types = [getattr(tl, _TYPES[dtype]) for dtype in dtypes]
+    types = [getattr(kernels.tl, _TYPES[dtype]) for dtype in dtypes]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _KEPT.extend(table for launch in work.launches for table in (launch.entries, launch.programs))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernels.prepare[(-(-count // _COUNTERS),)](addresses, factors, shared, count, *values, *pointers)
         for launch in work.launches:
             getattr(kernels, launch.kernel)[(len(launch.programs),)](
-                addresses, launch.entries, launch.programs, factors, shared, scratch, *types, launch.columns
+                addresses,
+                launch.entries,
+                launch.programs,
+                factors,
+                shared,
+                scratch,
+                *types,
+                launch.columns,
+                launch.even,
             )
 
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """The table, without waiting; a graph being captured reads it from pinned memory that must stay."""
+    """The table, without waiting for the device."""
     if device.type != "cuda":
         return table.to(device)
     pinned = table.pin_memory()

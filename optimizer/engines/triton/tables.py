@@ -62,7 +62,8 @@ class Dense(NamedTuple):
         at = 0
         while at < len(numbers):
             flat = numbers[at + 1 : at + 1 + numbers[at]]
-            yield cls(*flat[:5], tuple(zip(flat[5::2], flat[6::2], strict=True)))
+            outer, between, axis, inner, repeat = flat[:5]
+            yield cls(outer, between, axis, inner, repeat, tuple(zip(flat[5::2], flat[6::2], strict=True)))
             at += 1 + numbers[at]
 
 
@@ -75,7 +76,7 @@ class Entry(NamedTuple):
     inner: int
     between: int
     repeat: int = 1
-    count: int = 1  # runs of the segment
+    alike: int = 1  # runs of the segment
     period: int = 0  # indices of all segments
     first: int = 0  # index at which the segment begins
     length: int = 1  # indices of a run
@@ -92,6 +93,7 @@ class Launch(NamedTuple):
 
     kernel: str
     columns: int  # of a tile of rows, else 0
+    even: bool  # everything begins and ends at multiples of 16 elements
     entries: Tensor  # int64 [E, FIELDS]
     programs: Tensor  # int32 [P, 2]: entry, unit
 
@@ -106,11 +108,12 @@ class Tables:
 
 class _Builder:
     def __init__(self) -> None:
-        self.work: defaultdict[tuple[str, int], list[tuple[Entry, int]]] = defaultdict(list)
+        self.work: defaultdict[tuple[str, int, bool], list[tuple[Entry, int]]] = defaultdict(list)
         self.scratch = 0
 
     def add(self, kernel: str, entry: Entry, units: int, columns: int = 0) -> None:
-        self.work[kernel, columns].append((entry, units))
+        divisible = {"each": entry.numel, "column_update": entry.numel, "column_sums": entry.axis * entry.inner}
+        self.work[kernel, columns, divisible.get(kernel, entry.inner) % 16 == 0].append((entry, units))
 
     def tensor(self, i: int, dense: Dense) -> None:
         """Choose how the tensor is worked through."""
@@ -163,12 +166,13 @@ def tables(layouts: Sequence[Dense], device: torch.device) -> Tables:
         if dense.numel:
             builder.tensor(i, dense)
     launches = []
-    for (kernel, columns), work in sorted(builder.work.items(), key=lambda item: _ORDER.index(item[0][0])):
+    for (kernel, columns, even), work in sorted(builder.work.items(), key=lambda item: _ORDER.index(item[0][0])):
         units = torch.tensor([n for _, n in work])
         firsts = torch.repeat_interleave(units.cumsum(0) - units, units)
-        programs = torch.stack([torch.arange(len(work)).repeat_interleave(units), torch.arange(len(firsts)) - firsts], 1)
+        owners = torch.arange(len(work)).repeat_interleave(units)
+        programs = torch.stack([owners, torch.arange(len(owners)) - firsts], 1)
         entries = torch.tensor([entry for entry, _ in work], dtype=torch.int64)
-        launches.append(Launch(kernel, columns, entries.to(device), programs.to(torch.int32).to(device)))
+        launches.append(Launch(kernel, columns, even, entries.to(device), programs.to(torch.int32).to(device)))
     return Tables(launches, builder.scratch)
 
 
