@@ -14,8 +14,10 @@ Sums have a fixed order, so a step is deterministic.
 What was never run on a device, for there was none: all of it. Every kernel ran under Triton's interpreter on a CPU
 (numerics, masks, addresses, the tables, the operator under ``torch.compile``), and was compiled by Triton and ptxas to
 cubins for compute capability 8.0 and 9.0. Not seen are: speed, tile sizes and numbers of warps (chosen, not tuned);
-ordering between launches and copies on streams, pinned uploads of the address table included; capture into CUDA
-graphs; several devices in one process; launch overhead; and fp32 rounding of division and square root on the device.
+ordering between launches and copies on streams, pinned uploads of the address table included; threads of one program
+beside each other (the barrier before second moments are stored); loads of 16 bytes, which a compiler was promised are
+aligned; rounding to bf16 (the interpreter cuts off), and of division and square root; capture into CUDA graphs; several
+devices in one process.
 """
 
 from .launch import accepts, available, triton_update
