@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..state import format_of, moment_dtype, rounding_of
-from . import native
+from . import native, triton
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
 """Devices on which torch's own optimizers take ``capturable=True``."""
@@ -87,6 +87,17 @@ def _require_fused(
     parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
 ) -> None:
     """Raise RuntimeError where ``fused=True`` was asked for and cannot be given."""
+    if parameter.device.type == "cuda":
+        kept = {name: state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")}
+        second = kept["exp_avg_sq"] if state else torch.zeros((), device=parameter.device)
+        plain = format_of(parameter, group) is None and rounding_of(parameter, group) is None
+        if plain and triton.available() and triton.accepts(parameter, grad, kept["exp_avg"], second):
+            return
+        raise RuntimeError(
+            f"fused=True, but Triton is not installed or does not take {where} ({parameter.dtype}, strides "
+            f"{parameter.stride()}, gradient {grad.dtype}, strides {grad.stride()}, exp_avg_dtype="
+            f"{group['exp_avg_dtype']}, bf16_rounding={group['bf16_rounding']}); use fused=None"
+        )
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
     reason = native.obstacle(

@@ -13,7 +13,7 @@ from ..hyper import Hyper
 from ..partition.layout import Layout
 from ..state import rounding_of
 from ..update import adam_mini_update
-from . import native
+from . import native, triton
 from .checks import require_takeable
 from .foreach import foreach_update
 from .rounded import rounded_update
@@ -119,20 +119,23 @@ def run(
     batches = native.Batches(len(items)) if batches is None else batches
     usable = _may_fuse(group) and native.available()
     taken = [_prepared(item, group) if usable else None for item in items]
-    batched = []
+    batched, on_cuda = [], []
     for item, ready in zip(items, taken, strict=True):
         if ready is not None:
             batches.add(ready, item.param, item.grad, item.position)
         elif "exp_avg_scale" in item.state or rounding_of(item.param, group):
             _rounded(item, group, hyper)
+        elif _may_fuse(group) and triton.available() and _fits_triton(item):
+            on_cuda.append(item)
         elif _batches(group, item.param):
             batched.append(item)
         elif group["differentiable"] or group["capturable"]:
             _traced(item, hyper, differentiable=group["differentiable"])
         else:
             _eager(item, hyper)
-    if batched:
-        _foreach(batched, hyper, capturable=group["capturable"])
+    for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, batched)):
+        if tensors:
+            _listed(update, tensors, hyper, capturable=group["capturable"])
     if len(batches):
         scale = 1.0 if hyper.grad_scale is None else float(hyper.grad_scale)
         batches.step(**hyper.numbers(), grad_scale=scale)
@@ -184,10 +187,15 @@ def _rounded(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
         rounded_update(item.param, grad, item.state, item.layout, hyper, seed=item.seed, rounding=rounding)
 
 
-def _foreach(batched: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
-    params, grads, states, layouts = (list(column) for column in list(zip(*batched, strict=True))[2:])
+def _fits_triton(item: Item) -> bool:
+    return triton.accepts(item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])
+
+
+def _listed(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
+    """Let an engine take lists of tensors."""
+    params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:])
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    foreach_update(
+    update(
         params, grads, first, second, steps, layouts, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,
         weight_decay=hyper.weight_decay, maximize=hyper.maximize, capturable=capturable, grad_scale=hyper.grad_scale,
         found_inf=hyper.found_inf,

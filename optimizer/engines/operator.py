@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _NUMBERS = itertools.count(1)
 _LIVE: weakref.WeakValueDictionary[int, AdamMini] = weakref.WeakValueDictionary()
-_LIBRARY = torch.library.Library("adam_mini", "DEF")
+_LIBRARY = torch.library.Library("adam_mini", "FRAGMENT")
 _LIBRARY.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, int handle, int group, int[] positions) -> ()"
 )

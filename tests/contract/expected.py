@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-
 FAILING: dict[str, dict[str, str]] = {}
 """check -> {subject, as a pattern -> why}. An entry that does not fail any more fails the suite: take it out."""
 

@@ -20,8 +20,10 @@ logger = logging.getLogger("optimizer")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
 _HEADERS = ("dense.h", "low_bit.h", "numbers.h", "strided.h", "tensors.h")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-          "-ffp-contract=off")  # fmt: skip
+_FLAGS: tuple[str, ...] = (
+    "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=off",
+)  # fmt: skip
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")  # compilers prefer 256 bits for the sake of older processors
 _ABI = 2
