@@ -20,7 +20,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test lint bench ablation figures coverage clean
+.PHONY: help setup hessian test lint fuzz bench bench-quick sanitize ablation figures coverage low-bit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint bench ablation [PROFILE=cpu|smoke] figures coverage clean"

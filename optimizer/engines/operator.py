@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ..groups import describe
 from .checks import require_takeable
@@ -54,16 +55,19 @@ def traced_step(optimizer: AdamMini, handle: int) -> None:
             torch.ops.adam_mini.step_(params[g], grads[g], states, handle, g, positions[g])
 
 
-@torch._dynamo.disable
+@_disable_dynamo
 def _uncompiled(optimizer: AdamMini) -> None:
     optimizer._step()
 
 
-@torch._dynamo.assume_constant_result
 def _make_state(handle: int) -> bool:
     """Create the state while the step is traced, so that the graph of the first step serves the later ones."""
     _LIVE[handle].init_state()
     return True
+
+
+# What torch._dynamo.assume_constant_result does, without importing the compiler (and Triton with it) now.
+_make_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _step(
