@@ -71,7 +71,7 @@ class Engines:
         if last is not None and last.takes(parameters, grads, states):
             work, rest = Work(g, group, layouts, last, []), last.others
         else:
-            work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), range(len(layouts))
+            work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), list(range(len(layouts)))
             if only is None:
                 self._batches[g] = work.batches
         for i in rest if only is None else (only,):

@@ -114,7 +114,12 @@ class Ready:
     def __init__(
         self, parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor], layout: Tensor, seed: int, rounding: int
     ) -> None:
-        self.shape, self.strides, self.given, self.dtype = parameter.shape, parameter.stride(), grad.stride(), grad.dtype
+        self.shape, self.strides, self.given, self.dtype = (
+            parameter.shape,
+            parameter.stride(),
+            grad.stride(),
+            grad.dtype,
+        )
         # A negative view has every other sign, and only where memory has gaps or is one element can autograd make one.
         self.careful = not grad.is_contiguous() or grad.numel() == 1
         self.state = tuple(state.get(name) for name in _STATE)
@@ -279,7 +284,8 @@ class _Known:
 
     def same(self, parameters: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether the parameters and all their state lie where they lay."""
-        values = list(chain.from_iterable(map(dict.values, map(states.__getitem__, parameters))))  # type: ignore[arg-type]
+        of_each: Any = map(states.__getitem__, parameters)
+        values: list[Tensor] = list(chain.from_iterable(map(dict.values, of_each)))
         return (
             len(values) == len(self._values)
             and all(map(is_, values, self._values))
