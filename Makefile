@@ -15,15 +15,16 @@ FIGURES ?= paper_figures/out
 VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(TORCH)
+PEERS := $(VENV)/peers/.ready-0.18.0
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test lint bench ablation figures coverage clean
+.PHONY: help setup hessian test lint fuzz bench bench-quick sanitize ablation figures coverage low-bit clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint bench ablation [PROFILE=cpu|smoke] figures coverage clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick ablation [PROFILE=cpu|smoke] figures coverage clean"
 
 setup: $(READY)
 
@@ -59,9 +60,26 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(READY)
+# torchao is a contestant of the bench and stays out of the import path: transformers would import it, too.
+$(PEERS): $(READY)
+	@rm -rf $(VENV)/peers && $(PIP) --no-deps --target $(VENV)/peers torchao==0.18.0 && touch $(PEERS)
+
+# Random steps of every engine against the paper's transcription.
+MINUTES ?= 30
+fuzz: $(READY)
+	$(PY) -m tests.fuzz --minutes $(MINUTES)
+
+# Few-bit first moments in training: hours; finished runs are kept.
+low-bit: $(READY)
+	$(PY) -m experiments.studies.low_bit_moments
+
+bench: $(READY) $(PEERS)
 	$(PY) -m benchmarks.dense_hessian
-	$(PY) -m benchmarks.optimizer_step
+	$(PY) -m benchmarks.optimizer_step --peers $(VENV)/peers
+	$(PY) -m benchmarks.report --docs docs/speed.md
+
+bench-quick: $(READY) $(PEERS)
+	$(PY) -m benchmarks.optimizer_step --quick --peers $(VENV)/peers
 
 coverage: $(READY)
 	$(PY) -m benchmarks.coverage

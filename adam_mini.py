@@ -50,7 +50,8 @@ class Adam_mini(AdamMini):
     lower-cased names contain it.
 
     Args:
-        named_parameters: ``model.named_parameters()`` or a model.
+        named_parameters: ``model.named_parameters()`` or a model; parameters without names or group dicts keep the
+            caller's groups and decay.
         lr: learning rate.
         betas: decay of the first and second moment.
         eps: added outside the root.
@@ -105,9 +106,11 @@ class Adam_mini(AdamMini):
         self._resolved = False
         model = named_parameters if isinstance(named_parameters, nn.Module) else module_behind(named_parameters)
         params: Any = model
-        if model is None:
+        if model is None and isinstance(named_parameters, Tensor):
+            params = named_parameters  # torch says what is wrong with it
+        elif model is None:
             params = list(named_parameters)  # type: ignore[arg-type]
-            if not (params and isinstance(params[0], dict)):
+            if params and isinstance(params[0], tuple):
                 params = _decay_groups(params, weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, rules="adam_mini")
         del self.named_parameters  # a model must not live on in its optimizer
@@ -163,17 +166,22 @@ class Adam_mini(AdamMini):
             )
         return Anatomy(anatomy.shape, (Part(role, size, head_dim),), anatomy.reason, in_axis=1)
 
-    def step(self, closure: Any = None) -> Any:
-        """Take one step; the first one fixes the blocks."""
+    def _before_step(self) -> None:
+        """The first step fixes the blocks."""
         if not self._resolved:
             self._resolve()
-        return super().step(closure)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def init_state(self) -> None:
+        """Make all state now; fixes the blocks if no step has yet."""
+        if not self._resolved:
+            self._resolve()
+        super().init_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load state as ``AdamMini`` does; fixes the blocks if no step has yet."""
         if not self._resolved:
             self._resolve()
-        super().load_state_dict(state_dict)
+        super().load_state_dict(state_dict, convert=convert)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by kind; fixes the blocks if no step has yet."""

@@ -42,6 +42,30 @@ def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[st
     return out
 
 
+class Others:
+    """How many cores other processes (and the machine's host) took since this was made; own children are not others."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._used = self._others()
+
+    def cores(self) -> float | None:
+        """Average since the start, or None where the system does not say."""
+        used = self._others()
+        if used is None or self._used is None:
+            return None
+        return max(0.0, (used - self._used) / (time.perf_counter() - self._start))
+
+    @staticmethod
+    def _others() -> float | None:
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        user, nice, system, _, _, irq, soft_irq, steal, *_ = map(int, path.read_text().splitlines()[0].split()[1:])
+        busy = (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(os.times()[:4])
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were taken on."""
     return {
@@ -65,7 +89,13 @@ def write(name: str, document: dict[str, Any]) -> Path:
     """Write a result with the machine beside it; whole or not at all."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine(), **document}, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace(path, json.dumps({"machine": machine(), **document}, indent=1) + "\n")
     return path
+
+
+def replace(path: Path, content: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,116 +1,108 @@
-"""Step time, state bytes and largest temporary of every way to step beside torch's AdamW.
+"""Every way to step beside torch's AdamW: time, memory, traffic, start-up; at the end what it is held to.
 
-    python -m benchmarks.optimizer_step [--rounds 25] [--threads 2]
+    python -m benchmarks.optimizer_step --peers .venv/peers [--quick] [--cases REGEX] [--rounds 25]
 
-Each contestant trains its own copy of a Llama-shaped set of parameters with the same fixed gradients.
+Each case runs in a process of its own. A whole run is written to benchmarks/results/, a quick or partial one to
+out/bench/, so that the two are never mixed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import statistics
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
-
-from benchmarks.common import interleaved, summary, write
-from optimizer import AdamMini
+from benchmarks.bars import verdicts
+from benchmarks.common import RESULTS, machine, replace
+from benchmarks.contestants import BASELINE, CONTESTANTS, MAIN
+from benchmarks.report import bars_text, case_text, write_report
+from benchmarks.start import overhead, startup
 
 logger = logging.getLogger("benchmarks")
+QUICK_RESULTS = Path("out") / "bench"
+ALL = tuple(CONTESTANTS)
+OURS = (BASELINE, *(name for name, entry in CONTESTANTS.items() if entry.ours))
 
 
-def llama_shapes(dim: int, hidden: int, layers: int, vocab: int) -> nn.ModuleDict:
-    """Parameters of a Llama under Meta's names, without a forward pass."""
+@dataclass(frozen=True)
+class Case:
+    """One model, dtype and number of threads, with who takes part and in how many rounds (slow heats: a third)."""
 
-    def block() -> nn.ModuleDict:
-        attention = nn.ModuleDict({k: nn.Linear(dim, dim, bias=False) for k in ("wq", "wk", "wv", "wo")})
-        attention.n_heads = dim // 64  # type: ignore[assignment]
-        forward = nn.ModuleDict({
-            "w1": nn.Linear(dim, hidden, bias=False), "w3": nn.Linear(dim, hidden, bias=False),
-            "w2": nn.Linear(hidden, dim, bias=False),
-        })  # fmt: skip
-        return nn.ModuleDict({"attention": attention, "feed_forward": forward, "norm": nn.RMSNorm(dim)})
+    model: str
+    dtype: str = "fp32"
+    threads: int = 2
+    contestants: Sequence[str] = ALL
+    rounds: int = 25
 
-    return nn.ModuleDict({
-        "tok_embeddings": nn.Embedding(vocab, dim), "layers": nn.ModuleList(block() for _ in range(layers)),
-        "norm": nn.RMSNorm(dim), "output": nn.Linear(dim, vocab, bias=False),
-    })  # fmt: skip
+    @property
+    def name(self) -> str:
+        """As results and ``--cases`` have it."""
+        return f"{self.model} {self.dtype} {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-def largest_temporary(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the largest single allocation inside one step."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        optimizer.step()
-    return max((event.self_cpu_memory_usage for event in recorded.events()), default=0)
+CASES = (
+    Case("llama-1M"), Case("llama-10M"), Case("llama-45M"), Case("llama-100M", rounds=15),
+    Case("llama-300M", contestants=MAIN, rounds=7), Case("gpt2-124M", rounds=15), Case("mixtral-60M", rounds=15),
+    Case("llama-1M", "bf16"), Case("llama-45M", "bf16"), Case("llama-100M", "bf16", contestants=OURS, rounds=15),
+    Case("gpt2-124M", "bf16", contestants=OURS, rounds=15), Case("mixtral-60M", "bf16", contestants=OURS, rounds=15),
+    Case("llama-10M", threads=1), Case("llama-45M", threads=1, rounds=15),
+    Case("llama-45M", "bf16", threads=1, contestants=OURS, rounds=15),
+)  # fmt: skip
+PEERS_QUICK = tuple(name for name in ALL if name != "AdamW 4-bit (torchao)")  # its compilation takes too long here
+QUICK = (Case("llama-1M", contestants=PEERS_QUICK, rounds=9), Case("llama-45M", contestants=OURS, rounds=9),
+         Case("llama-45M", "bf16", contestants=OURS, rounds=5))  # fmt: skip
 
 
-CASES = {
-    "10M fp32": ({"dim": 384, "hidden": 1024, "layers": 4, "vocab": 4096}, torch.float32),
-    "45M fp32": ({"dim": 512, "hidden": 1376, "layers": 9, "vocab": 16000}, torch.float32),
-    "45M bf16": ({"dim": 512, "hidden": 1376, "layers": 9, "vocab": 16000}, torch.bfloat16),
-}
-BASELINE = "AdamW fused"
-CONTESTANTS = {
-    BASELINE: lambda model: torch.optim.AdamW(model.parameters(), fused=True),
-    "AdamW foreach": lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
-    "AdamW for-loop": lambda model: torch.optim.AdamW(model.parameters(), foreach=False),
-    "AdamMini native": lambda model: AdamMini(model, exp_avg_dtype=torch.float32, fused=True),
-    "AdamMini eager": lambda model: AdamMini(model, exp_avg_dtype=torch.float32, fused=False),
-}
-
-
-def case(shape: dict[str, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Every contestant on its own copy of one set of parameters, interleaved."""
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    for name, make in CONTESTANTS.items():
-        model = llama_shapes(**shape).to(dtype)
-        for parameter in model.parameters():
-            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-            parameter.grad = (1e-3 * gradient).to(dtype)
-        optimizers[name] = make(model)
-    table = summary(interleaved({name: o.step for name, o in optimizers.items()}, rounds), BASELINE)
-    largest = max(p.numel() * p.element_size() for p in model.parameters())
-    for name, optimizer in optimizers.items():
-        table[name]["largest_temporary_share"] = largest_temporary(optimizer) / largest
-    mini = optimizers["AdamMini native"]
-    assert isinstance(mini, AdamMini)
-    count = sum(p.numel() for p in model.parameters())
-    return {"parameters": count, "bytes_per_parameter": sum(mini.state_bytes().values()) / count, "rows": table}
-
-
-def microseconds_per_tensor(tensors: int = 1000) -> float:
-    """What a step costs for each tensor beside the arithmetic: tensors of eight elements."""
-    parameters = [nn.Parameter(torch.zeros(8)) for _ in range(tensors)]
-    for parameter in parameters:
-        parameter.grad = torch.ones(8)
-    optimizer = AdamMini([(f"norm{i}.weight", p) for i, p in enumerate(parameters)], fused=True)
-    seconds = interleaved({"step": optimizer.step}, 25)["step"]
-    return 1e6 * statistics.median(seconds) / tensors
+def measure(case: Case, rounds: int, peers: Path) -> dict[str, Any]:
+    """Run one case in its own process."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "case.json"
+        command = [
+            sys.executable, "-m", "benchmarks.case", "--model", case.model, "--dtype", case.dtype, "--threads",
+            str(case.threads), "--rounds", str(rounds), "--peers", str(peers.resolve()), "--out", str(out),
+            "--contestants", *case.contestants,
+        ]  # fmt: skip
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if result.returncode:
+            raise RuntimeError(f"case {case.name!r} failed:\n{result.stderr[-3000:]}")
+        return dict(json.loads(out.read_text()))
 
 
 def main() -> None:
-    """Run the comparison and write ``benchmarks/results/optimizer_step.json``."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=2)
+    """Measure, write, and print what passes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few cases, few rounds: under two minutes")
+    parser.add_argument("--cases", default="", help="only cases whose name matches this expression")
+    parser.add_argument("--rounds", type=int, default=None, help="instead of each case's own")
+    parser.add_argument("--peers", type=Path, default=Path(sys.prefix) / "peers", help="where torchao was installed")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    torch.set_num_threads(arguments.threads)
-    results = {name: case(shape, dtype, arguments.rounds) for name, (shape, dtype) in CASES.items()}
-    for name, result in results.items():
-        for contestant, row in result["rows"].items():
-            logger.info(
-                "%s  %-15s median %7.2f ms (quartiles %.2f to %.2f), %.2fx fused AdamW, largest temporary %.4f of the "
-                "largest tensor, n=%d", name, contestant, 1e3 * row["median_s"], 1e3 * row["q1_s"], 1e3 * row["q3_s"],
-                row["ratio"], row["largest_temporary_share"], row["n"],
-            )  # fmt: skip
-        logger.info("%s  AdamMini state: %.3f bytes per parameter", name, result["bytes_per_parameter"])
-    overhead = microseconds_per_tensor()
-    logger.info("native step beside the arithmetic: %.2f us per tensor", overhead)
-    logger.info("written to %s", write("optimizer_step", {"cases": results, "microseconds_per_tensor": overhead}))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    started = time.perf_counter()
+    chosen = [case for case in (QUICK if arguments.quick else CASES) if re.search(arguments.cases, case.name)]
+    if not chosen:
+        parser.error(f"--cases {arguments.cases!r} matches none of: {'; '.join(case.name for case in CASES)}")
+    whole = not (arguments.quick or arguments.cases or arguments.rounds)
+    results: dict[str, Any] = {"machine": machine(), "cases": {}}
+    for case in chosen:
+        results["cases"][case.name] = measured = measure(case, arguments.rounds or case.rounds, arguments.peers)
+        logger.info("%s", case_text(case.name, measured))
+    results["overhead"] = overhead(arguments.rounds or (25 if whole else 9))
+    results["startup"] = startup(5 if whole else 1)
+    results["seconds"] = time.perf_counter() - started
+    results["machine_after"] = machine()
+    folder = RESULTS if whole else QUICK_RESULTS
+    replace(folder / "optimizer_step.json", json.dumps(results, indent=1) + "\n")
+    write_report(results, folder)
+    logger.info("%s\n%.0f s; written to %s", bars_text(verdicts(results)), results["seconds"], folder)
 
 
 if __name__ == "__main__":

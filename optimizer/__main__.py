@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .convert import cli as convert
 from .partition import render
 from .partition.explain import compare, explanation
 from .partition.schema import json_schema
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser("schema", help="the JSON Schema of a rules file").set_defaults(run=_schema)
     verify.add_command(commands)
     plan.add_command(commands)
+    convert.add_command(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .engines import Engines
-from .groups import anatomies_by_identity, describe, groups_of, named
+from . import checkpoint
+from .engines import Engines, register, traced_step
+from .groups import anatomies_by_identity, groups_of, named
 from .hyper import Hyper
 from .options import validate
 from .partition import Anatomy, Layout, Rules, layout_of
@@ -21,10 +21,6 @@ from .partition.discover import module_behind, report_unknown, tagged, tagged_na
 from .partition.names import by_name
 from .partition.roles import Role
 from .state import new_state, state_bytes
-from .update import second_moment_dtype
-
-OWN = ("exp_avg_dtype", "bf16_rounding", "foreach", "fused", "capturable", "differentiable")
-"""Options that say how state is kept and steps are taken: those of the running optimizer win over a checkpoint's."""
 
 
 class AdamMini(torch.optim.Optimizer):
@@ -105,6 +101,7 @@ class AdamMini(torch.optim.Optimizer):
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
         self._engines = Engines()
+        self._handle = register(self)
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
         # Known only while the groups are being made: parameters may be swapped for others later on.
@@ -162,7 +159,7 @@ class AdamMini(torch.optim.Optimizer):
         """Whether torch.amp.GradScaler leaves unscaling and the check for inf to ``step``: asked for by ``fused``."""
         return bool(self.defaults["fused"])
 
-    @_use_grad_for_differentiable
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -177,21 +174,35 @@ class AdamMini(torch.optim.Optimizer):
                 no longer fits its parameter, or ``fused=True`` where it cannot be; nothing has changed then.
             ValueError: a parameter whose shape no longer fits its layout; likewise.
         """
-        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item():
-            return loss
+        if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
+            traced_step(self, self._handle)
+        elif not self._skips():
+            self._accelerator_graph_capture_health_check()
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                self._step()
+        return loss
+
+    def _before_step(self) -> None:
+        """For subclasses: torch runs the hooks of a ``step`` that calls another one's twice."""
+
+    def _step(self) -> None:
+        """Check everything, then let the engines move it."""
+        self._before_step()
         work = [
             self._engines.prepare(g, group, layouts, self.state)
             for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))
         ]
         for part in work:
             self._engines.step(part, self._hyper(part.group), self._state_of)
-        return loss
+
+    def _skips(self) -> bool:
+        """Whether a GradScaler found that this step must not happen; on other devices the engines look themselves."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
 
     def _step_parameter(self, g: int, i: int) -> None:
         """Take the step of one parameter alone."""
@@ -227,71 +238,31 @@ class AdamMini(torch.optim.Optimizer):
                 total.update(state_bytes(parameter, layout, group))
         return dict(total)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load state, AdamW's too under ``elementwise`` rules.
+    def state_dict(self) -> dict[str, Any]:
+        """The state as in ``torch.optim.Optimizer``; every group also names the ``rules``."""
+        with checkpoint.naming(self, self.rules):
+            return super().state_dict()
 
-        The running optimizer's dtypes win, and no tensor of the caller's is kept.
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
+        """Load state: this optimizer's, Adam's and AdamW's, or the published adam-mini package's.
+
+        Parameters are matched by name where both sides have names, else by position. Dtypes and engine options of the
+        running optimizer win. No tensor of the caller's is kept, and nothing changes before all has been checked.
+
+        Args:
+            state_dict: as ``state_dict()`` of one of those optimizers returned it.
+            convert: rebuild second moments of another partition from block means instead of refusing them.
 
         Raises:
-            ValueError: the state belongs to another partition, or its groups differ; nothing has been changed then.
+            ValueError: the state belongs to another partition, other parameters or another kind of optimizer.
         """
-        captured: list[Mapping[str, Any]] = [state_dict]
-        own = [{name: group[name] for name in OWN} for group in self.param_groups]
-
-        def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> None:
-            self._require_own_state(document)
-            captured.append(document)
-
-        # Runs after the user's own hooks, so that it sees what torch is going to load, and before anything moves.
-        handle = self.register_load_state_dict_pre_hook(check)
-        try:
+        with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
             super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for group, options in zip(self.param_groups, own, strict=True):
-            group.update(options)  # how state is kept and steps are taken is the running optimizer's business
-        self._restore_dtypes(captured[-1])
-
-    def _saved_states(self, document: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, Layout, Mapping[str, Any]]]:
-        """(description, parameter, layout, saved state) of every parameter the document has state for."""
-        saved = [key for group in document["param_groups"] for key in group["params"]]
-        own = [
-            (describe(group, g, i), parameter, layout)
-            for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))
-            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True))
-        ]
-        for key, (where, parameter, layout) in zip(saved, own, strict=False):  # torch itself refuses other numbers
-            if document["state"].get(key):
-                yield where, parameter, layout, document["state"][key]
-
-    def _require_own_state(self, document: Mapping[str, Any]) -> None:
-        """Raise ValueError when the document's state is of another kind, shape or partition."""
-        for where, parameter, layout, source in self._saved_states(document):
-            if missing := {"step", "exp_avg", "exp_avg_sq"} - source.keys():
-                raise ValueError(
-                    f"state of {where} has no {sorted(missing)}, only {sorted(source)}; not an AdamMini state"
-                )
-            wanted = {"exp_avg": tuple(parameter.shape), "exp_avg_sq": layout.aligned_shape(parameter.shape)}
-            for name, shape in wanted.items():
-                if tuple(source[name].shape) != shape:
-                    raise ValueError(
-                        f"{name} of {where} has shape {tuple(source[name].shape)} in the checkpoint, but rules "
-                        f"{self.rules.name!r} need {shape}; load it with the rules it was saved under"
-                    )
-
-    def _restore_dtypes(self, document: Mapping[str, Any]) -> None:
-        """Undo torch's cast of every state to the parameter's dtype, and its sharing of the caller's tensors."""
-        wanted = {id(p): group["exp_avg_dtype"] or p.dtype for group in self.param_groups for p in group["params"]}
-        for _, parameter, _, source in self._saved_states(document):
-            state = self.state[parameter]
-            state["step"] = torch.as_tensor(source["step"], dtype=torch.float32).detach().clone().cpu()
-            for name, dtype in (("exp_avg", wanted[id(parameter)]), ("exp_avg_sq", second_moment_dtype(parameter))):
-                state[name] = source[name].detach().to(parameter.device, dtype, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
         super().__setstate__(state)
-        self._engines = Engines()
+        self._engines, self._handle = Engines(), register(self)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

@@ -175,10 +175,9 @@ def _uniform(scale: Tensor, block: int, step: int | Tensor, seed: int, first: in
     """fp32 numbers in [0, 1): [*lead, blocks, block] for scales [*lead, blocks, 1]."""
     index = torch.arange(first, first + scale.numel(), device=scale.device)
     along = torch.arange(block, device=scale.device) * 0x9E3779B9
-    numbers = hashed(index, step, seed).unsqueeze(-1) + along
-    return (
-        numbers.bitwise_and_(0xFFFFFFFF).bitwise_right_shift_(8).float().mul_(2.0**-24).view(*scale.shape[:-1], block)
-    )
+    numbers = hashed(index, step, seed).to(torch.int32).unsqueeze(-1) + along.to(torch.int32)  # wraps around
+    numbers = numbers.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
+    return numbers.float().mul_(2.0**-24).view(*scale.shape[:-1], block)
 
 
 def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,7 +248,7 @@ def advance(
 def move(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor | None, factor: Tensor, *, beta1: float,
     decay: float | Tensor, maximize: bool, step: int | Tensor, seed: int, how: str | None = None,
-    compensation: Tensor | None = None,
+    compensation: Tensor | None = None, first_row: int = 0,
 ) -> None:  # fmt: skip
     """The step of one tensor once its second moment has moved: first moment and parameter, in place.
 
@@ -266,6 +265,7 @@ def move(
         seed: of the tensor, uint32, likewise.
         how: rounding of bf16 parameters, as in ``rounding.apply``.
         compensation: see there; changed.
+        first_row: where the tensors are a slice of the first axis: its start, so that random numbers are the whole's.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     full = (param, grad, factor.expand_as(param), *(() if compensation is None else (compensation,)))
@@ -275,7 +275,8 @@ def move(
         axes = param.dim() - exp_avg_scale.dim() + 1
         codes, format = exp_avg.flatten(-axes) if exp_avg.dtype == torch.int8 else exp_avg, format_of(exp_avg)
         pieces = _pieces(full, (codes, exp_avg_scale), (8 // format.bits, format.block))
-    first = first_block = 0
+    first = first_row * (param.numel() // max(1, len(param))) if param.dim() else 0
+    first_block = first_row * exp_avg_scale[0].numel() if exp_avg_scale is not None else 0
     for own, stored in pieces:
         if axes:
             p, g, f, *rest = own

@@ -7,23 +7,23 @@ Tensors a step touches (d: the parameter's shape, a: its layout's aligned shape,
     exp_avg     d   first moment               changed
     exp_avg_sq  a   fp32 (float64 for float64) changed; equal inside a run
 
-Temporaries have the aligned shape: under one per mille of the parameter for every shared layout. Two exceptions. A
-per-element layout has an aligned shape as large as the parameter, so it is worked through in pieces of its first
-axis. And where the gradient has another dtype than the moment, torch's own casting inside the reduction and the
-``lerp_`` may hold a copy of the tensor: at most one at a time.
+Temporaries have the aligned shape: under one per mille of the parameter for every shared layout. Where that is the
+parameter's own shape (a scalar per element), and where dtypes differ, so that the arithmetic needs wide copies, they
+have the size of a slice, about 0.4 % of the tensor each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .partition.layout import Layout
 
-_PIECE = 1 << 16  # elements of a per-element temporary: small beside any tensor worth saving memory on
+_CACHED = 1 << 17  # elements of a slice that the update reads a second time from cache
+_SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # elements of a temporary: the tensor's, shifted by _SHARE, within
 
 
 def second_moment_dtype(param: Tensor) -> torch.dtype:
@@ -48,9 +48,7 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
     shape = layout.aligned_shape(grad.shape)
     reduced = [dim for dim, (kept, full) in enumerate(zip(shape, grad.shape, strict=True)) if kept != full]
     if reduced:
-        # vector_norm reads the gradient once and needs no squared copy; squaring the root back costs one rounding.
-        per_index = torch.linalg.vector_norm(grad, 2, dim=reduced, keepdim=True, dtype=dtype).contiguous()
-        per_index.square_().div_(layout.numel_per_index(grad.shape))
+        per_index = _sum_of_squares(grad, shape, reduced, dtype).div_(layout.numel_per_index(grad.shape))
     else:
         per_index = grad.to(dtype).square().contiguous()
     segments = layout.runs.segments
@@ -65,6 +63,21 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
             segment.copy_(segment.mean(-1, keepdim=True).expand_as(segment))
         start += length * count
     return per_index
+
+
+def _sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: list[int], dtype: torch.dtype) -> Tensor:
+    """Sums of grad**2 over some axes, which stay with size 1.
+
+    vector_norm reads the gradient once and needs no squared copy; squaring the root back costs one rounding. Given
+    another dtype it copies the whole gradient, so such a gradient goes through in slices.
+    """
+    if grad.dtype == dtype:
+        return torch.linalg.vector_norm(grad, 2, dim=reduced, keepdim=True).contiguous().square_()
+    sums = torch.zeros(shape, dtype=dtype, device=grad.device)
+    for at in _slices(grad, _limit(grad)):
+        part = torch.linalg.vector_norm(at(grad), 2, dim=reduced, keepdim=True, dtype=dtype)
+        at(sums).add_(part.square_())
+    return sums
 
 
 def adam_mini_update(
@@ -104,27 +117,66 @@ def adam_mini_update(
         return
     correction1 = 1 - beta1**step
     root_correction2 = math.sqrt(1 - beta2**step)
+    keep = 1 - lr * weight_decay
     for p, g, m, v, piece in _pieces(param, grad, exp_avg, exp_avg_sq, layout):
         v.mul_(beta2).add_(block_mean_square(g, piece), alpha=1 - beta2)
-        if weight_decay:
-            p.mul_(1 - lr * weight_decay)
-        if m.dtype == g.dtype and not maximize:
-            m.lerp_(g, 1 - beta1)
-        else:
-            m.mul_(beta1).add_(g, alpha=(beta1 - 1) if maximize else (1 - beta1))
         scale = v.sqrt().div_(root_correction2).add_(eps).reciprocal_().mul_(-lr / correction1)
-        _add_scaled(p, m, scale)
+        same = p.dtype == g.dtype == m.dtype == v.dtype
+        for at in _slices(p, _CACHED if same else _limit(p)):
+            here, there, first, factor = at(p), at(g), at(m), at(scale)
+            if same:
+                if weight_decay:
+                    here.mul_(keep)
+                _advance(first, there, beta1, maximize)
+                here.addcmul_(first, factor)
+            else:
+                _move_through_copies(here, there, first, factor, beta1, keep, maximize)
 
 
-def _add_scaled(p: Tensor, m: Tensor, scale: Tensor) -> None:
-    """p += m * scale; where the dtypes differ, row by row pieces keep the promoted product small."""
-    if p.dtype == m.dtype == scale.dtype or p.dim() == 0:
-        p.add_(m * scale) if p.dtype != scale.dtype else p.addcmul_(m, scale)
+def _advance(m: Tensor, g: Tensor, beta1: float, maximize: bool) -> None:
+    """The first moment: m = beta1 m +- (1 - beta1) g."""
+    if maximize:
+        m.mul_(beta1).add_(g, alpha=beta1 - 1)
+    else:
+        m.lerp_(g, 1 - beta1)
+
+
+def _move_through_copies(
+    p: Tensor, g: Tensor, m: Tensor, scale: Tensor, beta1: float, keep: float | Tensor, maximize: bool
+) -> None:
+    """The update in the widest of the dtypes: m and p are each rounded once, and p moves by the rounded m."""
+    wide = torch.promote_types(m.dtype, scale.dtype)
+    copy = g.to(wide, copy=True)
+    if m.dtype == wide:
+        first = m
+        _advance(first, copy, beta1, maximize)
+    else:
+        first = m.to(wide)
+        _advance(first, copy, beta1, maximize)
+        m.copy_(first)
+        first.copy_(m)
+    copy.copy_(p).mul_(keep).addcmul_(first, scale)
+    p.copy_(copy)
+
+
+def _limit(x: Tensor) -> int:
+    """Elements a temporary of the tensor may have; all of them where slicing costs more than memory does."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.numel()
+    return min(max(x.numel() >> _SHARE, _SMALLEST), _LARGEST)
+
+
+def _slices(x: Tensor, limit: int) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Ways to take a slice of at most about ``limit`` elements, of tensors that have or broadcast to x's shape."""
+    if x.numel() <= limit or x.device.type != "cpu" or torch.compiler.is_compiling():
+        yield lambda t: t
         return
-    rows = max(1, _PIECE * len(p) // p.numel())
-    for start in range(0, len(p), rows):
-        here = slice(start, start + rows)
-        p[here].add_(m[here] * (scale[here] if len(scale) == len(p) else scale))
+    # The first axis whose single index is small enough: slices along it are the most contiguous ones.
+    dim = next((d for d in range(x.dim()) if x.numel() <= limit * x.size(d)), max(range(x.dim()), key=x.size))
+    rows = max(1, limit * x.size(dim) // x.numel())
+    for start in range(0, x.size(dim), rows):
+        size = min(rows, x.size(dim) - start)
+        yield lambda t, start=start, size=size: t if t.size(dim) == 1 else t.narrow(dim, start, size)  # type: ignore[misc]
 
 
 def _pieces(
@@ -139,10 +191,11 @@ def _pieces(
             t.unflatten(0, (layout.fold, -1)) for t in (param, grad, exp_avg, exp_avg_sq)
         )
         layout = layout.unfolded()
-    splits = param.dim() > 0 and param.numel() > max(_PIECE, param[0].numel())
+    limit = _limit(param)
+    splits = param.dim() > 0 and param.numel() > max(limit, param[0].numel())
     if not splits or exp_avg_sq.numel() != param.numel() or layout != Layout.per_element(tuple(param.shape)):
         yield param, grad, exp_avg, exp_avg_sq, layout
         return
-    rows = max(1, _PIECE * len(param) // param.numel())
+    rows = max(1, limit * len(param) // param.numel())
     for tensors in zip(*(t.split(rows) for t in (param, grad, exp_avg, exp_avg_sq)), strict=True):
         yield (*tensors, Layout.per_element(tuple(tensors[0].shape)))

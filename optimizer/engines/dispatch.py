@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..groups import describe
 from ..hyper import Hyper
 from ..partition.layout import Layout
-from ..state import moment_dtype
+from ..state import rounding_of
 from ..update import adam_mini_update
-from . import native
+from . import native, triton
+from .checks import require_takeable
+from .foreach import foreach_update
+from .rounded import rounded_update
 from .traced import traced_update
 
-_CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
-"""Devices on which torch's own optimizers take ``capturable=True``."""
+
+class Item(NamedTuple):
+    """One tensor of a step: its position in its group, the seed of its roundings, and what moves."""
+
+    position: int
+    seed: int
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    layout: Layout
 
 
 @dataclass
@@ -55,20 +65,17 @@ class Engines:
         """Check one group, or its parameter at position ``only``.
 
         Raises:
-            RuntimeError: a sparse or complex gradient, one of another dtype or device, state of another dtype or
-                device, or ``fused=True`` for a tensor that no fused engine takes.
+            RuntimeError: a tensor that no engine takes (``checks.require_takeable``).
             ValueError: a parameter whose shape no longer fits its layout.
-            AssertionError: ``capturable=True`` on a device that cannot capture, or ``foreach=True`` with
-                ``differentiable=True``, as in torch.
+            AssertionError: flags that torch refuses at a step.
         """
         parameters = group["params"]
-        grads = [parameter.grad for parameter in parameters] if only is None else []
+        ready = self._ready.setdefault(g, [None] * len(layouts))
         if group["foreach"] and group["differentiable"]:
             raise AssertionError("foreach=True keeps no graph; use foreach=None with differentiable=True")
-        usable = _may_fuse(group) and not torch.compiler.is_compiling() and native.available()
-        ready = self._ready.setdefault(g, [None] * len(layouts))
+        usable = _may_fuse(group) and native.available()
         last = self._batches.get(g) if usable and only is None else None
-        if last is not None and last.takes(parameters, grads, states):
+        if last is not None and last.takes(parameters, [p.grad for p in parameters], states):
             work, rest = Work(g, group, layouts, last, []), last.others
         else:
             work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), list(range(len(layouts)))
@@ -84,44 +91,65 @@ class Engines:
                 work.batches.add(known, parameter, grad, i)
                 continue
             where = describe(group, g, i)
-            require_steppable(parameter, grad, where)
+            require_takeable(parameter, grad, states.get(parameter) or {}, group, where)
             layouts[i].require(parameter.shape, where)
-            state = states.get(parameter) or {}
-            _require_own(parameter, state, group, where)
-            if group["capturable"] and not torch.compiler.is_compiling():
-                _require_capturable(parameter, state, where)
-            if group["fused"]:
-                _require_fused(parameter, grad, state, where)
             work.others.append(i)
         return work
 
     def step(self, work: Work, hyper: Hyper, state_of: Callable[[int, int], dict[str, Any]]) -> None:
         """Let each engine take its own; ``state_of(g, i)`` gives a parameter's state, made if need be."""
-        group, ready = work.group, self._ready[work.g]
-        batched: list[tuple[Tensor, Tensor, dict[str, Any], Layout]] = []
-        compiling = torch.compiler.is_compiling()
-        for i in work.others:
-            parameter, grad, layout = group["params"][i], group["params"][i].grad, work.layouts[i]
-            state = state_of(work.g, i)
-            if _may_fuse(group) and not compiling and native.available():
-                taken = ready[i] = native.prepare(parameter, grad, state, layout)
-                if taken is not None:
-                    work.batches.add(taken, parameter, grad, i)
-                    continue
-            if _batches(group, parameter) and not compiling:
-                batched.append((parameter, grad, state, layout))
-            elif compiling or group["differentiable"] or group["capturable"]:
-                traced_update(
-                    parameter, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper,
-                    differentiable=group["differentiable"],
-                )  # fmt: skip
-            else:
-                _eager(parameter, grad, state, layout, hyper)
-        if batched:
-            _foreach(batched, hyper, capturable=group["capturable"])
-        if len(work.batches):
-            scale = 1.0 if hyper.grad_scale is None else float(hyper.grad_scale)
-            work.batches.step(**hyper.numbers(), grad_scale=scale)
+        params = work.group["params"]
+        items = [
+            Item(i, seed_of(work.g, i), params[i], params[i].grad, state_of(work.g, i), work.layouts[i])
+            for i in work.others
+        ]
+        ready = self._ready[work.g]
+        for i, taken in zip(work.others, run(items, work.group, hyper, work.batches), strict=True):
+            ready[i] = taken
+
+
+def run(
+    items: Sequence[Item], group: Mapping[str, Any], hyper: Hyper, batches: native.Batches | None = None
+) -> list[native.Ready | None]:
+    """Step checked tensors of one group, and those already in ``batches``.
+
+    Returns:
+        For each item what the native loop can be told again next time, or None where another engine took it.
+    """
+    batches = native.Batches(len(items)) if batches is None else batches
+    usable = _may_fuse(group) and native.available()
+    taken = [_prepared(item, group) if usable else None for item in items]
+    batched, on_cuda = [], []
+    for item, ready in zip(items, taken, strict=True):
+        if ready is not None:
+            batches.add(ready, item.param, item.grad, item.position)
+        elif "exp_avg_scale" in item.state or rounding_of(item.param, group):
+            _rounded(item, group, hyper)
+        elif _may_fuse(group) and triton.available() and _fits_triton(item):
+            on_cuda.append(item)
+        elif _batches(group, item.param):
+            batched.append(item)
+        elif group["differentiable"] or group["capturable"]:
+            _traced(item, hyper, differentiable=group["differentiable"])
+        else:
+            _eager(item, hyper)
+    for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, batched)):
+        if tensors:
+            _listed(update, tensors, hyper, capturable=group["capturable"])
+    if len(batches):
+        scale = 1.0 if hyper.grad_scale is None else float(hyper.grad_scale)
+        batches.step(**hyper.numbers(), grad_scale=scale)
+    return taken
+
+
+def seed_of(g: int, i: int) -> int:
+    """The seed of a tensor's roundings, uint32: of its place in the groups, so that runs repeat and resume."""
+    return (g * 0x9E3779B1 + i * 0x85EBCA77) & 0xFFFFFFFF
+
+
+def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
+    rounding = rounding_of(item.param, group)
+    return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
 
 
 def _may_fuse(group: Mapping[str, Any]) -> bool:
@@ -135,68 +163,40 @@ def _batches(group: Mapping[str, Any], parameter: Tensor) -> bool:
     return (group["foreach"] or default) and not group["differentiable"]
 
 
-def _eager(parameter: Tensor, grad: Tensor, state: dict[str, Any], layout: Layout, hyper: Hyper) -> None:
+def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
+    param, grad, state, layout = item[2:]
+    traced_update(
+        param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper, differentiable=differentiable
+    )
+
+
+def _eager(item: Item, hyper: Hyper) -> None:
+    param, grad, state, layout = item[2:]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     state["step"] += 1
     numbers = hyper.numbers() | {"lr": hyper.lr}
-    adam_mini_update(
-        parameter, grad, state["exp_avg"], state["exp_avg_sq"], layout, step=state["step"].item(), **numbers
-    )
+    adam_mini_update(param, grad, state["exp_avg"], state["exp_avg_sq"], layout, step=state["step"].item(), **numbers)
 
 
-def _foreach(batched: list[tuple[Tensor, Tensor, dict[str, Any], Layout]], hyper: Hyper, *, capturable: bool) -> None:
-    for parameter, grad, state, layout in batched:
-        traced_update(parameter, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper)
+def _rounded(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
+    grad = item.grad if hyper.grad_scale is None else item.grad / hyper.grad_scale
+    item.state["step"] += 1
+    rounding = rounding_of(item.param, group)
+    if item.param.numel():
+        rounded_update(item.param, grad, item.state, item.layout, hyper, seed=item.seed, rounding=rounding)
 
 
-def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
-    """Raise RuntimeError for a gradient that no engine can take."""
-    if grad.layout is not torch.strided:
-        raise RuntimeError(f"{where} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))")
-    if parameter.is_complex() or grad.is_complex():
-        raise RuntimeError(f"{where} is complex; give the optimizer torch.view_as_real of it")
-    if grad.device != parameter.device:
-        raise RuntimeError(
-            f"{where} is on {parameter.device}, its gradient on {grad.device}; move the model before the backward pass"
-        )
-    if not grad.is_floating_point():
-        raise RuntimeError(f"{where} has a gradient of dtype {grad.dtype}; only floating-point ones can be stepped")
-    if grad.dtype != parameter.dtype and getattr(parameter, "grad_dtype", parameter.dtype) not in (None, grad.dtype):
-        raise RuntimeError(
-            f"{where} has dtype {parameter.dtype}, its gradient {grad.dtype}; clear the gradient after changing the "
-            "model's dtype, or set the parameter's grad_dtype"
-        )
+def _fits_triton(item: Item) -> bool:
+    return triton.accepts(item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])
 
 
-def _require_own(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
-    """Raise RuntimeError where the state was made for another dtype or device than the parameter has now."""
-    if "exp_avg" not in state:
-        return
-    moment, wanted = state["exp_avg"], moment_dtype(parameter, group)
-    if moment.device != parameter.device or moment.dtype != wanted or moment.shape[:-1] != parameter.shape[:-1]:
-        raise RuntimeError(
-            f"{where} is now {parameter.dtype} on {parameter.device} and needs a first moment of {wanted} there, but "
-            f"its state holds {moment.dtype} on {moment.device}; optimizer.load_state_dict(optimizer.state_dict()) "
-            "carries the state over"
-        )
-
-
-def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str) -> None:
-    step = state.get("step")
-    if parameter.device.type not in _CAPTURABLE or (step is not None and step.device != parameter.device):
-        raise AssertionError(
-            f"capturable=True needs parameters and step counters on one of {', '.join(_CAPTURABLE)}; {where} is on "
-            f"{parameter.device}" + ("" if step is None else f", its counter on {step.device}")
-        )
-
-
-def _require_fused(parameter: Tensor, grad: Tensor, state: Mapping[str, Any], where: str) -> None:
-    """Raise RuntimeError where ``fused=True`` was asked for and cannot be given."""
-    if torch.compiler.is_compiling():
-        return
-    if not native.available():
-        raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
-    reason = native.obstacle(parameter, grad, state)
-    if reason is not None:
-        raise RuntimeError(f"fused=True, but no fused engine takes {where} and its gradient: {reason}; use fused=None")
+def _listed(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
+    """Let an engine take lists of tensors."""
+    params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:])
+    first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    update(
+        params, grads, first, second, steps, layouts, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,
+        weight_decay=hyper.weight_decay, maximize=hyper.maximize, capturable=capturable, grad_scale=hyper.grad_scale,
+        found_inf=hyper.found_inf,
+    )  # fmt: skip

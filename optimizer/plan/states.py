@@ -14,7 +14,7 @@ FP32 = 4
 QUANTISATION_BLOCK = 256
 _SMALLEST_QUANTISED = 4096  # torchao (and bitsandbytes) leave smaller tensors in the parameter's dtype
 _TABLE = 256 * FP32  # torchao keeps the fp32 values of its 256 codes with every quantised state
-_PIECE = 1 << 16  # elements of a piecewise temporary in optimizer.update
+_SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # as in optimizer.update: elements of a temporary
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def adam_mini(setup: Setup, layout: Callable[[Anatomy], Layout]) -> Cost:
 def _adam_mini_temporary(piece: Piece, aligned: int, itemsize: int) -> int:
     """Upper bound of what ``adam_mini_update`` allocates for one tensor, in bytes."""
     numel, mixed = piece.numel, itemsize != FP32
-    row = max(1, piece.numel // max(1, piece.shape[0])) if piece.shape else 1
-    window = min(numel, max(_PIECE, row))
+    row = max(1, numel // max(1, piece.shape[0])) if piece.shape else 1
+    limit = min(max(numel >> _SHARE, _SMALLEST), _LARGEST)
+    window = min(numel, max(limit, row))
     if aligned == numel:  # per element: worked through in windows where there is more than one row
-        numel = aligned = window
-    copy = FP32 * numel if mixed else 0  # torch casting a 16-bit gradient inside the reduction
+        aligned = window
+    copies = FP32 * window if mixed else 0  # a slice of the gradient in fp32
     squares = 2 * FP32 * aligned  # the mean squares, and at most as much again while runs are averaged
-    product = 3 * FP32 * window if mixed else 0  # the promoted product, the parameter promoted to meet it, their sum
-    return max(copy + squares, FP32 * aligned + product)
+    return max(copies + squares, FP32 * aligned + 2 * copies)  # then of the parameter and of the first moment

@@ -10,8 +10,9 @@ linear warm-up over 10 % of the steps and linear decay to zero. Nothing is tuned
 from the same weights and see the same batches in the same order. The loss is the mean over
 the same 65,536 held-out bytes, in nats.
 
-**Screening** (seeds 100, 101, 102; 300 steps): code maps, roundings, block sizes and scale dtypes. What ships is chosen
-by the loss and by bytes, and where losses cannot be told apart by the cost of computing it.
+**Screening** (seeds 100, 101, 102; 300 steps): code maps, roundings, block sizes and scale dtypes; some also at three
+times the learning rate. **Stability** (seconds): the same roundings on quadratics, from small steps to the largest that
+exact momentum stands. What ships is chosen by loss, stability and bytes, and where these cannot be told apart by cost.
 
 **Final** (seeds 0 to 7; 1,000 steps): ``fp32``, ``int8``, ``int4`` as shipped, and ``twin``: fp32 moments from weights
 that differ from the others' in the sixth digit. What two runs that should be alike differ by is what ``twin`` shows.
@@ -24,6 +25,6 @@ standard error, the 95 % t-interval. The format passes when
 
 All eight seeds count; a diverged run fails its format. No run is repeated or left out for its result.
 
-    python -m experiments.studies.low_bit_moments                 # both stages; finished runs are not run again
+    python -m experiments.studies.low_bit_moments                 # all stages; finished runs are not run again
     python -m experiments.studies.low_bit_moments --only final    # one of them
 """

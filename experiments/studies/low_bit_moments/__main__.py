@@ -13,13 +13,14 @@ import torch
 import tyro
 
 from experiments.storage import environment, read_json, write_json
+from experiments.studies.low_bit_moments import stability
 from experiments.studies.low_bit_moments.candidates import FAST, SCREENED
 from experiments.studies.low_bit_moments.runs import Arm, name_of, run
 
 MARGIN = 0.02  # nats: the rule's second condition
 STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
-    "screen": (("fp32", "bf16", *SCREENED), (100, 101, 102), 300, 3e-3),
-    "fast": (("fp32", *FAST), (100, 101, 102), 300, 1e-2),
+    "screen": (("fp32", "bf16", "int8", "int4", *SCREENED), (100, 101, 102), 300, 3e-3),
+    "fast": (("fp32", "int8", "int4", *FAST), (100, 101, 102), 300, 1e-2),
     "final": (("fp32", "int8", "int4", "twin"), tuple(range(8)), 1000, 3e-3),
 }
 """Arms, seeds, steps and learning rate of each stage."""
@@ -68,12 +69,16 @@ def stage(name: str, folder: Path) -> None:
             write_json(path, document)
     for row in document["comparison"]:
         if "mean_difference" in row:
-            print("{arm:40s} n={n} {mean_difference:+.4f} ± {standard_error:.4f}".format(**row))
+            low, high = row["interval_95"]
+            print("{arm:46s} n={n} {mean_difference:+.4f} ± {standard_error:.4f}".format(**row), end=" ")
+            print(f"[{low:+.4f}, {high:+.4f}] {'passes' if row['passes'] else 'fails'}")
         else:
-            print(f"{row['arm']:40s} n={row['n']} diverged")
+            print(f"{row['arm']:46s} n={row['n']} diverged")
 
 
-def main(only: Literal["screen", "fast", "final", "all"] = "all", results: Path = Path("results/low_bit")) -> None:
+def main(
+    only: Literal["stability", "screen", "fast", "final", "all"] = "all", results: Path = Path("results/low_bit")
+) -> None:
     """Run the study; takes a core for about an hour and a half from scratch.
 
     Args:
@@ -81,7 +86,9 @@ def main(only: Literal["screen", "fast", "final", "all"] = "all", results: Path 
         results: folder of screen.json and final.json; finished runs found there are not run again.
     """
     torch.set_num_threads(1)
-    for name in STAGES if only == "all" else (only,):
+    if only in ("stability", "all"):
+        write_json(results / "stability.json", stability.table())
+    for name in STAGES if only == "all" else STAGES.keys() & {only}:
         stage(name, results)
 
 

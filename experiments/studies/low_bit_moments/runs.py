@@ -31,7 +31,10 @@ def name_of(arm: Arm) -> str:
     if isinstance(arm, Candidate):
         return arm.name
     format = moments.FORMATS.get(arm)
-    return f"{arm}-square-carried-{format.block}-fp32 as shipped" if format else arm
+    if format is None:
+        return arm
+    scale = "bf16" if format.scale_dtype == torch.bfloat16 else "fp32"
+    return f"{arm}-square-stochastic-{format.block}-{scale} as shipped"
 
 
 class _Plain:
@@ -49,11 +52,13 @@ class _Plain:
 class _Shipped:
     """A first moment as ``optimizer.moments`` keeps it."""
 
-    def __init__(self, p: Tensor, format: moments.Format) -> None:
+    def __init__(self, p: Tensor, format: moments.Format, seed: int) -> None:
+        self.seed = seed
         self.state = moments.zero_state(p, format)
 
     def advance(self, grad: Tensor, beta1: float, step: int) -> Tensor:
-        return moments.advance(grad, self.state["exp_avg"], self.state["exp_avg_scale"], beta1=beta1, maximize=False)
+        codes, scale = self.state["exp_avg"], self.state["exp_avg_scale"]
+        return moments.advance(grad, codes, scale, beta1=beta1, maximize=False, step=step, seed=self.seed)
 
 
 class Trainer:
@@ -91,7 +96,7 @@ def _kept(p: Tensor, arm: Arm, seed: int) -> _Plain | _Shipped | Kept:
         return _Plain(p.shape, torch.float32)
     if isinstance(arm, Candidate):
         return Kept(p.shape, arm, seed)
-    return _Plain(p.shape, torch.bfloat16) if arm == "bf16" else _Shipped(p, moments.FORMATS[arm])
+    return _Plain(p.shape, torch.bfloat16) if arm == "bf16" else _Shipped(p, moments.FORMATS[arm], seed)
 
 
 def run(arm: Arm, seed: int, steps: int, lr: float = CONFIG.lr) -> dict[str, Any]:

@@ -114,12 +114,8 @@ class Ready:
     def __init__(
         self, parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor], layout: Tensor, seed: int, rounding: int
     ) -> None:
-        self.shape, self.strides, self.given, self.dtype = (
-            parameter.shape,
-            parameter.stride(),
-            grad.stride(),
-            grad.dtype,
-        )
+        self.shape, self.dtype = parameter.shape, grad.dtype
+        self.strides, self.given = parameter.stride(), grad.stride()
         # A negative view has every other sign, and only where memory has gaps or is one element can autograd make one.
         self.careful = not grad.is_contiguous() or grad.numel() == 1
         self.state = tuple(state.get(name) for name in _STATE)

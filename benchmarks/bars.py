@@ -1,0 +1,128 @@
+"""What the optimizer is held to, and whether a run of the bench holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Results = Mapping[str, Any]
+MAIN_CASE = "llama-45M fp32 2 threads"
+BF16_CASE = "llama-45M bf16 2 threads"
+STATE_CASES = ("llama-100M fp32 2 threads", "llama-100M bf16 2 threads")
+ENOUGH = 25  # rounds
+QUIET = (
+    0.1  # cores that other processes may take before a time says nothing: two threads of two cores wait for each other
+)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar.
+
+    Attributes:
+        what: in words.
+        most: what the number may be at most, in ``unit``.
+        unit: of both.
+        value: the number of a run.
+        source: for times, what was measured: how many rounds (``n``), how quiet the machine was (``others_cores``).
+        enough: rounds without which there is no verdict.
+    """
+
+    what: str
+    most: float
+    unit: str
+    value: Callable[[Results], float]
+    source: Callable[[Results], Mapping[str, Any]] | None = None
+    enough: int = 1
+
+    def objection(self, results: Results) -> str:
+        """Why a number of this run is not a verdict, or nothing."""
+        if self.source is None:
+            return ""
+        source = self.source(results)
+        others = source.get("others_cores")
+        if others is not None and others > QUIET:
+            return f"no verdict: other processes took {others:.1f} cores"
+        n = source.get("n", self.enough)
+        return f"no verdict: {n} rounds, {self.enough} wanted" if n < self.enough else ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A bar beside a run. ``value`` is None where the run did not measure it."""
+
+    bar: Bar
+    value: float | None
+    verdict: str
+
+
+def _row(case: str, contestant: str) -> Callable[[Results], Mapping[str, Any]]:
+    return lambda results: results["cases"][case]["rows"][contestant]
+
+
+def _number(case: str, contestant: str, key: str) -> Callable[[Results], float]:
+    return lambda results: _row(case, contestant)(results)[key]
+
+
+def _time(what: str, most: float, case: str, contestant: str) -> Bar:
+    """The median of ratios to the fused AdamW of the same round, from at least 25 rounds."""
+    return Bar(what, most, "x", _number(case, contestant, "ratio"), _row(case, contestant), ENOUGH)
+
+
+def _temporary(what: str, most: float, contestant: str, key: str) -> Bar:
+    """The worst of the fp32 and the bf16 case."""
+    return Bar(what, most, "%", lambda r: 100 * max(_row(c, contestant)(r)[key] for c in (MAIN_CASE, BF16_CASE)))
+
+
+def _state(what: str, most: float, case: str, contestant: str) -> Bar:
+    return Bar(what, most, "B", _number(case, contestant, "state_bytes_per_parameter"))
+
+
+BARS = (
+    _time("fused, fp32, 45M Llama, against fused AdamW", 0.78, MAIN_CASE, "AdamMini fused"),
+    _time("fused, bf16 with fp32 momentum, against fused AdamW in bf16", 0.85, BF16_CASE, "AdamMini fused"),
+    _time("fused, int8 momentum, against fused AdamW in fp32", 1.0, MAIN_CASE, "AdamMini fused, int8 moment"),
+    _time("eager, fp32, against fused AdamW", 1.25, MAIN_CASE, "AdamMini eager"),
+    _temporary("new bytes of a fused step, of the largest tensor", 0.1, "AdamMini fused", "peak_of_largest"),
+    _temporary("new bytes of an eager step, of the largest tensor", 2.0, "AdamMini eager", "peak_of_largest"),
+    _temporary("new bytes of a foreach step, of the group", 5.0, "AdamMini foreach", "peak_of_group"),
+    _state("state per parameter, 100M Llama, fp32", 4.01, STATE_CASES[0], "AdamMini fused"),
+    _state("state per parameter, 100M Llama, bf16", 2.01, STATE_CASES[1], "AdamMini fused, bf16 moment"),
+    _state("state per parameter, 100M Llama, int8", 1.10, STATE_CASES[0], "AdamMini fused, int8 moment"),
+    _state("state per parameter, 100M Llama, int4", 0.62, STATE_CASES[0], "AdamMini fused, int4 moment"),
+    Bar(
+        "Python per tensor, fused",
+        3.0,
+        "us",
+        lambda r: r["overhead"]["AdamMini fused"]["per_tensor"],
+        lambda r: r["overhead"],
+    ),
+    Bar(
+        "first step of 32 layers, compiled before",
+        10.0,
+        "s",
+        lambda r: r["startup"]["warm"]["first_s"],
+        lambda r: {"others_cores": r["startup"]["others_cores"]},
+    ),
+    Bar(
+        "first step of 32 layers, nothing compiled",
+        60.0,
+        "s",
+        lambda r: r["startup"]["cold"]["first_s"],
+        lambda r: {"others_cores": r["startup"]["others_cores"]},
+    ),
+)
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Every bar: PASS, FAIL, or why there is no verdict. Times need a quiet machine; bytes do not."""
+    out = []
+    for bar in BARS:
+        try:
+            value = float(bar.value(results))
+        except KeyError:
+            out.append(Verdict(bar, None, "not in this run"))
+            continue
+        out.append(Verdict(bar, value, bar.objection(results) or ("PASS" if value <= bar.most else "FAIL")))
+    return out

@@ -1,0 +1,142 @@
+"""One case of the bench, in a process of its own: one model, one dtype, one number of threads, every contestant.
+
+python -m benchmarks.case --model llama-1M --dtype fp32 --threads 2 --rounds 5 --peers DIR --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Others, interleaved, machine, replace, summary
+from benchmarks.contestants import BASELINE, CONTESTANTS, add_peers, state_bytes
+from benchmarks.memory import allocations
+from benchmarks.models import build
+
+logger = logging.getLogger("benchmarks")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COPY = "copy"
+_COPIED = 1 << 26  # elements of the array whose copy measures the bandwidth: 256 MiB in fp32
+_BUDGET = 6 << 30  # bytes of parameters and gradients that a heat may hold
+
+
+class Share:
+    """Parameters and gradients for the contestants of a heat: their own each, one set for all where that is too much.
+
+    Own ones are as cold for each contestant as a training step leaves them; shared ones are only used where they are
+    larger than any cache.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, contestants: int) -> None:
+        self._name, self._dtype = name, dtype
+        self._first: nn.Module | None = build(name, dtype)
+        bytes_each = sum(2 * p.numel() * p.element_size() for p in self._first.parameters())
+        self.shared = contestants * bytes_each > _BUDGET
+
+    def model(self) -> nn.Module:
+        """A contestant's model."""
+        if self.shared:
+            assert self._first is not None
+            return self._first
+        mine, self._first = self._first, None
+        return build(self._name, self._dtype) if mine is None else mine
+
+
+def copying() -> tuple[Tensor, Tensor]:
+    """(target, source) in memory that exists."""
+    return torch.zeros(_COPIED), torch.ones(_COPIED)
+
+
+def heat(name: str, dtype: torch.dtype, contestants: list[str], rounds: int) -> dict[str, dict[str, Any]]:
+    """Rows of the contestants, the baseline and a plain copy, interleaved."""
+    share = Share(name, dtype, len(contestants))
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for contestant in contestants:
+        entry = CONTESTANTS[contestant]
+        try:
+            optimizer = entry.make(share.model(), name)
+            optimizer.step()
+        except Exception as error:
+            if entry.ours:
+                raise RuntimeError(f"{contestant} on {name}: {error}") from error
+            rows[contestant] = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]}
+            logger.warning("%s cannot step %s: %s", contestant, name, rows[contestant]["error"])
+            continue
+        optimizers[contestant] = optimizer
+    target, source = copying()
+    calls: dict[str, Any] = {each: optimizer.step for each, optimizer in optimizers.items()}
+    calls[COPY] = lambda: target.copy_(source)
+    others = Others()
+    table = summary(interleaved(calls, rounds), BASELINE)
+    disturbed = others.cores()
+    for contestant, optimizer in optimizers.items():
+        rows[contestant] = table[contestant] | _facts(optimizer, table[contestant]["median_s"])
+        rows[contestant] |= {"shared_parameters": share.shared, "others_cores": disturbed}
+    rows[COPY] = table[COPY] | {"gb_per_s": 2 * source.nbytes / table[COPY]["median_s"] / 1e9}
+    return rows
+
+
+def _facts(optimizer: torch.optim.Optimizer, median: float) -> dict[str, Any]:
+    """Traffic, state and temporaries; shares are of the largest tensor and of all parameters of the optimizer."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sizes = [p.numel() * p.element_size() for p in parameters]
+    count = sum(p.numel() for p in parameters)
+    state = state_bytes(optimizer)
+    traffic = 3 * sum(sizes) + 2 * state  # p read and written, g read; state read and written
+    new = allocations(optimizer.step)
+    return {
+        "parameters": count, "state_bytes_per_parameter": state / count, "traffic_bytes_per_parameter": traffic / count,
+        "gb_per_s": traffic / median / 1e9, "largest_temporary": new.largest, "peak_new_bytes": new.peak,
+        "largest_temporary_of_largest": new.largest / max(sizes), "peak_of_largest": new.peak / max(sizes),
+        "peak_of_group": new.peak / sum(sizes),
+    }  # fmt: skip
+
+
+def run(model: str, dtype: str, contestants: list[str], rounds: int, peers: Path) -> dict[str, Any]:
+    """All heats of a case; the baseline's row is that of the first."""
+    rows: dict[str, dict[str, Any]] = {}
+    heats = dict.fromkeys(CONTESTANTS[name].heat for name in contestants)
+    for which in heats:
+        members = [name for name in contestants if CONTESTANTS[name].heat == which and name != BASELINE]
+        if not members:
+            continue
+        if which == "compiled":  # not sooner: transformers would import torchao, too
+            add_peers(peers)
+        few = rounds if which in ("fused", "eager") else max(3, rounds // 3)
+        found = heat(model, DTYPES[dtype], [BASELINE, *members], few)
+        for name, row in found.items():
+            row["heat"] = which
+            rows.setdefault(name, row)
+            if name in (BASELINE, COPY):
+                rows[name].setdefault("heats", {})[which] = {key: row[key] for key in ("median_s", "q1_s", "q3_s", "n")}
+        gc.collect()
+    return {"model": model, "dtype": dtype, "threads": torch.get_num_threads(), "rows": rows, "machine": machine()}
+
+
+def main() -> None:
+    """Run one case and write its JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", choices=DTYPES, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS))
+    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
+    found = run(arguments.model, arguments.dtype, arguments.contestants, arguments.rounds, arguments.peers)
+    replace(arguments.out, json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

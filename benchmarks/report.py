@@ -1,0 +1,170 @@
+"""The bench's table and figure, from its JSON file alone.
+
+python -m benchmarks.report [--results benchmarks/results] [--docs docs/speed.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from benchmarks.bars import MAIN_CASE, Verdict, verdicts
+from benchmarks.common import RESULTS, replace
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COPY, BASELINE = "copy", "AdamW fused"
+HEADER = ("optimizer", "median ms", "quartiles", "n", "x fused AdamW", "state B/param", "GB/s", "largest temporary",
+          "peak of new bytes", "of all parameters")  # fmt: skip
+INTRO = """# Speed of a step
+
+Written by `python -m benchmarks.report --docs docs/speed.md` from `benchmarks/results/optimizer_step.json`, which
+`make bench` measures; `make bench-quick` takes under two minutes and writes to `out/bench/`.
+
+Contestants of one heat take their steps in turn, round after round, so that what disturbs one disturbs all; "x fused
+AdamW" is the median over rounds of the time divided by that of torch's fused AdamW in the same round and heat. A step
+has to move the parameter twice, the gradient once and the state twice (28 bytes per fp32 parameter for AdamW, 20 for
+Adam-mini); GB/s is this least traffic divided by the time, to be held against a plain copy of 256 MiB in the same
+rounds. Temporaries are what torch's CPU allocator hands out during one step (its profiler's events, those inside
+operations too; what C++ code takes from malloc, kilobytes in the native loop, is not in them): the largest single one
+and the most alive at one time, as shares of the largest tensor, then that peak as a share of all parameters.
+
+A time counts only on a quiet machine. Where other processes took more than a tenth of a core meanwhile, the bars say so
+instead of passing or failing: two threads on two busy cores wait for each other, and whoever waits worse loses.
+"""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cells(name: str, row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [name, f"cannot: {row['error'].replace('|', '/')}", *[""] * (len(HEADER) - 2)]
+    timing = [f"{1e3 * row['median_s']:.2f}", f"{1e3 * row['q1_s']:.2f} to {1e3 * row['q3_s']:.2f}", str(row["n"])]
+    if name == COPY:
+        return ["a copy of 256 MiB", *timing, "", "", f"{row['gb_per_s']:.1f}", "", "", ""]
+    shares = (row["largest_temporary_of_largest"], row["peak_of_largest"], row["peak_of_group"])
+    return [name, *timing, f"{row['ratio']:.2f}", f"{row['state_bytes_per_parameter']:.3f}", f"{row['gb_per_s']:.1f}",
+            *(f"{100 * share:.2f} %" for share in shares)]  # fmt: skip
+
+
+def case_text(name: str, case: dict[str, Any]) -> str:
+    """One case as a Markdown section."""
+    rows = case["rows"]
+    count = next(row["parameters"] for row in rows.values() if "parameters" in row)
+    order = [n for n in rows if n != COPY] + [n for n in rows if n == COPY]
+    others = max(row.get("others_cores") or 0.0 for row in rows.values())
+    return f"### {name}: {count / 1e6:.1f}M parameters (other processes: up to {others:.2f} cores)\n\n" + _table(
+        HEADER, [_cells(n, rows[n]) for n in order]
+    )
+
+
+def bars_text(found: Sequence[Verdict]) -> str:
+    """The bars as a Markdown table."""
+    rows = [
+        (
+            v.bar.what,
+            f"{v.bar.most:g} {v.bar.unit}",
+            "" if v.value is None else f"{v.value:.3g} {v.bar.unit}",
+            v.verdict,
+        )
+        for v in found
+    ]
+    return _table(("bar", "at most", "measured", "verdict"), rows)
+
+
+def _startup_text(results: dict[str, Any]) -> str:
+    start, over = results["startup"], results["overhead"]
+    rows = [
+        ("import torch", f"{start['import']['torch_s']:.2f} s", str(start["import"]["n"])),
+        ("import optimizer, after torch", f"{1e3 * start['import']['optimizer_s']:.0f} ms", str(start["import"]["n"])),
+        *(
+            (f"first step of a 32-layer Llama, {words}", f"{start[kind]['first_s']:.2f} s", str(start[kind]["n"]))
+            for kind, words in (("warm", "compiled before"), ("cold", "nothing compiled"))
+        ),
+        *(
+            (f"{name}, per tensor of 8 elements", f"{over[name]['per_tensor']:.2f} us", str(over["n"]))
+            for name in ("AdamMini fused", "AdamW fused")
+        ),
+    ]
+    return "### Beside the arithmetic\n\n" + _table(("what", "median", "n"), rows)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Every case, and the bars, with the machine named."""
+    machine = results["machine"]
+    head = (
+        f"Measured on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, Python "
+        f"{machine['python']}; load average {machine['load_average'][0]:.1f} before and "
+        f"{results['machine_after']['load_average'][0]:.1f} after, {results['seconds'] / 60:.0f} minutes."
+    )
+    sections = [head, bars_text(verdicts(results)), *(case_text(n, c) for n, c in results["cases"].items())]
+    return "\n\n".join([*sections, _startup_text(results)]) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Medians and quartiles of one case as bars, and the ratio of our engines over the sizes."""
+    name = MAIN_CASE if MAIN_CASE in results["cases"] else next(iter(results["cases"]))
+    rows = {n: r for n, r in results["cases"][name]["rows"].items() if "error" not in r and n != COPY}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
+    names = sorted(rows, key=lambda n: rows[n]["ratio"], reverse=True)
+    colours = ["#1f6f8b" if n.startswith("AdamMini") else "#c9b79c" for n in names]
+    left.barh(names, [rows[n]["ratio"] for n in names], color=colours)
+    for i, n in enumerate(names):
+        left.text(rows[n]["ratio"], i, f" {rows[n]['ratio']:.2f}", va="center", fontsize=8)
+    left.axvline(1, color="black", linewidth=0.8)
+    left.set_xscale("log")
+    left.set_xlabel("step time, multiples of torch's fused AdamW (log scale)")
+    left.set_title(name, fontsize=10)
+    left.margins(x=0.15)
+    left.tick_params(axis="y", labelsize=8)
+    cases = {n: c for n, c in results["cases"].items() if n.startswith("llama") and n.endswith("fp32 2 threads")}
+    for contestant, marker in (("AdamMini fused", "o"), ("AdamMini fused, int8 moment", "s"), ("AdamMini eager", "^")):
+        points = [
+            (row["parameters"], row["ratio"]) for c in cases.values() if (row := c["rows"].get(contestant)) is not None
+        ]
+        if points:
+            right.plot(*zip(*points, strict=True), marker=marker, label=contestant)
+    right.axhline(1, color="black", linewidth=0.8)
+    right.axhline(5 / 7, color="black", linewidth=0.8, linestyle=":")
+    right.text(right.get_xlim()[1], 5 / 7, "20/28 bytes", fontsize=7, ha="right", va="bottom")
+    right.set_xscale("log")
+    right.set_ylim(bottom=0)
+    right.set_xlabel("parameters (Llama, fp32, 2 threads)")
+    right.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """The table and the figure beside the JSON file they are built from."""
+    replace(folder / "optimizer_step.md", markdown(results))
+    plot(results, folder / "optimizer_step.png")
+
+
+def main() -> None:
+    """Build the report again, and, where asked, the page of the documentation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=None)
+    arguments = parser.parse_args()
+    results = json.loads((arguments.results / "optimizer_step.json").read_text())
+    write_report(results, arguments.results)
+    if arguments.docs is not None:
+        figure = "![Step times](../benchmarks/results/optimizer_step.png)"
+        replace(arguments.docs, f"{INTRO}\n{figure}\n\n{markdown(results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""States of other partitions and other optimizers, made ours."""

@@ -1,0 +1,129 @@
+"""The bench's own arithmetic: allocations, state bytes, bars, and that files are written whole. No timing is judged."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import bars, report
+from benchmarks.case import heat
+from benchmarks.common import replace, summary
+from benchmarks.contestants import BASELINE, CONTESTANTS, Contestant, add_peers, published, state_bytes
+from benchmarks.memory import allocations
+from benchmarks.models import build
+
+
+def test_allocations_are_the_peak_of_what_lives_at_one_time() -> None:
+    wide = torch.ones(1 << 16)
+    held: list[torch.Tensor] = []
+
+    def call() -> None:
+        first = wide + 1
+        held.append(wide * 2)
+        del first
+        held.append(wide * 3)
+
+    found = allocations(call)
+    assert found.largest == wide.nbytes
+    assert 2 * wide.nbytes <= found.peak < 2.1 * wide.nbytes
+    assert allocations(lambda: wide.add_(1)).peak < 64  # a scalar
+
+
+def test_allocations_inside_an_operation_are_seen() -> None:
+    narrow = torch.ones(1 << 16, dtype=torch.bfloat16)
+    found = allocations(lambda: torch.linalg.vector_norm(narrow, dtype=torch.float32))
+    assert found.largest == 2 * narrow.nbytes  # the reduction casts all of it, although its result is one number
+
+
+def test_state_bytes_are_all_tensors_of_the_state() -> None:
+    model = nn.Linear(10, 6)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    assert state_bytes(optimizer) == 2 * 4 * 66 + 2 * 4
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, Any]:
+    """A heat of the smallest model, as a run of the bench with one case."""
+    names = [BASELINE, "AdamMini fused", "AdamMini fused, int8 moment", "AdamMini eager", "adam-mini 1.1.1"]
+    rows = heat("llama-1M", torch.float32, names, rounds=2)
+    machine = {"processor": "any", "cores": 2, "torch": "2", "python": "3", "load_average": [0.0, 0.0, 0.0]}
+    single = {"per_tensor": 1.0}
+    return {
+        "machine": machine, "machine_after": machine, "seconds": 60.0,
+        "cases": {bars.MAIN_CASE: {"rows": rows, "machine": machine}},
+        "overhead": {"n": 1, "AdamMini fused": single, "AdamW fused": single},
+        "startup": {"import": {"n": 1, "torch_s": 1.0, "optimizer_s": 0.1},
+                    "warm": {"n": 1, "first_s": 1.0}, "cold": {"n": 1, "first_s": 61.0}, "others_cores": 0.0},
+    }  # fmt: skip
+
+
+def test_a_heat_knows_state_and_traffic(small: dict[str, Any]) -> None:
+    rows = small["cases"][bars.MAIN_CASE]["rows"]
+    count = sum(p.numel() for p in build("llama-1M", torch.float32).parameters())
+    assert all(rows[name]["parameters"] == count for name in rows if name != "copy")
+    assert rows[BASELINE]["traffic_bytes_per_parameter"] == pytest.approx(28, abs=0.01)
+    assert rows["AdamMini fused"]["traffic_bytes_per_parameter"] == pytest.approx(20, abs=0.1)
+    assert rows["AdamMini fused, int8 moment"]["state_bytes_per_parameter"] < 1.2
+    assert rows["adam-mini 1.1.1"]["peak_of_largest"] > 1 > rows["AdamMini eager"]["peak_of_largest"]
+
+
+def test_a_refused_contestant_of_ours_ends_the_heat_and_a_peer_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: nn.Module, name: str) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=-1.0)
+
+    monkeypatch.setitem(CONTESTANTS, "AdamMini fused", Contestant(refuse, "fused", ours=True))
+    with pytest.raises(RuntimeError, match=r"AdamMini fused on llama-1M: Invalid learning rate: -1"):
+        heat("llama-1M", torch.float32, [BASELINE, "AdamMini fused"], rounds=1)
+    monkeypatch.setitem(CONTESTANTS, "Adafactor", Contestant(refuse, "slow"))
+    rows = heat("llama-1M", torch.float32, [BASELINE, "Adafactor"], rounds=1)
+    assert rows["Adafactor"] == {"error": "ValueError: Invalid learning rate: -1.0"}
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        ({"ratio": 0.78, "n": 25, "others_cores": 0.0}, "PASS"),
+        ({"ratio": 0.79, "n": 25, "others_cores": None}, "FAIL"),
+        ({"ratio": 0.70, "n": 24, "others_cores": 0.0}, "no verdict: 24 rounds, 25 wanted"),
+        ({"ratio": 0.08, "n": 25, "others_cores": 1.3}, "no verdict: other processes took 1.3 cores"),
+    ],
+)
+def test_times_get_a_verdict_where_they_mean_something(small: dict[str, Any], row: dict, verdict: str) -> None:
+    results = copy.deepcopy(small)
+    results["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"] |= row
+    found = {v.bar.what: v for v in bars.verdicts(results)}
+    assert found["fused, fp32, 45M Llama, against fused AdamW"].verdict == verdict
+    assert found["first step of 32 layers, nothing compiled"].verdict == "FAIL"
+    assert found["state per parameter, 100M Llama, int8"].verdict == "not in this run"
+
+
+def test_the_ratio_is_the_median_of_ratios_within_rounds() -> None:
+    table = summary({"a": [1.0, 10.0, 100.0], "b": [2.0, 5.0, 300.0]}, "a")
+    assert table["b"]["ratio"] == 2.0
+    assert table["b"]["median_s"] == 5.0
+
+
+def test_the_report_is_built_from_the_file(small: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    replace(tmp_path / "optimizer_step.json", json.dumps(small))
+    page = tmp_path / "speed.md"
+    monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path), "--docs", str(page)])
+    report.main()
+    text = page.read_text()
+    assert "Measured on any, 2 cores" in text and "| adam-mini 1.1.1 |" in text
+    assert 0 < (tmp_path / "optimizer_step.png").stat().st_size < 200_000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_peers_that_are_not_installed_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"torchao is missing: `make bench`"):
+        add_peers(tmp_path)
+    assert published().Adam_mini

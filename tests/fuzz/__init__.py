@@ -1,0 +1,1 @@
+"""Random steps of every engine against the paper's transcription: ``python -m tests.fuzz``."""
