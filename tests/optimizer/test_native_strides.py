@@ -108,9 +108,7 @@ def test_channels_last_and_transposed_weights(dtype: torch.dtype, rules: str) ->
 def test_strides_that_change_between_steps() -> None:
     """The same optimizer is given gradients of one layout in memory, then another: none is read as the one before."""
     p, q = (nn.Parameter(torch.ones(6, 8)) for _ in range(2))
-    native_one, eager = (
-        AdamMini([("lm_head.weight", x)], lr=0.1, fused=f) for x, f in ((p, True), (q, False))
-    )
+    native_one, eager = (AdamMini([("lm_head.weight", x)], lr=0.1, fused=f) for x, f in ((p, True), (q, False)))
     for k in range(6):
         g = torch.randn(6, 8, generator=torch.Generator().manual_seed(k))
         p.grad = [g, g.t().contiguous().t(), g[:, :1].expand(6, 8)][k % 3]

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -73,8 +74,13 @@ def _key(compiler: str) -> str:
     """What the built file depends on: source, flags, compiler, and, for -march=native, the processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_PATIENCE).stdout
     sources = [path.read_text(encoding="utf-8") for path in (_SOURCE, *map(_SOURCE.with_name, _HEADERS))]
-    facts = [*sources, *_FLAGS, compiler, version, platform.machine(), _processor()]
+    facts = [*sources, *_flags(), compiler, version, platform.machine(), _processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
+
+
+def _flags() -> list[str]:
+    """Ours, then the user's (ADAM_MINI_CXXFLAGS), which win."""
+    return [*_FLAGS, *shlex.split(os.environ.get("ADAM_MINI_CXXFLAGS", ""))]
 
 
 def _processor() -> str:
@@ -123,7 +129,7 @@ def _compiled(folder: Path, key: str, compiler: str) -> Path:
     os.close(handle)
     try:
         subprocess.run(
-            [compiler, *_FLAGS, "-o", temporary, str(_SOURCE)],
+            [compiler, *_flags(), "-o", temporary, str(_SOURCE)],
             check=True, capture_output=True, text=True, timeout=_PATIENCE,
         )  # fmt: skip
         os.chmod(temporary, 0o700)

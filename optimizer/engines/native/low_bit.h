@@ -44,7 +44,7 @@ struct Int4 {
     codes[n] = 0;  // a spare nibble; the buffer has room
 #pragma omp simd
     for (int64_t i = 0; i < (n + 1) / 2; ++i)
-      to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | (codes[2 * i + 1] << 4));
+      to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | (static_cast<uint8_t>(codes[2 * i + 1]) << 4));
   }
 };
 

@@ -280,7 +280,8 @@ class _Known:
 
     def same(self, parameters: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether the parameters and all their state lie where they lay."""
-        values: list[Tensor] = list(chain.from_iterable(states[p].values() for p in parameters))
+        of_each: Any = map(states.__getitem__, parameters)
+        values: list[Tensor] = list(chain.from_iterable(map(dict.values, of_each)))
         return (
             len(values) == len(self._values)
             and all(map(is_, values, self._values))
