@@ -69,6 +69,11 @@ MINUTES ?= 30
 fuzz: $(READY)
 	$(PY) -m tests.fuzz --minutes $(MINUTES)
 
+# The native loop's tests under ASan and UBSan, then TSan (the latter wants clang-16, libomp-16-dev, libclang-rt-16-dev).
+sanitize: $(READY)
+	PYTHON=$(PY) tests/optimizer/sanitize_native.sh address
+	PYTHON=$(PY) tests/optimizer/sanitize_native.sh thread
+
 # Few-bit first moments in training: hours; finished runs are kept.
 low-bit: $(READY)
 	$(PY) -m experiments.studies.low_bit_moments
