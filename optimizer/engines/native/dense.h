@@ -11,6 +11,8 @@
 
 namespace adam_mini {
 
+constexpr int64_t kShort = 1 << 13;  // a run of at most as many elements stays in cache with all that its update reads
+
 template <typename T, typename P, typename M, int R>
 void update(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const Step<T>& s, T factor) {
 #pragma omp simd
@@ -59,7 +61,10 @@ void rows_piece(const Task& task, int64_t k) {
   each_run(l, from, to, [&](int64_t first, int64_t length) {
     const int64_t count = length * l.inner;
     if (count > kLong) return;  // long_runs takes these
-    const T second = spread(x.v, first, length, sum_of_squares<T>(x.g + first * l.inner, count) / count, s);
+    const int64_t at = first * l.inner;
+    const double total = count <= kShort ? sum_and_fetch<T>(x.g + at, x.to.p + at, x.m + at, count)
+                                         : sum_of_squares<T>(x.g + at, count);
+    const T second = spread(x.v, first, length, total / count, s);
     update(x, first * l.inner, count, s, s.factor(second));
   });
 }

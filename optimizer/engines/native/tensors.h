@@ -106,4 +106,37 @@ double sum_of_squares(const G* g, int64_t n) {
   return total;
 }
 
+constexpr int64_t kLanes = 64;  // sums side by side: enough that no addition waits for the one before
+
+// Asks for kLanes elements before they are needed; an address behind the end of a tensor is no error here.
+template <typename E>
+inline __attribute__((always_inline)) void fetch(const E* at) {
+  for (int64_t j = 0; j < kLanes; j += 64 / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(at + j, 0, 3);
+}
+
+// Sum of squares of a short run of gradients. A sum reads one stream of memory and the update three: what the update of
+// this run and the sum of the next one will read is asked for meanwhile, so that memory is as busy in one as in the other.
+template <typename T, typename G, typename P, typename M>
+T sum_and_fetch(const G* g, const P* p, const M* m, int64_t n) {
+  T parts[kLanes] = {};
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    fetch(p + i);
+    fetch(m + i);
+    fetch(g + i + n);
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T x = load(g + i + j);
+      parts[j] += x * x;
+    }
+  }
+  T total = 0;
+  for (int64_t j = 0; j < kLanes; ++j) total += parts[j];
+  for (int64_t i = whole; i < n; ++i) {
+    const T x = load(g + i);
+    total += x * x;
+  }
+  return total;
+}
+
 }  // namespace adam_mini
