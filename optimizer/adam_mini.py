@@ -256,11 +256,16 @@ class AdamMini(torch.optim.Optimizer):
                     self._state_of(g, i)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by kind, for every trainable parameter, whether its state exists yet or not."""
+        """Bytes of optimizer state on this rank by kind, for every parameter, whether its state exists yet or not."""
         total: Counter[str] = Counter()
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            for parameter, layout in zip(group["params"], layouts, strict=True):
-                total.update(state_bytes(parameter, layout, group))
+        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                shard = self._shards.of(g, i, group, layout)
+                total.update(
+                    state_bytes(parameter, layout, group)
+                    if shard is None
+                    else self._shards.state_bytes(shard, group)
+                )
         return dict(total)
 
     def state_dict(self) -> dict[str, Any]:

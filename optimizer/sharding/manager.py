@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,6 +122,18 @@ class Shards:
             state["compensation"] = torch.zeros_like(parameter, requires_grad=False)
         return state
 
+    def state_bytes(self, shard: _Shard, group: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes of this rank's state by kind."""
+        held, parameter = prod(shard.piece.shape), shard.parameter
+        kept = {
+            "exp_avg": held * moment_dtype(parameter, group).itemsize,
+            "exp_avg_sq": prod(shard.piece.aligned) * second_moment_dtype(parameter).itemsize,
+            "step": torch.float32.itemsize,
+        }
+        if rounding_of(parameter, group) == "kahan":
+            kept["compensation"] = held * torch.bfloat16.itemsize
+        return kept
+
     def reshaped(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]],
         change: Callable[[Piece, Tensor], Tensor],
@@ -184,24 +198,27 @@ class Shards:
     ) -> None:
         """Put local tensors in the place of the group's sharded parameters."""
         params, own_layouts, own_states = list(group["params"]), list(layouts), {}
+        unusual = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
         for i, (parameter, layout) in enumerate(zip(params, layouts, strict=True)):
             shard = self.of(g, i, group, layout)
             if shard is None:
                 own_states[parameter] = states.get(parameter, {})
                 continue
             shard.refresh()
-            _require_options(parameter, shard.piece, group, describe(group, g, i))
-            params[i], own_layouts[i] = shard.view, shard.piece.parts[0].layout if shard.piece.parts else layout
+            piece = shard.piece
+            if unusual:
+                _require_options(parameter, piece, group, describe(group, g, i))
+            params[i], own_layouts[i] = shard.view, piece.parts[0].layout if piece.parts else layout
             if only is not None and only != i:
                 continue
-            grad = local_gradient(parameter, describe(group, g, i))
-            if shard.piece.cut is not None:
+            grad = local_gradient(parameter, partial(describe, group, g, i))
+            if piece.cut is not None:
                 if grad is not None:
                     plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
                     state = shard.local_state(states.get(parameter) or {})
                     require_takeable(shard.view, grad, state, plain, describe(group, g, i))
                 stepping.cut[g, i] = (shard, grad)
-            elif shard.piece.parts:
+            elif grad is not None and piece.parts:
                 shard.view.grad = shard.gradient(grad)
                 stepping.lent.append(shard.view)
                 own_states[shard.view] = shard.local_state(states.get(parameter) or {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from .kinds import is_dtensor, local_of
 from .pieces import Piece
 
 
-def local_gradient(param: Tensor, where: str) -> Tensor | None:
+def local_gradient(param: Tensor, where: Callable[[], str]) -> Tensor | None:
     """This rank's part of the gradient, placed as the parameter is.
 
     Sequence parallelism may leave a replicated parameter with a gradient that is still partial. It is summed here,
@@ -24,7 +25,7 @@ def local_gradient(param: Tensor, where: str) -> Tensor | None:
         return None
     if is_dtensor(param) != is_dtensor(grad):
         raise RuntimeError(
-            f"{where} is a {type(param).__name__} and its gradient a {type(grad).__name__}; distribute both alike"
+            f"{where()} is a {type(param).__name__} and its gradient a {type(grad).__name__}; distribute both alike"
         )
     if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]

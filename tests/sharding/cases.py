@@ -296,12 +296,12 @@ def _told(name: str, parameter: Tensor) -> Tensor:
     return told
 
 
-def train_case(name: str, wrap: str, kind: str = "model", dtype: str = "float64", **options: Any) -> dict[str, Any]:
+def train_case(model: str, wrap: str, kind: str = "model", dtype: str = "float64", **options: Any) -> dict[str, Any]:
     """Ten steps, sharded and not."""
     kind_of = getattr(torch, dtype)
-    run = start(name, wrap, kind, kind_of, **options)
+    run = start(model, wrap, kind, kind_of, **options)
     run.train(0, STEPS)
-    wanted = reference(run, name, kind, kind_of, STEPS, **options)
+    wanted = reference(run, model, kind, kind_of, STEPS, **options)
     pieces = [shard.piece for shard in run.optimizer._shards._known.values()]
     layouts = {
         position: run.optimizer._layouts[position[0]][position[1]]
@@ -309,7 +309,7 @@ def train_case(name: str, wrap: str, kind: str = "model", dtype: str = "float64"
         if shard.piece.cut is not None and shard.piece.cut.size
     }
     return {
-        "difference": difference(run, name, wanted),
+        "difference": difference(run, model, wanted),
         "messages": run.messages,
         "groups": len(groups_in_order(pieces)),
         # fp32 and float64: one number per block, one per tensor that says whether any rank has a gradient.
@@ -377,6 +377,18 @@ def partial_placement() -> str:
     return _refused(optimizer.step, ValueError, "Partial", "Replicate or Shard")
 
 
+def partial_gradient() -> str:
+    """A replicated parameter whose gradient is still to be summed, as sequence parallelism leaves it."""
+    parameter = _matrix(3, 4, [Replicate()])
+    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
+    share = torch.full((3, 4), 1.0 + dist.get_rank(), dtype=torch.float64)
+    parameter.grad = DTensor.from_local(share, parameter.device_mesh, [Partial()])  # type: ignore[attr-defined]
+    whole.grad = torch.full((3, 4), 3.0, dtype=torch.float64)
+    for one in (parameter, whole):
+        AdamMini([("norm.weight", one)], **OPTIONS).step()
+    return FINE if torch.equal(local(parameter), whole) else f"{local(parameter) - whole}"
+
+
 def _refused(call: Callable[[], Any], kind: type[Exception], *words: str) -> str:
     try:
         call()
@@ -437,6 +449,18 @@ def without_exchange() -> str:
     finally:
         exchange._all_reduce = send
     return FINE if apart > 1e-5 else f"only {apart} apart"
+
+
+def bytes_of_state() -> str:
+    """What is counted is what is held."""
+    for wrap in ("fsdp1", "fsdp1-flat", "fsdp2"):
+        run = start("gpt2", wrap)
+        counted_before = run.optimizer.state_bytes()  # type: ignore[attr-defined]
+        run.optimizer.init_state()  # type: ignore[attr-defined]
+        held = [{name: local(x).numel() * x.itemsize for name, x in s.items()} for s in run.optimizer.state.values()]
+        if counted_before != {name: sum(one[name] for one in held) for name in held[0]}:
+            return f"{wrap}: {counted_before}"
+    return FINE
 
 
 def compiled_step() -> str:

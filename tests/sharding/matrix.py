@@ -31,7 +31,7 @@ def main() -> int:
     chosen = [case for case in cases(arguments.ranks) if arguments.only in identity(case)]
     answers = run(
         arguments.ranks,
-        {identity(c): ("train_case", {"name": c.model, "wrap": c.wrap, "dtype": c.dtype}) for c in chosen},
+        {identity(c): ("train_case", c._asdict()) for c in chosen},
         timeout=3600,
     )
     bad = 0

@@ -34,7 +34,7 @@ TRAINED = {
 }  # fmt: skip
 
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
-         "without_exchange", "compiled_step")  # fmt: skip
+         "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 
 
