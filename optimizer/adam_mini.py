@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from .engines import Engines, register, traced_step
 from .groups import anatomies_by_identity, groups_of, named
 from .hyper import Hyper
 from .options import validate
-from .partition import Anatomy, Layout, Rules, layout_of
+from .partition import Anatomy, Layout, Rules, discover, layout_of
 from .partition.apply import understood
 from .partition.discover import module_behind, report_unknown, tagged, tagged_name
 from .partition.names import by_name
 from .partition.roles import Role
+from .sharding import Shards
+from .sharding.flat import narrow, widen
+from .sharding.fsdp1 import facts_of, stamp, stamp_bare
 from .state import new_state, state_bytes
 
 
@@ -100,15 +103,19 @@ class AdamMini(torch.optim.Optimizer):
         self.rules = Rules.load(rules)
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
-        self._engines = Engines()
+        self._engines, self._shards = Engines(), Shards()
         self._handle = register(self)
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
         # Known only while the groups are being made: parameters may be swapped for others later on.
         self._known = anatomies_by_identity(model) if model is not None else {}
+        if model is not None:
+            stamp(model, discover)
+        # A model's norms and biases do not decay, also where FSDP keeps them in one parameter with what does.
+        self._exempt = isinstance(params, nn.Module)
         super().__init__(groups_of(params) if isinstance(params, nn.Module) else params, defaults)
         self._require_matches()
-        self._known = {}
+        self._known, self._exempt = {}, False
         self._report()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,6 +123,7 @@ class AdamMini(torch.optim.Optimizer):
         validate({**self.defaults, **param_group}, "parameter group's")
         super().add_param_group(param_group)
         try:
+            stamp_bare(named(self.param_groups[-1]), lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
             self._layouts.append([self._layout(p, name) for p, name in named(self.param_groups[-1])])
         except ValueError:
             self.param_groups.pop()  # a refused group leaves nothing behind
@@ -125,16 +133,19 @@ class AdamMini(torch.optim.Optimizer):
 
     def _layout(self, parameter: Tensor, name: str) -> Layout:
         """The layout of one parameter: from the model, a tag, or its name."""
-        anatomy = self._anatomy(parameter, name)
-        full_name = self._full_name(parameter, name)
+        if facts := facts_of(parameter):
+            return facts.layout(self._layout_of, exempt=self._exempt)
+        return self._layout_of(self._anatomy(parameter, name), self._full_name(parameter, name), name)
+
+    def _layout_of(self, anatomy: Anatomy, full_name: str, name: str = "") -> Layout:
         if self.rules.overrides and not full_name:
             raise ValueError(
                 f"rules {self.rules.name!r} have overrides by name ({self.rules.overrides[0].pattern!r}), but a "
-                f"parameter of shape {tuple(parameter.shape)} has no name; pass the model, model.named_parameters(), "
+                f"parameter of shape {anatomy.shape} has no name; pass the model, model.named_parameters(), "
                 "or tag(model) first"
             )
         if not understood(anatomy, self.rules, full_name):
-            self._unknown[name or f"unnamed #{len(self._unknown)}"] = anatomy
+            self._unknown[name or full_name or f"unnamed #{len(self._unknown)}"] = anatomy
         return layout_of(anatomy, self.rules, full_name)
 
     def _anatomy(self, parameter: Tensor, name: str) -> Anatomy:
@@ -148,7 +159,8 @@ class AdamMini(torch.optim.Optimizer):
     def _require_matches(self) -> None:
         """Every override of the rules speaks of something: a parameter of the model, frozen ones included, or ours."""
         own = (self._full_name(p, name) for group in self.param_groups for p, name in named(group))
-        self.rules.require_matches([*own, *(name for name, _ in self._known.values())])
+        flat = (name for group in self.param_groups for p in group["params"] if (f := facts_of(p)) for name in f.names)
+        self.rules.require_matches([*own, *flat, *(name for name, _ in self._known.values())])
 
     def _report(self) -> None:
         report_unknown(self._unknown, self.rules[Role.OTHER].value, strict=self._strict)
@@ -189,16 +201,6 @@ class AdamMini(torch.optim.Optimizer):
     def _before_step(self) -> None:
         """For subclasses: torch runs the hooks of a ``step`` that calls another one's twice."""
 
-    def _step(self) -> None:
-        """Check everything, then let the engines move it."""
-        self._before_step()
-        work = [
-            self._engines.prepare(g, group, layouts, self.state)
-            for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True))
-        ]
-        for part in work:
-            self._engines.step(part, self._hyper(part.group), self._state_of)
-
     def _skips(self) -> bool:
         """Whether a GradScaler found that this step must not happen; on other devices the engines look themselves."""
         found_inf = getattr(self, "found_inf", None)
@@ -206,21 +208,44 @@ class AdamMini(torch.optim.Optimizer):
 
     def _step_parameter(self, g: int, i: int) -> None:
         """Take the step of one parameter alone."""
-        group = self.param_groups[g]
-        work = self._engines.prepare(g, group, self._layouts[g], self.state, only=i)
-        self._engines.step(work, self._hyper(group), self._state_of)
+        self._step((g,), i)
 
-    def _hyper(self, group: dict[str, Any]) -> Hyper:
+    def _step(self, which: Iterable[int] | None = None, only: int | None = None) -> None:
+        """Check everything, hear from other ranks, and only then change anything."""
+        self._before_step()
+        which = range(len(self.param_groups)) if which is None else which
+        here = self._shards.begin(self.param_groups, self._layouts, self.state, which, only)
+        try:
+            work = [self._engines.prepare(g, here.groups[g], here.layouts[g], here.states[g], only) for g in which]
+            here.exchange(getattr(self, "grad_scale", None))
+            for part in work:
+                self._engines.step(part, self._hyper(part.group), self._local_state_of)
+            here.step(self._hyper, self._local_state_of)
+        finally:
+            here.end()
+
+    def _hyper(self, group: Mapping[str, Any]) -> Hyper:
         """The group's numbers, with what a GradScaler handed over."""
         return Hyper.of(group, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     def _state_of(self, g: int, i: int) -> dict[str, Any]:
         """A parameter's state, made at its first gradient."""
-        parameter = self.param_groups[g]["params"][i]
-        state = self.state[parameter]
+        group = self.param_groups[g]
+        state = self.state[group["params"][i]]
         if not state:
-            state.update(new_state(parameter, self._layouts[g][i], self.param_groups[g]))
+            shard = self._shards.of(g, i, group, self._layouts[g][i])
+            state.update(
+                new_state(group["params"][i], self._layouts[g][i], group)
+                if shard is None
+                else self._shards.new_state(shard, group)
+            )
         return state
+
+    def _local_state_of(self, g: int, i: int) -> dict[str, Any]:
+        """What this rank holds of a parameter's state."""
+        state = self._state_of(g, i)
+        shard = self._shards.of(g, i, self.param_groups[g], self._layouts[g][i])
+        return state if shard is None else shard.local_state(state)
 
     def init_state(self) -> None:
         """Make all state now, as zeros, so that its memory is known before the first step; otherwise a parameter's is
@@ -231,17 +256,25 @@ class AdamMini(torch.optim.Optimizer):
                     self._state_of(g, i)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by kind, for every trainable parameter, whether its state exists yet or not."""
+        """Bytes of optimizer state on this rank by kind, for every parameter, whether its state exists yet or not."""
         total: Counter[str] = Counter()
-        for group, layouts in zip(self.param_groups, self._layouts, strict=True):
-            for parameter, layout in zip(group["params"], layouts, strict=True):
-                total.update(state_bytes(parameter, layout, group))
+        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                shard = self._shards.of(g, i, group, layout)
+                total.update(
+                    state_bytes(parameter, layout, group)
+                    if shard is None
+                    else self._shards.state_bytes(shard, group)
+                )
         return dict(total)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as in ``torch.optim.Optimizer``; every group also names the ``rules``."""
+        """The state as in ``torch.optim.Optimizer``; every group also names the ``rules``.
+
+        Second moments of parameters that FSDP1 flattened have one value per element there, as it demands.
+        """
         with checkpoint.naming(self, self.rules):
-            return super().state_dict()
+            return self._shards.reshaped(super().state_dict(), self.param_groups, self._layouts, widen)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load state: this optimizer's, Adam's and AdamW's, or the published adam-mini package's.
@@ -256,13 +289,14 @@ class AdamMini(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another partition, other parameters or another kind of optimizer.
         """
+        state_dict = self._shards.reshaped(state_dict, self.param_groups, self._layouts, narrow)
         with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
             super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
         super().__setstate__(state)
-        self._engines, self._handle = Engines(), register(self)
+        self._engines, self._shards, self._handle = Engines(), Shards(), register(self)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -274,5 +308,6 @@ class AdamMini(torch.optim.Optimizer):
             "_strict": self._strict,
             "_unknown": {},
             "_known": {},
+            "_exempt": False,
         }
         return {**super().__getstate__(), **extra}

@@ -18,7 +18,7 @@ def describe(group: Mapping[str, Any], g: int, i: int) -> str:
 def anatomies_by_identity(model: nn.Module) -> dict[int, tuple[str, Anatomy]]:
     """Name and anatomy by parameter identity, for as long as the groups are being made."""
     parameters = dict(model.named_parameters())
-    return {id(parameters[name]): (name, anatomy) for name, anatomy in discover(model).items()}
+    return {id(parameters[name]): (name, a) for name, a in discover(model).items() if name in parameters}
 
 
 def named(group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:
@@ -37,6 +37,8 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("the model has no trainable parameters; unfreeze some before building the optimizer")
-    decaying = {"params": [(name, p) for name, p in trainable if anatomies[name].decays]}
-    rest = {"params": [(name, p) for name, p in trainable if not anatomies[name].decays], "weight_decay": 0.0}
+    # What FSDP flattened into one parameter has no name of its own; its layout knows what in it does not decay.
+    decays = {name: name not in anatomies or anatomies[name].decays for name, _ in trainable}
+    decaying = {"params": [(name, p) for name, p in trainable if decays[name]]}
+    rest = {"params": [(name, p) for name, p in trainable if not decays[name]], "weight_decay": 0.0}
     return [group for group in (decaying, rest) if group["params"]]

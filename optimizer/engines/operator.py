@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ..groups import describe
+from ..partition.layout import Layout
 from .checks import require_takeable
 from .dispatch import Item, run, seed_of
 
@@ -46,8 +47,8 @@ def traced_step(optimizer: AdamMini, handle: int) -> None:
     positions = [[i for i, p in enumerate(group["params"]) if p.grad is not None] for group in groups]
     params = [[group["params"][i] for i in own] for group, own in zip(groups, positions, strict=True)]
     grads = [[p.grad for p in own] for own in params]
-    if any(type(p) is not torch.nn.Parameter for own in params for p in own):
-        _uncompiled(optimizer)  # tensor subclasses (DTensor) have rules of their own for operators
+    if any(type(p) is not torch.nn.Parameter for own in params for p in own) or _flattened(handle):
+        _uncompiled(optimizer)  # tensor subclasses (DTensor) have rules of their own for operators; ranks may share
         return
     for g in range(len(groups)):
         if params[g]:
@@ -60,6 +61,10 @@ def _uncompiled(optimizer: AdamMini) -> None:
     optimizer._step()
 
 
+def _flattened(handle: int) -> bool:
+    return any(type(layout) is not Layout for own in _LIVE[handle]._layouts for layout in own)
+
+
 def _make_state(handle: int) -> bool:
     """Create the state while the step is traced, so that the graph of the first step serves the later ones."""
     _LIVE[handle].init_state()
@@ -67,7 +72,7 @@ def _make_state(handle: int) -> bool:
 
 
 # What torch._dynamo.assume_constant_result does, without importing the compiler (and Triton with it) now.
-_make_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_make_state._dynamo_marked_constant = _flattened._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _step(

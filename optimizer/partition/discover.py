@@ -35,6 +35,13 @@ def discover(model: nn.Module) -> dict[str, Anatomy]:
     Raises:
         ValueError: an uninitialised lazy parameter, or a configuration that contradicts its module's weights.
     """
+    from ..sharding.fsdp1 import whole_shapes  # it speaks of anatomies itself
+
+    with whole_shapes(model):
+        return _discover(model)
+
+
+def _discover(model: nn.Module) -> dict[str, Anatomy]:
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -205,17 +212,21 @@ def tag(model: nn.Module) -> nn.Module:
     Returns:
         the model itself, for chaining.
     """
+    from ..sharding.fsdp1 import stamp
+
     parameters = dict(model.named_parameters())
     for name, anatomy in discover(model).items():
-        setattr(parameters[name], _TAG, anatomy)
-        setattr(parameters[name], _NAME_TAG, name)
+        if name in parameters:  # FSDP may have flattened it into another, which is stamped below
+            setattr(parameters[name], _TAG, anatomy)
+            setattr(parameters[name], _NAME_TAG, name)
+    stamp(model, discover)
     return model
 
 
-def tagged(parameter: Tensor) -> Anatomy | None:
-    """The anatomy ``tag`` left on a parameter, if it still fits its shape."""
-    anatomy = getattr(parameter, _TAG, None)
-    return anatomy if isinstance(anatomy, Anatomy) and anatomy.shape == tuple(parameter.shape) else None
+def tagged(parameter: Tensor, shape: tuple[int, ...] | None = None) -> Anatomy | None:
+    """The anatomy ``tag`` left on a parameter, if it still fits its shape (or the one it had before it was sharded)."""
+    anatomy, shape = getattr(parameter, _TAG, None), tuple(parameter.shape) if shape is None else shape
+    return anatomy if isinstance(anatomy, Anatomy) and anatomy.shape == shape else None
 
 
 def tagged_name(parameter: Tensor) -> str:

@@ -1,0 +1,103 @@
+"""Mean squares of blocks that ranks share: one all-reduce per process group and step, for all tensors together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .pieces import Piece
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@lru_cache(maxsize=1024)
+def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
+    """Global ranks of a group; groups of the same ranks count as one."""
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def groups_in_order(pieces: Sequence[Piece]) -> dict[tuple[int, ...], ProcessGroup]:
+    """The groups that cut blocks, in the order of their first appearance.
+
+    Every rank of a group holds the same tensors in the same order, so that any two ranks which share two groups
+    meet them in the same order: nobody waits in a circle.
+    """
+    found: dict[tuple[int, ...], ProcessGroup] = {}
+    for piece in pieces:
+        for group in piece.cut.groups if piece.cut is not None else ():
+            found.setdefault(ranks_of(group), group)
+    return found
+
+
+def block_means(works: Sequence[tuple[Piece, Tensor | None, torch.dtype]]) -> list[Tensor | None]:
+    """Mean of the squared gradient over every block of every tensor, whichever ranks hold its elements.
+
+    A rank without a gradient takes part with zeros: who takes part follows from layouts and placements alone, which
+    are the same on all ranks, so nobody is waited for in vain. A count of gradients travels with the sums: where any
+    rank that shares blocks of a tensor has one, the tensor steps on all of them, as it would in one process.
+
+    Args:
+        works: (piece with a cut, local gradient, accumulation dtype); the same tensors in the same order on every
+            rank of a group.
+
+    Returns:
+        For each, [number of local blocks], or None where no rank has a gradient.
+    """
+    shared: list[Tensor] = []
+    local: list[Tensor] = []
+    for piece, grad, dtype in works:
+        assert piece.cut is not None
+        means = _own_share(piece, grad, dtype)
+        send = torch.zeros(piece.cut.size + 1, dtype=dtype, device=piece.cut.device)
+        send[piece.cut.positions] = means[piece.cut.slots].to(send.device)
+        send[-1] = grad is not None
+        local.append(means)
+        shared.append(send)
+    for key, group in groups_in_order([piece for piece, _, _ in works]).items():
+        members = [i for i, (piece, _, _) in enumerate(works) if key in {ranks_of(g) for g in piece.cut.groups}]  # type: ignore[union-attr]
+        _all_reduce(shared, members, group)
+    out: list[Tensor | None] = []
+    for (piece, _, _), means, summed in zip(works, local, shared, strict=True):
+        assert piece.cut is not None
+        means[piece.cut.slots] = summed[piece.cut.positions].to(means.device)
+        out.append(means if summed[-1] > 0 else None)
+    return out
+
+
+def _all_reduce(shared: list[Tensor], members: list[int], group: ProcessGroup) -> None:
+    """Sum the members' vectors over a group, in one message."""
+    dtype = max((shared[i].dtype for i in members), key=lambda dtype: dtype.itemsize)
+    message = torch.cat([shared[i].to(dtype) for i in members])
+    dist.all_reduce(message, group=group)
+    for i, summed in zip(members, message.split([len(shared[i]) for i in members]), strict=True):
+        shared[i] = summed.to(shared[i].dtype)
+
+
+def _own_share(piece: Piece, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """This rank's share of each local block's mean square, [number of local blocks]."""
+    assert piece.cut is not None
+    blocks = piece.cut.blocks
+    sums = torch.zeros(len(blocks.counts), dtype=dtype, device=piece.cut.device if grad is None else grad.device)
+    if grad is None:
+        return sums
+    for part in piece.parts:
+        box = part.of(grad)
+        layout = part.layout
+        if layout.fold > 1:
+            box, layout = box.unflatten(0, (layout.fold, -1)), layout.unfolded()
+        shape = layout.aligned_shape(box.shape)
+        reduced = [d for d, (kept, full) in enumerate(zip(shape, box.shape, strict=True)) if kept != full]
+        norm = torch.linalg.vector_norm(box, 2, dim=reduced, keepdim=True, dtype=dtype) if reduced else box.to(dtype)
+        squares = norm.square().flatten()
+        to = blocks.spread if part.slots is None else part.slots
+        if to is None:
+            sums += squares
+        else:
+            sums.index_add_(0, to.to(sums.device), squares)
+    return sums.div_(blocks.counts.to(sums.device, dtype))

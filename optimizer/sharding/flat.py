@@ -1,0 +1,261 @@
+"""From ranges of flattened tensors (FSDP1, ZeRO) to the local piece of their layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..partition.layout import Layout, Runs
+from ..partition.roles import viewed
+from .holdings import Edges, local_runs, run_ids
+from .pieces import Blocks, Cut, Part, Piece
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Range:
+    """Elements of one flattened (row-major) tensor, as ranks share them out.
+
+    Attributes:
+        shape: of the whole tensor.
+        layout: of the whole tensor.
+        bounds: [start, stop) of every rank of the group, in the group's order; empty where start == stop.
+        rank: this rank's place in the group.
+        offset: where the local elements begin in the local (1-D) tensor.
+        decays: whether weight decay applies; False only where a flat parameter mixes what decays with what does not.
+    """
+
+    shape: tuple[int, ...]
+    layout: Layout
+    bounds: tuple[tuple[int, int], ...]
+    rank: int
+    offset: int = 0
+    decays: bool = True
+
+    @property
+    def start(self) -> int:
+        """First element held here."""
+        return self.bounds[self.rank][0]
+
+    @property
+    def stop(self) -> int:
+        """One behind the last element held here."""
+        return self.bounds[self.rank][1]
+
+
+class FlatLayout(Layout):
+    """The layout of a 1-D tensor that holds ranges of flattened tensors.
+
+    Attributes:
+        ranges: what it holds.
+        numel: its elements.
+        group: name of the process group whose ranks hold the rest; empty for nobody.
+    """
+
+    ranges: tuple[Range, ...]
+    numel: int
+    group: str
+
+    def __init__(self, ranges: tuple[Range, ...], numel: int, group: str) -> None:
+        super().__init__(0, Runs(((numel, 1),) if numel else ()))
+        for name, value in (("ranges", ranges), ("numel", numel), ("group", group)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def n_blocks(self) -> int:
+        """Scalars of the tensors it holds ranges of, whole."""
+        return sum(r.layout.n_blocks for r in self.ranges)
+
+    def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """Values of the local second moment."""
+        return (sum(len(_Held(r, "a flattened tensor").spread) for r in self.ranges),)
+
+
+def flat_piece(
+    ranges: Sequence[Range], numel: int, group: ProcessGroup | None, device: torch.device, where: str = "parameter"
+) -> Piece:
+    """The local piece of a 1-D tensor that holds ranges of flattened tensors one behind the other.
+
+    Args:
+        ranges: what the local tensor holds; elements that no range covers are padding, and are not stepped.
+        numel: of the local tensor.
+        group: whose ranks hold the other elements; None where nobody else does.
+        device: where the group communicates.
+        where: the parameter in words, for messages.
+
+    Raises:
+        ValueError: a layout does not fit its shape, or a range its tensor.
+    """
+    held = [_Held(r, where) for r in ranges]
+    parts: list[Part] = []
+    counts, spreads, slots, positions = [], [], [], []
+    blocks = values = shared = 0
+    for one in held:
+        parts += [part for part in one.parts(values, blocks) if part is not None]
+        counts.append(one.counts)
+        spreads.append(one.spread + blocks)
+        slots.append(one.cut_slots + blocks)
+        positions.append(one.cut_positions + shared)
+        blocks, values, shared = blocks + len(one.counts), values + len(one.spread), shared + one.shared
+    signature = repr(
+        [(r.shape, r.layout.axis, r.layout.leading, r.layout.fold, r.layout.runs, r.bounds) for r in ranges]
+    )
+    groups = () if group is None else (group,)
+    single = (
+        parts[0] if len(parts) == 1 and parts[0].stop == numel and parts[0].start == 0 and parts[0].decays else None
+    )
+    if not shared and (single is not None or not parts):
+        return Piece((numel,), tuple(parts), (values,), signature=signature, sharding_groups=groups)
+    joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
+    cut = Cut(groups if shared else (), shared, joined[2], joined[3], Blocks(joined[0].double(), joined[1]), device)
+    return Piece((numel,), tuple(parts), (values,), cut, None, signature, groups)
+
+
+def widen(piece: Piece, second: Tensor) -> Tensor:
+    """The local second moment with one value per element: the form in which FSDP1 gathers and deals out state."""
+    out = torch.zeros(piece.shape, dtype=second.dtype, device=second.device)
+    for part in piece.parts:
+        box = part.of(out)
+        box, own = _unfolded(part, box, part.of_second(second, tuple(box.shape)))
+        box.copy_(own.expand_as(box))
+    return out
+
+
+def narrow(piece: Piece, elements: Tensor) -> Tensor:
+    """The inverse of ``widen``; values whose elements are all elsewhere become zero, and are not used."""
+    second = torch.zeros(piece.aligned, dtype=elements.dtype, device=elements.device)
+    for part in piece.parts:
+        box = part.of(elements)
+        box, own = _unfolded(part, box, part.of_second(second, tuple(box.shape)))
+        shared = [d for d, size in enumerate(own.shape) if size != box.shape[d]]
+        own.copy_(box.amax(shared, keepdim=True) if shared else box)
+    return second
+
+
+def _unfolded(part: Part, *tensors: Tensor) -> list[Tensor]:
+    fold = part.layout.fold
+    return [t.unflatten(0, (fold, -1)) if fold > 1 else t for t in tensors]
+
+
+def boxes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Elements [start, stop) of a row-major tensor as few boxes, in order: (first index, shape) of each."""
+    if start >= stop:
+        return
+    if len(dims) == 1:
+        yield (start,), (stop - start,)
+        return
+    inner = prod(dims[1:])
+    first, last = -(-start // inner), stop // inner
+    if start % inner and first > last:  # inside one slice
+        for index, shape in boxes(start % inner, stop - start + start % inner, dims[1:]):
+            yield (first - 1, *index), (1, *shape)
+        return
+    if start % inner:
+        for index, shape in boxes(start % inner, inner, dims[1:]):
+            yield (first - 1, *index), (1, *shape)
+    if last > first:
+        yield (first, *(0 for _ in dims[1:])), (last - first, *dims[1:])
+    for index, shape in boxes(0, stop - last * inner, dims[1:]):
+        yield (last, *index), (1, *shape)
+
+
+class _Held:
+    """One range in the terms of a piece; local numbering starts at zero.
+
+    The tensor is seen as [leads, between, axis, inner]. Where nothing lies between, the leading indices continue the
+    axis: a block is then an interval of elements, and only the blocks at a range's two ends can be cut. Otherwise
+    (columns) a range that ends inside a leading index cuts all of that index's blocks.
+
+    Attributes:
+        counts: global elements of each local block.
+        spread: the local block of each value of the local second moment.
+        shared: blocks that several ranks hold parts of, on all ranks together.
+        cut_slots, cut_positions: local blocks among them, and their places.
+    """
+
+    def __init__(self, held: Range, where: str) -> None:
+        layout, shape = held.layout, held.shape
+        layout.require(shape, where)
+        if not 0 <= held.start <= held.stop <= prod(shape):
+            raise ValueError(f"{where}: elements [{held.start}, {held.stop}) do not lie in a tensor of shape {shape}")
+        view = viewed(shape, layout.fold) or (1,)
+        lead, axis = len(layout.leading), layout.axis
+        self.held, runs = held, layout.runs
+        leads, between = prod(view[:lead]), prod(view[lead:axis])
+        if between == 1:
+            runs, leads, size = Runs(runs.segments, runs.repeat * max(leads, 1)), 1, leads * view[axis]
+        else:
+            size = view[axis]
+        self.dims = (leads, between, size, prod(view[axis + 1 :]))
+        self.runs, self.edges = runs, Edges(runs)
+        self._find_values()
+        self._find_cut()
+
+    def _find_values(self) -> None:
+        """Which values of the second moment are kept: [first lead, + leads) x axis indices [first, + many)."""
+        _, between, size, inner = self.dims
+        start, stop = self.held.start, self.held.stop
+        per_lead = between * size * inner
+        if start == stop:
+            self.first_lead, self.leads, self.axis_range = 0, 0, (0, 0)
+        elif between == 1:
+            self.first_lead, self.leads, self.axis_range = 0, 1, (start // inner, -(-stop // inner))
+        else:
+            self.first_lead, self.axis_range = start // per_lead, (0, size)
+            self.leads = -(-stop // per_lead) - self.first_lead
+        here = (self.axis_range,) if self.axis_range[1] > self.axis_range[0] else ()
+        self.run_ids = run_ids(self.edges, here)
+        lengths = local_runs(self.runs, self.edges, here).lengths()
+        self.lengths = lengths
+        per_run = torch.arange(len(self.run_ids)).repeat_interleave(lengths)
+        lead = torch.arange(self.leads).unsqueeze(1)
+        self.spread = (lead * len(self.run_ids) + per_run).flatten()
+        self.counts = (self.edges.lengths[self.run_ids] * between * inner).repeat(self.leads)
+
+    def _find_cut(self) -> None:
+        """Blocks that a boundary between two ranks goes through."""
+        _, between, size, inner = self.dims
+        per_lead = between * size * inner
+        bounds = {x for start, stop in self.held.bounds if start < stop for x in (start, stop)}
+        if between == 1:
+            # A boundary inside a row cuts the row's block; one between rows a block that holds both.
+            cut = sorted({
+                self.edges.run_of(x // inner) for x in bounds
+                if 0 < x < prod(self.dims) and (x % inner or self.edges.inside(x // inner))
+            })  # fmt: skip
+            runs = torch.tensor(cut, dtype=torch.int64)
+        else:
+            leads = sorted({x // per_lead for x in bounds if x % per_lead})
+            many = len(self.edges.lengths)
+            runs = torch.tensor([lead * many + run for lead in leads for run in range(many)], dtype=torch.int64)
+        mine = (
+            (torch.arange(self.leads).unsqueeze(1) + self.first_lead) * len(self.edges.lengths) + self.run_ids
+        ).flatten()
+        self.shared = len(runs)
+        self.cut_positions = torch.isin(runs, mine).nonzero().squeeze(1)
+        self.cut_slots = torch.searchsorted(mine, runs[self.cut_positions])
+
+    def parts(self, values: int, blocks: int) -> Iterable[Part]:
+        """Boxes of the local tensor; ``values`` and ``blocks`` are what earlier ranges take up."""
+        at = self.held.offset
+        whole = self.axis_range[1] - self.axis_range[0]
+        for index, shape in boxes(self.held.start, self.held.stop, self.dims):
+            first = (index[0] - self.first_lead) * whole + index[2] - self.axis_range[0]
+            many = shape[0] * shape[2]
+            start, at = at, at + prod(shape)
+            if shape[3] == 1 and shape[1] == 1 and shape[0] == 1:
+                box, layout = None, Layout(0, local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),)))
+            else:
+                box = shape
+                layout = Layout(2, local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),)), shape[:1])
+            yield Part(
+                layout, start, at, box, (values + first, values + first + many),
+                self.spread[first : first + many] + blocks, self.held.decays,
+            )  # fmt: skip

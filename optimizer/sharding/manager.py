@@ -1,0 +1,324 @@
+"""The sharded parameters of one optimizer, as its step sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..engines.checks import require_takeable
+from ..groups import describe
+from ..hyper import Hyper
+from ..partition.layout import Layout
+from ..state import moment_dtype, rounding_of
+from ..update import second_moment_dtype
+from .agreement import require_agreement
+from .exchange import block_means, ranks_of
+from .flat import FlatLayout, flat_piece
+from .kinds import is_dtensor, local_of
+from .pieces import Part, Piece
+from .step import cut_update, local_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Position = tuple[int, int]
+"""Group, and parameter within the group."""
+
+
+class _Shard:
+    """A sharded parameter, and what was looked up about it.
+
+    Attributes:
+        parameter: the optimizer's.
+        piece: what is held of it here.
+        view: what is held here as the engines take it, with a gradient of its own.
+    """
+
+    def __init__(self, parameter: Tensor, piece: Piece) -> None:
+        self.parameter, self.piece = parameter, piece
+        self.spec = getattr(parameter, "_spec", None)
+        self._held = local_of(parameter)
+        self._at = self._held.data_ptr()
+        self.view = self._boxed(self._held.detach())
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether the parameter is still what it was."""
+        return parameter is self.parameter and (
+            self.spec is None or parameter._spec is self.spec  # type: ignore[attr-defined]
+        )
+
+    def refresh(self) -> None:
+        """Follow the local tensor where it was put elsewhere."""
+        held = local_of(self.parameter)
+        if held.data_ptr() != self._at or (held is not self._held and self.spec is not None):
+            self._held, self._at = held, held.data_ptr()
+            self.view = self._boxed(held.detach())
+
+    def _boxed(self, local: Tensor) -> Tensor:
+        """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
+        return local if self.piece.cut is not None or not self.piece.parts else self.piece.parts[0].of(local)
+
+    def gradient(self, grad: Tensor | None) -> Tensor | None:
+        """The local gradient as the view is."""
+        return None if grad is None else self._boxed(grad)
+
+    def local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameter's state as the engines take it; the same tensors as long as the state has the same."""
+        return {name: self._local(name, x) if isinstance(x, Tensor) else x for name, x in state.items()}
+
+    def _local(self, name: str, tensor: Tensor) -> Tensor:
+        known = self._states.get(name)
+        if known is None or known[0] is not tensor:
+            local = local_of(tensor)
+            if name == "exp_avg_sq" and self.piece.cut is None and self.piece.parts:
+                local = self.piece.parts[0].of_second(local, tuple(self.view.shape))
+            elif name != "step" and local.shape == self._held.shape:
+                local = self._boxed(local)
+            known = self._states[name] = tensor, local
+        return known[1]
+
+
+class Shards:
+    """Which parameters of an optimizer are sharded, by group position, and how their step is taken.
+
+    The parameters' local tensors are shown to the engines as a group of ordinary tensors; only tensors with a block
+    that other ranks share are stepped here.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Position, _Shard] = {}
+        self._agreed: dict[tuple[int, ...], int] = {}
+        self._fresh = False
+
+    def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> _Shard | None:
+        """What is held of a parameter; None for an ordinary one."""
+        parameter = group["params"][i]
+        if not is_sharded(parameter, layout):
+            return None
+        known = self._known.get((g, i))
+        if known is None or not known.fits(parameter):
+            known = self._known[g, i] = _Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
+            self._fresh = True
+        return known
+
+    def new_state(self, shard: _Shard, group: Mapping[str, Any]) -> dict[str, Any]:
+        """State before the first step: DTensors where the parameter is one."""
+        piece, view, parameter = shard.piece, shard.view, shard.parameter
+        second = torch.zeros(piece.aligned, dtype=second_moment_dtype(view), device=view.device)
+        beside = view.device if group["capturable"] or group["fused"] else "cpu"
+        state = {
+            "step": torch.zeros((), dtype=torch.float32, device=beside),
+            "exp_avg": torch.zeros_like(parameter, dtype=moment_dtype(parameter, group), requires_grad=False),
+            "exp_avg_sq": piece.second_moment(second),
+        }
+        if rounding_of(parameter, group) == "kahan":
+            state["compensation"] = torch.zeros_like(parameter, requires_grad=False)
+        return state
+
+    def state_bytes(self, shard: _Shard, group: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes of this rank's state by kind."""
+        held, parameter = prod(shard.piece.shape), shard.parameter
+        kept = {
+            "exp_avg": held * moment_dtype(parameter, group).itemsize,
+            "exp_avg_sq": prod(shard.piece.aligned) * second_moment_dtype(parameter).itemsize,
+            "step": torch.float32.itemsize,
+        }
+        if rounding_of(parameter, group) == "kahan":
+            kept["compensation"] = held * torch.bfloat16.itemsize
+        return kept
+
+    def reshaped(
+        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]],
+        change: Callable[[Piece, Tensor], Tensor],
+    ) -> dict[str, Any]:  # fmt: skip
+        """A state dict with the second moments of FSDP1's parameters in another form, all others as they are."""
+        # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
+        flattened = {
+            (g, i)
+            for g, own in enumerate(layouts)
+            for i, layout in enumerate(own)
+            if isinstance(layout, FlatLayout) or getattr(groups[g]["params"][i], "_fsdp_flattened", False)
+        }
+        if not flattened:
+            return document
+        keys = [key for saved in document["param_groups"] for key in saved["params"]]
+        places = [(g, i) for g, own in enumerate(layouts) for i in range(len(own))]
+        states = dict(document["state"])
+        for (g, i), key in zip(places, keys, strict=False):
+            if (g, i) in flattened and "exp_avg_sq" in states.get(key, {}):
+                group, layout = groups[g], layouts[g][i]
+                shard, shape = self.of(g, i, group, layout), tuple(group["params"][i].shape)
+                piece = Piece(shape, (Part(layout),), layout.aligned_shape(shape)) if shard is None else shard.piece
+                states[key] = {**states[key], "exp_avg_sq": change(piece, states[key]["exp_avg_sq"])}
+        return {**document, "state": states}
+
+    def begin(
+        self,
+        groups: Sequence[dict[str, Any]],
+        layouts: Sequence[list[Layout]],
+        states: Mapping[Tensor, Any],
+        which: Iterable[int],
+        only: int | None = None,
+    ) -> Stepping:
+        """Look at every parameter that takes part in a step.
+
+        Raises:
+            RuntimeError: ranks hold different things (asked before the first step, and after a change), or a gradient
+                that does not fit; nothing has been stepped then.
+            ValueError: a parameter that cannot be stepped as it is placed.
+        """
+        stepping = Stepping(groups, layouts, states)
+        try:
+            for g in which:
+                if any(map(is_sharded, groups[g]["params"], layouts[g])):
+                    self._localise(stepping, g, groups[g], layouts[g], states, only)
+            if self._fresh:
+                self._agree(groups, layouts)
+                self._fresh = False
+        except BaseException:
+            stepping.end()
+            raise
+        return stepping
+
+    def _localise(
+        self,
+        stepping: Stepping,
+        g: int,
+        group: dict[str, Any],
+        layouts: list[Layout],
+        states: Mapping[Tensor, Any],
+        only: int | None,
+    ) -> None:
+        """Put local tensors in the place of the group's sharded parameters."""
+        params, own_layouts, own_states = list(group["params"]), list(layouts), {}
+        unusual = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
+        for i, (parameter, layout) in enumerate(zip(params, layouts, strict=True)):
+            shard = self.of(g, i, group, layout)
+            if shard is None:
+                own_states[parameter] = states.get(parameter, {})
+                continue
+            shard.refresh()
+            piece = shard.piece
+            if unusual:
+                _require_options(parameter, piece, group, describe(group, g, i))
+            params[i], own_layouts[i] = shard.view, piece.parts[0].layout if piece.parts else layout
+            if only is not None and only != i:
+                continue
+            grad = local_gradient(parameter, partial(describe, group, g, i))
+            if piece.cut is not None:
+                if grad is not None:
+                    plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
+                    state = shard.local_state(states.get(parameter) or {})
+                    require_takeable(shard.view, grad, state, plain, describe(group, g, i))
+                stepping.cut[g, i] = (shard, grad)
+            elif grad is not None and piece.parts:
+                shard.view.grad = shard.gradient(grad)
+                stepping.lent.append(shard.view)
+                own_states[shard.view] = shard.local_state(states.get(parameter) or {})
+        stepping.groups[g] = {**group, "params": params}
+        stepping.layouts[g], stepping.states[g] = own_layouts, own_states
+
+    def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[Layout]]) -> None:
+        """Ask every group that shards something whether its ranks hold the same."""
+        facts: dict[tuple[int, ...], tuple[ProcessGroup, list[tuple[str, str]]]] = {}
+        for g, group in enumerate(groups):
+            for i, layout in enumerate(layouts[g]):
+                shard = self.of(g, i, group, layout)
+                for process_group in shard.piece.sharding_groups if shard is not None else ():
+                    entry = facts.setdefault(ranks_of(process_group), (process_group, []))
+                    entry[1].append((describe(group, g, i), shard.piece.signature))  # type: ignore[union-attr]
+        for ranks, (process_group, held) in facts.items():
+            digest = hash(tuple(held))
+            if self._agreed.get(ranks) != digest:
+                require_agreement(process_group, held)
+                self._agreed[ranks] = digest
+
+
+class Stepping:
+    """One step's view of the groups: local tensors where parameters are sharded.
+
+    Attributes:
+        groups, layouts, states: as the engines take them, by group.
+        cut: tensors whose blocks other ranks share, with their local gradients.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]], states: Mapping[Tensor, Any]
+    ) -> None:
+        self.groups, self.layouts = list(groups), list(layouts)
+        self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
+        self.cut: dict[Position, tuple[_Shard, Tensor | None]] = {}
+        self.lent: list[Tensor] = []
+        self._means: list[Tensor | None] = []
+
+    def exchange(self, grad_scale: Tensor | None = None) -> None:
+        """Sum what ranks share; afterwards nothing communicates."""
+        if self.cut:
+            for position, (shard, grad) in self.cut.items():
+                if grad is not None and grad_scale is not None:
+                    self.cut[position] = shard, grad / grad_scale
+            self._means = block_means(
+                [(shard.piece, grad, second_moment_dtype(shard.view)) for shard, grad in self.cut.values()]
+            )
+
+    def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
+        """Step the tensors whose blocks are shared."""
+        for ((g, i), (shard, grad)), means in zip(self.cut.items(), self._means, strict=True):
+            if means is None:
+                continue
+            state = state_of(g, i)
+            state["step"] += 1
+            numbers = hyper_of(self.groups[g]).numbers()
+            cut_update(
+                shard.piece, shard.view, grad, state["exp_avg"], state["exp_avg_sq"], means,
+                step=state["step"].item(), **numbers,
+            )  # fmt: skip
+
+    def end(self) -> None:
+        """Give the gradients back."""
+        for view in self.lent:
+            view.grad = None
+
+
+def is_sharded(parameter: Tensor, layout: Layout) -> bool:
+    """Whether a rank holds less of the parameter than its layout speaks of, or another form of it."""
+    return is_dtensor(parameter) or isinstance(layout, FlatLayout)
+
+
+def _require_options(parameter: Tensor, piece: Piece, group: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for options that a sharded parameter cannot have."""
+    if isinstance(group["exp_avg_dtype"], str):
+        raise ValueError(
+            f"{where} is sharded, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales that do not reshard with "
+            "it; use None, torch.float32 or torch.bfloat16"
+        )
+    if piece.cut is not None and rounding_of(parameter, group):
+        raise ValueError(
+            f"{where} shares blocks with other ranks, whose step does not round ({group['bf16_rounding']!r}); use "
+            "bf16_rounding=None, or fp32 parameters with a mixed-precision policy"
+        )
+    if group["differentiable"]:
+        raise ValueError(f"{where} is sharded; differentiable=True takes ordinary tensors only")
+
+
+def _piece(parameter: Tensor, layout: Layout, where: str) -> Piece:
+    if not isinstance(layout, FlatLayout):
+        from .placed import placed_piece
+
+        return placed_piece(parameter, layout, where)  # type: ignore[arg-type]
+    if parameter.shape != (layout.numel,):
+        raise ValueError(
+            f"{where} has shape {tuple(parameter.shape)}, but FSDP gave this rank {layout.numel} elements of it when "
+            "the optimizer was built; build the optimizer after wrapping, and step outside summon_full_params"
+        )
+    group = None
+    if layout.group:
+        group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
+    return flat_piece(layout.ranges, layout.numel, group, parameter.device, where)

@@ -1,0 +1,131 @@
+"""What a rank holds of a tensor, as the step needs it: parts, their layouts, and the blocks that others share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..partition.layout import Layout
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A box of the local elements: a slice of the local tensor's first axis, split into ``shape``.
+
+    Attributes:
+        start, stop: the slice; None for the whole local tensor as it is.
+        shape: what the sliced axis is split into; None leaves it.
+        layout: of the box.
+        second: slice of the local second moment's first axis that belongs to the box; None for all of it.
+        slots: the local block of each of the box's aligned values, int64; None for the whole local tensor.
+        decays: whether weight decay applies.
+    """
+
+    layout: Layout
+    start: int | None = None
+    stop: int | None = None
+    shape: tuple[int, ...] | None = None
+    second: tuple[int, int] | None = None
+    slots: Tensor | None = None
+    decays: bool = True
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The box as a view of the local tensor."""
+        if self.start is None:
+            return tensor
+        part = tensor[self.start : self.stop]
+        return part if self.shape is None else part.unflatten(0, self.shape)
+
+    def of_second(self, second: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The box's values of the local second moment, aligned with a box of this shape."""
+        if self.second is None:
+            return second
+        return second[self.second[0] : self.second[1]].view(self.layout.aligned_shape(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """The blocks that a tensor with cut blocks has here.
+
+    Attributes:
+        counts: elements of each block on all ranks together, float64 [n].
+        spread: the block of every value of the local second moment, int64 [numel]; None: value i is block i.
+    """
+
+    counts: Tensor
+    spread: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """The blocks that ranks share, and with whom.
+
+    Attributes:
+        groups: process groups to sum over, one after another, in the same order on all of their ranks; may be empty.
+        size: shared blocks: what one rank sends for the tensor.
+        slots: local blocks that are shared, int64 [k], k <= size.
+        positions: their places among the shared ones, int64 [k].
+        blocks: all local blocks.
+        device: where the groups communicate.
+    """
+
+    groups: tuple[ProcessGroup, ...]
+    size: int
+    slots: Tensor
+    positions: Tensor
+    blocks: Blocks
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """How a DTensor is placed."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: tuple[int, ...]
+
+    def wrap(self, local: Tensor) -> DTensor:
+        """A DTensor of this rank's local tensor."""
+        from torch.distributed.tensor import DTensor
+
+        strides = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=strides
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A rank's part of one parameter.
+
+    Attributes:
+        shape: of the local tensor.
+        parts: boxes the local elements consist of; one that is all of it wherever that is possible.
+        aligned: shape of the local second moment.
+        cut: how blocks are stepped that are shared with other ranks, or spread over several parts; None where an
+            ordinary engine can take the piece: it has one part, or none.
+        placed: how the second moment of a DTensor parameter is placed; None for plain tensors.
+        signature: everything that ranks must agree on, as text.
+        sharding_groups: all groups that the tensor is dealt out over, whether they cut a block or not.
+    """
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    aligned: tuple[int, ...]
+    cut: Cut | None = None
+    placed: Placed | None = None
+    signature: str = ""
+    sharding_groups: tuple[ProcessGroup, ...] = field(default=())
+
+    def second_moment(self, values: Tensor) -> Tensor:
+        """The state tensor around local values: a DTensor where the parameter is one."""
+        return values if self.placed is None else self.placed.wrap(values)

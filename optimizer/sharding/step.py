@@ -1,0 +1,89 @@
+"""One step of a tensor whose blocks other ranks share, once the blocks' mean squares are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .kinds import is_dtensor, local_of
+from .pieces import Piece
+
+
+def local_gradient(param: Tensor, where: Callable[[], str]) -> Tensor | None:
+    """This rank's part of the gradient, placed as the parameter is.
+
+    Sequence parallelism may leave a replicated parameter with a gradient that is still partial. It is summed here,
+    as any optimizer has to: that message is the gradient's, not the optimizer's.
+
+    Raises:
+        RuntimeError: only one of parameter and gradient is a DTensor.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if is_dtensor(param) != is_dtensor(grad):
+        raise RuntimeError(
+            f"{where()} is a {type(param).__name__} and its gradient a {type(grad).__name__}; distribute both alike"
+        )
+    if is_dtensor(grad) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local_of(grad)
+
+
+def cut_update(
+    piece: Piece,
+    param: Tensor,
+    grad: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    means: Tensor,
+    *,
+    step: float,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """One Adam-mini step of a piece, in place, on local tensors.
+
+    Source: arXiv 2406.16793, Algorithm 1; the equations as in ``optimizer.update.adam_mini_update``.
+
+    Args:
+        piece: what is held here.
+        param: changed.
+        grad: read only; None counts as zeros (another rank has a gradient for a block it shares with this one).
+        exp_avg: changed.
+        exp_avg_sq: ``piece.aligned``, changed.
+        means: mean squares of the local blocks.
+        step, lr, beta1, beta2, eps, weight_decay, maximize: as in ``adam_mini_update``.
+    """
+    assert piece.cut is not None
+    if exp_avg_sq.numel() == 0:
+        return  # nothing is held here, not even a value that others' elements share
+    spread = piece.cut.blocks.spread
+    per_index = means if spread is None else means[spread.to(means.device)]
+    exp_avg_sq.mul_(beta2).add_(per_index.view(exp_avg_sq.shape).to(exp_avg_sq.device), alpha=1 - beta2)
+    if param.numel() == 0:
+        return
+    if grad is None:
+        exp_avg.mul_(beta1)
+    elif exp_avg.dtype == grad.dtype and not maximize:
+        exp_avg.lerp_(grad, 1 - beta1)
+    else:
+        exp_avg.mul_(beta1).add_(grad, alpha=(beta1 - 1) if maximize else (1 - beta1))
+    scale = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps).reciprocal_().mul_(-lr / (1 - beta1**step))
+    for part in piece.parts:
+        p, m = part.of(param), part.of(exp_avg)
+        s = part.of_second(scale, tuple(p.shape))
+        if part.layout.fold > 1:
+            p, m, s = (t.unflatten(0, (part.layout.fold, -1)) for t in (p, m, s))
+        if weight_decay and part.decays:
+            p.mul_(1 - lr * weight_decay)
+        if p.dtype == m.dtype == s.dtype:
+            p.addcmul_(m, s)
+        else:
+            p.add_(m * s)

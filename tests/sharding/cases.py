@@ -1,0 +1,479 @@
+"""What every rank does in the multi-process tests: train sharded, and compare with one process.
+
+Each rank runs the single-process reference for itself. Which elements a rank holds is found out by sharding the same
+model once more with its elements numbered, so the comparison asks nothing of the code under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from optimizer import AdamMini, tag
+from optimizer.sharding.exchange import groups_in_order
+from tests.sharding.models import MODELS, batches, loss_of
+
+STEPS = 10
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's elements."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+# --- ways to shard ------------------------------------------------------------------------------------------------
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    lists = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and "Expert" not in type(m[0]).__name__
+    ]
+    return list(lists[0])
+
+
+def fsdp2(model: nn.Module, **options: Any) -> nn.Module:
+    for block in _blocks(model):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def _columns(parameter: nn.Parameter) -> Shard | None:
+    last = parameter.ndim - 1
+    return Shard(last) if last > 0 and parameter.shape[last] % dist.get_world_size() == 0 else None
+
+
+def _hsdp(model: nn.Module) -> nn.Module:
+    world = dist.get_world_size()
+    shape = (2, world // 2) if world % 2 == 0 and world > 2 else (1, world)
+    return fsdp2(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+
+
+PLAN = {
+    "tok_embeddings": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "layers.*.attention.wq": ColwiseParallel, "layers.*.attention.wk": ColwiseParallel,
+    "layers.*.attention.wv": ColwiseParallel, "layers.*.attention.wo": RowwiseParallel,
+    "layers.*.feed_forward.w1": ColwiseParallel, "layers.*.feed_forward.w3": ColwiseParallel,
+    "layers.*.feed_forward.w2": RowwiseParallel,
+    "output": lambda: ColwiseParallel(output_layouts=Replicate()),
+}  # fmt: skip
+
+
+def tensor_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    # Torch multiplies by evenly dealt columns alone, and whole heads are wanted; a vocabulary may be uneven.
+    even = {"attention": 6 % mesh.size() == 0, "feed_forward": 36 % mesh.size() == 0}
+    uneven = [part for part, fits in even.items() if not fits]
+    plan = {name: style() for name, style in PLAN.items() if not any(part in name for part in uneven)}
+    return parallelize_module(model, mesh, plan)
+
+
+def _tp_fsdp(model: nn.Module, tp: int = 2) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // tp, tp), mesh_dim_names=("dp", "tp"))
+    tensor_parallel(model, mesh["tp"])
+    return fsdp2(model, mesh=mesh["dp"])
+
+
+def _ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def fsdp1(model: nn.Module, original: bool, **options: Any) -> nn.Module:
+    options |= {"auto_wrap_policy": ModuleWrapPolicy({type(_blocks(model)[0])}), "device_id": torch.device("cpu")}
+    return FullyShardedDataParallel(model, use_orig_params=original, **options)
+
+
+WRAPS: dict[str, Wrap] = {
+    "fsdp1": lambda model: fsdp1(model, True),
+    "fsdp1-flat": lambda model: fsdp1(model, False),
+    "ddp": _ddp,
+    "fsdp2": fsdp2,
+    "fsdp2-columns": lambda model: fsdp2(model, shard_placement_fn=_columns),
+    "fsdp2-offload": lambda model: fsdp2(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "hsdp": _hsdp,
+    "tp": tensor_parallel,
+    "tp-fsdp2": _tp_fsdp,
+}
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A sharded model in training, and the collectives its steps took."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    wrap: str
+    world: int
+    rank: int
+    messages: list[tuple[int, int]]
+    """(ranks in the group, bytes) of every collective inside ``step``."""
+
+    @property
+    def replicas(self) -> int:
+        """Different batches per step."""
+        return 1 if self.wrap == "tp" else self.world // 2 if self.wrap == "tp-fsdp2" else self.world
+
+    @property
+    def replica(self) -> int:
+        return 0 if self.wrap == "tp" else self.rank // 2 if self.wrap == "tp-fsdp2" else self.rank
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last):
+            self.optimizer.zero_grad()
+            loss_of(self.model, batches(step, self.replicas)[self.replica]).backward()
+            self._clip()
+            with counted(self.messages):
+                self.optimizer.step()
+
+    def _clip(self) -> None:
+        clip(list(self.model.parameters()), group=dist.group.WORLD if self.wrap.startswith("fsdp1") else None)
+
+
+def clip(parameters: list[nn.Parameter], *, group: Any = None) -> None:
+    """Clip by the norm of all gradients; by hand: torch's cannot mix meshes, and FSDP1's takes no float64."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    squares = [g.full_tensor().square().sum() if isinstance(g, DTensor) else g.square().sum() for g in gradients]
+    total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=parameters[0].dtype)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    scale = (1.0 / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local(gradient).mul_(scale)
+
+
+class counted:
+    """Counts the collectives that Python code starts."""
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "barrier",
+             "all_to_all_single", "all_gather_object", "all_gather_coalesced", "all_reduce_coalesced")  # fmt: skip
+
+    def __init__(self, into: list[tuple[int, int]]) -> None:
+        self.into, self.before = into, {name: getattr(dist, name) for name in self.NAMES}
+
+    def __enter__(self) -> None:
+        for name, call in self.before.items():
+            setattr(dist, name, self._wrapped(call))
+
+    def _wrapped(self, call: Any) -> Any:
+        def wrapped(tensor: Any, *arguments: Any, group: Any = None, **more: Any) -> Any:
+            nbytes = tensor.numel() * tensor.itemsize if isinstance(tensor, Tensor) else -1
+            self.into.append((dist.get_world_size(group), nbytes))
+            return call(tensor, *arguments, group=group, **more)
+
+        return wrapped
+
+    def __exit__(self, *_: object) -> None:
+        for name, call in self.before.items():
+            setattr(dist, name, call)
+
+
+BUILDS: dict[str, Callable[[nn.Module, Wrap], tuple[nn.Module, Any]]] = {}
+
+
+def build(kind: str) -> Any:
+    def register(function: Any) -> Any:
+        BUILDS[kind] = function
+        return function
+
+    return register
+
+
+@build("model")
+def _from_model(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    wrapped = wrap(model)
+    return wrapped, wrapped
+
+
+@build("names")
+def _from_names(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    wrapped = wrap(model)
+    return wrapped, list(wrapped.named_parameters())
+
+
+@build("tag-after")
+def _from_tags(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    wrapped = wrap(model)
+    tag(wrapped)
+    return wrapped, list(wrapped.parameters())
+
+
+@build("tag-before")
+def _from_early_tags(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    wrapped = wrap(tag(model))
+    return wrapped, list(wrapped.parameters())
+
+
+class Swapped(list):  # type: ignore[type-arg]
+    """Parameters of a model that an optimizer is built from before the model is sharded."""
+
+
+@build("swapped")
+def _from_unsharded(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    return model, Swapped([wrap])
+
+
+@build("groups")
+def _from_groups(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    wrapped = wrap(model)
+    named = list(wrapped.named_parameters())
+    return wrapped, [{"params": named[1::2]}, {"params": named[::2], "lr": OPTIONS["lr"]}]
+
+
+def start(name: str, wrap: str, kind: str = "model", dtype: torch.dtype = torch.float64, **options: Any) -> Run:
+    """A sharded model with its optimizer."""
+    model, params = BUILDS[kind](MODELS[name]().to(dtype), WRAPS[wrap])
+    if isinstance(params, Swapped):  # as Accelerate does: sharded parameters are put into the groups by name
+        optimizer = AdamMini(model, **OPTIONS | options)
+        named = dict(params[0](model).named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [named[name] for name in group["param_names"]]
+    else:
+        optimizer = AdamMini(params, **OPTIONS | options)
+    return Run(model, optimizer, wrap, dist.get_world_size(), dist.get_rank(), [])
+
+
+def reference(run: Run, name: str, kind: str, dtype: torch.dtype, steps: int, **options: Any) -> dict[str, Tensor]:
+    """Parameters after the same steps in one process, from averaged gradients."""
+    model, params = BUILDS[kind](MODELS[name]().to(dtype), lambda model: model)
+    optimizer = AdamMini(model if isinstance(params, Swapped) else params, **OPTIONS | options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.stack([loss_of(model, batch) for batch in batches(step, run.replicas)]).mean().backward()
+        clip(list(model.parameters()))
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def plain(name: str) -> str:
+    """The name without what wrappers add."""
+    for prefix in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
+        name = name.replace(prefix, "")
+    return name
+
+
+def elements(name: str, wrap: str) -> dict[str, Tensor]:
+    """Which elements of the model every local tensor holds, numbered through all parameters from 1; 0: padding."""
+    model, first = MODELS[name]().to(torch.float64), 1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.arange(first, first + p.numel(), dtype=torch.float64).view(p.shape))
+            first += p.numel()
+    return {plain(n): local(p) for n, p in WRAPS[wrap](model).named_parameters()}
+
+
+def difference(run: Run, name: str, wanted: dict[str, Tensor]) -> float:
+    """The largest difference of any element held here."""
+    whole, at, worst = torch.cat([p.flatten() for p in wanted.values()]), elements(name, run.wrap), 0.0
+    told = torch.cat([_told(n, p) for n, p in wanted.items()])
+    for n, p in run.model.named_parameters():
+        number = at[plain(n)]
+        assert number.shape == local(p).shape, n
+        index = number[number > 0].long() - 1
+        apart = (local(p)[number > 0] - whole[index]).abs() * (told[index] if p.dtype != torch.float64 else 1)
+        worst = max(worst, float(apart.max()) if apart.numel() else 0.0)
+    return worst
+
+
+def _told(name: str, parameter: Tensor) -> Tensor:
+    """1 where an element says something: a key's bias cannot change an attention, its gradient is rounding alone."""
+    told = torch.ones(parameter.numel())
+    if name.endswith("c_attn.bias"):
+        told[parameter.numel() // 3 : 2 * parameter.numel() // 3] = 0
+    return told
+
+
+def train_case(model: str, wrap: str, kind: str = "model", dtype: str = "float64", **options: Any) -> dict[str, Any]:
+    """Ten steps, sharded and not."""
+    kind_of = getattr(torch, dtype)
+    run = start(model, wrap, kind, kind_of, **options)
+    run.train(0, STEPS)
+    wanted = reference(run, model, kind, kind_of, STEPS, **options)
+    pieces = [shard.piece for shard in run.optimizer._shards._known.values()]
+    layouts = {
+        position: run.optimizer._layouts[position[0]][position[1]]
+        for position, shard in run.optimizer._shards._known.items()
+        if shard.piece.cut is not None and shard.piece.cut.size
+    }
+    return {
+        "difference": difference(run, model, wanted),
+        "messages": run.messages,
+        "groups": len(groups_in_order(pieces)),
+        # fp32 and float64: one number per block, one per tensor that says whether any rank has a gradient.
+        "limit": 8 * sum(layout.n_blocks + (dtype == "float64") for layout in layouts.values()),
+        "state": {type(s["exp_avg"]).__name__ for s in run.optimizer.state.values()},
+    }
+
+
+# --- single facts, each answered with the same words by every rank ------------------------------------------------
+
+FINE = "as it should be"
+
+
+def _matrix(rows: int, columns: int, placements: list[Placement] | None = None, seed: int = 0) -> nn.Parameter:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return nn.Parameter(distribute_tensor(whole, mesh, placements or [Shard(0)]))
+
+
+def _give(parameter: nn.Parameter, seed: int) -> Tensor:
+    """A gradient, and the whole of it."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+    return whole
+
+
+def nothing_cut() -> str:
+    """Rows dealt out by rows, elements in any way, norms whole: no message at all."""
+    rows, table = _matrix(7, 4), _matrix(5, 6)
+    optimizer = AdamMini([("mlp.up_proj.weight", rows), ("embed_tokens.weight", table)], lr=1e-2)
+    messages: list[tuple[int, int]] = []
+    for step in range(3):
+        _give(rows, step), _give(table, step)
+        with counted(messages):
+            optimizer.step()
+    return FINE if not messages and len(optimizer.state) == 2 else f"{messages} {len(optimizer.state)}"
+
+
+def missing_gradients() -> str:
+    """A rank without a gradient for a cut tensor steps it as with zeros; without any, nobody does."""
+    parameter = _matrix(1, 6, [Shard(1)])
+    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
+    ours = AdamMini([("q_proj.weight", parameter)], **OPTIONS)
+    alone = AdamMini([("q_proj.weight", whole)], **OPTIONS)
+    ours.step()
+    if ours.state.get(parameter):
+        return "stepped without any gradient"
+    for step in range(3):
+        whole.grad = _give(parameter, step)
+        if step == 1:
+            whole.grad[:, 3:] = 0
+            if dist.get_rank() == 1:
+                parameter.grad = None
+        ours.step()
+        alone.step()
+    full = parameter.full_tensor()  # type: ignore[attr-defined]
+    return FINE if torch.allclose(full, whole, atol=1e-14, rtol=0) else f"{full - whole}"
+
+
+def partial_placement() -> str:
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Partial()]))
+    optimizer = AdamMini([("q_proj.weight", parameter)])
+    parameter.grad = parameter.detach().clone()
+    return _refused(optimizer.step, ValueError, "Partial", "Replicate or Shard")
+
+
+def partial_gradient() -> str:
+    """A replicated parameter whose gradient is still to be summed, as sequence parallelism leaves it."""
+    parameter = _matrix(3, 4, [Replicate()])
+    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
+    share = torch.full((3, 4), 1.0 + dist.get_rank(), dtype=torch.float64)
+    parameter.grad = DTensor.from_local(share, parameter.device_mesh, [Partial()])  # type: ignore[attr-defined]
+    whole.grad = torch.full((3, 4), 3.0, dtype=torch.float64)
+    for one in (parameter, whole):
+        AdamMini([("norm.weight", one)], **OPTIONS).step()
+    return FINE if torch.equal(local(parameter), whole) else f"{local(parameter) - whole}"
+
+
+def _refused(call: Callable[[], Any], kind: type[Exception], *words: str) -> str:
+    try:
+        call()
+    except kind as error:
+        missing = [word for word in words if word not in str(error)]
+        return FINE if not missing else f"{missing} not in {error}"
+    return "not refused"
+
+
+def other_rules() -> str:
+    """Ranks whose rules differ, one of which would not even communicate."""
+    parameter = _matrix(6, 4, [Shard(1)])
+    optimizer = AdamMini([("up_proj.weight", parameter)], rules=("adam_mini", "elementwise")[dist.get_rank()])
+    _give(parameter, 0)
+    before = local(parameter).clone()
+    answer = _refused(optimizer.step, RuntimeError, "ranks [1]", "than rank 0", "up_proj.weight")
+    return answer if torch.equal(before, local(parameter)) else "moved"
+
+
+def other_order() -> str:
+    """Ranks that hold the same parameters in another order."""
+    named = [("a.up_proj.weight", _matrix(6, 4, [Shard(1)])), ("b.up_proj.weight", _matrix(5, 4, [Shard(1)], 1))]
+    optimizer = AdamMini(named if dist.get_rank() == 0 else named[::-1])
+    for _, parameter in named:
+        _give(parameter, 0)
+    return _refused(optimizer.step, RuntimeError, "ranks [1]", "another order")
+
+
+def resharded() -> str:
+    """A parameter that is dealt out in another way between two steps, with its state, goes on as if it had been."""
+    parameter = _matrix(6, 8)
+    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
+    ours = AdamMini([("q_proj.weight", parameter)], **OPTIONS)
+    alone = AdamMini([("q_proj.weight", whole)], **OPTIONS)
+    for step in range(4):
+        if step == 2:
+            state = ours.state.pop(parameter)
+            parameter = nn.Parameter(parameter.detach().redistribute(placements=[Shard(1)]))  # type: ignore[attr-defined]
+            ours.param_groups[0]["params"][0] = parameter
+            moment = state["exp_avg"].redistribute(placements=[Shard(1)])
+            second = state["exp_avg_sq"].redistribute(placements=[Replicate()])
+            ours.state[parameter] = {"step": state["step"], "exp_avg": moment, "exp_avg_sq": second}
+        whole.grad = _give(parameter, step)
+        ours.step()
+        alone.step()
+    full = parameter.full_tensor()  # type: ignore[attr-defined]
+    return FINE if torch.allclose(full, whole, atol=1e-14, rtol=0) else f"{full - whole}"
+
+
+def without_exchange() -> str:
+    """The negative control: what these comparisons say where shared blocks are not summed."""
+    from optimizer.sharding import exchange
+
+    send = exchange._all_reduce
+    exchange._all_reduce = lambda *_: None
+    try:
+        apart = train_case("llama", "fsdp2")["difference"]
+    finally:
+        exchange._all_reduce = send
+    return FINE if apart > 1e-5 else f"only {apart} apart"
+
+
+def bytes_of_state() -> str:
+    """What is counted is what is held."""
+    for wrap in ("fsdp1", "fsdp1-flat", "fsdp2"):
+        run = start("gpt2", wrap)
+        counted_before = run.optimizer.state_bytes()  # type: ignore[attr-defined]
+        run.optimizer.init_state()  # type: ignore[attr-defined]
+        held = [{name: local(x).numel() * x.itemsize for name, x in s.items()} for s in run.optimizer.state.values()]
+        if counted_before != {name: sum(one[name] for one in held) for name in held[0]}:
+            return f"{wrap}: {counted_before}"
+    return FINE
+
+
+def compiled_step() -> str:
+    """A compiled step of sharded parameters does what the plain one does."""
+    model, plainly = (MODELS["llama"]().to(torch.float64) for _ in range(2))
+    for one in (model, plainly):
+        fsdp2(one)
+    first, second = AdamMini(model, **OPTIONS), AdamMini(plainly, **OPTIONS)
+    step = torch.compile(first.step, backend="eager")
+    for index in range(3):
+        for one, take in ((model, step), (plainly, second.step)):
+            one.zero_grad()
+            loss_of(one, batches(index, 2)[dist.get_rank()]).backward()
+            take()
+    same = all(torch.equal(local(p), local(q)) for p, q in zip(model.parameters(), plainly.parameters(), strict=True))
+    return FINE if same else "different"

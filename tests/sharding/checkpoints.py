@@ -1,0 +1,119 @@
+"""What ranks do in the tests of checkpoints: save from some ranks, go on with others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from optimizer import AdamMini
+from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
+from tests.sharding.models import MODELS, batches, loss_of
+
+SHARES = 6
+"""Batches of a step, whoever computes them; 1, 2 and 3 ranks share them equally."""
+
+
+def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = MODELS[name]().to(torch.float64)
+    if mesh is not None:
+        model = wrap(model, mesh)
+    return model, AdamMini(model, **OPTIONS)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first: int, last: int) -> None:
+    rank = dist.get_rank() if ranks else 0
+    for step in range(first, last):
+        optimizer.zero_grad()
+        shares = batches(step, SHARES)[rank :: max(1, ranks)]
+        torch.stack([loss_of(model, share) for share in shares]).mean().backward()
+        flat = isinstance(model, FullyShardedDataParallel)
+        clip(list(model.parameters()), group=model.process_group if flat else None)
+        optimizer.step()
+
+
+WRAPS = {
+    "fsdp2": lambda model, mesh: fsdp2(model, mesh=mesh),
+    "fsdp1": lambda model, mesh: fsdp1(model, True, process_group=mesh.get_group()),
+    "fsdp1-flat": lambda model, mesh: fsdp1(model, False, process_group=mesh.get_group()),
+}
+
+
+def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[str, Any]:
+    """Five steps on n ranks, saved; five more on m: every pair of 1, 2 and 3, against ten steps in one process."""
+    alone = _start(name, None)
+    _train(*alone, 0, 0, 10)
+    wanted = dict(alone[0].named_parameters())
+    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in (1, 2, 3)}  # every rank takes part in making each
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    worst = {}
+    for n, mesh in meshes.items():
+        if dist.get_rank() < n:
+            model, optimizer = _start(name, mesh, WRAPS[wrap])
+            _train(model, optimizer, n, 0, 5)
+            document = {"model": get_model_state_dict(model),
+                        "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
+            dcp.save(
+                document, checkpoint_id=Path(folder, f"{name}-{wrap}-{n}-{flatten}"), process_group=mesh.get_group()
+            )
+        dist.barrier()
+        for m, others in meshes.items():
+            if dist.get_rank() < m:
+                worst[f"{n} to {m}"] = _go_on(
+                    name, wrap, Path(folder, f"{name}-{wrap}-{n}-{flatten}"), others, options, wanted
+                )
+            dist.barrier()
+    return worst
+
+
+def _go_on(
+    name: str, wrap: str, folder: Path, mesh: DeviceMesh, options: StateDictOptions, wanted: dict[str, Any]
+) -> float:
+    model, optimizer = _start(name, mesh, WRAPS[wrap])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()  # nothing of the fresh model may be of use
+    document = {"model": get_model_state_dict(model),
+                "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
+    dcp.load(document, checkpoint_id=folder, process_group=mesh.get_group())
+    set_model_state_dict(model, document["model"])
+    set_optimizer_state_dict(model, optimizer, document["optimizer"], options=options)
+    _train(model, optimizer, mesh.size(), 5, 10)
+    return _apart(model, wanted)
+
+
+def _apart(model: nn.Module, wanted: dict[str, Any]) -> float:
+    if not isinstance(model, FullyShardedDataParallel):
+        return max(float((p.full_tensor() - wanted[n]).abs().max()) for n, p in model.named_parameters())
+    with FullyShardedDataParallel.summon_full_params(model):
+        return max(float((p - wanted[plain(n)]).abs().max()) for n, p in model.named_parameters())
+
+
+def state_is_whole(name: str = "gpt2") -> str:
+    """Gathered from the ranks, the second moments are those of one process."""
+    model, optimizer = _start(name, DeviceMesh("cpu", list(range(dist.get_world_size()))), WRAPS["fsdp2"])
+    alone = _start(name, None)
+    _train(model, optimizer, dist.get_world_size(), 0, 4)
+    _train(*alone, 0, 0, 4)
+    for (n, p), q in zip(model.named_parameters(), alone[0].parameters(), strict=True):
+        own, wanted = optimizer.state[p], alone[1].state[q]
+        for key in ("exp_avg", "exp_avg_sq"):
+            whole = own[key].full_tensor()
+            if whole.shape != wanted[key].shape or not torch.allclose(whole, wanted[key], rtol=1e-9, atol=1e-18):
+                return f"{key} of {n}: {(whole - wanted[key]).abs().max()}"
+        if local(own["exp_avg_sq"]).numel() > own["exp_avg_sq"].numel():
+            return f"{n} holds more than there is"
+    return FINE

@@ -1,0 +1,56 @@
+"""Every model under every wrapper on any number of ranks: ``python -m tests.sharding.matrix --ranks 5``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tests.sharding.cases import STEPS, WRAPS
+from tests.sharding.suite import Trained, identity
+from tests.sharding.workers import run
+
+MODELS = ("llama", "gpt2", "mixtral")
+
+
+def cases(ranks: int) -> list[Trained]:
+    """What can be run on so many ranks."""
+    out = [Trained(model, wrap, dtype=dtype) for model in MODELS for wrap in WRAPS if not wrap.startswith("tp")
+           for dtype in ("float64", "float32")]  # fmt: skip
+    out += [Trained("llama-parallel", "tp"), Trained("llama-parallel", "tp", dtype="float32")]
+    if ranks % 2 == 0:
+        out += [Trained("llama-parallel", "tp-fsdp2"), Trained("llama-parallel", "tp-fsdp2", dtype="float32")]
+    return out
+
+
+def main() -> int:
+    """Print a line per case; the exit status is the number of cases that are off."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--only", default="", help="a part of the cases' names")
+    arguments = parser.parse_args()
+    chosen = [case for case in cases(arguments.ranks) if arguments.only in identity(case)]
+    answers = run(
+        arguments.ranks,
+        {identity(c): ("train_case", c._asdict()) for c in chosen},
+        timeout=3600,
+    )
+    bad = 0
+    for case in chosen:
+        answer = answers[identity(case)]
+        if not all(isinstance(one, dict) for one in answer):
+            bad += 1
+            sys.stdout.write(f"FAILED {identity(case)}: {[one[:300] for one in answer if isinstance(one, str)]}\n")
+            continue
+        worst = max(one["difference"] for one in answer)
+        fine = worst <= (1e-12 if case.dtype == "float64" and case.model != "mixtral" else 1e-6)
+        fine &= all(len(one["messages"]) == STEPS * one["groups"] for one in answer)
+        fine &= all(nbytes <= one["limit"] for one in answer for _, nbytes in one["messages"])
+        bad += not fine
+        sent = sum(nbytes for _, nbytes in answer[0]["messages"]) // STEPS
+        sys.stdout.write(f"{'ok    ' if fine else 'FAILED'} {identity(case):40} difference {worst:.1e}, groups "
+              f"{sorted({one['groups'] for one in answer})}, rank 0 sends {sent} bytes a step\n")  # fmt: skip
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Which cases the tests run on how many ranks; ``python -m tests.sharding.matrix`` runs many more."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tests.sharding.workers import Case
+
+
+class Trained(NamedTuple):
+    """A model trained under a wrapper, the optimizer built in one way."""
+
+    model: str
+    wrap: str
+    kind: str = "model"
+    dtype: str = "float64"
+
+
+TRAINED = {
+    2: [
+        Trained("llama", "ddp"), Trained("llama", "fsdp1"), Trained("llama", "fsdp1-flat"), Trained("llama", "fsdp2"),
+        Trained("gpt2", "fsdp1"), Trained("gpt2", "fsdp2"), Trained("mixtral", "fsdp1"), Trained("mixtral", "fsdp2"),
+        Trained("llama", "fsdp2-columns"), Trained("llama", "fsdp2-offload"), Trained("llama", "hsdp"),
+        Trained("llama-parallel", "tp"), Trained("mixtral", "fsdp2-columns"),
+        Trained("llama", "fsdp2", "names"), Trained("llama", "fsdp2", "tag-after"), Trained("llama", "fsdp2", "groups"),
+        Trained("llama", "fsdp2", "swapped"), Trained("llama", "fsdp1", "names"),
+        Trained("llama", "fsdp1", "tag-before"), Trained("llama", "fsdp1", "groups"),
+        Trained("gpt2", "fsdp2", dtype="float32"), Trained("llama", "fsdp1", dtype="float32"),
+    ],
+    3: [
+        Trained("llama", "fsdp1"), Trained("llama", "fsdp1-flat"), Trained("llama", "fsdp2"), Trained("gpt2", "fsdp2"),
+        Trained("llama-parallel", "tp"),
+    ],
+}  # fmt: skip
+
+FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
+         "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient")  # fmt: skip
+SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
+
+
+def identity(case: Trained) -> str:
+    return "-".join(case)
+
+
+def others(world: int, folder: str) -> dict[str, Case]:
+    """Cases that are no plain training."""
+    if world == 2:
+        return {name: (name, {}) for name in FACTS}
+    where = "tests.sharding.checkpoints:"
+    saved: dict[str, Any] = {
+        wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})
+        for wrap in SAVED
+    }
+    return saved | {"whole": (f"{where}state_is_whole", {})}

@@ -1,0 +1,22 @@
+"""Checkpoints by torch.distributed.checkpoint, from 1, 2 and 3 ranks to 1, 2 and 3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.sharding.cases import FINE
+from tests.sharding.suite import SAVED
+
+
+@pytest.mark.parametrize("wrap", SAVED)
+def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, wrap: str) -> None:
+    for rank, answer in enumerate(results[3][wrap]):
+        assert isinstance(answer, dict), answer
+        assert len(answer) == 3 * (3 - rank)
+        assert max(answer.values()) <= 1e-12, answer
+
+
+def test_gathered_state_is_that_of_one_process(results: Any) -> None:
+    assert results[3]["whole"] == [FINE] * 3

@@ -1,0 +1,78 @@
+"""Run cases on several gloo ranks: one start of the processes for many cases."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+Case = tuple[str, dict[str, Any]]
+"""A function of ``tests.sharding.cases`` (or another module, as "module:function") and its arguments."""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(world: int, cases: dict[str, Case], timeout: float = 240) -> dict[str, list[Any]]:
+    """Every case on ``world`` ranks: name -> the ranks' results, an error's text where one was raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "cases").write_bytes(pickle.dumps(cases))
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "ADAM_MINI_TEST_PATIENCE": str(timeout),
+        }
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.sharding.workers", folder, str(rank), str(world)],
+                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        said = []
+        try:
+            for process in ranks:
+                said.append(process.communicate(timeout=timeout + 30)[0])
+        finally:
+            for process in ranks:
+                process.kill()
+        answers = []
+        for rank in range(world):
+            path = Path(folder, f"out{rank}")
+            if not path.exists():
+                raise RuntimeError(f"rank {rank} ended without an answer:\n{said[rank]}")
+            answers.append(pickle.loads(path.read_bytes()))
+        return {name: [answer[name] for answer in answers] for name in cases}
+
+
+def main(folder: str, rank: int, world: int) -> None:
+    """One rank."""
+    import importlib
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(float(os.environ["ADAM_MINI_TEST_PATIENCE"]), exit=True)
+    cases: dict[str, Case] = pickle.loads(Path(folder, "cases").read_bytes())
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
+    answers: dict[str, Any] = {}
+    for name, (function, arguments) in cases.items():
+        module, _, attribute = function.rpartition(":")
+        call = getattr(importlib.import_module(module or "tests.sharding.cases"), attribute)
+        try:
+            answers[name] = call(**arguments)
+        except Exception as error:
+            answers[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        dist.barrier()
+    Path(folder, f"out{rank}").write_bytes(pickle.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
