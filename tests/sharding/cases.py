@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from optimizer import AdamMini, tag
@@ -24,6 +24,8 @@ from optimizer.sharding.exchange import groups_in_order
 from tests.sharding.models import MODELS, batches, loss_of
 
 STEPS = 10
+FINE = "as it should be"
+"""What a rank answers where there is nothing to compare outside."""
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -316,164 +318,3 @@ def train_case(model: str, wrap: str, kind: str = "model", dtype: str = "float64
         "limit": 8 * sum(layout.n_blocks + (dtype == "float64") for layout in layouts.values()),
         "state": {type(s["exp_avg"]).__name__ for s in run.optimizer.state.values()},
     }
-
-
-# --- single facts, each answered with the same words by every rank ------------------------------------------------
-
-FINE = "as it should be"
-
-
-def _matrix(rows: int, columns: int, placements: list[Placement] | None = None, seed: int = 0) -> nn.Parameter:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    whole = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return nn.Parameter(distribute_tensor(whole, mesh, placements or [Shard(0)]))
-
-
-def _give(parameter: nn.Parameter, seed: int) -> Tensor:
-    """A gradient, and the whole of it."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-    parameter.grad = distribute_tensor(whole, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
-    return whole
-
-
-def nothing_cut() -> str:
-    """Rows dealt out by rows, elements in any way, norms whole: no message at all."""
-    rows, table = _matrix(7, 4), _matrix(5, 6)
-    optimizer = AdamMini([("mlp.up_proj.weight", rows), ("embed_tokens.weight", table)], lr=1e-2)
-    messages: list[tuple[int, int]] = []
-    for step in range(3):
-        _give(rows, step), _give(table, step)
-        with counted(messages):
-            optimizer.step()
-    return FINE if not messages and len(optimizer.state) == 2 else f"{messages} {len(optimizer.state)}"
-
-
-def missing_gradients() -> str:
-    """A rank without a gradient for a cut tensor steps it as with zeros; without any, nobody does."""
-    parameter = _matrix(1, 6, [Shard(1)])
-    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
-    ours = AdamMini([("q_proj.weight", parameter)], **OPTIONS)
-    alone = AdamMini([("q_proj.weight", whole)], **OPTIONS)
-    ours.step()
-    if ours.state.get(parameter):
-        return "stepped without any gradient"
-    for step in range(3):
-        whole.grad = _give(parameter, step)
-        if step == 1:
-            whole.grad[:, 3:] = 0
-            if dist.get_rank() == 1:
-                parameter.grad = None
-        ours.step()
-        alone.step()
-    full = parameter.full_tensor()  # type: ignore[attr-defined]
-    return FINE if torch.allclose(full, whole, atol=1e-14, rtol=0) else f"{full - whole}"
-
-
-def partial_placement() -> str:
-    parameter = nn.Parameter(DTensor.from_local(torch.ones(4, 4), init_device_mesh("cpu", (2,)), [Partial()]))
-    optimizer = AdamMini([("q_proj.weight", parameter)])
-    parameter.grad = parameter.detach().clone()
-    return _refused(optimizer.step, ValueError, "Partial", "Replicate or Shard")
-
-
-def partial_gradient() -> str:
-    """A replicated parameter whose gradient is still to be summed, as sequence parallelism leaves it."""
-    parameter = _matrix(3, 4, [Replicate()])
-    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
-    share = torch.full((3, 4), 1.0 + dist.get_rank(), dtype=torch.float64)
-    parameter.grad = DTensor.from_local(share, parameter.device_mesh, [Partial()])  # type: ignore[attr-defined]
-    whole.grad = torch.full((3, 4), 3.0, dtype=torch.float64)
-    for one in (parameter, whole):
-        AdamMini([("norm.weight", one)], **OPTIONS).step()
-    return FINE if torch.equal(local(parameter), whole) else f"{local(parameter) - whole}"
-
-
-def _refused(call: Callable[[], Any], kind: type[Exception], *words: str) -> str:
-    try:
-        call()
-    except kind as error:
-        missing = [word for word in words if word not in str(error)]
-        return FINE if not missing else f"{missing} not in {error}"
-    return "not refused"
-
-
-def other_rules() -> str:
-    """Ranks whose rules differ, one of which would not even communicate."""
-    parameter = _matrix(6, 4, [Shard(1)])
-    optimizer = AdamMini([("up_proj.weight", parameter)], rules=("adam_mini", "elementwise")[dist.get_rank()])
-    _give(parameter, 0)
-    before = local(parameter).clone()
-    answer = _refused(optimizer.step, RuntimeError, "ranks [1]", "than rank 0", "up_proj.weight")
-    return answer if torch.equal(before, local(parameter)) else "moved"
-
-
-def other_order() -> str:
-    """Ranks that hold the same parameters in another order."""
-    named = [("a.up_proj.weight", _matrix(6, 4, [Shard(1)])), ("b.up_proj.weight", _matrix(5, 4, [Shard(1)], 1))]
-    optimizer = AdamMini(named if dist.get_rank() == 0 else named[::-1])
-    for _, parameter in named:
-        _give(parameter, 0)
-    return _refused(optimizer.step, RuntimeError, "ranks [1]", "another order")
-
-
-def resharded() -> str:
-    """A parameter that is dealt out in another way between two steps, with its state, goes on as if it had been."""
-    parameter = _matrix(6, 8)
-    whole = parameter.full_tensor().detach().clone().requires_grad_()  # type: ignore[attr-defined]
-    ours = AdamMini([("q_proj.weight", parameter)], **OPTIONS)
-    alone = AdamMini([("q_proj.weight", whole)], **OPTIONS)
-    for step in range(4):
-        if step == 2:
-            state = ours.state.pop(parameter)
-            parameter = nn.Parameter(parameter.detach().redistribute(placements=[Shard(1)]))  # type: ignore[attr-defined]
-            ours.param_groups[0]["params"][0] = parameter
-            moment = state["exp_avg"].redistribute(placements=[Shard(1)])
-            second = state["exp_avg_sq"].redistribute(placements=[Replicate()])
-            ours.state[parameter] = {"step": state["step"], "exp_avg": moment, "exp_avg_sq": second}
-        whole.grad = _give(parameter, step)
-        ours.step()
-        alone.step()
-    full = parameter.full_tensor()  # type: ignore[attr-defined]
-    return FINE if torch.allclose(full, whole, atol=1e-14, rtol=0) else f"{full - whole}"
-
-
-def without_exchange() -> str:
-    """The negative control: what these comparisons say where shared blocks are not summed."""
-    from optimizer.sharding import exchange
-
-    send = exchange._all_reduce
-    exchange._all_reduce = lambda *_: None
-    try:
-        apart = train_case("llama", "fsdp2")["difference"]
-    finally:
-        exchange._all_reduce = send
-    return FINE if apart > 1e-5 else f"only {apart} apart"
-
-
-def bytes_of_state() -> str:
-    """What is counted is what is held."""
-    for wrap in ("fsdp1", "fsdp1-flat", "fsdp2"):
-        run = start("gpt2", wrap)
-        counted_before = run.optimizer.state_bytes()  # type: ignore[attr-defined]
-        run.optimizer.init_state()  # type: ignore[attr-defined]
-        held = [{name: local(x).numel() * x.itemsize for name, x in s.items()} for s in run.optimizer.state.values()]
-        if counted_before != {name: sum(one[name] for one in held) for name in held[0]}:
-            return f"{wrap}: {counted_before}"
-    return FINE
-
-
-def compiled_step() -> str:
-    """A compiled step of sharded parameters does what the plain one does."""
-    model, plainly = (MODELS["llama"]().to(torch.float64) for _ in range(2))
-    for one in (model, plainly):
-        fsdp2(one)
-    first, second = AdamMini(model, **OPTIONS), AdamMini(plainly, **OPTIONS)
-    step = torch.compile(first.step, backend="eager")
-    for index in range(3):
-        for one, take in ((model, step), (plainly, second.step)):
-            one.zero_grad()
-            loss_of(one, batches(index, 2)[dist.get_rank()]).backward()
-            take()
-    same = all(torch.equal(local(p), local(q)) for p, q in zip(model.parameters(), plainly.parameters(), strict=True))
-    return FINE if same else "different"

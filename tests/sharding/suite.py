@@ -45,7 +45,7 @@ def identity(case: Trained) -> str:
 def others(world: int, folder: str) -> dict[str, Case]:
     """Cases that are no plain training."""
     if world == 2:
-        return {name: (name, {}) for name in FACTS}
+        return {name: (f"tests.sharding.facts:{name}", {}) for name in FACTS}
     where = "tests.sharding.checkpoints:"
     saved: dict[str, Any] = {
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})

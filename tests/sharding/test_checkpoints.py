@@ -9,6 +9,8 @@ import pytest
 from tests.sharding.cases import FINE
 from tests.sharding.suite import SAVED
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
+
 
 @pytest.mark.parametrize("wrap", SAVED)
 def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, wrap: str) -> None:

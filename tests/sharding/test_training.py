@@ -13,6 +13,8 @@ import pytest
 from tests.sharding.cases import FINE, STEPS
 from tests.sharding.suite import FACTS, TRAINED, Trained, identity
 
+pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
+
 CASES = [(world, case) for world, cases in TRAINED.items() for case in cases]
 NAMES = [f"{world}-{identity(case)}" for world, case in CASES]
 

@@ -18,7 +18,7 @@ Case = tuple[str, dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(world: int, cases: dict[str, Case], timeout: float = 240) -> dict[str, list[Any]]:
+def run(world: int, cases: dict[str, Case], timeout: float = 600) -> dict[str, list[Any]]:
     """Every case on ``world`` ranks: name -> the ranks' results, an error's text where one was raised."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cases").write_bytes(pickle.dumps(cases))
@@ -61,7 +61,7 @@ def main(folder: str, rank: int, world: int) -> None:
     faulthandler.dump_traceback_later(float(os.environ["ADAM_MINI_TEST_PATIENCE"]), exit=True)
     cases: dict[str, Case] = pickle.loads(Path(folder, "cases").read_bytes())
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120))
     answers: dict[str, Any] = {}
     for name, (function, arguments) in cases.items():
         module, _, attribute = function.rpartition(":")
