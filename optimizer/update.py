@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .partition.layout import Layout
 
-_CACHED = 1 << 17  # elements of a slice that the update reads a second time from cache
+_CACHED = 1 << 20  # elements of a slice that the update reads a second time from cache, the last level of it
 _SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # elements of a temporary: the tensor's, shifted by _SHARE, within
 
 
