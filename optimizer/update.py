@@ -14,6 +14,7 @@ have the size of a slice, about 0.4 % of the tensor each.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from .partition.layout import Layout
 
-_CACHED = 1 << 20  # elements of a slice that the update reads a second time from cache, the last level of it
 _SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # elements of a temporary: the tensor's, shifted by _SHARE, within
 
 
@@ -45,15 +45,15 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
     if layout.fold > 1:
         per_block = block_mean_square(grad.unflatten(0, (layout.fold, -1)), layout.unfolded())
         return per_block.flatten(0, 1)
-    shape = layout.aligned_shape(grad.shape)
-    reduced = [dim for dim, (kept, full) in enumerate(zip(shape, grad.shape, strict=True)) if kept != full]
+    reduction = _reduction if torch.compiler.is_compiling() else _kept_reduction
+    shape, reduced, count, shares = reduction(layout, grad.shape)
     if reduced:
-        per_index = _sum_of_squares(grad, shape, reduced, dtype).div_(layout.numel_per_index(grad.shape))
+        per_index = _sum_of_squares(grad, shape, reduced, dtype).div_(count)
     else:
         per_index = grad.to(dtype).square().contiguous()
-    segments = layout.runs.segments
-    if all(length == 1 for length, _ in segments):
+    if not shares:
         return per_index
+    segments = layout.runs.segments
     # Every other axis has size 1 or is a leading axis, so this view is the sequence of runs, once per leading index.
     flat = per_index.view(-1, layout.runs.repeat, layout.runs.total // layout.runs.repeat)
     start = 0
@@ -65,7 +65,18 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
     return per_index
 
 
-def _sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: list[int], dtype: torch.dtype) -> Tensor:
+def _reduction(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int, bool]:
+    """(aligned shape, axes to reduce, elements per index, whether runs share) of a layout that is not folded."""
+    aligned = layout.aligned_shape(shape)
+    reduced = tuple(dim for dim, (kept, full) in enumerate(zip(aligned, shape, strict=True)) if kept != full)
+    return aligned, reduced, layout.numel_per_index(shape), any(length > 1 for length, _ in layout.runs.segments)
+
+
+# Kept: beside a step that has just emptied the processor's caches, Python costs several times what it does alone.
+_kept_reduction = functools.lru_cache(maxsize=4096)(_reduction)
+
+
+def _sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Sums of grad**2 over some axes, which stay with size 1.
 
     vector_norm reads the gradient once and needs no squared copy; squaring the root back costs one rounding. Given
@@ -120,17 +131,17 @@ def adam_mini_update(
     keep = 1 - lr * weight_decay
     for p, g, m, v, piece in _pieces(param, grad, exp_avg, exp_avg_sq, layout):
         v.mul_(beta2).add_(block_mean_square(g, piece), alpha=1 - beta2)
-        scale = v.sqrt().div_(root_correction2).add_(eps).reciprocal_().mul_(-lr / correction1)
-        same = p.dtype == g.dtype == m.dtype == v.dtype
-        for at in _slices(p, _CACHED if same else _limit(p)):
-            here, there, first, factor = at(p), at(g), at(m), at(scale)
-            if same:
-                if weight_decay:
-                    here.mul_(keep)
-                _advance(first, there, beta1, maximize)
-                here.addcmul_(first, factor)
-            else:
-                _move_through_copies(here, there, first, factor, beta1, keep, maximize)
+        scale = v.sqrt().add_(eps * root_correction2).reciprocal_().mul_(-lr * root_correction2 / correction1)
+        if p.dtype == g.dtype == m.dtype == v.dtype:
+            # In this order a small tensor's g, m and p are each still in cache when they are needed again. Larger ones
+            # in slices of any size from 2^17 elements on took as long, in smaller ones longer: measured.
+            _advance(m, g, beta1, maximize)
+            if weight_decay:
+                p.mul_(keep)
+            p.addcmul_(m, scale)
+            continue
+        for at in _slices(p, _limit(p)):
+            _move_through_copies(at(p), at(g), at(m), at(scale), beta1, keep, maximize)
 
 
 def _advance(m: Tensor, g: Tensor, beta1: float, maximize: bool) -> None:
@@ -191,9 +202,12 @@ def _pieces(
             t.unflatten(0, (layout.fold, -1)) for t in (param, grad, exp_avg, exp_avg_sq)
         )
         layout = layout.unfolded()
-    limit = _limit(param)
-    splits = param.dim() > 0 and param.numel() > max(limit, param[0].numel())
-    if not splits or exp_avg_sq.numel() != param.numel() or layout != Layout.per_element(tuple(param.shape)):
+    whole = exp_avg_sq.numel() != param.numel() or param.dim() == 0
+    if (
+        whole
+        or param.numel() <= max(limit := _limit(param), param[0].numel())
+        or (layout != Layout.per_element(tuple(param.shape)))
+    ):
         yield param, grad, exp_avg, exp_avg_sq, layout
         return
     rows = max(1, limit * len(param) // param.numel())
