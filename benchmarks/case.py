@@ -75,7 +75,7 @@ def heat(name: str, dtype: torch.dtype, contestants: list[str], rounds: int) -> 
     calls: dict[str, Any] = {each: optimizer.step for each, optimizer in optimizers.items()}
     calls[COPY] = lambda: target.copy_(source)
     others = Others()
-    table = summary(interleaved(calls, rounds), BASELINE)
+    table = summary(interleaved(calls, rounds, warmup=1), BASELINE)  # beside the step that made the states
     disturbed = others.cores()
     for contestant, optimizer in optimizers.items():
         rows[contestant] = table[contestant] | _facts(optimizer, table[contestant]["median_s"])
@@ -110,7 +110,7 @@ def run(model: str, dtype: str, contestants: list[str], rounds: int, peers: Path
             continue
         if which == "compiled":  # not sooner: transformers would import torchao, too
             add_peers(peers)
-        few = rounds if which in ("fused", "eager") else max(3, rounds // 3)
+        few = {"slow": max(3, rounds // 3), "compiled": 3}.get(which, rounds)
         found = heat(model, DTYPES[dtype], [BASELINE, *members], few)
         for name, row in found.items():
             row["heat"] = which
