@@ -35,7 +35,7 @@ OURS = (BASELINE, *(name for name, entry in CONTESTANTS.items() if entry.ours))
 
 @dataclass(frozen=True)
 class Case:
-    """One model, dtype and number of threads, with who takes part and in how many rounds (slow heats: a third; compiled: 3)."""
+    """One model, dtype and number of threads, with who takes part and in how many rounds (slow ones fewer)."""
 
     model: str
     dtype: str = "fp32"
