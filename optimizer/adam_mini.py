@@ -262,9 +262,7 @@ class AdamMini(torch.optim.Optimizer):
             for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
                 shard = self._shards.of(g, i, group, layout)
                 total.update(
-                    state_bytes(parameter, layout, group)
-                    if shard is None
-                    else self._shards.state_bytes(shard, group)
+                    state_bytes(parameter, layout, group) if shard is None else self._shards.state_bytes(shard, group)
                 )
         return dict(total)
 
