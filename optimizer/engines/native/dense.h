@@ -115,7 +115,30 @@ double run_mean(const G* g, const Layout& l, int64_t o, int64_t first, int64_t l
   return total / (static_cast<double>(l.between) * count);
 }
 
-// Blocks across memory: one outer index at a time, [between][axis][inner]; columns in strips that stay in cache.
+// Blocks across memory, one outer index at a time: [between][axis]. The sums of a strip of columns that starts and ends
+// with a run, row by row, then its update, row by row: memory is read in long pieces, whatever the runs' lengths.
+template <typename T, typename P, typename M, int R>
+void strip(const Tensors<T, P, M, R>& x, const Layout& l, int64_t o, int64_t from, int64_t to, const Step<T>& s) {
+  const int64_t base = o * l.between * l.axis;
+  int64_t start = l.axis, stop = 0;
+  each_run(l, from, to, [&](int64_t first, int64_t length) {
+    start = std::min(start, first);
+    stop = first + length;
+  });
+  if (start >= stop) return;
+  std::vector<T> factors = column_sums<T>(x.g + base + start, l.between, l.axis, stop - start);
+  each_run(l, from, to, [&](int64_t first, int64_t length) {
+    T* own = factors.data() + first - start;
+    double total = 0;
+    for (int64_t i = 0; i < length; ++i) total += own[i];
+    const T second = spread(x.v + o * l.axis, first, length, total / (static_cast<double>(l.between) * length), s);
+    std::fill(own, own + length, s.factor(second));
+  });
+  for (int64_t b = 0; b < l.between; ++b)
+    update_columns(x, base + b * l.axis + start, stop - start, s, factors.data());
+}
+
+// Likewise [between][axis][inner]: where an index has several elements, run by run.
 template <typename T, typename P, typename M, int R>
 void columns_piece(const Task& task, int64_t k) {
   const Tensors<T, P, M, R> x(task);
@@ -123,17 +146,7 @@ void columns_piece(const Task& task, int64_t k) {
   const Step<T>& s = task.of<T>();
   const int64_t o = k / task.windows(), from = k % task.windows() * task.window;
   const int64_t to = std::min(l.axis, from + task.window), width = l.axis * l.inner, base = o * l.between * width;
-  if (l.inner == 1 && l.ones()) {
-    std::vector<T> factors = column_sums<T>(x.g + base + from, l.between, width, to - from);
-    for (int64_t i = from; i < to; ++i) {
-      T& second = x.v[o * l.axis + i];
-      second = s.advance(second, factors[i - from] / static_cast<double>(l.between));
-      factors[i - from] = s.factor(second);
-    }
-    for (int64_t b = 0; b < l.between; ++b)
-      update_columns(x, base + b * width + from, to - from, s, factors.data());
-    return;
-  }
+  if (l.inner == 1) return strip(x, l, o, from, to, s);
   each_run(l, from, to, [&](int64_t first, int64_t length) {
     const T second = spread(x.v + o * l.axis, first, length, run_mean<T>(x.g, l, o, first, length), s);
     for (int64_t b = 0; b < l.between; ++b)

@@ -51,6 +51,10 @@ struct Plan {
   }
 };
 
+// Columns of a strip, at least. Wide ones read memory in long pieces, and the gradient's second time from further out:
+// GPT-2 took 2.0 times fused AdamW's time in strips of 64, 1.1 of 512, 0.83 of 4096.
+constexpr int64_t kStrip = 4096;
+
 int64_t longest(const Layout& l) {
   int64_t out = 0;
   for (int64_t k = 0; k < l.segments; ++k) out = std::max(out, l.lengths[2 * k]);
@@ -65,7 +69,7 @@ void plan(Plan& out, Task task, const Steps& steps) {
   int64_t window = std::max<int64_t>(1, kChunk / across);
   if (l.form == kStrided) return out.add(task, strided_piece<T, P, M, R>, window, l.outer);
   if (l.between > 1) {
-    if (l.inner == 1 && l.ones()) window = std::max<int64_t>(64, window / 64 * 64);  // strips of whole cache lines
+    if (l.inner == 1) window = std::max<int64_t>(kStrip, window);
     return out.add(task, columns_piece<T, P, M, R>, window, l.outer);
   }
   out.add(task, rows_piece<T, P, M, R>, window, 1);
