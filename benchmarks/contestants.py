@@ -37,17 +37,17 @@ class Contestant:
 
 
 def _torch(kind: type[torch.optim.Optimizer], **flags: bool) -> Make:
-    return lambda model, _: kind(model.parameters(), lr=LR, weight_decay=DECAY, **flags)  # type: ignore[call-arg]
+    return lambda model, _: kind(model.parameters(), lr=LR, weight_decay=DECAY, **flags)
 
 
 def _mini(**options: object) -> Make:
-    return lambda model, _: AdamMini(model, lr=LR, weight_decay=DECAY, **options)  # type: ignore[arg-type]
+    return lambda model, _: AdamMini(model, lr=LR, weight_decay=DECAY, **options)
 
 
 def _torchao(name: str) -> Make:
     def make(model: nn.Module, _: str) -> torch.optim.Optimizer:
         logging.getLogger("torchao").setLevel(logging.ERROR)
-        import torchao.optim  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        import torchao.optim
 
         return getattr(torchao.optim, name)(model.parameters(), lr=LR, weight_decay=DECAY)
 

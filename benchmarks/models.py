@@ -22,7 +22,7 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         model = {"llama": _llama, "gpt2": _gpt2, "mixtral": _mixtral}[family](size)
     model = model.to(dtype).to_empty(device="cpu")
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 20, generator=generator)
     for parameter in model.parameters():
@@ -75,7 +75,7 @@ def deep_llama(layers: int, dim: int, hidden: int, vocab: int) -> nn.ModuleDict:
 
     def block() -> nn.ModuleDict:
         attention = nn.ModuleDict({k: nn.Linear(dim, dim, bias=False) for k in ("wq", "wk", "wv", "wo")})
-        attention.n_heads = dim // 64  # type: ignore[assignment]
+        attention.n_heads = dim // 64
         forward = nn.ModuleDict({
             "w1": nn.Linear(dim, hidden, bias=False), "w3": nn.Linear(dim, hidden, bias=False),
             "w2": nn.Linear(hidden, dim, bias=False),

@@ -56,7 +56,8 @@ class AdamMini(torch.optim.Optimizer):
             names: a model, ``named_parameters()``, groups of (name, tensor) pairs, or parameters stamped by ``tag``.
         maximize: ascend instead.
         exp_avg_dtype: of the first moment: None for the parameter's own, a floating-point dtype, or "int8" or "int4"
-            for blockwise-scaled codes with stochastic rounding (``optimizer.moments``).
+            for blockwise-scaled codes with stochastic rounding (``optimizer.moments``). Where the native loop does not
+            take them (CUDA, strided tensors, ``foreach=True``), such tensors step one by one in torch operations.
         bf16_rounding: how bf16 parameters are rounded where no fp32 copy is kept: None to nearest, "stochastic", or
             "kahan" (a bf16 tensor of compensation beside each).
         foreach: True: operations over lists of tensors. None: that on CUDA where nothing is fused. As in torch, any

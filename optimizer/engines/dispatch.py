@@ -123,8 +123,8 @@ def run(
     for item, ready in zip(items, taken, strict=True):
         if ready is not None:
             batches.add(ready, item.param, item.grad, item.position)
-        elif "exp_avg_scale" in item.state or rounding_of(item.param, group):
-            _rounded(item, group, hyper)
+        elif _rounds(item, group):
+            _eager(item, group, hyper)
         elif _may_fuse(group) and triton.available() and _fits_triton(item):
             on_cuda.append(item)
         elif _batches(group, item.param):
@@ -132,7 +132,7 @@ def run(
         elif group["differentiable"] or group["capturable"]:
             _traced(item, hyper, differentiable=group["differentiable"])
         else:
-            _eager(item, hyper)
+            _eager(item, group, hyper)
     for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, batched)):
         if tensors:
             _listed(update, tensors, hyper, capturable=group["capturable"])
@@ -170,21 +170,21 @@ def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
     )
 
 
-def _eager(item: Item, hyper: Hyper) -> None:
+def _rounds(item: Item, group: Mapping[str, Any]) -> bool:
+    """Whether rounding is part of the step, which besides the native loop only the eager engine does."""
+    return "exp_avg_scale" in item.state or rounding_of(item.param, group) is not None
+
+
+def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
     param, grad, state, layout = item[2:]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     state["step"] += 1
-    numbers = hyper.numbers() | {"lr": hyper.lr}
-    adam_mini_update(param, grad, state["exp_avg"], state["exp_avg_sq"], layout, step=state["step"].item(), **numbers)
-
-
-def _rounded(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
-    grad = item.grad if hyper.grad_scale is None else item.grad / hyper.grad_scale
-    item.state["step"] += 1
-    rounding = rounding_of(item.param, group)
-    if item.param.numel():
-        rounded_update(item.param, grad, item.state, item.layout, hyper, seed=item.seed, rounding=rounding)
+    if _rounds(item, group):
+        rounded_update(param, grad, state, layout, hyper, seed=item.seed, rounding=rounding_of(param, group))
+        return
+    first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
+    adam_mini_update(param, grad, first, second, layout, step=step, **(hyper.numbers() | {"lr": hyper.lr}))
 
 
 def _fits_triton(item: Item) -> bool:

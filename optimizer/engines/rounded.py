@@ -40,6 +40,8 @@ def rounded_update(
         seed: of the tensor, uint32, for random rounding.
         rounding: how a bf16 parameter is rounded: None, "stochastic", "kahan".
     """
+    if param.numel() == 0:
+        return
     numbers, step = hyper.numbers(), int(state["step"])
     beta1, beta2, lr = numbers["beta1"], numbers["beta2"], numbers["lr"]
     names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "compensation")

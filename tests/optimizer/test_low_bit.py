@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimizer import AdamMini
+from optimizer.memory import CPUOffload, gradient_release
 from tests.optimizer.models import GPT, Llama, batch, loss_of
 
 CASES: list[tuple[torch.dtype, dict[str, Any]]] = [
@@ -145,3 +146,24 @@ def test_low_precision_parameters_do_not_stand_still() -> None:
         moved[rounding] = float((1 - p.detach().double()).mean())
     assert moved[None] == 0
     assert abs(moved["stochastic"] - 0.01) < 1e-3 and abs(moved["kahan"] - 0.01) < 2e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{"exp_avg_dtype": "int8", "bf16_rounding": "stochastic"}, {"exp_avg_dtype": "int4"}]
+)  # fmt: skip
+def test_steps_inside_the_backward_pass_and_on_the_host_round_alike(options: dict[str, Any]) -> None:
+    """Roundings follow a parameter's place in its group, not the order or the place of steps."""
+    results = []
+    for how in ("plain", "released", "offloaded"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(96, 70), nn.GELU(), nn.Linear(70, 64)).bfloat16()
+        make = CPUOffload if how == "offloaded" else AdamMini
+        optimizer = make(net, lr=1e-2, **options)
+        if how == "released":
+            gradient_release(optimizer)
+        for k in range(3):
+            net(torch.randn(8, 96, generator=torch.Generator().manual_seed(k)).bfloat16()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach() for p in net.parameters()])
+    assert all(torch.equal(p, q) for other in results[1:] for p, q in zip(results[0], other, strict=True))

@@ -299,7 +299,7 @@ def test_release_is_refused_where_gradients_are_reduced_later(two_processes: Non
 # CPU offload --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": False}, {"exp_avg_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"bf16_rounding": "kahan", "exp_avg_dtype": torch.bfloat16}])
 @pytest.mark.parametrize("offload_gradients", [False, True])
 @pytest.mark.parametrize("build", [Llama, lambda: GPT(tied=True).bfloat16()], ids=["llama", "tied gpt in bf16"])
 def test_offload_equals_the_step_in_place(

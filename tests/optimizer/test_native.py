@@ -192,6 +192,24 @@ def test_without_a_compiler_steps_are_eager(
         AdamMini([("w.weight", p)], fused=True).step()
 
 
+def test_all_that_a_compiler_said_is_kept(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    only(monkeypatch, fresh)
+    script = fresh.parent / "talkative-c++"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: first" >&2\necho "then that" >&2\nexit 1\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(library.tempfile, "tempdir", str(fresh.parent))
+    with caplog.at_level(logging.WARNING, logger="optimizer"):
+        assert not native.available()
+    (kept,) = fresh.parent.glob("adam_mini_lab-build-*.log")
+    assert kept.read_text().splitlines() == ["error: first", "then that"]
+    assert str(kept) in caplog.text and "error: first" in caplog.text
+
+
 def test_a_compiler_that_fails_is_quoted_once(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

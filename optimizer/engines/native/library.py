@@ -54,7 +54,7 @@ def library() -> ctypes.CDLL | None:
         try:
             return _load(_built(Path(folder), compiler))
         except (OSError, subprocess.SubprocessError, AttributeError) as error:
-            complaints.append(f"{folder}: {_line(error)}")
+            complaints.append(f"{folder}: {_line(error)}{_kept(error)}")
     logger.warning(
         "the native step cannot be built (%s); steps are taken in eager torch operations: slower, the same numbers",
         "; ".join(complaints),
@@ -173,3 +173,16 @@ def _line(error: BaseException) -> str:
     """The error in one line, a compiler's first complaint included."""
     said = (getattr(error, "stderr", None) or "").strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else error}"
+
+
+def _kept(error: BaseException) -> str:
+    """Where all that the compiler said can be read, for the log; nothing where it said at most one line."""
+    said = getattr(error, "stderr", None) or ""
+    if len(said.strip().splitlines()) < 2:
+        return ""
+    with contextlib.suppress(OSError):
+        handle, path = tempfile.mkstemp(prefix="adam_mini_lab-build-", suffix=".log")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(said if isinstance(said, str) else said.decode(errors="replace"))
+        return f" (all of it: {path})"
+    return ""
