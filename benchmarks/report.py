@@ -25,7 +25,7 @@ HEADER = ("optimizer", "median ms", "quartiles", "n", "x fused AdamW", "state B/
 INTRO = """# Speed of a step
 
 Written by `python -m benchmarks.report --docs docs/speed.md` from `benchmarks/results/optimizer_step.json`, which
-`make bench` measures; `make bench-quick` takes QUICK and writes to `out/bench/`.
+`make bench` measures; `make bench-quick` takes 75 seconds and writes to `out/bench/`.
 
 Contestants of one heat take their steps in turn, round after round, so that what disturbs one disturbs all; "x fused
 AdamW" is the median over rounds of the time divided by that of torch's fused AdamW in the same round and heat. A step
