@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ from .partition import Anatomy, Layout, Rules, discover, layout_of
 from .partition.apply import understood
 from .partition.discover import module_behind, report_unknown, tagged, tagged_name
 from .partition.names import by_name
-from .partition.roles import Role
-from .sharding import Shards
+from .partition.roles import Role, whole_shape
+from .sharding import Shards, deepspeed
 from .sharding.flat import narrow, widen
 from .sharding.fsdp1 import facts_of, stamp, stamp_bare
 from .state import new_state, state_bytes
@@ -105,6 +107,8 @@ class AdamMini(torch.optim.Optimizer):
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
         self._engines, self._shards = Engines(), Shards()
+        self._origins: list[list[ref[Tensor]]] = []  # what the layouts were made for, kept alive by others
+        self._flattened: deepspeed.Flattened | None = None
         self._handle = register(self)
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
@@ -126,6 +130,7 @@ class AdamMini(torch.optim.Optimizer):
         try:
             stamp_bare(named(self.param_groups[-1]), lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
             self._layouts.append([self._layout(p, name) for p, name in named(self.param_groups[-1])])
+            self._origins.append([ref(p) for p in self.param_groups[-1]["params"]])
         except ValueError:
             self.param_groups.pop()  # a refused group leaves nothing behind
             raise
@@ -151,7 +156,7 @@ class AdamMini(torch.optim.Optimizer):
 
     def _anatomy(self, parameter: Tensor, name: str) -> Anatomy:
         known = self._known.get(id(parameter))
-        return (known[1] if known else tagged(parameter)) or by_name(name, tuple(parameter.shape))
+        return (known[1] if known else tagged(parameter)) or by_name(name, whole_shape(parameter))
 
     def _full_name(self, parameter: Tensor, name: str) -> str:
         """The name that the rules' overrides speak of: the caller's, else the model's, else the tag's."""
@@ -195,8 +200,9 @@ class AdamMini(torch.optim.Optimizer):
             traced_step(self, self._handle)
         elif not self._skips():
             self._accelerator_graph_capture_health_check()
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                self._step()
+            with torch.set_grad_enabled(self.defaults["differentiable"]), self._whole() as calls:
+                for which, only in calls:
+                    self._step(which, only)
         return loss
 
     def _before_step(self) -> None:
@@ -225,6 +231,40 @@ class AdamMini(torch.optim.Optimizer):
         finally:
             here.end()
 
+    @contextmanager
+    def _whole(self) -> Iterator[list[tuple[Iterable[int] | None, int | None]]]:
+        """While this is open, ``param_groups`` hold everything that has a layout; yields what a step takes of it.
+
+        They do anyway but under DeepSpeed, which puts tensors of its own there, and only some of them at a time.
+        """
+        if self._flattened is None and deepspeed.loaded() and self._replaced():
+            self._before_step()
+            known = {
+                id(parameter): layout
+                for refs, own in zip(self._origins, self._layouts, strict=True)
+                for origin, layout in zip(refs, own, strict=True)
+                if (parameter := origin()) is not None
+            }
+            self._flattened = deepspeed.flattened(self, lambda parameter: known.get(id(parameter)))
+            if self._flattened is None:
+                self._origins = [[ref(p) for p in group["params"]] for group in self.param_groups]
+            else:
+                self._layouts = self._flattened.layouts
+                self._engines, self._shards = Engines(), Shards()
+        if self._flattened is None:
+            yield [(None, None)]
+            return
+        with self._flattened.whole(self) as calls:
+            self._shards.settle(self.param_groups, self._layouts, self.state)
+            yield list(calls)
+
+    def _replaced(self) -> bool:
+        """Whether the first parameter of a group is not the one that it was built with."""
+        return len(self.param_groups) != len(self._origins) or any(
+            group["params"] and not (refs and refs[0]() is group["params"][0])
+            for group, refs in zip(self.param_groups, self._origins, strict=True)
+        )
+
     def _hyper(self, group: Mapping[str, Any]) -> Hyper:
         """The group's numbers, with what a GradScaler handed over."""
         return Hyper.of(group, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -251,28 +291,28 @@ class AdamMini(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Make all state now, as zeros, so that its memory is known before the first step; otherwise a parameter's is
         made at its first gradient."""
-        for g, group in enumerate(self.param_groups):
-            for i, parameter in enumerate(group["params"]):
-                if parameter.requires_grad:
-                    self._state_of(g, i)
+        with self._whole():
+            for g, group in enumerate(self.param_groups):
+                for i, parameter in enumerate(group["params"]):
+                    if parameter.requires_grad:
+                        self._state_of(g, i)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state on this rank by kind, for every parameter, whether its state exists yet or not."""
         total: Counter[str] = Counter()
-        for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
-            for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
-                shard = self._shards.of(g, i, group, layout)
-                total.update(
-                    state_bytes(parameter, layout, group) if shard is None else self._shards.state_bytes(shard, group)
-                )
+        with self._whole():
+            for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+                for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                    shard = self._shards.of(g, i, group, layout)
+                    total.update(state_bytes(parameter, layout, group) if shard is None else shard.state_bytes(group))
         return dict(total)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as in ``torch.optim.Optimizer``; every group also names the ``rules``.
 
-        Second moments of parameters that FSDP1 flattened have one value per element there, as it demands.
+        Second moments of parameters that FSDP1 or DeepSpeed flattened have one value per element there, as they demand.
         """
-        with checkpoint.naming(self, self.rules):
+        with self._whole(), checkpoint.naming(self, self.rules):
             return self._shards.reshaped(super().state_dict(), self.param_groups, self._layouts, widen)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
@@ -288,14 +328,17 @@ class AdamMini(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another partition, other parameters or another kind of optimizer.
         """
-        state_dict = self._shards.reshaped(state_dict, self.param_groups, self._layouts, narrow)
-        with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
-            super().load_state_dict(state_dict)
+        with self._whole():
+            state_dict = self._shards.reshaped(state_dict, self.param_groups, self._layouts, narrow)
+            with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
+                super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
         super().__setstate__(state)
         self._engines, self._shards, self._handle = Engines(), Shards(), register(self)
+        if "_origins" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
+            self._flattened, self._origins = None, [[ref(p) for p in group["params"]] for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)

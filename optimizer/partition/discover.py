@@ -14,7 +14,7 @@ from .families import BARE, FAMILIES, LAYERS, Family, Place, is_convolution, is_
 from .families.adapters import adapter_family
 from .families.makers import rows, table_rows
 from .names import by_name, clean, role_of_name
-from .roles import HEAD_ROLES, Anatomy, Role, whole
+from .roles import HEAD_ROLES, Anatomy, Role, whole, whole_shape
 
 logger = logging.getLogger("optimizer")
 _TAG = "_adam_mini_anatomy"
@@ -225,7 +225,7 @@ def tag(model: nn.Module) -> nn.Module:
 
 def tagged(parameter: Tensor, shape: tuple[int, ...] | None = None) -> Anatomy | None:
     """The anatomy ``tag`` left on a parameter, if it still fits its shape (or the one it had before it was sharded)."""
-    anatomy, shape = getattr(parameter, _TAG, None), tuple(parameter.shape) if shape is None else shape
+    anatomy, shape = getattr(parameter, _TAG, None), whole_shape(parameter) if shape is None else shape
     return anatomy if isinstance(anatomy, Anatomy) and anatomy.shape == shape else None
 
 

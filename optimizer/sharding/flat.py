@@ -118,6 +118,12 @@ def flat_piece(
     return Piece((numel,), tuple(parts), (values,), cut, None, signature, groups)
 
 
+def within(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
+    """The part of [start, stop) in [low, high), counted from ``start``."""
+    first, last = max(start, low), min(stop, high)
+    return (first - start, last - start) if first < last else (0, 0)
+
+
 def widen(piece: Piece, second: Tensor) -> Tensor:
     """The local second moment with one value per element: the form in which FSDP1 gathers and deals out state."""
     out = torch.zeros(piece.shape, dtype=second.dtype, device=second.device)

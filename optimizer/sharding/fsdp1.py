@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..partition.layout import Layout
-from ..partition.roles import Anatomy
-from .flat import FlatLayout, Range
+from ..partition.roles import Anatomy, whole_shape
+from .flat import FlatLayout, Range, within
 
 _STAMP = "_adam_mini_flat"
 
@@ -100,7 +100,7 @@ def handles(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def whole_shapes(model: nn.Module) -> Iterator[None]:
-    """For a while, parameters that FSDP1 flattened have their names and whole shapes again, without data."""
+    """For a while, what FSDP1 flattened or ZeRO-3 emptied is parameters with names and whole shapes, without data."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
     missing = object()
 
@@ -126,6 +126,14 @@ def whole_shapes(model: nn.Module) -> Iterator[None]:
             for module in model.modules():
                 if module._parameters.get("_flat_param") is flat:
                     put(module._parameters, "_flat_param", missing)
+        emptied: dict[Any, nn.Parameter] = {}
+        for module in model.modules():
+            for name, held in list(module._parameters.items()):
+                if held is not None and hasattr(held, "ds_shape"):
+                    if held not in emptied:  # tied weights stay one
+                        tensor = torch.empty(whole_shape(held), dtype=held.dtype, device="meta")
+                        emptied[held] = nn.Parameter(tensor, requires_grad=held.requires_grad)
+                    put(module._parameters, name, emptied[held])
         yield
     finally:
         for holder, name, before in reversed(changed):
@@ -165,9 +173,7 @@ def _stamp(handle: Any, names: list[str], anatomies: list[Anatomy]) -> None:
     sharded = handle.uses_sharded_strategy
     size, world = flat._sharded_size.numel(), handle.world_size if sharded else 1
     rank = handle.rank if sharded else 0
-    bounds = [
-        tuple(_within(first, last + 1, r * size, (r + 1) * size) for r in range(world)) for first, last in offsets
-    ]
+    bounds = [tuple(within(first, last + 1, r * size, (r + 1) * size) for r in range(world)) for first, last in offsets]
     group = handle.process_group.group_name if sharded else ""
     starts = [max(first - rank * size, 0) for first, _ in offsets]
     if flat._params is None:
@@ -179,9 +185,3 @@ def _stamp(handle: Any, names: list[str], anatomies: list[Anatomy]) -> None:
     for parameter, name, anatomy, bound in zip(flat._params, names, anatomies, bounds, strict=True):
         numel = bound[rank][1] - bound[rank][0]
         setattr(parameter, _STAMP, FlatFacts((name,), (anatomy,), (bound,), (0,), rank, numel, group, False))
-
-
-def _within(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
-    """The part of [start, stop) in [low, high), counted from ``start``."""
-    first, last = max(start, low), min(stop, high)
-    return (first - start, last - start) if first < last else (0, 0)

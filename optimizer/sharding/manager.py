@@ -18,6 +18,7 @@ from ..partition.layout import Layout
 from ..state import moment_dtype, rounding_of
 from ..update import second_moment_dtype
 from .agreement import require_agreement
+from .deepspeed import settle
 from .exchange import block_means, ranks_of
 from .flat import FlatLayout, flat_piece
 from .kinds import is_dtensor, local_of
@@ -84,6 +85,18 @@ class _Shard:
             known = self._states[name] = tensor, local
         return known[1]
 
+    def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes of this rank's state by kind."""
+        held = prod(self.piece.shape)
+        kept = {
+            "exp_avg": held * moment_dtype(self.parameter, group).itemsize,
+            "exp_avg_sq": prod(self.piece.aligned) * second_moment_dtype(self.parameter).itemsize,
+            "step": torch.float32.itemsize,
+        }
+        if rounding_of(self.parameter, group) == "kahan":
+            kept["compensation"] = held * torch.bfloat16.itemsize
+        return kept
+
 
 class Shards:
     """Which parameters of an optimizer are sharded, by group position, and how their step is taken.
@@ -122,17 +135,16 @@ class Shards:
             state["compensation"] = torch.zeros_like(parameter, requires_grad=False)
         return state
 
-    def state_bytes(self, shard: _Shard, group: Mapping[str, Any]) -> dict[str, int]:
-        """Bytes of this rank's state by kind."""
-        held, parameter = prod(shard.piece.shape), shard.parameter
-        kept = {
-            "exp_avg": held * moment_dtype(parameter, group).itemsize,
-            "exp_avg_sq": prod(shard.piece.aligned) * second_moment_dtype(parameter).itemsize,
-            "step": torch.float32.itemsize,
-        }
-        if rounding_of(parameter, group) == "kahan":
-            kept["compensation"] = held * torch.bfloat16.itemsize
-        return kept
+    def settle(
+        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]], states: Mapping[Tensor, Any]
+    ) -> None:
+        """Bring state that others wrote element by element into its own form."""
+        for g, group in enumerate(groups):
+            for i, parameter in enumerate(group["params"]):
+                if state := states.get(parameter):
+                    shard = self.of(g, i, group, layouts[g][i])
+                    if shard is not None:
+                        settle(state, shard.piece, moment_dtype(parameter, group))
 
     def reshaped(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]],
@@ -315,10 +327,13 @@ def _piece(parameter: Tensor, layout: Layout, where: str) -> Piece:
         return placed_piece(parameter, layout, where)  # type: ignore[arg-type]
     if parameter.shape != (layout.numel,):
         raise ValueError(
-            f"{where} has shape {tuple(parameter.shape)}, but FSDP gave this rank {layout.numel} elements of it when "
-            "the optimizer was built; build the optimizer after wrapping, and step outside summon_full_params"
+            f"{where} has shape {tuple(parameter.shape)}, but FSDP or DeepSpeed gave this rank {layout.numel} elements "
+            "of it; build the optimizer after wrapping with FSDP, and step outside summon_full_params"
         )
-    group = None
-    if layout.group:
-        group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
-    return flat_piece(layout.ranges, layout.numel, group, parameter.device, where)
+    if not layout.group:
+        return flat_piece(layout.ranges, layout.numel, None, parameter.device, where)
+    group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
+    device = parameter.device
+    if device.type not in {one.type for one in group._device_types}:  # offloaded: sent from where the group can
+        device = group._device_types[0]
+    return flat_piece(layout.ranges, layout.numel, group, device, where)
