@@ -25,9 +25,7 @@ def make_optimizer(
     """
     if arm == CONTROL:
         if any(isinstance(p, DTensor) for p in model.parameters()):
-            raise ValueError(
-                f"arm={arm!r} has blocks of random elements, which cannot be sharded; use parallel='ddp'"
-            )
+            raise ValueError(f"arm={arm!r} has blocks of random elements, which cannot be sharded; use parallel='ddp'")
         return PermutedAdamMini(model, lr, betas, weight_decay=weight_decay, seed=seed)
     ours = AdamMini(model, lr, betas, weight_decay=weight_decay, rules="elementwise" if arm == ADAMW else arm)
     if arm == ADAMW:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from experiments.configs import TrainConfig
 from experiments.interruption import Interruption
-from experiments.storage import write_json
-from experiments.train import Options, finished, launch, run_folder
+from experiments.storage import read_json, write_json
+from experiments.train import DEFAULTS, Options, finished, launch, run_folder
 
 logger = logging.getLogger("experiments")
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ class Launch:
     """
 
     processes: int = 1
-    options: Options = Options()
+    options: Options = DEFAULTS
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -83,6 +83,9 @@ class Launch:
             )  # fmt: skip
 
 
+SINGLE = Launch()
+
+
 def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainConfig], int]:
     """The configs that have no finished results yet, in the given order, and how many there are in all.
 
@@ -96,7 +99,7 @@ def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainCo
 
 
 def run_many(
-    configs: Sequence[TrainConfig], root: Path, *, workers: int = 2, each: Launch = Launch(),
+    configs: Sequence[TrainConfig], root: Path, *, workers: int = 2, each: Launch = SINGLE,
     say: Callable[[str], None] = logger.info,
 ) -> Outcome:  # fmt: skip
     """Run every config that has no finished results yet, ``workers`` at a time, in the given order.
@@ -134,16 +137,18 @@ def run_many(
             time.sleep(0.2)
             for process in [p for p in running if p.poll() is not None]:
                 folder = running.pop(process)
-                if process.returncode and not finished(folder):
-                    (interrupted if interruption.signal else failed).append(folder)
-                    say(f"{'interrupted' if interruption.signal else 'failed'} (exit {process.returncode}): {folder}; "
-                        "see its status.json and stderr.txt")  # fmt: skip
+                if not finished(folder):
+                    state = (read_json(folder / "status.json") or {}).get("state")
+                    stopped = state == "interrupted" or bool(interruption.signal)
+                    (interrupted if stopped else failed).append(folder)
+                    how = "interrupted" if stopped else "failed"
+                    say(f"{how} (exit {process.returncode}): {folder}; see its status.json and stderr.txt")
                 bar.update()
     interrupted += [run_folder(root, config) for config in waiting]
     return Outcome(total - len(failed) - len(interrupted), tuple(failed), tuple(interrupted))
 
 
-def run_one(config_file: Path, root: Path, options: Options = Options()) -> None:
+def run_one(config_file: Path, root: Path, options: Options = DEFAULTS) -> None:
     """Work of one process: the run whose config lies in a file.
 
     Raises:

@@ -83,7 +83,10 @@ class Options:
     """Where to compute."""
 
 
-def train(config: TrainConfig, root: Path, options: Options = Options()) -> dict[str, Any]:
+DEFAULTS = Options()
+
+
+def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[str, Any]:
     """Run a config to its end, or until SIGTERM or SIGINT, from wherever it stands.
 
     Every process of a group calls it alike.
@@ -276,7 +279,7 @@ class Job:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The run."""
-    options: Annotated[Options, tyro.conf.arg(name="")] = Options()
+    options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
     """How it is run."""
     results: Path = Path("results")
     """Root of the results folders."""
