@@ -27,8 +27,14 @@ def process_group(device: Device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield
         return
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps its store over a restart, and with it the addresses of the processes that died. Agents of
+        # several nodes count restarts each for themselves: there, it must be told not to share its store.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     # Checkpoints are written from host memory, also where gradients travel between GPUs.
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     logging.getLogger().setLevel(logging.INFO if dist.get_rank() == 0 else logging.WARNING)
     try:
         yield

@@ -69,7 +69,7 @@ class Slurm:
         if bad := [option for option in self.extra if not option.partition("=")[2]]:
             raise ValueError(f"extra={bad} must be KEY=VALUE, as in qos=high")
         asked = {
-            "timeout_min": self.time, "nodes": 1, "tasks_per_node": 1, "cpus_per_task": self.cpus * each.processes,
+            "timeout_min": self.time, "nodes": 1, "tasks_per_node": 1, "cpus_per_task": self.cpus * self.launch(each).processes,
             "gpus_per_node": self.gpus or None, "slurm_partition": self.partition, "slurm_account": self.account,
             "slurm_array_parallelism": workers, "slurm_signal_delay_s": GRACE_SECONDS,
             "slurm_setup": [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
@@ -144,8 +144,8 @@ def submit(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    each = slurm.launch(each)
     parameters = slurm.parameters(workers, each)
+    each = slurm.launch(each)
     waiting, total = unfinished(configs, root)
     logger.info("%d runs, %d already finished, %d at a time", total, total - len(waiting), workers)
     if not waiting:

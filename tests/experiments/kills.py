@@ -32,17 +32,22 @@ def config(length: int = 300, every: int = 10) -> TrainConfig:
     return base.with_rules_hash()
 
 
-def undisturbed(run: TrainConfig, root: Path) -> dict[str, Any]:
-    """Status of the run that nobody kills."""
+def finish(run: TrainConfig, root: Path) -> dict[str, Any]:
+    """Let the run come to its end, from wherever it stands; its status."""
     folder, log = run_folder(root, run), root / "log.txt"
-    if not (folder / "status.json").exists():
-        root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    if not ended(folder):
         ranks = start_ranks(run, root, log, *OPTIONS)
         try:
             assert [r.wait(timeout=600) for r in ranks] == [0, 0], log.read_text()[-3000:]
         finally:
             kill(ranks)
+    assert ended(folder)
     return status(folder)
+
+
+def ended(folder: Path) -> bool:
+    return (folder / "status.json").exists() and status(folder)["state"] == "finished"
 
 
 def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) -> dict[str, Any] | None:
@@ -59,12 +64,12 @@ def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) 
             wait_until(lambda: set(checkpoints.glob(".step-*.tmp-*")) - before, log=log)
             time.sleep(chance.uniform(0, 0.01))
         else:
-            time.sleep(chance.uniform(0, 2.0))
+            time.sleep(chance.uniform(0, 4.0))
         if all(r.poll() is not None for r in ranks):
             return None
     finally:
         kill(ranks)
-    if (folder / "status.json").exists() and status(folder)["state"] == "finished":
+    if ended(folder):
         return None
     assert torn(folder) == [], torn(folder)
     resumed = re.findall(r"resumed .* at step (\d+)", log.read_text()[said:])
@@ -73,15 +78,9 @@ def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) 
             "unfinished": len(list(checkpoints.glob(".step-*.tmp-*")))}  # fmt: skip
 
 
-def finish(run: TrainConfig, root: Path) -> dict[str, Any]:
-    """Let the run come to its end."""
-    return undisturbed(run, root)
-
-
 def compare(run: TrainConfig, killed: Path, straight: Path) -> None:
     """Same weights, same records."""
-    a, b = finish(run, killed), undisturbed(run, straight)
-    assert a["state"] == b["state"] == "finished"
+    a, b = finish(run, killed), finish(run, straight)
     assert a["weights_sha256"] == b["weights_sha256"]
     assert metrics(run_folder(killed, run)) == metrics(run_folder(straight, run))
 

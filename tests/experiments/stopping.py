@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,8 +40,12 @@ def stopped(config: TrainConfig, root: str, parallel: str, step: int) -> dict[st
         return train(config, Path(root), Options(parallel=parallel))  # type: ignore[arg-type]
 
 
-def trained(config: TrainConfig, root: str, parallel: str) -> dict[str, Any]:
-    """A run to its end: status and records."""
+def trained(config: TrainConfig, root: str, parallel: str, source: str = "") -> dict[str, Any]:
+    """A run to its end, from a copy of another one's folder if there is a source: status and records."""
+    if source and (not dist.is_initialized() or dist.get_rank() == 0):
+        shutil.copytree(source, root)
+    if dist.is_initialized():
+        dist.barrier()
     status = train(config, Path(root), Options(parallel=parallel))  # type: ignore[arg-type]
     if dist.is_initialized():
         dist.barrier()  # the first process writes the records

@@ -7,14 +7,12 @@ a later step in it, a write that costs the checkpoint before it, names that only
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
 import resource
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from torch import nn
 
 import experiments.train as train_module
 from experiments.checkpoints import Checkpoints, State
-from experiments.configs import TrainConfig
+from experiments.configs import TrainConfig, smoke
 from experiments.parallel import Team
 from experiments.train import Options, run_folder, train
 from optimizer import AdamMini
@@ -269,92 +267,90 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(
 # ------------------------------------------------------------------------------------------- from ranks to ranks
 
 SETUPS = {"alone": (1, "ddp"), "ddp on 2": (2, "ddp"), "fsdp2 on 2": (2, "fsdp2"), "fsdp2 on 3": (3, "fsdp2")}
+CONFIG = dataclasses.replace(smoke(), experiment="test", batch=6, steps=12, eval_every=3, checkpoint_every=4)
+REFUSED = {
+    "permuted": (dataclasses.replace(CONFIG, arm="permuted"), "fsdp2", "arm='permuted' has blocks of random elements"),
+    "odd": (dataclasses.replace(CONFIG, batch=5), "ddp", "batch=5 does not divide over 2 processes"),
+}
 
 
-@contextmanager
-def _on(world: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Calls functions of ``stopping`` on some ranks; alone, in this process."""
-
-    def call(cases: dict[str, Any]) -> dict[str, Any]:
-        if world == 1:
-            here = {"stopped": stopped, "trained": trained}
-            return {name: here[function](**arguments) for name, (function, arguments) in cases.items()}
-        answers = run(world, {n: (f"tests.experiments.stopping:{f}", a) for n, (f, a) in cases.items()})
-        for name, ranks in answers.items():
-            assert all(isinstance(answer, dict) for answer in ranks), (name, ranks)
-            assert len({answer["weights_sha256"] for answer in ranks}) == 1  # gathered alike everywhere
-        return {name: ranks[0] for name, ranks in answers.items()}
-
-    yield call
+def _on(world: int, cases: dict[str, Any]) -> dict[str, Any]:
+    """Functions of ``stopping`` on some ranks, or in this process; what each rank answered."""
+    if world > 1:
+        return run(world, {n: (f"tests.experiments.stopping:{f}", a) for n, (f, a) in cases.items()})
+    here = {"stopped": stopped, "trained": trained}
+    return {name: [here[function](**arguments)] for name, (function, arguments) in cases.items()}
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Runs stopped after step 10 in every setup and finished in every setup: "from > to" -> status and records."""
+    """Runs stopped after step 6 in every setup and finished in every setup: "from > to" -> what the ranks say."""
     root = tmp_path_factory.mktemp("moved")
-    base = dataclasses.replace(train_module.CONFIGS["smoke"](), experiment="test", batch=6, eval_every=5)
+
+    def stops(world: int) -> dict[str, Any]:
+        return {
+            name: ("stopped", {"config": CONFIG, "root": str(root / name), "parallel": how, "step": 6})
+            for name, (ranks, how) in SETUPS.items()
+            if ranks == world
+        }
+
+    def ends(world: int) -> dict[str, Any]:
+        cases = {}
+        for new, how in ((name, how) for name, (ranks, how) in SETUPS.items() if ranks == world):
+            for name, source in [(f"{old} > {new}", str(root / old)) for old in SETUPS] + [(f"straight {new}", "")]:
+                place = {"root": str(root / name), "parallel": how, "source": source}
+                cases[name] = ("trained", {"config": CONFIG, **place})
+        return cases
+
+    refused = {
+        name: ("trained", {"config": config, "root": str(root / "refused"), "parallel": how})
+        for name, (config, how, _) in REFUSED.items()
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    answers: dict[str, Any] = {}
-    for world in (1, 2, 3):
-        own = [(name, how) for name, (ranks, how) in SETUPS.items() if ranks == world]
-        with _on(world) as call:
-            for name, how in own:
-                stops = {"config": base, "root": str(root / name), "parallel": how, "step": 10}
-                answers[name] = call({"_": ("stopped", stops)})["_"] if world == 1 else stops
-            if world > 1:
-                answers |= call({name: ("stopped", answers[name]) for name, _ in own})
-    for old in SETUPS:
-        for new in SETUPS:
-            shutil.copytree(root / old, root / f"{old} > {new}")
-    for world in (1, 2, 3):
-        cases = {}
-        for new, (ranks, how) in SETUPS.items():
-            if ranks == world:
-                cases |= {
-                    f"{old} > {new}": (
-                        "trained",
-                        {"config": base, "root": str(root / f"{old} > {new}"), "parallel": how},
-                    )
-                    for old in SETUPS
-                }
-                cases[f"straight {new}"] = (
-                    "trained", {"config": base, "root": str(root / f"straight {new}"), "parallel": how}
-                )  # fmt: skip
-        with _on(world) as call:
-            answers |= call(cases)
-    torch.set_num_threads(threads)
-    return answers
+    try:  # three ranks, then two (which go on from three's), then three again, and this process
+        return {
+            **_on(3, stops(3)), **_on(1, stops(1)), **_on(2, {**stops(2), **ends(2), **refused}),
+            **_on(3, ends(3)), **_on(1, ends(1)),
+        }  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+
+
+def alike(answers: list[Any]) -> dict[str, Any]:
+    """What all ranks say."""
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert len({(answer["weights_sha256"], answer["state"], answer["steps"]) for answer in answers}) == 1
+    return answers[0]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SETUPS)
 def test_all_processes_stop_at_the_step_of_one_processs_signal(moved: dict[str, Any], name: str) -> None:
-    assert (moved[name]["state"], moved[name]["steps"], moved[name]["signal"]) == ("interrupted", 10, 15)
+    status = alike(moved[name])
+    assert (status["state"], status["steps"], status["signal"]) == ("interrupted", 6, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("new", SETUPS)
 @pytest.mark.parametrize("old", SETUPS)
 def test_any_ranks_go_on_from_any_ranks_checkpoint(moved: dict[str, Any], old: str, new: str) -> None:
-    there, straight, alone = moved[f"{old} > {new}"], moved[f"straight {new}"], moved["straight alone"]
-    assert there["state"] == "finished" and there["steps"] == 20
+    there, straight, alone = (alike(moved[n]) for n in (f"{old} > {new}", f"straight {new}", "straight alone"))
+    assert there["state"] == "finished" and there["steps"] == 12
     if old == new:
         assert there["weights_sha256"] == straight["weights_sha256"]
         assert there["records"] == straight["records"]
-    for a, b in zip(there["records"], alone["records"], strict=True):
-        assert a == pytest.approx(b, abs=1e-5)  # fp32 sums in another order, over 20 steps
+    for several in (there, straight):
+        for a, b in zip(several["records"], alone["records"], strict=True):
+            assert a == pytest.approx(b, abs=1e-5)  # fp32 sums in another order, over 12 steps
 
 
-def test_what_cannot_be_sharded_is_refused(tmp_path: Path, config: TrainConfig) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused(moved: dict[str, Any], name: str) -> None:
+    assert all(REFUSED[name][2] in answer for answer in moved[name]), moved[name]
+
+
+def test_what_this_process_cannot_do_is_refused(tmp_path: Path, config: TrainConfig) -> None:
     with pytest.raises(ValueError, match=r"parallel='fsdp2' needs a process group; start with torchrun"):
         train(config, tmp_path, Options(parallel="fsdp2"))
     with pytest.raises(ValueError, match=r"device='cuda', but torch sees no GPU"):
         train(config, tmp_path, Options(device="cuda"))
-    sharded = {"config": dataclasses.replace(config, arm="permuted"), "root": str(tmp_path), "parallel": "fsdp2"}
-    odd = {"config": dataclasses.replace(config, batch=5), "root": str(tmp_path), "parallel": "ddp"}
-    answers = run(2, {"permuted": ("tests.experiments.stopping:trained", sharded),
-                      "odd": ("tests.experiments.stopping:trained", odd)})  # fmt: skip
-    assert all("arm='permuted' has blocks of random elements" in answer for answer in answers["permuted"])
-    assert all("batch=5 does not divide over 2 processes" in answer for answer in answers["odd"])
-    status = json.loads((run_folder(tmp_path, odd["config"].with_rules_hash()) / "status.json").read_text())  # type: ignore[attr-defined]
-    assert status["state"] == "failed" and os.path.isdir(tmp_path)

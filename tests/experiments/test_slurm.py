@@ -26,7 +26,7 @@ from tests.experiments.processes import ROOT, children, status, steps, wait_unti
 
 SCRIPTS = {
     "sbatch": 'echo "$@" >> $RECORD/sbatch; cp "${@: -1}" $RECORD/batch.sh; echo "Submitted batch job 4711"',
-    "srun": 'while [[ $1 == --* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done; exec "$@"',
+    "srun": 'while [[ $1 == --* ]]; do [[ $1 == --output || $1 == --error ]] && shift; shift; done; exec setsid "$@"',
     "scontrol": 'echo "$@" >> $RECORD/scontrol',
 }
 
@@ -34,14 +34,15 @@ SCRIPTS = {
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the scripts write down what they were asked."""
-    tools = tmp_path / "tools"
+    tools, record = tmp_path / "tools", tmp_path / "record"
     tools.mkdir()
+    record.mkdir()
     for name, body in SCRIPTS.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setenv("RECORD", str(tools))
-    return tools
+    monkeypatch.setenv("RECORD", str(record))
+    return record
 
 
 def options(batch_file: Path) -> dict[str, str]:
@@ -85,18 +86,18 @@ def test_the_ablations_command_line_becomes_a_job_array(cluster: Path, tmp_path:
 def test_a_task_runs_is_warned_saves_is_requeued_and_goes_on(
     cluster: Path, tmp_path: Path, config: TrainConfig
 ) -> None:
-    config = dataclasses.replace(config, steps=400).with_rules_hash()
+    config = dataclasses.replace(config, steps=200).with_rules_hash()
     other = dataclasses.replace(config, seed=1)
     results, log = tmp_path / "results", tmp_path / "log.txt"
     assert submit([config, other], results, slurm=Slurm(), workers=2) == ["4711_0", "4711_1"]
     folder = run_folder(results, config)
     job = task(cluster / "batch.sh", 0, log)
     wait_until(lambda: steps(folder), job, log=log)
-    os.killpg(job.pid, signal.SIGUSR2)  # as Slurm does, to every process of the task
+    os.killpg(children(job.pid)[0], signal.SIGUSR2)  # as Slurm does: to the step's processes, not to the batch shell
     assert job.wait(timeout=60) != 0
     assert (cluster / "scontrol").read_text() == "requeue 4711_0\n"
     said = status(folder)
-    assert said["state"] == "interrupted" and steps(folder)[-1] == said["steps"] < 400
+    assert said["state"] == "interrupted" and steps(folder)[-1] == said["steps"] < 200
     job = task(cluster / "batch.sh", 0, log)
     assert job.wait(timeout=120) == 0, log.read_text()[-3000:]
     assert status(folder)["weights_sha256"] == train(config, tmp_path / "straight")["weights_sha256"]
