@@ -8,6 +8,7 @@ rename makes it visible. Whatever is found under its final name and does not agr
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -111,9 +112,10 @@ class Checkpoints:
         Args:
             state: model and optimizer; may change as soon as this returns.
             step: steps taken.
-            progress: JSON-able, given back by ``newest``.
+            progress: JSON-able, given back by ``newest``; may change likewise.
         """
         self.wait()
+        progress = copy.deepcopy(progress)  # as the tensors are: what grows later belongs to a later checkpoint
         temporary = self.folder / f".{_folder_name(step)}.tmp-{self._name}"
         document = {"run": state, "rng": {str(self.team.rank): _random_state(self.team.device)}}
         writer = _Writer(temporary, partial(self._commit, temporary, step, progress))

@@ -143,15 +143,18 @@ def test_a_checkpoint_holds_the_weights_of_its_step(tmp_path: Path) -> None:
     state, checkpoints = made(3000), Checkpoints(tmp_path, IDENTITY, ALONE)
     wanted = copied(state)
     moments = state.optimizer.state[state.model.weight]["exp_avg"].clone()  # type: ignore[index]
-    checkpoints.save(state, 1, {})
+    records = [1]
+    checkpoints.save(state, 1, {"records": records})
+    records.append(2)
     with torch.no_grad():
         for p in state.model.parameters():
             p.fill_(float("nan"))
             state.optimizer.state[p]["exp_avg"].fill_(float("nan"))
     assert steps_of(tmp_path) == [], "the write was over before the weights were spoiled: nothing is shown"
     assert checkpoints.wait()
-    fresh = made(3000)
-    checkpoints.load(checkpoints.newest(), fresh)  # type: ignore[arg-type]
+    fresh, found = made(3000), checkpoints.newest()
+    assert found is not None and found.manifest["progress"] == {"records": [1]}
+    checkpoints.load(found, fresh)
     assert all(torch.equal(p, wanted[name]) for name, p in fresh.model.named_parameters())
     assert torch.equal(fresh.optimizer.state[fresh.model.weight]["exp_avg"], moments)  # type: ignore[index]
 
