@@ -69,7 +69,8 @@ class Slurm:
         if bad := [option for option in self.extra if not option.partition("=")[2]]:
             raise ValueError(f"extra={bad} must be KEY=VALUE, as in qos=high")
         asked = {
-            "timeout_min": self.time, "nodes": 1, "tasks_per_node": 1, "cpus_per_task": self.cpus * self.launch(each).processes,
+            "timeout_min": self.time, "nodes": 1, "tasks_per_node": 1,
+            "cpus_per_task": self.cpus * self.launch(each).processes,
             "gpus_per_node": self.gpus or None, "slurm_partition": self.partition, "slurm_account": self.account,
             "slurm_array_parallelism": workers, "slurm_signal_delay_s": GRACE_SECONDS,
             "slurm_setup": [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
