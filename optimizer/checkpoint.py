@@ -123,6 +123,29 @@ def prepare(
         ValueError: no state dict of an optimizer; parameters that do not match; another optimizer's state; another
             partition's, without ``convert``.
     """
+    prepared, states = checked(param_groups, layouts, rules, document, convert=convert)
+    prepared.state.update({place.parameter: state for place, state in states})
+    keys = {key for group in document["param_groups"] for key in group["params"]}
+    others = {key: value for key, value in document["state"].items() if key not in keys}
+    prepared.state.update(copy.deepcopy(others))
+    return prepared
+
+
+def checked(
+    param_groups: Sequence[Mapping[str, Any]],
+    layouts: Sequence[Sequence[Layout]],
+    rules: Rules,
+    document: Mapping[str, Any],
+    *,
+    convert: bool = False,
+) -> tuple[Prepared, Iterator[tuple[Place, dict[str, Any]]]]:
+    """``prepare`` up to the states, which are made one by one as they are asked for.
+
+    Args and errors: as of ``prepare``.
+
+    Returns:
+        what will be set, without states; each parameter that has one and its state.
+    """
     places = places_of(param_groups, layouts)
     sources = matched(param_groups, places, document)
     states = document["state"]
@@ -133,17 +156,16 @@ def prepare(
     groups, disagreements = options_of(param_groups, places, sources, document)
     prepared = Prepared(groups, notes=Counter(disagreements))
     others = _of_another_partition(saved, rules, document, convert=convert)
-    for seed, (place, one) in enumerate(saved):
-        prepared.state[place.parameter] = _state(place, one, id(place.parameter) in others, prepared.notes, seed)
     saved_groups = document["param_groups"]
     if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in saved_groups):
         logger.warning(
             "the checkpoint is Adam's, whose weight_decay went through the moments; here it is decoupled, as AdamW's: "
             "set it anew"
         )
-    keys = {key for group in saved_groups for key in group["params"]}
-    prepared.state.update({key: copy.deepcopy(value) for key, value in states.items() if key not in keys})
-    return prepared
+    return prepared, (
+        (place, _state(place, one, id(place.parameter) in others, prepared.notes, seed))
+        for seed, (place, one) in enumerate(saved)
+    )
 
 
 def _of_another_partition(

@@ -30,6 +30,7 @@ class Range:
         rank: this rank's place in the group.
         offset: where the local elements begin in the local (1-D) tensor.
         decays: whether weight decay applies; False only where a flat parameter mixes what decays with what does not.
+        name: of the tensor, empty where unknown.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Range:
     rank: int
     offset: int = 0
     decays: bool = True
+    name: str = ""
 
     @property
     def start(self) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints by torch.distributed.checkpoint, from 1, 2 and 3 ranks to 1, 2 and 3."""
+"""Checkpoints by torch.distributed.checkpoint, from 1, 2 and 3 ranks to 1, 2 and 3; whole state between wrappers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.sharding.cases import FINE
-from tests.sharding.suite import SAVED
+from tests.sharding.suite import ACROSS, SAVED
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 
@@ -17,6 +17,14 @@ def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, w
     for rank, answer in enumerate(results[3][wrap]):
         assert isinstance(answer, dict), answer
         assert len(answer) == 3 * (3 - rank)
+        assert max(answer.values()) <= 1e-12, answer
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str) -> None:
+    for answer in results[2][f"across-{name}"]:
+        assert isinstance(answer, dict), answer
+        assert len(answer) == len(ACROSS[name]) * (1 + len(ACROSS[name]))
         assert max(answer.values()) <= 1e-12, answer
 
 
