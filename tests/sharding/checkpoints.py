@@ -56,9 +56,8 @@ def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[st
     alone = _start(name, None)
     _train(*alone, 0, 0, 10)
     wanted = dict(alone[0].named_parameters())
-    meshes = {
-        n: DeviceMesh("cpu", list(range(n))) for n in range(1, 1 + dist.get_world_size())
-    }  # every rank takes part in making each
+    worlds = range(1, 1 + dist.get_world_size())
+    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # every rank takes part in making each
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     worst = {}
     for n, mesh in meshes.items():
