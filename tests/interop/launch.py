@@ -64,7 +64,8 @@ def output(command: list[str], timeout: float = 280, **environment: str) -> str:
         said = process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired as late:
         os.killpg(process.pid, 9)  # a launcher's ranks, too
-        raise AssertionError(f"{' '.join(command)} did not end in {timeout} s:\n{process.communicate()[0][-4000:]}") from late
+        said = process.communicate()[0]
+        raise AssertionError(f"{' '.join(command)} did not end in {timeout} s:\n{said[-4000:]}") from late
     assert process.returncode == 0, f"{' '.join(command)} ended with {process.returncode}:\n{said[-6000:]}"
     return said
 
