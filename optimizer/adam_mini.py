@@ -259,9 +259,9 @@ class AdamMini(torch.optim.Optimizer):
             yield list(calls)
 
     def _replaced(self) -> bool:
-        """Whether the first parameter of a group is not the one that it was built with."""
+        """Whether a group has other parameters than it was built with, as far as number and the first one tell."""
         return len(self.param_groups) != len(self._origins) or any(
-            group["params"] and not (refs and refs[0]() is group["params"][0])
+            len(group["params"]) != len(refs) or (refs and refs[0]() is not group["params"][0])
             for group, refs in zip(self.param_groups, self._origins, strict=True)
         )
 
