@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .convert import moment
-from .convert.blocks import axes_of, is_level, looks_coarser, rebuilt, spreads
+from .convert.blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
 from .convert.matching import Place, matched, options_of, places_of, rules_named, written_by_published
 from .convert.states import Saved, read
 from .partition import Layout, Rules
@@ -27,8 +27,6 @@ from .partition.rules import shipped
 from .update import second_moment_dtype
 
 logger = logging.getLogger("optimizer")
-
-_LEVEL = 1e-4  # relative: what counts as equal inside a block; partitions differ by far more
 
 
 @dataclass
@@ -228,7 +226,7 @@ def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
         return f"has shape {tuple(v.shape)} in the checkpoint, but {wanted} is needed"
     if not place.is_whole or hasattr(v, "to_local") or v.is_meta:
         return None  # values of a sharded tensor would need communication
-    if not is_level(v, place.layout, _LEVEL):
+    if not is_level(v, place.layout, LEVEL):
         return f"has the right shape {wanted}, but differs inside one of the {place.layout.n_blocks} blocks"
     if other_rules and looks_coarser(v, place.layout):
         return (

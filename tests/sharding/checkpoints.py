@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from optimizer import AdamMini
+from optimizer import AdamMini, tag
 from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
 
@@ -117,3 +117,31 @@ def state_is_whole(name: str = "gpt2") -> str:
         if local(own["exp_avg_sq"]).numel() > own["exp_avg_sq"].numel():
             return f"{n} holds more than there is"
     return FINE
+
+
+def adamw_case(name: str, wrap: str) -> str:
+    """Sharded AdamW state: refused, and with convert=True what the same state is in one process."""
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    model, _ = _start(name, mesh, WRAPS[wrap])
+    before = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    _train(model, before, dist.get_world_size(), 0, 3)
+    saved = before.state_dict()
+    optimizer = AdamMini(list(tag(model).named_parameters()), **OPTIONS)
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        if "convert=True" not in str(error) and "convert" not in str(error):
+            return f"refused without advice: {error}"
+    else:
+        return "AdamW's state was taken for ours"
+    optimizer.load_state_dict(saved, convert=True)
+    _train(model, optimizer, dist.get_world_size(), 3, 6)
+
+    alone = MODELS[name]().to(torch.float64)
+    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
+    _train(alone, first, 0, 0, 3)
+    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
+    second.load_state_dict(first.state_dict(), convert=True)
+    _train(alone, second, 0, 3, 6)
+    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
+    return FINE if worst <= 1e-12 else f"{worst} apart from one process"

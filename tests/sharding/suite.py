@@ -56,4 +56,5 @@ def others(world: int, folder: str) -> dict[str, Case]:
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})
         for wrap in SAVED
     }
+    saved |= {f"adamw-{wrap}": (f"{where}adamw_case", {"name": "gpt2", "wrap": wrap}) for wrap in ("fsdp1", "fsdp2")}
     return saved | {"whole": (f"{where}state_is_whole", {})}
