@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from optimizer import AdamMini, tag
 from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
 
-SHARES = 60
-"""Batches of a step, whoever computes them; 1 to 6 ranks share them equally."""
+
+def shares() -> int:
+    """Batches of a step, whoever computes them: any number of the ranks shares them equally."""
+    return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
 def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -38,7 +41,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first
     rank = dist.get_rank() if ranks else 0
     for step in range(first, last):
         optimizer.zero_grad()
-        loss_of(model, torch.cat(batches(step, SHARES)[rank :: max(1, ranks)])).backward()
+        loss_of(model, torch.cat(batches(step, shares())[rank :: max(1, ranks)])).backward()
         flat = isinstance(model, FullyShardedDataParallel)
         clip(list(model.parameters()), group=model.process_group if flat else None)
         optimizer.step()
