@@ -21,6 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from optimizer import AdamMini, tag
+from optimizer.convert.file import convert_file
+from optimizer.sharding import load_full_state_dict
 from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
 
@@ -138,6 +140,36 @@ def adamw_case(name: str, wrap: str) -> str:
     else:
         return "AdamW's state was taken for ours"
     optimizer.load_state_dict(saved, convert=True)
+    _train(model, optimizer, dist.get_world_size(), 3, 6)
+
+    alone = MODELS[name]().to(torch.float64)
+    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
+    _train(alone, first, 0, 0, 3)
+    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
+    second.load_state_dict(first.state_dict(), convert=True)
+    _train(alone, second, 0, 3, 6)
+    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
+    return FINE if worst <= 1e-12 else f"{worst} apart from one process"
+
+
+def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
+    """AdamW's sharded checkpoint, converted on one rank, taken by all: as the same state in one process."""
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    model, _ = _start(name, mesh, WRAPS["fsdp2"])
+    before = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    _train(model, before, dist.get_world_size(), 0, 3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    held = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, before, options=options)}
+    source, target = Path(folder, f"adamw-{flatten}"), Path(folder, f"ours-{flatten}.pt")
+    dcp.save(held, checkpoint_id=source)
+    if dist.get_rank() == 0:
+        convert_file(source, target, MODELS[name]().to(torch.float64))
+        if [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]:
+            return "scratch files are left"
+    dist.barrier()
+    document = torch.load(target, mmap=True, weights_only=True)["optimizer"]
+    optimizer = AdamMini(list(tag(model).named_parameters()), **OPTIONS)
+    load_full_state_dict(optimizer, document)
     _train(model, optimizer, dist.get_world_size(), 3, 6)
 
     alone = MODELS[name]().to(torch.float64)
