@@ -1,6 +1,7 @@
 # Every target builds .venv first when it is missing or out of date, so each can be the first command in a fresh clone.
 #   make hessian     measure the structure, derive rules, write out/hessian/index.html
 #   make test        the test suite
+#   make interop     every trainer and launcher for real, in an environment of its own; docs/integrations.md
 # A CPU build of torch is installed. For a GPU: make setup TORCH=cu128 (any tag of PyTorch's wheel index), or TORCH=pypi;
 # later targets keep the choice.
 
@@ -16,12 +17,14 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(TORCH)
 PEERS := $(VENV)/peers/.ready-0.18.0
+INTEROP := $(VENV)/interop
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
+INTEROP_PIP := $(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test lint fuzz bench bench-quick sanitize ablation figures coverage low-bit clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick sanitize ablation figures coverage low-bit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick ablation [PROFILE=cpu|smoke] figures coverage clean"
@@ -54,6 +57,23 @@ hessian: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest
+
+# DeepSpeed is built from source against the torch that is there, so what it is built with comes first.
+$(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
+	@echo "building $(INTEROP) (once, some minutes)"
+	@rm -rf $(INTEROP) && $(PYTHON) -m venv $(INTEROP)
+	@$(INTEROP_PIP) --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null || \
+		$(INTEROP_PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
+	@$(INTEROP_PIP) --constraint constraints.txt torch==$(TORCH_VERSION) numpy setuptools wheel ninja
+	@DS_BUILD_OPS=0 $(INTEROP_PIP) --constraint constraints.txt --no-build-isolation -r tests/interop/requirements.txt
+	@$(INTEROP_PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# One part alone: make interop CHECK=tests/interop/check_ddp.py. The table is written also where a check fails.
+CHECK ?= tests/interop
+interop: $(INTEROP)/.ready
+	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' $(CHECK); status=$$?; \
+		$(INTEROP)/bin/python -m tests.interop.matrix; exit $$status
 
 lint: $(READY)
 	$(PY) -m ruff check .

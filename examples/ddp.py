@@ -1,0 +1,33 @@
+"""DistributedDataParallel: nothing to do. ``torchrun --nproc-per-node 2 examples/ddp.py``."""
+
+import torch
+import torch.distributed as dist
+from text import arguments, batch, leave, tiny_llama
+from torch.nn.parallel import DistributedDataParallel
+
+from optimizer import AdamMini
+
+
+def main() -> None:
+    """Train, and leave losses and weights."""
+    options = arguments()
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(tiny_llama())
+    optimizer = AdamMini(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    losses = []
+    for step in range(options.steps):
+        tokens = batch(step, dist.get_rank(), dist.get_world_size())
+        loss = model(input_ids=tokens, labels=tokens).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        dist.all_reduce(loss := loss.detach())
+        losses.append(float(loss) / dist.get_world_size())
+    if dist.get_rank() == 0:
+        leave(options.out, losses, model.module.state_dict())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
