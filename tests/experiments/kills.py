@@ -61,7 +61,8 @@ def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) 
     try:
         wait_until(lambda: "config {" in log.read_text()[said:], *ranks, log=log)  # rank 0 is about to take a step
         if aimed:
-            wait_until(lambda: set(checkpoints.glob(".step-*.tmp-*")) - before, log=log)
+            over = [lambda: set(checkpoints.glob(".step-*.tmp-*")) - before, lambda: ended(folder)]
+            wait_until(lambda: any(sign() for sign in over), log=log)
             time.sleep(chance.uniform(0, 0.01))
         else:
             time.sleep(chance.uniform(0, 4.0))
