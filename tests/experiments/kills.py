@@ -55,6 +55,8 @@ def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) 
     folder, log = run_folder(root, run), root / "log.txt"
     checkpoints = folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
+    if ended(folder):
+        return None
     known, before = steps(folder), set(checkpoints.glob(".step-*"))
     said = len(log.read_text()) if log.exists() else 0
     ranks = start_ranks(run, root, log, *OPTIONS)
