@@ -107,6 +107,8 @@ def _own_share(piece: Piece, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
     if grad is None:
         return sums
     for part in piece.parts:
+        if part.free:
+            continue  # the engine that takes it finds its means
         box = part.of(grad)
         layout = part.layout
         if layout.fold > 1:

@@ -32,6 +32,37 @@ Position = tuple[int, int]
 """Group, and parameter within the group."""
 
 
+class _Free:
+    """A free part of a sharded parameter, as an engine takes it.
+
+    Attributes:
+        view: its elements of the parameter.
+    """
+
+    def __init__(self, part: Part, view: Tensor) -> None:
+        self._part, self.view = part, view
+        self._of: Mapping[str, Any] = {}
+        self._state: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """The counter that was handed out is no longer right."""
+        self._of = {}
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Its elements of the parameter's gradient."""
+        return self._part.of(grad)
+
+    def state(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+        """Its part of the parameter's local state, with a counter of its own; the same as long as the state is."""
+        known = self._of
+        if len(known) != len(whole) or any(known.get(name) is not x for name, x in whole.items()):
+            self._of, self._state = dict(whole), {"step": whole["step"].clone()}
+            for name in whole.keys() - {"step", "exp_avg_sq"}:
+                self._state[name] = self._part.of(whole[name])
+            self._state["exp_avg_sq"] = self._part.of_second(whole["exp_avg_sq"], tuple(self.view.shape))
+        return self._state
+
+
 class _Shard:
     """A sharded parameter, and what was looked up about it.
 
@@ -46,8 +77,12 @@ class _Shard:
         self.spec = getattr(parameter, "_spec", None)
         self._held = local_of(parameter)
         self._at = self._held.data_ptr()
-        self.view = self._boxed(self._held.detach())
         self._states: dict[str, tuple[Tensor, Tensor]] = {}
+        self._look()
+
+    def _look(self) -> None:
+        self.view = self._boxed(self._held.detach())
+        self.free = [_Free(part, part.of(self._held.detach())) for part in self.piece.free]
 
     def fits(self, parameter: Tensor) -> bool:
         """Whether the parameter is still what it was."""
@@ -60,7 +95,12 @@ class _Shard:
         held = local_of(self.parameter)
         if held.data_ptr() != self._at or (held is not self._held and self.spec is not None):
             self._held, self._at = held, held.data_ptr()
-            self.view = self._boxed(held.detach())
+            self._look()
+
+    def forget(self) -> None:
+        """Parts' states are no longer what was handed out."""
+        for free in self.free:
+            free.forget()
 
     def _boxed(self, local: Tensor) -> Tensor:
         """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
@@ -259,8 +299,9 @@ class Shards:
     ) -> None:
         """Put local tensors in the place of the group's sharded parameters."""
         params, own_layouts, own_states = list(group["params"]), list(layouts), {}
+        names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
         unusual = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
-        for i, (parameter, layout) in enumerate(zip(params, layouts, strict=True)):
+        for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
             shard = self.of(g, i, group, layout)
             if shard is None:
                 own_states[parameter] = states.get(parameter, {})
@@ -270,20 +311,27 @@ class Shards:
             if unusual:
                 _require_options(parameter, piece, group, describe(group, g, i))
             params[i], own_layouts[i] = shard.view, piece.parts[0].layout if piece.parts else layout
+            first = len(params)
+            params += [free.view for free in shard.free]
+            own_layouts += [part.layout for part in piece.free]
+            names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
             grad = local_gradient(parameter, partial(describe, group, g, i))
+            state = shard.local_state(states.get(parameter) or {})
             if piece.cut is not None:
                 if grad is not None:
                     plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
-                    state = shard.local_state(states.get(parameter) or {})
                     require_takeable(shard.view, grad, state, plain, describe(group, g, i))
                 stepping.cut[g, i] = (shard, grad)
+                for k, free in enumerate(shard.free if grad is not None else ()):
+                    stepping.free[g, first + k] = (i, free)
+                    stepping.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
+                    own_states[free.view] = free.state(state) if state else {}
             elif grad is not None and piece.parts:
-                shard.view.grad = shard.gradient(grad)
-                stepping.lent.append(shard.view)
-                own_states[shard.view] = shard.local_state(states.get(parameter) or {})
-        stepping.groups[g] = {**group, "params": params}
+                stepping.lend(shard.view, shard.gradient(grad))
+                own_states[shard.view] = state
+        stepping.groups[g] = {**group, "params": params, "param_names": names}
         stepping.layouts[g], stepping.states[g] = own_layouts, own_states
 
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[Layout]]) -> None:
@@ -308,6 +356,7 @@ class Stepping:
     Attributes:
         groups, layouts, states: as the engines take them, by group.
         cut: tensors whose blocks other ranks share, with their local gradients.
+        free: parts of those that engines take, by their place in the group: of which parameter they are part.
     """
 
     def __init__(
@@ -316,8 +365,29 @@ class Stepping:
         self.groups, self.layouts = list(groups), list(layouts)
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[_Shard, Tensor | None]] = {}
-        self.lent: list[Tensor] = []
+        self.free: dict[Position, tuple[int, _Free]] = {}
+        self._lent: list[Tensor] = []
         self._means: list[Tensor | None] = []
+
+    def lend(self, view: Tensor, grad: Tensor | None) -> None:
+        """Give a view a gradient for the time of the step."""
+        view.grad = grad
+        self._lent.append(view)
+
+    def among(self, g: int, only: int | None) -> Sequence[int] | None:
+        """Where the engines find parameter ``only`` of a group, or all its free parts; None for everything."""
+        if only is None:
+            return None
+        return [only, *(place for (group, place), (i, _) in self.free.items() if group == g and i == only)]
+
+    def state_of(self, whole: Callable[[int, int], dict[str, Any]]) -> Callable[[int, int], dict[str, Any]]:
+        """The state of what engines take, from that of parameters."""
+
+        def found(g: int, place: int) -> dict[str, Any]:
+            known = self.free.get((g, place))
+            return whole(g, place) if known is None else known[1].state(whole(g, known[0]))
+
+        return found
 
     def exchange(self, grad_scale: Tensor | None = None) -> None:
         """Sum what ranks share; afterwards nothing communicates."""
@@ -335,6 +405,8 @@ class Stepping:
             if means is None:
                 continue
             state = state_of(g, i)
+            if grad is None:
+                shard.forget()  # free parts take their step of zeros with the others, and their counters stand still
             state["step"] += 1
             numbers = hyper_of(self.groups[g]).numbers()
             cut_update(
@@ -344,7 +416,7 @@ class Stepping:
 
     def end(self) -> None:
         """Give the gradients back."""
-        for view in self.lent:
+        for view in self._lent:
             view.grad = None
 
 
