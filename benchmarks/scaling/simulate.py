@@ -118,8 +118,8 @@ def place(shape: tuple[int, ...], axis: int | None, mesh: Mesh) -> Held:
 @lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...], layout: Layout, axis: int | None, mesh: Mesh) -> tuple[int, tuple[int, ...]]:
     """(shared blocks that a rank sends, mesh dimensions it sends them along)."""
-    cut = placed_piece(place(shape, axis, mesh), layout).cut  # type: ignore[arg-type]
-    return (0, ()) if cut is None else (cut.size, cut.groups)  # type: ignore[return-value]
+    cut = placed_piece(place(shape, axis, mesh), layout).cut
+    return (0, ()) if cut is None else (cut.size, cut.groups)
 
 
 def fsdp2(weights: Iterable[Weight], dp: int, tp: int = 1, coordinate: tuple[int, int] = (0, 0)) -> list[Message]:
