@@ -153,7 +153,7 @@ def tensor_parallel_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
 def tensor_parallel_axis(anatomy: Anatomy) -> int | None:
     """The axis that tensor parallelism cuts: output units of what fans out, input units of what comes back."""
     roles = set(anatomy.roles)
-    if len(anatomy.shape) < 2 or not roles <= _COLUMN and not roles <= _ROW:
+    if len(anatomy.shape) < 2 or not (roles <= _COLUMN or roles <= _ROW):
         return None
     return anatomy.axis if roles <= _COLUMN else anatomy.in_axis
 
