@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ..partition.layout import Layout, Runs
+from .exchange import destroyed
 from .flat import boxes
 from .holdings import Deal, Edges, Ranges, cut_runs, holdings, length, local_runs, run_ids
 from .pieces import Blocks, Cut, Part, Piece, Placed
@@ -52,10 +53,13 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
         for p in placements
     )
     own = tuple(local[d] * aligned[d] // shape[d] if d in kept and shape[d] else aligned[d] for d in range(len(shape)))
-    groups = tuple(mesh.get_group(m) for m in sorted({m for ms in dims.values() for m in ms}))
+    try:
+        over = {m: mesh.get_group(m) for m in sorted({m for ms in dims.values() for m in ms})}
+    except (RuntimeError, KeyError) as error:
+        raise destroyed(f"the process group that {where} is sharded over") from error
     signature = repr((shape, layout.axis, layout.leading, layout.fold, layout.runs, placements, mesh.mesh.tolist(),
                       sorted((d, axis.inner_first) for d, axis in axes.items())))  # fmt: skip
-    cut = slab.cut([mesh.get_group(m) for m in sorted(slab.dims)], torch.device(mesh.device_type))
+    cut = slab.cut([over[m] for m in sorted(slab.dims)], torch.device(mesh.device_type))
     held = {d: axis.ranges for d, axis in axes.items()}
     held_second = {
         d: tuple((a * aligned[d] // shape[d], b * aligned[d] // shape[d]) for a, b in ranges)
@@ -63,7 +67,7 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
         if d in kept
     }
     placed = Placed(mesh, second, aligned, held, held_second)
-    return Piece(local, slab.parts(), own, cut, placed, signature, groups)
+    return Piece(local, slab.parts(), own, cut, placed, signature, tuple(over.values()))
 
 
 def _require_known(placements: Sequence[Placement], where: str) -> None:
