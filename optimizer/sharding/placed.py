@@ -199,7 +199,7 @@ class _Slab:
         """Runs to be summed with the ranks that differ from this one along ``dims`` only, ascending."""
         assert self.edges is not None
         if self.along is None:
-            return torch.arange(len(self.edges.lengths))
+            return torch.arange(self.edges.many)
         fixed = [k for k, m in enumerate(self.along.dims) if m not in self.dims]
         near = [c for c in self.along.held if all(c[k] == self.along.mine[k] for k in fixed)]
         if self.reduced:
@@ -213,12 +213,12 @@ class _Slab:
         shared, leads = self._shared(), self._leads()
         if not len(shared) or not leads:
             return None
-        mine = run_ids(self.edges, self.along.ranges) if self.along else torch.arange(len(self.edges.lengths))
+        mine = run_ids(self.edges, self.along.ranges) if self.along else torch.arange(self.edges.many)
         held = torch.isin(shared, mine)
         slots, positions = torch.searchsorted(mine, shared[held]), held.nonzero().squeeze(1)
         lead = torch.arange(leads).unsqueeze(1)
         per_index = prod(self.shape) // max(1, prod(self.global_layout.aligned_shape(self.shape)))
-        counts = (self.edges.lengths[mine] * per_index).double().repeat(leads)
+        counts = (self.edges.lengths(mine) * per_index).double().repeat(leads)
         lengths = self._own_runs().lengths().repeat(leads)
         spread = None if bool((lengths == 1).all()) else torch.arange(len(lengths)).repeat_interleave(lengths)
         return Cut(
