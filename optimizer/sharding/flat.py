@@ -291,7 +291,7 @@ class _Held:
         per_run = torch.arange(len(self.run_ids)).repeat_interleave(lengths)
         lead = torch.arange(self.leads).unsqueeze(1)
         self.spread = (lead * len(self.run_ids) + per_run).flatten()
-        self.counts = (self.edges.lengths[self.run_ids] * between * inner).repeat(self.leads)
+        self.counts = (self.edges.lengths(self.run_ids) * between * inner).repeat(self.leads)
 
     def _find_cut(self) -> None:
         """Blocks that a boundary between two ranks goes through."""
@@ -307,11 +307,9 @@ class _Held:
             runs = torch.tensor(cut, dtype=torch.int64)
         else:
             leads = sorted({x // per_lead for x in bounds if x % per_lead})
-            many = len(self.edges.lengths)
+            many = self.edges.many
             runs = torch.tensor([lead * many + run for lead in leads for run in range(many)], dtype=torch.int64)
-        mine = (
-            (torch.arange(self.leads).unsqueeze(1) + self.first_lead) * len(self.edges.lengths) + self.run_ids
-        ).flatten()
+        mine = ((torch.arange(self.leads).unsqueeze(1) + self.first_lead) * self.edges.many + self.run_ids).flatten()
         self.shared = len(runs)
         self.cut_positions = torch.isin(runs, mine).nonzero().squeeze(1)
         self.cut_slots = torch.searchsorted(mine, runs[self.cut_positions])

@@ -19,7 +19,7 @@ from ..state import moment_dtype, rounding_of
 from ..update import second_moment_dtype
 from .agreement import require_agreement
 from .deepspeed import settle
-from .exchange import block_means, ranks_of, second_moments
+from .exchange import block_means, destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
 from .kinds import is_dtensor, local_of
 from .pieces import Part, Piece
@@ -462,7 +462,10 @@ def _piece(parameter: Tensor, layout: Layout, where: str) -> Piece:
         )
     if not layout.group:
         return flat_piece(layout.ranges, layout.numel, None, parameter.device, where)
-    group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
+    try:
+        group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
+    except (RuntimeError, KeyError) as error:
+        raise destroyed(f"the process group that {where} is sharded over") from error
     device = parameter.device
     if device.type not in {one.type for one in group._device_types}:  # offloaded: sent from where the group can
         device = group._device_types[0]
