@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,129 +12,21 @@ from torch import Tensor
 
 from ..engines.checks import require_takeable
 from ..groups import describe
-from ..hyper import Hyper
 from ..partition.layout import Layout
 from ..state import moment_dtype, rounding_of
 from ..update import second_moment_dtype
 from .agreement import require_agreement
 from .deepspeed import settle
-from .exchange import block_means, destroyed, ranks_of, second_moments
+from .exchange import destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
 from .kinds import is_dtensor, local_of
 from .pieces import Part, Piece
-from .step import cut_update, local_gradient
+from .shard import Shard
+from .step import local_gradient
+from .stepping import Position, Stepping
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Position = tuple[int, int]
-"""Group, and parameter within the group."""
-
-
-class _Free:
-    """A free part of a sharded parameter, as an engine takes it.
-
-    Attributes:
-        view: its elements of the parameter.
-    """
-
-    def __init__(self, part: Part, view: Tensor) -> None:
-        self._part, self.view = part, view
-        self._of: Mapping[str, Any] = {}
-        self._state: dict[str, Any] = {}
-
-    def forget(self) -> None:
-        """The counter that was handed out is no longer right."""
-        self._of = {}
-
-    def gradient(self, grad: Tensor) -> Tensor:
-        """Its elements of the parameter's gradient."""
-        return self._part.of(grad)
-
-    def state(self, whole: Mapping[str, Any]) -> dict[str, Any]:
-        """Its part of the parameter's local state, with a counter of its own; the same as long as the state is."""
-        known = self._of
-        if len(known) != len(whole) or any(known.get(name) is not x for name, x in whole.items()):
-            self._of, self._state = dict(whole), {"step": whole["step"].clone()}
-            for name in whole.keys() - {"step", "exp_avg_sq"}:
-                self._state[name] = self._part.of(whole[name])
-            self._state["exp_avg_sq"] = self._part.of_second(whole["exp_avg_sq"], tuple(self.view.shape))
-        return self._state
-
-
-class _Shard:
-    """A sharded parameter, and what was looked up about it.
-
-    Attributes:
-        parameter: the optimizer's.
-        piece: what is held of it here.
-        view: what is held here as the engines take it, with a gradient of its own.
-    """
-
-    def __init__(self, parameter: Tensor, piece: Piece) -> None:
-        self.parameter, self.piece = parameter, piece
-        self.spec = getattr(parameter, "_spec", None)
-        self._held = local_of(parameter)
-        self._at = self._held.data_ptr()
-        self._states: dict[str, tuple[Tensor, Tensor]] = {}
-        self._look()
-
-    def _look(self) -> None:
-        self.view = self._boxed(self._held.detach())
-        self.free = [_Free(part, part.of(self._held.detach())) for part in self.piece.free]
-
-    def fits(self, parameter: Tensor) -> bool:
-        """Whether the parameter is still what it was."""
-        return parameter is self.parameter and (
-            self.spec is None or parameter._spec is self.spec  # type: ignore[attr-defined]
-        )
-
-    def refresh(self) -> None:
-        """Follow the local tensor where it was put elsewhere."""
-        held = local_of(self.parameter)
-        if held.data_ptr() != self._at or (held is not self._held and self.spec is not None):
-            self._held, self._at = held, held.data_ptr()
-            self._look()
-
-    def forget(self) -> None:
-        """Parts' states are no longer what was handed out."""
-        for free in self.free:
-            free.forget()
-
-    def _boxed(self, local: Tensor) -> Tensor:
-        """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
-        return local if self.piece.cut is not None or not self.piece.parts else self.piece.parts[0].of(local)
-
-    def gradient(self, grad: Tensor | None) -> Tensor | None:
-        """The local gradient as the view is."""
-        return None if grad is None else self._boxed(grad)
-
-    def local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameter's state as the engines take it; the same tensors as long as the state has the same."""
-        return {name: self._local(name, x) if isinstance(x, Tensor) else x for name, x in state.items()}
-
-    def _local(self, name: str, tensor: Tensor) -> Tensor:
-        known = self._states.get(name)
-        if known is None or known[0] is not tensor:
-            local = local_of(tensor)
-            if name == "exp_avg_sq" and self.piece.cut is None and self.piece.parts:
-                local = self.piece.parts[0].of_second(local, tuple(self.view.shape))
-            elif name != "step" and local.shape == self._held.shape:
-                local = self._boxed(local)
-            known = self._states[name] = tensor, local
-        return known[1]
-
-    def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
-        """Bytes of this rank's state by kind."""
-        held = prod(self.piece.shape)
-        kept = {
-            "exp_avg": held * moment_dtype(self.parameter, group).itemsize,
-            "exp_avg_sq": prod(self.piece.aligned) * second_moment_dtype(self.parameter).itemsize,
-            "step": torch.float32.itemsize,
-        }
-        if rounding_of(self.parameter, group) == "kahan":
-            kept["compensation"] = held * torch.bfloat16.itemsize
-        return kept
 
 
 class Shards:
@@ -146,22 +37,22 @@ class Shards:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Position, _Shard] = {}
+        self._known: dict[Position, Shard] = {}
         self._agreed: dict[tuple[int, ...], int] = {}
         self._fresh = False
 
-    def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> _Shard | None:
+    def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> Shard | None:
         """What is held of a parameter; None for an ordinary one."""
         parameter = group["params"][i]
         if not is_sharded(parameter, layout):
             return None
         known = self._known.get((g, i))
         if known is None or not known.fits(parameter):
-            known = self._known[g, i] = _Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
+            known = self._known[g, i] = Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
             self._fresh = True
         return known
 
-    def new_state(self, shard: _Shard, group: Mapping[str, Any]) -> dict[str, Any]:
+    def new_state(self, shard: Shard, group: Mapping[str, Any]) -> dict[str, Any]:
         """State before the first step: DTensors where the parameter is one."""
         piece, view, parameter = shard.piece, shard.view, shard.parameter
         second = torch.zeros(piece.aligned, dtype=second_moment_dtype(view), device=view.device)
@@ -348,76 +239,6 @@ class Shards:
             if self._agreed.get(ranks) != digest:
                 require_agreement(process_group, held)
                 self._agreed[ranks] = digest
-
-
-class Stepping:
-    """One step's view of the groups: local tensors where parameters are sharded.
-
-    Attributes:
-        groups, layouts, states: as the engines take them, by group.
-        cut: tensors whose blocks other ranks share, with their local gradients.
-        free: parts of those that engines take, by their place in the group: of which parameter they are part.
-    """
-
-    def __init__(
-        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]], states: Mapping[Tensor, Any]
-    ) -> None:
-        self.groups, self.layouts = list(groups), list(layouts)
-        self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
-        self.cut: dict[Position, tuple[_Shard, Tensor | None]] = {}
-        self.free: dict[Position, tuple[int, _Free]] = {}
-        self._lent: list[Tensor] = []
-        self._means: list[Tensor | None] = []
-
-    def lend(self, view: Tensor, grad: Tensor | None) -> None:
-        """Give a view a gradient for the time of the step."""
-        view.grad = grad
-        self._lent.append(view)
-
-    def among(self, g: int, only: int | None) -> Sequence[int] | None:
-        """Where the engines find parameter ``only`` of a group, or all its free parts; None for everything."""
-        if only is None:
-            return None
-        return [only, *(place for (group, place), (i, _) in self.free.items() if group == g and i == only)]
-
-    def state_of(self, whole: Callable[[int, int], dict[str, Any]]) -> Callable[[int, int], dict[str, Any]]:
-        """The state of what engines take, from that of parameters."""
-
-        def found(g: int, place: int) -> dict[str, Any]:
-            known = self.free.get((g, place))
-            return whole(g, place) if known is None else known[1].state(whole(g, known[0]))
-
-        return found
-
-    def exchange(self, grad_scale: Tensor | None = None) -> None:
-        """Sum what ranks share; afterwards nothing communicates."""
-        if self.cut:
-            for position, (shard, grad) in self.cut.items():
-                if grad is not None and grad_scale is not None:
-                    self.cut[position] = shard, grad / grad_scale
-            self._means = block_means(
-                [(shard.piece, grad, second_moment_dtype(shard.view)) for shard, grad in self.cut.values()]
-            )
-
-    def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
-        """Step the tensors whose blocks are shared."""
-        for ((g, i), (shard, grad)), means in zip(self.cut.items(), self._means, strict=True):
-            if means is None:
-                continue
-            state = state_of(g, i)
-            if grad is None:
-                shard.forget()  # free parts take their step of zeros with the others, and their counters stand still
-            state["step"] += 1
-            numbers = hyper_of(self.groups[g]).numbers()
-            cut_update(
-                shard.piece, shard.view, grad, state["exp_avg"], state["exp_avg_sq"], means,
-                step=state["step"].item(), **numbers,
-            )  # fmt: skip
-
-    def end(self) -> None:
-        """Give the gradients back."""
-        for view in self._lent:
-            view.grad = None
 
 
 def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
