@@ -15,7 +15,8 @@ from optimizer import AdamMini, Layout, Role, Unit
 from optimizer.partition import Anatomy, Part, layout_of
 from optimizer.partition.discover import module_behind, tagged
 from optimizer.partition.names import by_name, clean
-from optimizer.partition.roles import whole
+from optimizer.partition.roles import whole, whole_shape
+from optimizer.sharding.fsdp1 import FlatFacts, facts_of, stamp_bare
 
 __all__ = ["Adam_mini"]
 
@@ -102,7 +103,7 @@ class Adam_mini(AdamMini):
         self.named_parameters = named_parameters
         for attribute, names in _DEFAULTS.items():
             setattr(self, attribute, set(names))
-        self._anatomies: list[list[tuple[str, Anatomy]]] = []
+        self._anatomies: list[list[tuple[str, Anatomy] | FlatFacts]] = []
         self._resolved = False
         model = named_parameters if isinstance(named_parameters, nn.Module) else module_behind(named_parameters)
         params: Any = model
@@ -119,16 +120,24 @@ class Adam_mini(AdamMini):
         """What the parameter is now; how it falls into blocks at the first step."""
         if len(self._anatomies) < len(self.param_groups):
             self._anatomies.append([])
-        self._anatomies[-1].append((clean(name).lower(), self._anatomy(parameter, name)))
         self._resolved = False
-        return Layout.per_tensor(tuple(parameter.shape))
+        facts = facts_of(parameter)
+        self._anatomies[-1].append(facts or (clean(name).lower(), self._anatomy(parameter, name)))
+        return Layout.per_tensor(tuple(parameter.shape) if facts else whole_shape(parameter))
 
     def _resolve(self) -> None:
         """Turn names, anatomies and the name sets as they stand into layouts."""
         emptied = [role for key, roles in _ROLES.items() if not getattr(self, key) for role in roles]
         rules = self.rules.replace("adam_mini, name sets changed", dict.fromkeys(emptied, Unit.TENSOR))
+
+        def resolved(anatomy: Anatomy, name: str) -> Layout:
+            return layout_of(self._named_anatomy(clean(name).lower(), anatomy), rules)
+
         self._layouts = [
-            [layout_of(self._named_anatomy(name, anatomy), rules) for name, anatomy in group]
+            [
+                known.layout(resolved, exempt=True) if isinstance(known, FlatFacts) else resolved(known[1], known[0])
+                for known in group
+            ]
             for group in self._anatomies
         ]
         self._engines.forget()  # the layouts before
@@ -202,7 +211,8 @@ def _claimed_by(name: str, sets: dict[str, Any]) -> str | None:
 def _decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Groups with and without weight decay, from names, tags and shapes."""
     trainable = [(name, p) for name, p in named if p.requires_grad]
-    keep = [(tagged(p) or by_name(name, tuple(p.shape))).decays for name, p in trainable]
+    stamp_bare([(p, name) for name, p in trainable], lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
+    keep = [_decays(name, p) for name, p in trainable]
     groups = [
         {
             "params": [pair for pair, decays in zip(trainable, keep, strict=True) if decays],
@@ -211,3 +221,11 @@ def _decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) ->
         {"params": [pair for pair, decays in zip(trainable, keep, strict=True) if not decays], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies; a flattened parameter's parts know for themselves."""
+    facts = facts_of(parameter)
+    if facts is not None:
+        return any(anatomy.decays for anatomy in facts.anatomies)
+    return (tagged(parameter) or by_name(name, whole_shape(parameter))).decays

@@ -220,16 +220,19 @@ class _Maker:
         return Flat(flat, layout, first if len(params) == 1 else f"{first} to {last}")
 
 
-def settle(state: dict[str, Any], piece: Piece, dtype: torch.dtype) -> None:
+def settle(state: dict[str, Any], piece: Piece, dtype: torch.dtype, steps: set[int]) -> None:
     """Bring state that a universal checkpoint wrote element by element into its own form.
 
     Args:
         state: of a flat tensor; changed.
         piece: what the tensor holds.
         dtype: of the first moment.
+        steps: identities of the counters of other parameters; added to.
     """
-    if "step" in state and not isinstance(state["step"], Tensor):
+    if "step" in state and (not isinstance(state["step"], Tensor) or id(state["step"]) in steps):
+        # ZeRO-3 gives one counter to all: a step of theirs would count several times.
         state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
+    steps.add(id(state.get("step")))
     second = state.get("exp_avg_sq")
     if second is not None and second.shape == piece.shape != piece.aligned:
         state["exp_avg_sq"] = narrow(piece, second)

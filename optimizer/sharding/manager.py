@@ -139,12 +139,13 @@ class Shards:
         self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]], states: Mapping[Tensor, Any]
     ) -> None:
         """Bring state that others wrote element by element into its own form."""
+        steps: set[int] = set()
         for g, group in enumerate(groups):
             for i, parameter in enumerate(group["params"]):
                 if state := states.get(parameter):
                     shard = self.of(g, i, group, layouts[g][i])
                     if shard is not None:
-                        settle(state, shard.piece, moment_dtype(parameter, group))
+                        settle(state, shard.piece, moment_dtype(parameter, group), steps)
 
     def reshaped(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]],

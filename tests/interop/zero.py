@@ -24,14 +24,15 @@ CONFIG = {
 
 
 def engine_of(
-    name: str, zero: dict[str, Any], kind: str = "model", dtype: str = "float32", **options: Any
-) -> tuple[Any, AdamMini]:
+    name: str, zero: dict[str, Any], kind: str = "model", dtype: str = "float32", *,
+    more: dict[str, Any] | None = None, spoiled: bool = False, **options: Any,
+) -> tuple[Any, AdamMini]:  # fmt: skip
     """A model with its optimizer, as it stands, given to deepspeed.initialize."""
     import deepspeed
     import torch._dynamo  # zero.Init replaces constructors of tensors that this import looks at
 
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
-    config = CONFIG | {"zero_optimization": zero}
+    config = CONFIG | {"zero_optimization": zero} | (more or {})
     if dtype == "bfloat16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     if zero.get("init"):
@@ -45,6 +46,9 @@ def engine_of(
                     p.copy_(values[n])
     else:
         model = MODELS[name]().to(torch.float32)
+        if spoiled:
+            for p in model.parameters():
+                p.data.zero_()
     built: Any = {
         "model": lambda: model,
         "names": lambda: list(model.named_parameters()),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from adam_mini import Adam_mini
 from optimizer import AdamMini, tag
 from optimizer.sharding.exchange import groups_in_order
 from tests.sharding.models import MODELS, batches, loss_of
@@ -228,11 +230,22 @@ def _from_unsharded(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
     return model, Swapped([wrap])
 
 
+@build("door")
+def _through_the_door(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
+    wrapped = wrap(model)
+    return wrapped, list(wrapped.named_parameters())
+
+
 @build("groups")
 def _from_groups(model: nn.Module, wrap: Wrap) -> tuple[nn.Module, Any]:
     wrapped = wrap(model)
     named = list(wrapped.named_parameters())
     return wrapped, [{"params": named[1::2]}, {"params": named[::2], "lr": OPTIONS["lr"]}]
+
+
+def optimizer_of(kind: str) -> Any:
+    """The class, and for the published package's what its users tell it of the model."""
+    return partial(Adam_mini, dim=24, n_heads=6, n_kv_heads=3) if kind == "door" else AdamMini
 
 
 def start(name: str, wrap: str, kind: str = "model", dtype: torch.dtype = torch.float64, **options: Any) -> Run:
@@ -244,14 +257,14 @@ def start(name: str, wrap: str, kind: str = "model", dtype: torch.dtype = torch.
         for group in optimizer.param_groups:
             group["params"] = [named[name] for name in group["param_names"]]
     else:
-        optimizer = AdamMini(params, **OPTIONS | options)
+        optimizer = optimizer_of(kind)(params, **OPTIONS | options)
     return Run(model, optimizer, wrap, dist.get_world_size(), dist.get_rank(), [])
 
 
 def reference(run: Run, name: str, kind: str, dtype: torch.dtype, steps: int, **options: Any) -> dict[str, Tensor]:
     """Parameters after the same steps in one process, from averaged gradients."""
     model, params = BUILDS[kind](MODELS[name]().to(dtype), lambda model: model)
-    optimizer = AdamMini(model if isinstance(params, Swapped) else params, **OPTIONS | options)
+    optimizer = optimizer_of(kind)(model if isinstance(params, Swapped) else params, **OPTIONS | options)
     for step in range(steps):
         optimizer.zero_grad()
         torch.stack([loss_of(model, batch) for batch in batches(step, run.replicas)]).mean().backward()
