@@ -15,39 +15,47 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from examples.torchtitan.cpu import use_processors
-from optimizer import AdamMini
+from optimizer import AdamMini, tag
+from tests.sharding.cases import counted
 
 
 class Beside:
-    """Whole parameters that a plain optimizer steps with what the trainer's gradients are, gathered."""
+    """Whole parameters that a plain optimizer steps with the trainer's gradients, gathered.
+
+    Args:
+        trainer: torchtitan's, built.
+        rules: of the plain optimizer.
+        file: where weights and state are kept for a run that goes on; read if it is there.
+    """
 
     def __init__(self, trainer: Any, rules: str, file: Path | None) -> None:
         self.trainer, self.file = trainer, file
-        torch.manual_seed(0)
-        self.model: nn.Module = trainer.config.model_spec.model.build()
+        self.messages: list[tuple[int, int]] = []
+        self.model: nn.Module = tag(trainer.config.model_spec.model.build())
         own = dict(self.model.named_parameters())
-        here = {name: p for part in trainer.model_parts for name, p in part.named_parameters()}
-        self.pairs = [(p, own[plain(name)]) for name, p in here.items()]
-        groups = [{"params": [(n, p) for n, p in own.items() if (p.ndim > 1) is decays], "weight_decay": decay}
-                  for decays, decay in ((True, 0.1), (False, 0.0))]  # fmt: skip
-        tagged = {id(p) for p in own.values()}
-        assert all(id(q) in tagged for _, q in self.pairs)
-        from optimizer import tag
-
-        tag(self.model)
-        self.optimizer = AdamMini(groups, lr=1.0, betas=(0.9, 0.95), rules=rules)
-        self.follow()
+        parts = [pair for part in trainer.model_parts for pair in part.named_parameters()]
+        self.pairs = [(p, own[plain(name)]) for name, p in parts]
+        self.optimizer = AdamMini(self.model, betas=(0.9, 0.95), weight_decay=0.1, rules=rules)
         if file is not None and file.exists():
             saved = torch.load(file, weights_only=True)
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+        else:
+            with torch.no_grad():
+                for p, q in self.pairs:
+                    q.copy_(whole(p))
         trainer.optimizers.register_step_pre_hook(self.step)
+        for inner in trainer.optimizers:
+            self._count(inner)
 
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Take over the trainer's weights."""
-        for p, q in self.pairs:
-            q.copy_(whole(p))
+    def _count(self, inner: Any) -> None:
+        step = inner.step
+
+        def counting(*arguments: Any, **more: Any) -> Any:
+            with counted(self.messages):
+                return step(*arguments, **more)
+
+        inner.step = counting
 
     @torch.no_grad()
     def step(self, *_: Any) -> None:
@@ -61,12 +69,11 @@ class Beside:
 
     @torch.no_grad()
     def difference(self) -> float:
-        """The largest of any weight of the trainer's, on any rank; the state is kept for a run that goes on."""
+        """The largest of any weight of the trainer's, on any rank; weights and state are kept."""
         worst = torch.tensor(max(float((whole(p) - q).abs().max()) for p, q in self.pairs))
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if self.file is not None and dist.get_rank() == 0:
-            saved = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(saved, self.file)
+            torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, self.file)
         return float(worst)
 
 
@@ -85,40 +92,44 @@ def configured(case: dict[str, Any]) -> Any:
     from examples.torchtitan import config_registry
 
     config = getattr(config_registry, case["config"])()
-    config.lr_scheduler.warmup_steps, config.lr_scheduler.total_steps = 2, 10
-    config.optimizer = type(config.optimizer)(
-        param_groups=config.optimizer.param_groups,
-        optimizer_factory_kwargs_by_name={"AdamMini": {"rules": case.get("rules", "adam_mini"), "strict": True}},
-    )
-    settings = {"training.steps": 10, "debug.seed": 1, "dump_folder": case["folder"]} | case.get("settings", {})
+    config.optimizer.optimizer_factory_kwargs_by_name["AdamMini"]["rules"] = case.get("rules", "adam_mini")
+    settings = {
+        "dump_folder": case["folder"], "debug.seed": 1, "training.steps": 10, "lr_scheduler.total_steps": 10,
+        "checkpoint.exclude_from_loading": ["dataloader"],
+    } | case.get("settings", {})  # fmt: skip
     for path, value in settings.items():
         *outer, last = path.split(".")
         target = config
         for name in outer:
             target = getattr(target, name)
-        assert hasattr(target, last), path
+        getattr(target, last)  # a setting that is not there is a mistake
         setattr(target, last, value)
     return config
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Train; returns the losses, the difference, and what the optimizers hold."""
+    """Train; returns the losses, the difference, and what was held and sent."""
     trainer = configured(case).build()
     losses: list[float] = []
     log = trainer.metrics_processor.log
-    trainer.metrics_processor.log = lambda step, loss, *rest, **more: (losses.append(loss), log(step, loss, *rest, **more))
-    beside = Beside(trainer, case.get("rules", "adam_mini"), Path(case["beside"]) if case.get("beside") else None)
+
+    def keeping(step: int, loss: float, *rest: Any, **more: Any) -> None:
+        losses.append(float(loss))
+        log(step, loss, *rest, **more)
+
+    trainer.metrics_processor.log = keeping
+    file = Path(case["beside"]) if "beside" in case else None
+    beside = Beside(trainer, case.get("rules_beside", case.get("rules", "adam_mini")), file)
     trainer.train()
-    held = [opt for opt in trainer.optimizers if isinstance(opt, AdamMini)]
-    layouts = [layout for opt in held for own in opt._layouts for layout in own]
+    layouts = [layout for inner in trainer.optimizers for own in inner._layouts for layout in own]
     return {
         "losses": losses,
+        "last": trainer.step,
         "difference": beside.difference(),
-        "optimizers": [type(opt).__name__ for opt in trainer.optimizers],
+        "optimizers": [type(inner).__name__ for inner in trainer.optimizers],
         "blocks": sum(layout.n_blocks for layout in layouts),
+        "messages": [list(message) for message in beside.messages],
         "placements": sorted({str(getattr(p, "placements", "plain")) for p, _ in beside.pairs}),
-        "shared": sum(len(message) for opt in held for message in [[]]),
-        "first": trainer.step - len(losses),
     }
 
 
