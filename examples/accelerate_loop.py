@@ -1,4 +1,4 @@
-"""Accelerate: a loop of one's own, with gradient accumulation and clipping. ``accelerate launch examples/accelerate_loop.py``.
+"""Accelerate: a loop of one's own, with gradient accumulation: ``accelerate launch examples/accelerate_loop.py``.
 
 ``--fsdp 1`` and ``--fsdp 2`` shard; ``--folder F`` saves in the middle; ``--folder F --resume yes`` goes on from there.
 """

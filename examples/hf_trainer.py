@@ -1,6 +1,7 @@
 """Hugging Face's Trainer, four ways: ``python examples/hf_trainer.py --door mixin``.
 
-Sharded: ``torchrun --nproc-per-node 2 examples/hf_trainer.py --fsdp 2``. Going on after a stop: ``--folder F --resume F/checkpoint-5``.
+Sharded: ``torchrun --nproc-per-node 2 examples/hf_trainer.py --fsdp 2``.
+Going on after a stop: ``--folder F --resume F/checkpoint-5``.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ def check_sft(record: Record, lora: str) -> None:
     difference = apart(left["weights"], plain(model=model)["weights"])
     record(
         "TRL SFTTrainer", "LoRA on all linear layers" if lora == "yes" else "all weights",
-        ["trl", "transformers", "peft", "torch"], ran=f"examples/trl_sft.py --lora {lora}: tiny Llama, 10 clipped steps",
-        result=f"{falls(left['losses'])}; weights within {difference:.1e} of a plain loop",
+        ["trl", "transformers", "peft", "torch"],
+        ran=f"examples/trl_sft.py --lora {lora}: tiny Llama, 10 clipped steps",
+        result=f"{falls(left['losses'], 0.05 if lora == 'yes' else 0.5)}; weights within {difference:.1e} of a plain loop",
     )  # fmt: skip
     assert difference <= SAME
 
