@@ -69,8 +69,7 @@ def main() -> None:
     )
     losses, weights = train(accelerator, options)
     accelerator.free_memory()  # a DDP module that outlives the process group can hang in its destructor
-    if accelerator.is_main_process:
-        leave(options.out, losses, weights)
+    leave(options.out, losses, weights)
     accelerator.end_training()
 
 

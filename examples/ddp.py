@@ -30,8 +30,7 @@ def main() -> None:
     options = arguments()
     dist.init_process_group("gloo")
     losses, weights = train(options.steps)
-    if dist.get_rank() == 0:
-        leave(options.out, losses, weights)
+    leave(options.out, losses, weights)
     dist.destroy_process_group()  # after the DDP module is gone: one that outlives the group can hang in its destructor
 
 

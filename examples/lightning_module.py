@@ -56,8 +56,7 @@ def main() -> None:
     )  # fmt: skip
     module = Llama().train()
     trainer.fit(module, ckpt_path=options.resume, weights_only=True)
-    if trainer.is_global_zero:
-        leave(options.out, module.losses, module.llama.state_dict())
+    leave(options.out, module.losses, module.llama.state_dict())
 
 
 if __name__ == "__main__":
