@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from optimizer import AdamMini, tag
+from optimizer.convert.file import convert_file
+from optimizer.sharding import load_full_state_dict
 from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
 
-SHARES = 60
-"""Batches of a step, whoever computes them; 1 to 6 ranks share them equally."""
+
+def shares() -> int:
+    """Batches of a step, whoever computes them: any number of the ranks shares them equally."""
+    return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
 def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -38,7 +43,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first
     rank = dist.get_rank() if ranks else 0
     for step in range(first, last):
         optimizer.zero_grad()
-        loss_of(model, torch.cat(batches(step, SHARES)[rank :: max(1, ranks)])).backward()
+        loss_of(model, torch.cat(batches(step, shares())[rank :: max(1, ranks)])).backward()
         flat = isinstance(model, FullyShardedDataParallel)
         clip(list(model.parameters()), group=model.process_group if flat else None)
         optimizer.step()
@@ -135,6 +140,36 @@ def adamw_case(name: str, wrap: str) -> str:
     else:
         return "AdamW's state was taken for ours"
     optimizer.load_state_dict(saved, convert=True)
+    _train(model, optimizer, dist.get_world_size(), 3, 6)
+
+    alone = MODELS[name]().to(torch.float64)
+    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
+    _train(alone, first, 0, 0, 3)
+    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
+    second.load_state_dict(first.state_dict(), convert=True)
+    _train(alone, second, 0, 3, 6)
+    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
+    return FINE if worst <= 1e-12 else f"{worst} apart from one process"
+
+
+def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
+    """AdamW's sharded checkpoint, converted on one rank, taken by all: as the same state in one process."""
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    model, _ = _start(name, mesh, WRAPS["fsdp2"])
+    before = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    _train(model, before, dist.get_world_size(), 0, 3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    held = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, before, options=options)}
+    source, target = Path(folder, f"adamw-{flatten}"), Path(folder, f"ours-{flatten}.pt")
+    dcp.save(held, checkpoint_id=source)
+    if dist.get_rank() == 0:
+        convert_file(source, target, MODELS[name]().to(torch.float64))
+        if [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]:
+            return "scratch files are left"
+    dist.barrier()
+    document = torch.load(target, mmap=True, weights_only=True)["optimizer"]
+    optimizer = AdamMini(list(tag(model).named_parameters()), **OPTIONS)
+    load_full_state_dict(optimizer, document)
     _train(model, optimizer, dist.get_world_size(), 3, 6)
 
     alone = MODELS[name]().to(torch.float64)

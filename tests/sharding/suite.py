@@ -57,4 +57,7 @@ def others(world: int, folder: str) -> dict[str, Case]:
         for wrap in SAVED
     }
     saved |= {f"adamw-{wrap}": (f"{where}adamw_case", {"name": "gpt2", "wrap": wrap}) for wrap in ("fsdp1", "fsdp2")}
+    for flatten in (False, True):
+        case = {"name": "llama", "folder": folder, "flatten": flatten}
+        saved[f"folder-{flatten}"] = (f"{where}converted_folder_case", case)
     return saved | {"whole": (f"{where}state_is_whole", {})}

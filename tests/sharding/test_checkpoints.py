@@ -33,5 +33,10 @@ def test_sharded_state_of_adamw_is_refused_or_converted_as_in_one_process(result
     assert results[3][f"adamw-{wrap}"] == [FINE] * 3
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_folder_of_adamw_is_converted_and_taken_by_ranks(results: Any, flatten: bool) -> None:
+    assert results[3][f"folder-{flatten}"] == [FINE] * 3
+
+
 def test_gathered_state_is_that_of_one_process(results: Any) -> None:
     assert results[3]["whole"] == [FINE] * 3
