@@ -72,7 +72,7 @@ $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 # One part alone: make interop CHECK=tests/interop/check_ddp.py. The table is written also where a check fails.
 CHECK ?= tests/interop
 interop: $(INTEROP)/.ready
-	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' $(CHECK); status=$$?; \
+	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 $(CHECK); status=$$?; \
 		$(INTEROP)/bin/python -m tests.interop.matrix; exit $$status
 
 lint: $(READY)

@@ -1,9 +1,11 @@
-"""Accelerate: a loop of one's own, with gradient accumulation and clipping. ``accelerate launch examples/accelerate_loop.py``.
+"""Accelerate: a loop of one's own, with gradient accumulation: ``accelerate launch examples/accelerate_loop.py``.
 
 ``--fsdp 1`` and ``--fsdp 2`` shard; ``--folder F`` saves in the middle; ``--folder F --resume yes`` goes on from there.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from accelerate import Accelerator
@@ -16,17 +18,19 @@ from optimizer import AdamMini
 ACCUMULATE = 2
 
 
-def main() -> None:
-    """Train, and leave losses and weights."""
-    options = arguments(fsdp=("no", "1", "2"), precision=("no", "bf16"), folder=None, resume=None)
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=int(options.fsdp), auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], state_dict_type="SHARDED_STATE_DICT",
-        use_orig_params=True if options.fsdp == "1" else None, cpu_ram_efficient_loading=False,
-    ) if options.fsdp != "no" else None  # fmt: skip
-    accelerator = Accelerator(
-        gradient_accumulation_steps=ACCUMULATE, fsdp_plugin=plugin, mixed_precision=options.precision
-    )
+def sharding(version: str) -> FullyShardedDataParallelPlugin | None:
+    """How FSDP is to wrap."""
+    if version == "no":
+        return None
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=int(version), auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], use_orig_params=True if version == "1" else None,
+        cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+
+
+def train(accelerator: Accelerator, options: argparse.Namespace) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of all batches, and the weights at the end."""
     model = tiny_llama()
     if options.fsdp == "1":  # FSDP1 makes new parameters: prepare the model first
         model = accelerator.prepare(model)
@@ -54,9 +58,18 @@ def main() -> None:
             schedule.step()
             optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
-    weights = whole_weights(model)
-    if accelerator.is_main_process:
-        leave(options.out, losses, weights)
+    return losses, whole_weights(model)
+
+
+def main() -> None:
+    """Train, and leave losses and weights."""
+    options = arguments(fsdp=("no", "1", "2"), precision=("no", "bf16"), folder=None, resume=None)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=ACCUMULATE, fsdp_plugin=sharding(options.fsdp), mixed_precision=options.precision
+    )
+    losses, weights = train(accelerator, options)
+    accelerator.free_memory()  # a DDP module that outlives the process group can hang in its destructor
+    leave(options.out, losses, weights)
     accelerator.end_training()
 
 

@@ -1,4 +1,7 @@
-"""Lightning: ``python examples/lightning_module.py``; ``torchrun --nproc-per-node 2 examples/lightning_module.py --devices 2``."""
+"""Lightning: ``python examples/lightning_module.py``.
+
+DDP: ``torchrun --nproc-per-node 2 examples/lightning_module.py --devices 2``.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,12 @@ class Llama(lightning.LightningModule):
         self.losses.append(float(self.all_gather(loss.detach()).mean()))
         return loss
 
+    def train_dataloader(self) -> torch.utils.data.DataLoader:
+        """This rank's batches from here on: Lightning by itself would shuffle, and begin anew after a stop."""
+        steps, ranks = range(self.trainer.global_step, 100), self.trainer.world_size
+        mine = [4 * (step * ranks + self.global_rank) + i for step in steps for i in range(4)]
+        return torch.utils.data.DataLoader(torch.utils.data.Subset(Windows(1000), mine), batch_size=4)
+
     def configure_optimizers(self) -> Any:
         """From the module, so that every weight's role is known; a schedule as always."""
         optimizer = AdamMini(self, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -43,13 +52,11 @@ def main() -> None:
         accelerator="cpu", devices=int(options.devices), strategy="ddp" if options.devices == "2" else "auto",
         max_steps=options.steps, gradient_clip_val=1.0, logger=False, default_root_dir=folder,
         callbacks=[saved] if options.folder else [], enable_checkpointing=bool(options.folder),
-        enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = Llama().train()
-    data = torch.utils.data.DataLoader(Windows(1000), batch_size=4)
-    trainer.fit(module, data, ckpt_path=options.resume, weights_only=True)
-    if trainer.is_global_zero:
-        leave(options.out, module.losses, module.llama.state_dict())
+    trainer.fit(module, ckpt_path=options.resume, weights_only=True)
+    leave(options.out, module.losses, module.llama.state_dict())
 
 
 if __name__ == "__main__":

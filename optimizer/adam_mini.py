@@ -23,7 +23,6 @@ from .partition.discover import module_behind, report_unknown, tagged, tagged_na
 from .partition.names import by_name
 from .partition.roles import Role, whole_shape
 from .sharding import Shards, deepspeed
-from .sharding.flat import narrow, widen
 from .sharding.fsdp1 import facts_of, stamp, stamp_bare
 from .state import new_state, state_bytes
 
@@ -259,9 +258,9 @@ class AdamMini(torch.optim.Optimizer):
             yield list(calls)
 
     def _replaced(self) -> bool:
-        """Whether the first parameter of a group is not the one that it was built with."""
+        """Whether a group has other parameters than it was built with, as far as number and the first one tell."""
         return len(self.param_groups) != len(self._origins) or any(
-            group["params"] and not (refs and refs[0]() is group["params"][0])
+            len(group["params"]) != len(refs) or (refs and refs[0]() is not group["params"][0])
             for group, refs in zip(self.param_groups, self._origins, strict=True)
         )
 
@@ -313,7 +312,7 @@ class AdamMini(torch.optim.Optimizer):
         Second moments of parameters that FSDP1 or DeepSpeed flattened have one value per element there, as they demand.
         """
         with self._whole(), checkpoint.naming(self, self.rules):
-            return self._shards.reshaped(super().state_dict(), self.param_groups, self._layouts, widen)
+            return self._shards.widened(super().state_dict(), self.param_groups, self._layouts)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load state: this optimizer's, Adam's and AdamW's, or the published adam-mini package's.
@@ -329,7 +328,7 @@ class AdamMini(torch.optim.Optimizer):
             ValueError: the state belongs to another partition, other parameters or another kind of optimizer.
         """
         with self._whole():
-            state_dict = self._shards.reshaped(state_dict, self.param_groups, self._layouts, narrow)
+            state_dict = self._shards.narrowed(state_dict, self.param_groups, self._layouts, convert=convert)
             with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
                 super().load_state_dict(state_dict)
 

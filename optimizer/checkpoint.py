@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .convert import moment
-from .convert.blocks import axes_of, is_level, looks_coarser, rebuilt, spreads
+from .convert.blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
 from .convert.matching import Place, matched, options_of, places_of, rules_named, written_by_published
 from .convert.states import Saved, read
 from .partition import Layout, Rules
@@ -27,8 +27,6 @@ from .partition.rules import shipped
 from .update import second_moment_dtype
 
 logger = logging.getLogger("optimizer")
-
-_LEVEL = 1e-4  # relative: what counts as equal inside a block; partitions differ by far more
 
 
 @dataclass
@@ -123,6 +121,29 @@ def prepare(
         ValueError: no state dict of an optimizer; parameters that do not match; another optimizer's state; another
             partition's, without ``convert``.
     """
+    prepared, states = checked(param_groups, layouts, rules, document, convert=convert)
+    prepared.state.update({place.parameter: state for place, state in states})
+    keys = {key for group in document["param_groups"] for key in group["params"]}
+    others = {key: value for key, value in document["state"].items() if key not in keys}
+    prepared.state.update(copy.deepcopy(others))
+    return prepared
+
+
+def checked(
+    param_groups: Sequence[Mapping[str, Any]],
+    layouts: Sequence[Sequence[Layout]],
+    rules: Rules,
+    document: Mapping[str, Any],
+    *,
+    convert: bool = False,
+) -> tuple[Prepared, Iterator[tuple[Place, dict[str, Any]]]]:
+    """``prepare`` up to the states, which are made one by one as they are asked for.
+
+    Args and errors: as of ``prepare``.
+
+    Returns:
+        what will be set, without states; each parameter that has one and its state.
+    """
     places = places_of(param_groups, layouts)
     sources = matched(param_groups, places, document)
     states = document["state"]
@@ -133,17 +154,16 @@ def prepare(
     groups, disagreements = options_of(param_groups, places, sources, document)
     prepared = Prepared(groups, notes=Counter(disagreements))
     others = _of_another_partition(saved, rules, document, convert=convert)
-    for seed, (place, one) in enumerate(saved):
-        prepared.state[place.parameter] = _state(place, one, id(place.parameter) in others, prepared.notes, seed)
     saved_groups = document["param_groups"]
     if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in saved_groups):
         logger.warning(
             "the checkpoint is Adam's, whose weight_decay went through the moments; here it is decoupled, as AdamW's: "
             "set it anew"
         )
-    keys = {key for group in saved_groups for key in group["params"]}
-    prepared.state.update({key: copy.deepcopy(value) for key, value in states.items() if key not in keys})
-    return prepared
+    return prepared, (
+        (place, _state(place, one, id(place.parameter) in others, prepared.notes, seed))
+        for seed, (place, one) in enumerate(saved)
+    )
 
 
 def _of_another_partition(
@@ -206,7 +226,7 @@ def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
         return f"has shape {tuple(v.shape)} in the checkpoint, but {wanted} is needed"
     if not place.is_whole or hasattr(v, "to_local") or v.is_meta:
         return None  # values of a sharded tensor would need communication
-    if not is_level(v, place.layout, _LEVEL):
+    if not is_level(v, place.layout, LEVEL):
         return f"has the right shape {wanted}, but differs inside one of the {place.layout.n_blocks} blocks"
     if other_rules and looks_coarser(v, place.layout):
         return (

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..partition.layout import Layout, Runs
 from ..partition.roles import viewed
 
+LEVEL = 1e-4  # relative: what counts as equal inside a block; partitions differ by far more
 _PIECE = 1 << 18  # elements of the old second moment read at a time, as float64: 2 MB
 
 Axes = tuple[Runs, ...]

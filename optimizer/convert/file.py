@@ -26,6 +26,7 @@ from ..partition.names import clean
 from ..update import second_moment_dtype
 from . import matching
 from .blocks import rebuilt, spreads
+from .distributed import is_folder, mapped_folder
 from .states import Saved, is_published, read
 
 KINDS = ("auto", "adam", "adam-mini", "ours")
@@ -59,7 +60,8 @@ def convert_file(
     """Convert the optimizer state in a file.
 
     Args:
-        source: a file of ``torch.save``: an optimizer's state dict, or a dictionary that holds one.
+        source: a file of ``torch.save`` with an optimizer's state dict or a dictionary that holds one, or a folder of
+            ``torch.distributed.checkpoint``, by whatever number of ranks.
         target: the file to write; replaced at once when all is written, never half.
         model: what the state belongs to; ``meta`` parameters will do. Its parameters are tagged.
         rules: of the new state, as in ``AdamMini``.
@@ -71,10 +73,11 @@ def convert_file(
             that cannot be converted; nothing has been written then.
         OSError: files that cannot be read or written.
     """
-    document = _mapped(source)
-    path = _find(document, key, source)
-    state, report = converted(_at(document, path), model, rules, kind=kind)
-    _write(_replaced(document, path, state), Path(target))
+    with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=f".{Path(target).name}.") as scratch:
+        document = mapped_folder(source, Path(scratch)) if is_folder(source) else _mapped(source)
+        path = _find(document, key, source)
+        state, report = converted(_at(document, path), model, rules, kind=kind)
+        _write(_replaced(document, path, state), Path(target))
     return report
 
 

@@ -16,9 +16,9 @@ from ..adam_mini import AdamMini
 def adam_mini() -> type[AdamMini]:
     """A factory for ``Trainer(optimizer_cls_and_kwargs=(adam_mini, options))``.
 
-    For a class Trainer makes groups of bare parameters, for any other callable it calls what that returns with the model
-    and the options. So ``AdamMini`` gets the model; ``lr``, ``betas``, ``eps`` and ``weight_decay`` are what the options
-    say, not what TrainingArguments do.
+    For a class Trainer makes groups of bare parameters; for any other callable it calls what that returns with the
+    model and the options. So ``AdamMini`` gets the model; ``lr``, ``betas``, ``eps`` and ``weight_decay`` are what the
+    options say, not what TrainingArguments do.
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=(adam_mini, {"lr": 3e-4, "weight_decay": 0.1}), ...)
@@ -29,9 +29,9 @@ def adam_mini() -> type[AdamMini]:
 class AdamMiniMixin:
     """In front of any Trainer: ``class MyTrainer(AdamMiniMixin, Trainer)``; TRL's trainers are such, too.
 
-    ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` of the TrainingArguments are
-    what they say (Trainer's own default is no decay); norms and biases do not decay; ``optim`` is not looked at. An
-    optimizer that Trainer was given is left alone.
+    ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` of the TrainingArguments
+    are what they say (Trainer's own default is no decay); norms and biases do not decay; ``optim`` is not looked at.
+    An optimizer that Trainer was given is left alone.
     """
 
     adam_mini_options: ClassVar[Mapping[str, Any]] = {}

@@ -210,7 +210,8 @@ class _Maker:
         return self._flat(params, ranges, flat, group, at)
 
     def _range(self, parameter: Tensor, bounds: tuple[tuple[int, int], ...], rank: int, offset: int) -> Range:
-        return Range(whole_shape(parameter), self._layout_of(parameter), bounds, rank, offset)
+        name = self._names.get(parameter, "")
+        return Range(whole_shape(parameter), self._layout_of(parameter), bounds, rank, offset, name=name)
 
     def _flat(
         self, params: Sequence[Tensor], ranges: list[Range], flat: Tensor, group: Any, numel: int | None = None

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..update import block_mean_square
 from .pieces import Piece
 
 if TYPE_CHECKING:
@@ -67,6 +68,25 @@ def block_means(works: Sequence[tuple[Piece, Tensor | None, torch.dtype]]) -> li
         assert piece.cut is not None
         means[piece.cut.slots] = summed[piece.cut.positions].to(means.device)
         out.append(means if summed[-1] > 0 else None)
+    return out
+
+
+def second_moments(works: Sequence[tuple[Piece, Tensor | None, torch.dtype]]) -> list[Tensor]:
+    """What ``block_means`` finds, for pieces with shared blocks and others, as local second moments."""
+    cut = [i for i, (piece, _, _) in enumerate(works) if piece.cut is not None]
+    means = dict(zip(cut, block_means([works[i] for i in cut]), strict=True))
+    out = []
+    for i, (piece, grad, dtype) in enumerate(works):
+        found = means.get(i)
+        if found is not None and piece.cut is not None:
+            spread = piece.cut.blocks.spread
+            found = found if spread is None else found[spread.to(found.device)]
+        elif grad is not None and piece.parts:
+            part = piece.parts[0]
+            found = block_mean_square(part.of(grad), part.layout)
+        else:
+            found = torch.zeros(piece.aligned, dtype=dtype)
+        out.append(found.reshape(piece.aligned))
     return out
 
 

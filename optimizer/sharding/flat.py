@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..convert.blocks import LEVEL, is_level
 from ..partition.layout import Layout, Runs
 from ..partition.roles import viewed
 from .holdings import Edges, local_runs, run_ids
@@ -30,6 +31,7 @@ class Range:
         rank: this rank's place in the group.
         offset: where the local elements begin in the local (1-D) tensor.
         decays: whether weight decay applies; False only where a flat parameter mixes what decays with what does not.
+        name: of the tensor, empty where unknown.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +40,7 @@ class Range:
     rank: int
     offset: int = 0
     decays: bool = True
+    name: str = ""
 
     @property
     def start(self) -> int:
@@ -132,6 +135,20 @@ def widen(piece: Piece, second: Tensor) -> Tensor:
         box, own = _unfolded(part, box, part.of_second(second, tuple(box.shape)))
         box.copy_(own.expand_as(box))
     return out
+
+
+def is_blockwise(piece: Piece, elements: Tensor) -> bool:
+    """Whether values per element are equal inside every block, as far as the block lies here."""
+    for part in piece.parts:
+        (box,) = _unfolded(part, part.of(elements))
+        layout = part.layout.unfolded() if part.layout.fold > 1 else part.layout
+        kept = layout.aligned_shape(box.shape)
+        shared = [d for d, size in enumerate(kept) if size != box.shape[d]]
+        high = box.amax(shared, keepdim=True) if shared and box.numel() else box
+        low = box.amin(shared, keepdim=True) if shared and box.numel() else box
+        if not torch.allclose(low, high, rtol=LEVEL, atol=0) or not is_level(high, layout, LEVEL):
+            return False
+    return True
 
 
 def narrow(piece: Piece, elements: Tensor) -> Tensor:

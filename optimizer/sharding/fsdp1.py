@@ -47,7 +47,7 @@ class FlatFacts:
         """Of the local part; ``exempt``: norms and biases that were joined with what decays do not decay."""
         ranges = tuple(
             Range(anatomy.shape, layout_of(anatomy, name), bounds, self.rank, offset,
-                  anatomy.decays or not (exempt and self.mixed))
+                  anatomy.decays or not (exempt and self.mixed), name)
             for name, anatomy, bounds, offset in zip(self.names, self.anatomies, self.bounds, self.offsets, strict=True)
         )  # fmt: skip
         return FlatLayout(ranges, self.numel, self.group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from ..state import moment_dtype, rounding_of
 from ..update import second_moment_dtype
 from .agreement import require_agreement
 from .deepspeed import settle
-from .exchange import block_means, ranks_of
-from .flat import FlatLayout, flat_piece
+from .exchange import block_means, ranks_of, second_moments
+from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
 from .kinds import is_dtensor, local_of
 from .pieces import Part, Piece
 from .step import cut_update, local_gradient
@@ -147,30 +147,78 @@ class Shards:
                     if shard is not None:
                         settle(state, shard.piece, moment_dtype(parameter, group), steps)
 
-    def reshaped(
-        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]],
-        change: Callable[[Piece, Tensor], Tensor],
-    ) -> dict[str, Any]:  # fmt: skip
-        """A state dict with the second moments of FSDP1's parameters in another form, all others as they are."""
-        # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
-        flattened = {
-            (g, i)
-            for g, own in enumerate(layouts)
-            for i, layout in enumerate(own)
-            if isinstance(layout, FlatLayout) or getattr(groups[g]["params"][i], "_fsdp_flattened", False)
-        }
-        if not flattened:
-            return document
+    def widened(
+        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]]
+    ) -> dict[str, Any]:
+        """A state dict in which second moments of flattened parameters have one value per element."""
+        return _changed(document, {
+            key: widen(piece, document["state"][key]["exp_avg_sq"])
+            for key, piece, _ in self._second_moments(document, groups, layouts, flattened=True)
+        })  # fmt: skip
+
+    def narrowed(
+        self,
+        document: dict[str, Any],
+        groups: Sequence[dict[str, Any]],
+        layouts: Sequence[list[Layout]],
+        *,
+        convert: bool,
+    ) -> dict[str, Any]:
+        """A state dict in which second moments of sharded parameters have the form they are kept in.
+
+        Args:
+            document: second moments of flattened parameters have one value per element.
+            groups, layouts: the optimizer's.
+            convert: values that differ inside a block become the block's mean, over all ranks that share it; all of
+                them load together.
+
+        Raises:
+            ValueError: values that differ inside a block, without ``convert``.
+        """
+        new: dict[Any, Tensor] = {}
+        works: dict[Any, tuple[Piece, Tensor | None, torch.dtype]] = {}
+        for key, piece, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
+            values = document["state"][key]["exp_avg_sq"]
+            if convert:
+                works[key] = piece, values.sqrt(), values.dtype
+            elif not is_blockwise(piece, values):
+                raise ValueError(
+                    f"exp_avg_sq of {describe(groups[g], g, i)} differs inside a block: it was kept for other blocks "
+                    "(Adam's and AdamW's are one element each); pass convert=True on every rank, or use the rules it "
+                    "was kept under"
+                )
+            else:
+                new[key] = narrow(piece, values)
+        if convert:
+            for key, piece, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
+                values, parameter = document["state"][key]["exp_avg_sq"], groups[g]["params"][i]
+                if values.shape == parameter.shape and getattr(values, "placements", None) == parameter.placements:
+                    works[key] = piece, local_of(values).sqrt(), values.dtype
+            for key, second in zip(works, second_moments(list(works.values())), strict=True):
+                new[key] = works[key][0].second_moment(second)
+        return _changed(document, new)
+
+    def _second_moments(
+        self,
+        document: dict[str, Any],
+        groups: Sequence[dict[str, Any]],
+        layouts: Sequence[list[Layout]],
+        *,
+        flattened: bool,
+    ) -> Iterator[tuple[Any, Piece, Position]]:
+        """Keys of a document's states with a second moment, of flattened parameters or else of DTensors."""
         keys = [key for saved in document["param_groups"] for key in saved["params"]]
         places = [(g, i) for g, own in enumerate(layouts) for i in range(len(own))]
-        states = dict(document["state"])
         for (g, i), key in zip(places, keys, strict=False):
-            if (g, i) in flattened and "exp_avg_sq" in states.get(key, {}):
-                group, layout = groups[g], layouts[g][i]
-                shard, shape = self.of(g, i, group, layout), tuple(group["params"][i].shape)
+            group, layout = groups[g], layouts[g][i]
+            parameter = group["params"][i]
+            # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
+            is_flat = isinstance(layout, FlatLayout) or getattr(parameter, "_fsdp_flattened", False)
+            wanted = is_flat if flattened else is_dtensor(parameter)
+            if wanted and "exp_avg_sq" in document["state"].get(key, {}):
+                shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
                 piece = Piece(shape, (Part(layout),), layout.aligned_shape(shape)) if shard is None else shard.piece
-                states[key] = {**states[key], "exp_avg_sq": change(piece, states[key]["exp_avg_sq"])}
-        return {**document, "state": states}
+                yield key, piece, (g, i)
 
     def begin(
         self,
@@ -298,6 +346,15 @@ class Stepping:
         """Give the gradients back."""
         for view in self.lent:
             view.grad = None
+
+
+def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
+    """A state dict with other second moments."""
+    if not seconds:
+        return document
+    states = dict(document["state"])
+    states.update({key: {**states[key], "exp_avg_sq": second} for key, second in seconds.items()})
+    return {**document, "state": states}
 
 
 def is_sharded(parameter: Tensor, layout: Layout) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..partition.layout import Layout
+from .holdings import Ranges
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,11 +89,19 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """How a DTensor is placed."""
+    """How the second moment of a DTensor parameter is placed, and what of either a rank holds.
+
+    Attributes:
+        mesh, placements, shape: of the second moment.
+        held: the parameter's indices here, by axis that is dealt out.
+        held_second: the second moment's likewise.
+    """
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
     shape: tuple[int, ...]
+    held: Mapping[int, Ranges]
+    held_second: Mapping[int, Ranges]
 
     def wrap(self, local: Tensor) -> DTensor:
         """A DTensor of this rank's local tensor."""

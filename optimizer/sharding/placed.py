@@ -56,7 +56,13 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
     signature = repr((shape, layout.axis, layout.leading, layout.fold, layout.runs, placements, mesh.mesh.tolist(),
                       sorted((d, axis.inner_first) for d, axis in axes.items())))  # fmt: skip
     cut = slab.cut([mesh.get_group(m) for m in sorted(slab.dims)], torch.device(mesh.device_type))
-    placed = Placed(mesh, second, aligned)
+    held = {d: axis.ranges for d, axis in axes.items()}
+    held_second = {
+        d: tuple((a * aligned[d] // shape[d], b * aligned[d] // shape[d]) for a, b in ranges)
+        for d, ranges in held.items()
+        if d in kept
+    }
+    placed = Placed(mesh, second, aligned, held, held_second)
     return Piece(local, slab.parts(), own, cut, placed, signature, groups)
 
 

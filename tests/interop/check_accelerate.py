@@ -51,15 +51,15 @@ def check_two_ranks(record: Record, tmp_path: Path, fsdp: str) -> None:
 
 
 def check_accelerate_launch(record: Record) -> None:
-    """Its own launcher instead of torchrun."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1",
-              "--main_process_port", "0", SCRIPT]  # fmt: skip
+    """Its own launcher; on processors it starts one process, and leaves more to MPI."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--num_cpu_threads_per_process", "1", "--main_process_port", "0", SCRIPT]  # fmt: skip
     left = started(launch)
-    difference = apart(left["weights"], plain(2, schedule=cosine, accumulate=2)["weights"])
+    difference = apart(left["weights"], plain(schedule=cosine, accumulate=2)["weights"])
     record(
-        "Accelerate", "accelerate launch --cpu", LIBRARIES, ranks=2, ran=f"{SCRIPT}: {RAN}, fp32",
-        result=f"{falls(left['losses'])}; weights within {difference:.1e} of one process",
+        "Accelerate", "accelerate launch --cpu", LIBRARIES, ran=f"{SCRIPT}: {RAN}, fp32",
+        result=f"{falls(left['losses'])}; weights within {difference:.1e} of a plain loop",
     )  # fmt: skip
     assert difference <= SAME
 

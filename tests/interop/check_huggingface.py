@@ -53,6 +53,20 @@ def check_trainer_on_two_ranks(record: Record, fsdp: str, door: str) -> None:
     assert difference <= SAME
 
 
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def check_trainer_with_zero(record: Record, stage: str) -> None:
+    """On processors Trainer takes itself for one process and gives both of DeepSpeed's ranks all batches."""
+    left = torchrun(2, SCRIPT, "--zero", stage, DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false")
+    difference = apart(left["weights"], plain(schedule=cosine)["weights"])
+    record(
+        "Hugging Face Trainer", f"DeepSpeed ZeRO-{stage}; AdamMiniMixin", ["transformers", "deepspeed", "torch"],
+        ranks=2,
+        ran=f"{SCRIPT} --zero {stage}: tiny Llama, 10 clipped steps, cosine, fp32; the same batches on both ranks",
+        result=f"{falls(left['losses'])}; weights within {difference:.1e} of one process",
+    )  # fmt: skip
+    assert difference <= SAME
+
+
 @pytest.mark.parametrize(("ranks", "fsdp"), [(1, "no"), (2, "no"), (2, "2"), (2, "1")])
 def check_trainer_goes_on(record: Record, tmp_path: Path, ranks: int, fsdp: str) -> None:
     """The second half, from the checkpoint in the middle, ends with the bits of the run that did not stop."""

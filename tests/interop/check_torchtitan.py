@@ -28,7 +28,7 @@ LIBRARIES = ["torchtitan", "torch"]
 DOOR = "torchtitan"
 SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "FSDP2": (2, {}),
-    "FSDP2, heads and norms cut": (3, {}),
+    "FSDP2, heads cut": (5, {}),
     "HSDP": (4, {"parallelism.data_parallel_replicate_degree": 2}),
     "tensor and sequence parallel": (2, {"parallelism.tensor_parallel_degree": 2}),
     "tensor parallel x FSDP2": (4, {"parallelism.tensor_parallel_degree": 2}),

@@ -21,10 +21,12 @@ def check_sft(record: Record, lora: str) -> None:
     left = alone("examples/trl_sft.py", "--lora", lora)
     model = adapted(target_modules="all-linear") if lora == "yes" else tiny_llama()
     difference = apart(left["weights"], plain(model=model)["weights"])
+    learnt = falls(left["losses"], 0.05 if lora == "yes" else 0.5)
     record(
         "TRL SFTTrainer", "LoRA on all linear layers" if lora == "yes" else "all weights",
-        ["trl", "transformers", "peft", "torch"], ran=f"examples/trl_sft.py --lora {lora}: tiny Llama, 10 clipped steps",
-        result=f"{falls(left['losses'])}; weights within {difference:.1e} of a plain loop",
+        ["trl", "transformers", "peft", "torch"],
+        ran=f"examples/trl_sft.py --lora {lora}: tiny Llama, 10 clipped steps",
+        result=f"{learnt}; weights within {difference:.1e} of a plain loop",
     )  # fmt: skip
     assert difference <= SAME
 

@@ -1,8 +1,8 @@
 """Runs a script with Accelerate's FSDP on processors: ``python -m tests.interop.fsdp_on_cpu SCRIPT arguments``.
 
-Accelerate 1.15 chooses FSDP in ``AcceleratorState.__init__``, for distributed types that have an accelerator and not for
-``MULTI_CPU``. Here that choice is made for processors, too, by the same two assignments; everything that follows from it
-(wrapping, swapping parameters in the optimizer, clipping, checkpoints) is Accelerate's own code on gloo.
+Accelerate 1.15 chooses FSDP in ``AcceleratorState.__init__``, for distributed types that have an accelerator and not
+for ``MULTI_CPU``. Here that choice is made for processors, too, by the same assignments; everything that follows from
+it (wrapping, swapping parameters in the optimizer, clipping, checkpoints) is Accelerate's own code on gloo.
 """
 
 from __future__ import annotations

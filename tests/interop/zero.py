@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from optimizer import AdamMini, tag
-from tests.sharding.cases import OPTIONS, STEPS, Run, counted, reference
+from tests.sharding.cases import OPTIONS, STEPS, Run, clip, counted, reference
 from tests.sharding.models import MODELS, batches, loss_of
 
 CONFIG = {
@@ -24,9 +24,16 @@ CONFIG = {
 
 
 def engine_of(
-    name: str, zero: dict[str, Any], kind: str = "model", dtype: str = "float32", *,
-    more: dict[str, Any] | None = None, spoiled: bool = False, **options: Any,
-) -> tuple[Any, AdamMini]:  # fmt: skip
+    name: str,
+    zero: dict[str, Any],
+    kind: str = "model",
+    dtype: str = "float32",
+    *,
+    more: dict[str, Any] | None = None,
+    spoiled: bool = False,
+    weights: dict[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> tuple[Any, AdamMini]:
     """A model with its optimizer, as it stands, given to deepspeed.initialize."""
     import deepspeed
     import torch._dynamo  # zero.Init replaces constructors of tensors that this import looks at
@@ -46,6 +53,8 @@ def engine_of(
                     p.copy_(values[n])
     else:
         model = MODELS[name]().to(torch.float32)
+        if weights is not None:
+            model.load_state_dict(weights, strict=False)
         if spoiled:
             for p in model.parameters():
                 p.data.zero_()
@@ -122,3 +131,67 @@ def zero_case(
         "state": optimizer.state_bytes(),
         "wrapper": type(engine.optimizer).__name__,
     }
+
+
+def shadow_case(model: str, zero: dict[str, Any], dtype: str = "bfloat16", **options: Any) -> dict[str, Any]:
+    """Ten clipped steps in bf16, and beside them one process's AdamMini in fp32, given DeepSpeed's gradients."""
+    from deepspeed.utils import safe_get_full_grad
+
+    engine, _ = engine_of(model, zero, "model", dtype, **options)
+    beside = MODELS[model]().to(torch.float32)
+    with torch.no_grad():
+        start = whole(engine)
+        for name, p in beside.named_parameters():
+            p.copy_(start[name])
+    alone = AdamMini(beside, **OPTIONS | options)
+    for k in range(STEPS):
+        engine.backward(loss_of(engine, batches(k, dist.get_world_size())[dist.get_rank()]))
+        gradients = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+        for name, p in beside.named_parameters():
+            p.grad = gradients[name].float().clone()
+        clip(list(beside.parameters()))
+        alone.step()
+        engine.step()
+    wanted = {name: p.detach() for name, p in beside.named_parameters()}
+    return {"difference": difference(whole(engine), wanted), "wrapper": type(engine.optimizer).__name__}
+
+
+def whole_state_case(model: str, zero: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+    """Five steps under one ZeRO stage; five more under another, and in one process that knows of no DeepSpeed."""
+    from optimizer.sharding import full_state_dict, load_full_state_dict
+
+    engine, optimizer = engine_of(model, zero)
+    train(engine, 0, 5)
+    document, weights = full_state_dict(optimizer, rank0_only=False), whole(engine)
+    assert document is not None
+    engine.destroy()
+
+    other, second = engine_of(model, then, weights=weights)
+    load_full_state_dict(second, document)
+    train(other, 5, STEPS)
+
+    alone = MODELS[model]().to(torch.float32)
+    alone.load_state_dict(weights, strict=False)
+    third = AdamMini(alone, **OPTIONS)
+    third.load_state_dict(document)
+    for step in range(5, STEPS):
+        third.zero_grad()
+        torch.stack([loss_of(alone, b) for b in batches(step, dist.get_world_size())]).mean().backward()
+        clip(list(alone.parameters()))
+        third.step()
+    run = Run(nn.Identity(), optimizer, "ddp", dist.get_world_size(), dist.get_rank(), [])
+    wanted = reference(run, model, "model", torch.float32, STEPS)
+    apart = difference({n: p.detach() for n, p in alone.named_parameters()}, wanted)
+    return {"difference": max(apart, difference(whole(other), wanted))}
+
+
+def refused_case() -> str:
+    """An offloaded optimizer that is not DeepSpeed's: what the door says."""
+    from optimizer.integrations.deepspeed import initialize
+
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    try:
+        initialize(MODELS["llama"](), config=CONFIG | {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": True})
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from optimizer import AdamMini
+from optimizer import AdamMini, tag
+from optimizer.convert.file import convert_file
+from optimizer.sharding import load_full_state_dict
 from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
 
-SHARES = 6
-"""Batches of a step, whoever computes them; 1, 2 and 3 ranks share them equally."""
+
+def shares() -> int:
+    """Batches of a step, whoever computes them: any number of the ranks shares them equally."""
+    return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
 def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -38,8 +43,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first
     rank = dist.get_rank() if ranks else 0
     for step in range(first, last):
         optimizer.zero_grad()
-        shares = batches(step, SHARES)[rank :: max(1, ranks)]
-        torch.stack([loss_of(model, share) for share in shares]).mean().backward()
+        loss_of(model, torch.cat(batches(step, shares())[rank :: max(1, ranks)])).backward()
         flat = isinstance(model, FullyShardedDataParallel)
         clip(list(model.parameters()), group=model.process_group if flat else None)
         optimizer.step()
@@ -53,11 +57,12 @@ WRAPS = {
 
 
 def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[str, Any]:
-    """Five steps on n ranks, saved; five more on m: every pair of 1, 2 and 3, against ten steps in one process."""
+    """Five steps on n ranks, saved; five more on m: every pair up to all ranks, against ten steps in one process."""
     alone = _start(name, None)
     _train(*alone, 0, 0, 10)
     wanted = dict(alone[0].named_parameters())
-    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in (1, 2, 3)}  # every rank takes part in making each
+    worlds = range(1, 1 + dist.get_world_size())
+    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # every rank takes part in making each
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     worst = {}
     for n, mesh in meshes.items():
@@ -117,3 +122,61 @@ def state_is_whole(name: str = "gpt2") -> str:
         if local(own["exp_avg_sq"]).numel() > own["exp_avg_sq"].numel():
             return f"{n} holds more than there is"
     return FINE
+
+
+def adamw_case(name: str, wrap: str) -> str:
+    """Sharded AdamW state: refused, and with convert=True what the same state is in one process."""
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    model, _ = _start(name, mesh, WRAPS[wrap])
+    before = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    _train(model, before, dist.get_world_size(), 0, 3)
+    saved = before.state_dict()
+    optimizer = AdamMini(list(tag(model).named_parameters()), **OPTIONS)
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        if "convert=True" not in str(error) and "convert" not in str(error):
+            return f"refused without advice: {error}"
+    else:
+        return "AdamW's state was taken for ours"
+    optimizer.load_state_dict(saved, convert=True)
+    _train(model, optimizer, dist.get_world_size(), 3, 6)
+
+    alone = MODELS[name]().to(torch.float64)
+    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
+    _train(alone, first, 0, 0, 3)
+    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
+    second.load_state_dict(first.state_dict(), convert=True)
+    _train(alone, second, 0, 3, 6)
+    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
+    return FINE if worst <= 1e-12 else f"{worst} apart from one process"
+
+
+def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
+    """AdamW's sharded checkpoint, converted on one rank, taken by all: as the same state in one process."""
+    mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
+    model, _ = _start(name, mesh, WRAPS["fsdp2"])
+    before = torch.optim.AdamW(model.parameters(), **OPTIONS)
+    _train(model, before, dist.get_world_size(), 0, 3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    held = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, before, options=options)}
+    source, target = Path(folder, f"adamw-{flatten}"), Path(folder, f"ours-{flatten}.pt")
+    dcp.save(held, checkpoint_id=source)
+    if dist.get_rank() == 0:
+        convert_file(source, target, MODELS[name]().to(torch.float64))
+        if [path.name for path in Path(folder).iterdir() if path.name.startswith(".")]:
+            return "scratch files are left"
+    dist.barrier()
+    document = torch.load(target, mmap=True, weights_only=True)["optimizer"]
+    optimizer = AdamMini(list(tag(model).named_parameters()), **OPTIONS)
+    load_full_state_dict(optimizer, document)
+    _train(model, optimizer, dist.get_world_size(), 3, 6)
+
+    alone = MODELS[name]().to(torch.float64)
+    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
+    _train(alone, first, 0, 0, 3)
+    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
+    second.load_state_dict(first.state_dict(), convert=True)
+    _train(alone, second, 0, 3, 6)
+    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
+    return FINE if worst <= 1e-12 else f"{worst} apart from one process"

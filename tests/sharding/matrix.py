@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from typing import Any
 
 from tests.sharding.cases import STEPS, WRAPS
-from tests.sharding.suite import Trained, identity
-from tests.sharding.workers import run
+from tests.sharding.suite import SAVED, Trained, identity
+from tests.sharding.workers import Case, run
 
 MODELS = ("llama", "gpt2", "mixtral")
 
@@ -22,6 +24,34 @@ def cases(ranks: int) -> list[Trained]:
     return out
 
 
+def kept(ranks: int, folder: str) -> dict[str, Case]:
+    """Checkpoints between all numbers of ranks up to so many, and whole state between wrappers."""
+    where = "tests.sharding.checkpoints:checkpoint_case"
+    out: dict[str, Case] = {
+        f"{name}-{wrap}-reshard": (where, {"name": name, "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})
+        for name in ("llama", "gpt2") for wrap in SAVED
+    }  # fmt: skip
+    parallel = ("plain", "tp", "fsdp2") + (("tp-fsdp2",) if ranks % 2 == 0 else ())
+    wraps = {"llama": ("plain", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp"), "gpt2": ("plain", "fsdp1-flat", "fsdp2"),
+             "mixtral": ("fsdp1", "fsdp2"), "llama-parallel": parallel}  # fmt: skip
+    return out | {
+        f"{name}-across": ("tests.sharding.across:across_case", {"name": name, "wraps": own})
+        for name, own in wraps.items()
+    }
+
+
+def report_kept(name: str, answer: list[Any]) -> bool:
+    """Say how far a run that was interrupted is from one that was not; whether that is nothing."""
+    whole = all(isinstance(one, dict) for one in answer)
+    limit = 1e-6 if "mixtral" in name else 1e-12
+    worst = max(max(one.values()) for one in answer) if whole else 0.0
+    fine = whole and worst <= limit
+    errors = [one for one in answer if isinstance(one, str)]
+    said = f"{len(answer[0])} ways, difference {worst:.1e}" if whole else f"{errors}"
+    sys.stdout.write(f"{'ok    ' if fine else 'FAILED'} {name:40} {said}\n")
+    return fine
+
+
 def main() -> int:
     """Print a line per case; the exit status is the number of cases that are off."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -29,12 +59,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a part of the cases' names")
     arguments = parser.parse_args()
     chosen = [case for case in cases(arguments.ranks) if arguments.only in identity(case)]
-    answers = run(
-        arguments.ranks,
-        {identity(c): ("train_case", c._asdict()) for c in chosen},
-        timeout=3600,
-    )
-    bad = 0
+    with tempfile.TemporaryDirectory() as folder:
+        others = {n: c for n, c in kept(arguments.ranks, folder).items() if arguments.only in n}
+        trained: dict[str, Case] = {identity(c): ("train_case", c._asdict()) for c in chosen}
+        answers = run(arguments.ranks, trained | others, timeout=3600)
+    bad = sum(not report_kept(name, answers[name]) for name in others)
     for case in chosen:
         answer = answers[identity(case)]
         if not all(isinstance(one, dict) for one in answer):

@@ -36,6 +36,7 @@ TRAINED = {
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
          "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
+ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 
 
 def identity(case: Trained) -> str:
@@ -45,10 +46,18 @@ def identity(case: Trained) -> str:
 def others(world: int, folder: str) -> dict[str, Case]:
     """Cases that are no plain training."""
     if world == 2:
-        return {name: (f"tests.sharding.facts:{name}", {}) for name in FACTS}
+        across = {
+            f"across-{name}": ("tests.sharding.across:across_case", {"name": name, "wraps": wraps})
+            for name, wraps in ACROSS.items()
+        }
+        return across | {name: (f"tests.sharding.facts:{name}", {}) for name in FACTS}
     where = "tests.sharding.checkpoints:"
     saved: dict[str, Any] = {
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})
         for wrap in SAVED
     }
+    saved |= {f"adamw-{wrap}": (f"{where}adamw_case", {"name": "gpt2", "wrap": wrap}) for wrap in ("fsdp1", "fsdp2")}
+    for flatten in (False, True):
+        case = {"name": "llama", "folder": folder, "flatten": flatten}
+        saved[f"folder-{flatten}"] = (f"{where}converted_folder_case", case)
     return saved | {"whole": (f"{where}state_is_whole", {})}

@@ -1,4 +1,4 @@
-"""Checkpoints by torch.distributed.checkpoint, from 1, 2 and 3 ranks to 1, 2 and 3."""
+"""Checkpoints by torch.distributed.checkpoint, from 1, 2 and 3 ranks to 1, 2 and 3; whole state between wrappers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.sharding.cases import FINE
-from tests.sharding.suite import SAVED
+from tests.sharding.suite import ACROSS, SAVED
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 
@@ -18,6 +18,24 @@ def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, w
         assert isinstance(answer, dict), answer
         assert len(answer) == 3 * (3 - rank)
         assert max(answer.values()) <= 1e-12, answer
+
+
+@pytest.mark.parametrize("name", ACROSS)
+def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str) -> None:
+    for answer in results[2][f"across-{name}"]:
+        assert isinstance(answer, dict), answer
+        assert len(answer) == len(ACROSS[name]) * (1 + len(ACROSS[name]))
+        assert max(answer.values()) <= 1e-12, answer
+
+
+@pytest.mark.parametrize("wrap", ["fsdp1", "fsdp2"])
+def test_sharded_state_of_adamw_is_refused_or_converted_as_in_one_process(results: Any, wrap: str) -> None:
+    assert results[3][f"adamw-{wrap}"] == [FINE] * 3
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_folder_of_adamw_is_converted_and_taken_by_ranks(results: Any, flatten: bool) -> None:
+    assert results[3][f"folder-{flatten}"] == [FINE] * 3
 
 
 def test_gathered_state_is_that_of_one_process(results: Any) -> None:

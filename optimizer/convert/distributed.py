@@ -1,0 +1,90 @@
+"""Folders of torch.distributed.checkpoint, put together in files that are mapped, not read.
+
+Every tensor of the folder is laid out whole in a scratch file of its own, so that memory holds pages the system can let
+go again, whatever number of ranks had written the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether this is what ``torch.distributed.checkpoint.save`` leaves."""
+    return Path(source, ".metadata").is_file()
+
+
+def mapped_folder(source: str | os.PathLike[str], scratch: Path) -> Any:
+    """The folder's document, tensors whole and in files under ``scratch``.
+
+    Optimizer state that was flattened by name (``StateDictOptions(flatten_optimizer_state_dict=True)``, torchtitan) is
+    nested again, with one group for each set of options.
+
+    Raises:
+        ValueError: the folder is damaged.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        metadata = dcp.FileSystemReader(source).read_metadata()
+    except Exception as error:  # whatever its pickle raises
+        raise ValueError(f"{os.fspath(source)!r} has a .metadata that cannot be read ({error})") from error
+    flat: dict[str, Any] = {}
+    for number, (key, stored) in enumerate(metadata.state_dict_metadata.items()):
+        is_tensor = hasattr(stored, "properties")
+        flat[key] = _mapped(scratch / str(number), stored) if is_tensor else 0
+    dcp.load(flat, storage_reader=dcp.FileSystemReader(source), no_dist=True)
+    paths = metadata.planner_data or {}
+    document: dict[Any, Any] = {}
+    for key, value in flat.items():
+        _put(document, paths.get(key, (key,)), value)
+    return _nested(document)
+
+
+def _mapped(path: Path, stored: Any) -> Tensor:
+    dtype, size = stored.properties.dtype, tuple(stored.size)
+    if prod(size) == 0:
+        return torch.empty(size, dtype=dtype)
+    return torch.from_file(str(path), shared=True, size=prod(size), dtype=dtype).view(size)
+
+
+def _put(document: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        document = document.setdefault(key, {})
+    document[path[-1]] = value
+
+
+def _nested(value: Any) -> Any:
+    """Lists where the keys are 0, 1, ...; optimizer state as ``state_dict`` has it."""
+    if not isinstance(value, Mapping):
+        return value
+    keys = list(value)
+    if keys and all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in keys):
+        return _by_parameter(value)
+    inner = {key: _nested(child) for key, child in value.items()}
+    if keys and all(isinstance(key, int) for key in keys) and sorted(keys) == list(range(len(keys))):
+        return [inner[k] for k in range(len(keys))]
+    return inner
+
+
+def _by_parameter(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """From "state.NAME.exp_avg" and "param_groups.NAME.lr" to states and groups."""
+    states: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, _, rest = key.partition(".")
+        name, _, leaf = rest.rpartition(".")
+        (states if kind == "state" else options).setdefault(name, {})[leaf] = value
+    groups: dict[str, dict[str, Any]] = {}
+    for name, own in options.items():
+        same = json.dumps({k: str(v) for k, v in sorted(own.items())})
+        groups.setdefault(same, {**own, "params": []})["params"].append(name)
+    return {"state": states, "param_groups": list(groups.values())}
