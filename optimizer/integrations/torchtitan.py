@@ -69,7 +69,7 @@ class AdamMiniContainer(OptimizersContainer):
         return groups, patterns
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave, flat by name; torchtitan drops the name of the rules, so it is compared here."""
+        """Load what ``state_dict`` gave; compares the rules here, since torchtitan does not hand their name on."""
         for optimizer in self.optimizers:
             if isinstance(optimizer, AdamMini):
                 _require_rules(optimizer, state_dict)

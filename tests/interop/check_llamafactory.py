@@ -53,7 +53,7 @@ def check_factory(record: Record, folder: Path) -> None:
     assert Path(left.pop("file")) == ROOT / "adam_mini.py"
     worst = max(one["difference"] for one in left.values())
     record(
-        DOOR, "create_custom_optimizer", versions(), ran="Llama, GPT-2 and Gemma 3 (nested configuration), 5 steps each",
+        DOOR, "create_custom_optimizer", versions(), ran="Llama, GPT-2, Gemma 3 (nested configuration), 5 steps each",
         result=f"Adam_mini is ours, blocks are the model's; weights within {worst:.1e} of AdamMini(model)",
     )  # fmt: skip
     assert {one["class"] for one in left.values()} == {OURS}
@@ -81,7 +81,7 @@ def check_command_line(record: Record, folder: Path, ranks: int) -> None:
     paths = {"model_name_or_path": folder / "tiny", "dataset_dir": folder, "output_dir": saved}
     many = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(ranks)} if ranks > 1 else {}
     output(
-        [*command, *(f"{key}={value}" for key, value in paths.items()), "ddp_backend=gloo"],
+        [*command, *(f"{key}={value}" for key, value in paths.items()), *(["ddp_backend=gloo"] if many else [])],
         PATH=f"{HOME / 'bin'}:{os.environ['PATH']}", MASTER_ADDR="127.0.0.1", **many,
     )  # fmt: skip
     lines = [json.loads(line) for line in (saved / "trainer_log.jsonl").read_text().splitlines()]
