@@ -60,7 +60,8 @@ hessian: $(READY)
 test: $(READY)
 	$(PY) -m pytest
 
-# DeepSpeed is built from source against the torch that is there, so what it is built with comes first.
+# DeepSpeed is built from source against the torch that is there, so what it is built with comes first. torchtitan asks for
+# an older datasets than the others (and wandb); what it needs is among the requirements.
 $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 	@echo "building $(INTEROP) (once, some minutes)"
 	@rm -rf $(INTEROP) && $(PYTHON) -m venv $(INTEROP)
@@ -68,6 +69,7 @@ $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 		$(INTEROP_PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
 	@$(INTEROP_PIP) --constraint constraints.txt torch==$(TORCH_VERSION) numpy setuptools wheel ninja
 	@DS_BUILD_OPS=0 $(INTEROP_PIP) --constraint constraints.txt --no-build-isolation -r tests/interop/requirements.txt
+	@$(INTEROP_PIP) --no-deps torchtitan==0.3.0
 	@$(INTEROP_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
