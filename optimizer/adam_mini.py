@@ -222,10 +222,13 @@ class AdamMini(torch.optim.Optimizer):
         which = range(len(self.param_groups)) if which is None else which
         here = self._shards.begin(self.param_groups, self._layouts, self.state, which, only)
         try:
-            work = [self._engines.prepare(g, here.groups[g], here.layouts[g], here.states[g], only) for g in which]
+            work = [
+                self._engines.prepare(g, here.groups[g], here.layouts[g], here.states[g], here.among(g, only))
+                for g in which
+            ]
             here.exchange(getattr(self, "grad_scale", None))
             for part in work:
-                self._engines.step(part, self._hyper(part.group), self._local_state_of)
+                self._engines.step(part, self._hyper(part.group), here.state_of(self._local_state_of))
             here.step(self._hyper, self._local_state_of)
         finally:
             here.end()

@@ -14,8 +14,12 @@ def add_command(subparsers: Any) -> None:
         help="a checkpoint of AdamW, Adam, adam-mini or other rules, made into one of AdamMini",
         description="Second moments become means over the new blocks; everything else in the file is carried over.",
     )
-    command.add_argument("source", metavar="IN", help="file of torch.save, a state dict of an optimizer or around one; or "
-                         "a folder of torch.distributed.checkpoint")  # fmt: skip
+    command.add_argument(
+        "source",
+        metavar="IN",
+        help="file of torch.save, a state dict of an optimizer or around one; or "
+        "a folder of torch.distributed.checkpoint",
+    )
     command.add_argument("out", metavar="OUT", help="file to write; may be IN")
     command.add_argument("--model", required=True, help="shipped name, config.json or its folder, or module:function")
     command.add_argument("--rules", default="adam_mini", help="shipped set or rules file (default: adam_mini)")

@@ -60,9 +60,9 @@ class Engines:
         group: dict[str, Any],
         layouts: list[Layout],
         states: Mapping[Tensor, Any],
-        only: int | None = None,
+        only: Sequence[int] | None = None,
     ) -> Work:
-        """Check one group, or its parameter at position ``only``.
+        """Check one group, or its parameters at positions ``only``.
 
         Raises:
             RuntimeError: a tensor that no engine takes (``checks.require_takeable``).
@@ -70,7 +70,8 @@ class Engines:
             AssertionError: flags that torch refuses at a step.
         """
         parameters = group["params"]
-        ready = self._ready.setdefault(g, [None] * len(layouts))
+        ready = self._ready.setdefault(g, [])
+        ready += [None] * (len(layouts) - len(ready))  # parameters may be sharded after the first look
         if group["foreach"] and group["differentiable"]:
             raise AssertionError("foreach=True keeps no graph; use foreach=None with differentiable=True")
         usable = _may_fuse(group) and native.available()
@@ -81,7 +82,7 @@ class Engines:
             work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), list(range(len(layouts)))
             if only is None:
                 self._batches[g] = work.batches
-        for i in rest if only is None else (only,):
+        for i in rest if only is None else only:
             parameter = parameters[i]
             grad = parameter.grad
             if grad is None:

@@ -141,17 +141,21 @@ def tensor_parallel_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
         ValueError: ``tp`` does not divide the units the parameter would be cut by; both numbers are named.
     """
     anatomy, shape = parameter.anatomy, list(parameter.anatomy.shape)
-    if tp == 1 or len(shape) < 2:
+    axis = tensor_parallel_axis(anatomy)
+    if tp == 1 or axis is None:
         return tuple(shape)
-    roles = set(anatomy.roles)
-    if roles <= _COLUMN:
-        for count, what in _units(anatomy):
-            _divides(tp, count, what, parameter)
-        shape[anatomy.axis] //= tp
-    elif roles <= _ROW and anatomy.in_axis is not None:
-        _divides(tp, shape[anatomy.in_axis], "input units", parameter)
-        shape[anatomy.in_axis] //= tp
+    for count, what in _units(anatomy) if set(anatomy.roles) <= _COLUMN else [(shape[axis], "input units")]:
+        _divides(tp, count, what, parameter)
+    shape[axis] //= tp
     return tuple(shape)
+
+
+def tensor_parallel_axis(anatomy: Anatomy) -> int | None:
+    """The axis that tensor parallelism cuts: output units of what fans out, input units of what comes back."""
+    roles = set(anatomy.roles)
+    if len(anatomy.shape) < 2 or not (roles <= _COLUMN or roles <= _ROW):
+        return None
+    return anatomy.axis if roles <= _COLUMN else anatomy.in_axis
 
 
 def _units(anatomy: Anatomy) -> list[tuple[int, str]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ..adam_mini import AdamMini
-    from .manager import _Shard
+    from .shard import Shard
 
 logger = logging.getLogger("optimizer")
 _NOT_ELEMENTS = ("step", "exp_avg_sq")
@@ -156,10 +156,10 @@ class _Member:
         return self.state
 
 
-class _Sharded(_Member):
+class Sharded(_Member):
     """A parameter of which ranks hold parts."""
 
-    def __init__(self, g: int, i: int, shard: _Shard, wholes: list[Whole], where: str) -> None:
+    def __init__(self, g: int, i: int, shard: Shard, wholes: list[Whole], where: str) -> None:
         super().__init__(g, i, shard.parameter, wholes, where)
         self.shard, self.piece = shard, shard.piece
 
@@ -178,7 +178,7 @@ class _Sharded(_Member):
         return state
 
 
-class _PlacedMember(_Sharded):
+class _PlacedMember(Sharded):
     """A DTensor."""
 
     def gathered(self, optimizer: AdamMini) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
@@ -197,10 +197,10 @@ class _PlacedMember(_Sharded):
         self.state["exp_avg_sq"] = placed.wrap(second.reshape(self.piece.aligned))
 
 
-class _FlatMember(_Sharded):
+class _FlatMember(Sharded):
     """Ranges of flattened tensors."""
 
-    def __init__(self, g: int, i: int, shard: _Shard, layout: FlatLayout, where: str) -> None:
+    def __init__(self, g: int, i: int, shard: Shard, layout: FlatLayout, where: str) -> None:
         wholes = [Whole(clean(r.name), r.shape, r.layout, r.decays) for r in layout.ranges]
         super().__init__(g, i, shard, wholes, where)
         self.ranges = layout.ranges

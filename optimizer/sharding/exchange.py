@@ -23,6 +23,26 @@ def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
 
 
+def destroyed(what: str) -> RuntimeError:
+    """The error for a process group that is gone."""
+    return RuntimeError(
+        f"{what} was destroyed; nothing has been stepped. Shard the model and build the optimizer anew, over groups "
+        "that exist"
+    )
+
+
+def _require_alive(ranks: tuple[int, ...], group: ProcessGroup) -> None:
+    """Raise RuntimeError where a group has been destroyed: gloo would go on sending, NCCL fail in its own words."""
+    try:
+        dist.get_process_group_ranks(group)
+    except (KeyError, ValueError) as error:
+        raise destroyed(f"the process group of ranks {_words(ranks)}, which share blocks of parameters,") from error
+
+
+def _words(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]} ({len(ranks)})"
+
+
 def groups_in_order(pieces: Sequence[Piece]) -> dict[tuple[int, ...], ProcessGroup]:
     """The groups that cut blocks, in the order of their first appearance.
 
@@ -49,7 +69,13 @@ def block_means(works: Sequence[tuple[Piece, Tensor | None, torch.dtype]]) -> li
 
     Returns:
         For each, [number of local blocks], or None where no rank has a gradient.
+
+    Raises:
+        RuntimeError: a process group was destroyed, or (torch's words) a rank is gone or came too late.
     """
+    groups = groups_in_order([piece for piece, _, _ in works])
+    for key, group in groups.items():
+        _require_alive(key, group)
     shared: list[Tensor] = []
     local: list[Tensor] = []
     for piece, grad, dtype in works:
@@ -60,7 +86,7 @@ def block_means(works: Sequence[tuple[Piece, Tensor | None, torch.dtype]]) -> li
         send[-1] = grad is not None
         local.append(means)
         shared.append(send)
-    for key, group in groups_in_order([piece for piece, _, _ in works]).items():
+    for key, group in groups.items():
         members = [i for i, (piece, _, _) in enumerate(works) if key in {ranks_of(g) for g in piece.cut.groups}]  # type: ignore[union-attr]
         _all_reduce(shared, members, group)
     out: list[Tensor | None] = []
@@ -107,6 +133,8 @@ def _own_share(piece: Piece, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
     if grad is None:
         return sums
     for part in piece.parts:
+        if part.free:
+            continue  # the engine that takes it finds its means
         box = part.of(grad)
         layout = part.layout
         if layout.fold > 1:

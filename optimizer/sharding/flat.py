@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -117,8 +117,59 @@ def flat_piece(
     if not shared and (single is not None or not parts):
         return Piece((numel,), tuple(parts), (values,), signature=signature, sharding_groups=groups)
     joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
-    cut = Cut(groups if shared else (), shared, joined[2], joined[3], Blocks(joined[0].double(), joined[1]), device)
+    parts = _freed(parts, joined[2], blocks)
+    rest = [torch.arange(*part.second) for part in parts if part.second is not None and not part.free]
+    others = torch.cat(rest).unique() if rest else torch.zeros(0, dtype=torch.int64)
+    cut = Cut(
+        groups if shared else (), shared, joined[2], joined[3], Blocks(joined[0].double(), joined[1]), device,
+        others if len(others) < values else None,
+    )  # fmt: skip
     return Piece((numel,), tuple(parts), (values,), cut, None, signature, groups)
+
+
+def _freed(parts: list[Part], cut_slots: Tensor, blocks: int) -> list[Part]:
+    """The same elements, with what has no block in common with other ranks or other parts in parts of its own."""
+    held = torch.zeros(blocks, dtype=torch.int64)
+    for part in parts:
+        assert part.slots is not None
+        held[part.slots.unique()] += 1
+    bound = held > 1
+    bound[cut_slots] = True
+    out: list[Part] = []
+    for part in parts:
+        out += split(part, bound[part.slots])
+    return out
+
+
+def split(part: Part, bound: Tensor) -> list[Part]:
+    """A part in up to three along its axis; ``bound``: which of its values' blocks lie elsewhere, too."""
+    if not part.decays or bool(bound.all()):
+        return [part]
+    if not bool(bound.any()):
+        return [replace(part, free=True)]
+    first, last = int((~bound).nonzero()[0]), int((~bound).nonzero()[-1]) + 1
+    simple = part.shape is None or part.shape[:2] == (1, 1)  # its values follow each other as its elements do
+    if not simple or bool(bound[first:last].any()):
+        return [part]
+    ends = ((0, first, False), (first, last, True), (last, len(bound), False))
+    return [_along(part, start, stop, free) for start, stop, free in ends if start < stop]
+
+
+def _along(part: Part, start: int, stop: int, free: bool) -> Part:
+    """Indices [start, stop) of a part whose values follow each other as its elements do."""
+    assert part.start is not None and part.second is not None and part.slots is not None
+    inner = 1 if part.shape is None else part.shape[3]  # rows of a part that keeps its shape are not unrolled
+    edges = Edges(part.layout.runs)
+    return replace(
+        part,
+        layout=Layout(part.layout.axis, local_runs(part.layout.runs, edges, ((start, stop),)), part.layout.leading),
+        start=part.start + start * inner,
+        stop=part.start + stop * inner,
+        shape=None if part.shape is None else (1, 1, stop - start, inner),
+        second=(part.second[0] + start, part.second[0] + stop),
+        slots=part.slots[start:stop],
+        free=free,
+    )
 
 
 def within(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
@@ -240,7 +291,7 @@ class _Held:
         per_run = torch.arange(len(self.run_ids)).repeat_interleave(lengths)
         lead = torch.arange(self.leads).unsqueeze(1)
         self.spread = (lead * len(self.run_ids) + per_run).flatten()
-        self.counts = (self.edges.lengths[self.run_ids] * between * inner).repeat(self.leads)
+        self.counts = (self.edges.lengths(self.run_ids) * between * inner).repeat(self.leads)
 
     def _find_cut(self) -> None:
         """Blocks that a boundary between two ranks goes through."""
@@ -256,11 +307,9 @@ class _Held:
             runs = torch.tensor(cut, dtype=torch.int64)
         else:
             leads = sorted({x // per_lead for x in bounds if x % per_lead})
-            many = len(self.edges.lengths)
+            many = self.edges.many
             runs = torch.tensor([lead * many + run for lead in leads for run in range(many)], dtype=torch.int64)
-        mine = (
-            (torch.arange(self.leads).unsqueeze(1) + self.first_lead) * len(self.edges.lengths) + self.run_ids
-        ).flatten()
+        mine = ((torch.arange(self.leads).unsqueeze(1) + self.first_lead) * self.edges.many + self.run_ids).flatten()
         self.shared = len(runs)
         self.cut_positions = torch.isin(runs, mine).nonzero().squeeze(1)
         self.cut_slots = torch.searchsorted(mine, runs[self.cut_positions])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -98,24 +99,46 @@ def holdings(size: int, deals: tuple[Deal, ...], inner_first: bool = True) -> di
 
 
 class Edges:
-    """Where the runs of an axis begin and end."""
+    """Where the runs of an axis begin and end, by arithmetic: elementwise, there are as many runs as elements."""
 
     def __init__(self, runs: Runs) -> None:
-        self.lengths = runs.lengths()
-        self.at = [0, *self.lengths.cumsum(0).tolist()]
+        self.many, self._total, self._period = len(runs), runs.total, runs.total // runs.repeat
+        self._sizes = [size for size, _ in runs.segments]
+        self._starts, self._firsts = [0], [0]  # of segments within a period: indices, and runs
+        for size, count in runs.segments:
+            self._starts.append(self._starts[-1] + size * count)
+            self._firsts.append(self._firsts[-1] + count)
+
+    def _at(self, index: int) -> tuple[int, int]:
+        """The run that holds an index, and how far into it the index is."""
+        if index >= self._total:
+            return self.many, 0
+        turn, rest = divmod(index, self._period)
+        k = bisect_right(self._starts, rest) - 1
+        run, inside = divmod(rest - self._starts[k], self._sizes[k])
+        return turn * self._firsts[-1] + self._firsts[k] + run, inside
 
     def run_of(self, index: int) -> int:
-        """The run that holds an index."""
-        return bisect_right(self.at, index) - 1
+        """The run that holds an index; the number of runs behind the last one."""
+        return self._at(index)[0]
 
     def inside(self, index: int) -> bool:
         """Whether a cut in front of this index goes through a run."""
-        return 0 < index < self.at[-1] and self.at[self.run_of(index)] != index
+        return index > 0 and self._at(index)[1] > 0
+
+    def lengths(self, run: torch.Tensor) -> torch.Tensor:
+        """Lengths of the runs of these numbers, int64."""
+        if not self.many:
+            return torch.zeros_like(run)
+        segment = torch.searchsorted(torch.tensor(self._firsts[1:]), run % self._firsts[-1], right=True)
+        return torch.tensor(self._sizes)[segment]
 
 
 def run_ids(edges: Edges, ranges: Ranges) -> torch.Tensor:
     """The runs that the ranges touch, ascending, int64."""
     spans = [torch.arange(edges.run_of(a), edges.run_of(b - 1) + 1) for a, b in ranges]
+    if len(spans) == 1:
+        return spans[0]
     return torch.cat(spans).unique() if spans else torch.zeros(0, dtype=torch.int64)
 
 
@@ -134,9 +157,12 @@ def local_runs(runs: Runs, edges: Edges, ranges: Ranges) -> Runs:
     """The runs of what the ranges cover; parts of one run that become neighbours are one run."""
     if len(ranges) == 1:
         return _slice(runs, *ranges[0])
-    indices = torch.cat([torch.arange(a, b) for a, b in ranges]) if ranges else torch.zeros(0, dtype=torch.int64)
-    of = torch.searchsorted(torch.tensor(edges.at), indices, right=True)
-    return Runs.of(of.unique_consecutive(return_counts=True)[1].tolist())
+    held: Counter[int] = Counter()
+    for span in ranges:
+        first, slices = edges.run_of(span[0]), _slice(runs, *span).lengths().tolist()
+        for k, size in enumerate(slices):
+            held[first + k] += size
+    return Runs.of(held[run] for run in sorted(held))
 
 
 def _slice(runs: Runs, start: int, stop: int) -> Runs:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,89 +12,21 @@ from torch import Tensor
 
 from ..engines.checks import require_takeable
 from ..groups import describe
-from ..hyper import Hyper
 from ..partition.layout import Layout
 from ..state import moment_dtype, rounding_of
 from ..update import second_moment_dtype
 from .agreement import require_agreement
 from .deepspeed import settle
-from .exchange import block_means, ranks_of, second_moments
+from .exchange import destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
 from .kinds import is_dtensor, local_of
 from .pieces import Part, Piece
-from .step import cut_update, local_gradient
+from .shard import Shard
+from .step import local_gradient
+from .stepping import Position, Stepping
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-Position = tuple[int, int]
-"""Group, and parameter within the group."""
-
-
-class _Shard:
-    """A sharded parameter, and what was looked up about it.
-
-    Attributes:
-        parameter: the optimizer's.
-        piece: what is held of it here.
-        view: what is held here as the engines take it, with a gradient of its own.
-    """
-
-    def __init__(self, parameter: Tensor, piece: Piece) -> None:
-        self.parameter, self.piece = parameter, piece
-        self.spec = getattr(parameter, "_spec", None)
-        self._held = local_of(parameter)
-        self._at = self._held.data_ptr()
-        self.view = self._boxed(self._held.detach())
-        self._states: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def fits(self, parameter: Tensor) -> bool:
-        """Whether the parameter is still what it was."""
-        return parameter is self.parameter and (
-            self.spec is None or parameter._spec is self.spec  # type: ignore[attr-defined]
-        )
-
-    def refresh(self) -> None:
-        """Follow the local tensor where it was put elsewhere."""
-        held = local_of(self.parameter)
-        if held.data_ptr() != self._at or (held is not self._held and self.spec is not None):
-            self._held, self._at = held, held.data_ptr()
-            self.view = self._boxed(held.detach())
-
-    def _boxed(self, local: Tensor) -> Tensor:
-        """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
-        return local if self.piece.cut is not None or not self.piece.parts else self.piece.parts[0].of(local)
-
-    def gradient(self, grad: Tensor | None) -> Tensor | None:
-        """The local gradient as the view is."""
-        return None if grad is None else self._boxed(grad)
-
-    def local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameter's state as the engines take it; the same tensors as long as the state has the same."""
-        return {name: self._local(name, x) if isinstance(x, Tensor) else x for name, x in state.items()}
-
-    def _local(self, name: str, tensor: Tensor) -> Tensor:
-        known = self._states.get(name)
-        if known is None or known[0] is not tensor:
-            local = local_of(tensor)
-            if name == "exp_avg_sq" and self.piece.cut is None and self.piece.parts:
-                local = self.piece.parts[0].of_second(local, tuple(self.view.shape))
-            elif name != "step" and local.shape == self._held.shape:
-                local = self._boxed(local)
-            known = self._states[name] = tensor, local
-        return known[1]
-
-    def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
-        """Bytes of this rank's state by kind."""
-        held = prod(self.piece.shape)
-        kept = {
-            "exp_avg": held * moment_dtype(self.parameter, group).itemsize,
-            "exp_avg_sq": prod(self.piece.aligned) * second_moment_dtype(self.parameter).itemsize,
-            "step": torch.float32.itemsize,
-        }
-        if rounding_of(self.parameter, group) == "kahan":
-            kept["compensation"] = held * torch.bfloat16.itemsize
-        return kept
 
 
 class Shards:
@@ -106,22 +37,22 @@ class Shards:
     """
 
     def __init__(self) -> None:
-        self._known: dict[Position, _Shard] = {}
+        self._known: dict[Position, Shard] = {}
         self._agreed: dict[tuple[int, ...], int] = {}
         self._fresh = False
 
-    def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> _Shard | None:
+    def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> Shard | None:
         """What is held of a parameter; None for an ordinary one."""
         parameter = group["params"][i]
         if not is_sharded(parameter, layout):
             return None
         known = self._known.get((g, i))
         if known is None or not known.fits(parameter):
-            known = self._known[g, i] = _Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
+            known = self._known[g, i] = Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
             self._fresh = True
         return known
 
-    def new_state(self, shard: _Shard, group: Mapping[str, Any]) -> dict[str, Any]:
+    def new_state(self, shard: Shard, group: Mapping[str, Any]) -> dict[str, Any]:
         """State before the first step: DTensors where the parameter is one."""
         piece, view, parameter = shard.piece, shard.view, shard.parameter
         second = torch.zeros(piece.aligned, dtype=second_moment_dtype(view), device=view.device)
@@ -259,8 +190,9 @@ class Shards:
     ) -> None:
         """Put local tensors in the place of the group's sharded parameters."""
         params, own_layouts, own_states = list(group["params"]), list(layouts), {}
+        names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
         unusual = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
-        for i, (parameter, layout) in enumerate(zip(params, layouts, strict=True)):
+        for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
             shard = self.of(g, i, group, layout)
             if shard is None:
                 own_states[parameter] = states.get(parameter, {})
@@ -270,20 +202,27 @@ class Shards:
             if unusual:
                 _require_options(parameter, piece, group, describe(group, g, i))
             params[i], own_layouts[i] = shard.view, piece.parts[0].layout if piece.parts else layout
+            first = len(params)
+            params += [free.view for free in shard.free]
+            own_layouts += [part.layout for part in piece.free]
+            names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
             grad = local_gradient(parameter, partial(describe, group, g, i))
+            state = shard.local_state(states.get(parameter) or {})
             if piece.cut is not None:
                 if grad is not None:
                     plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
-                    state = shard.local_state(states.get(parameter) or {})
                     require_takeable(shard.view, grad, state, plain, describe(group, g, i))
                 stepping.cut[g, i] = (shard, grad)
+                for k, free in enumerate(shard.free if grad is not None else ()):
+                    stepping.free[g, first + k] = (i, free)
+                    stepping.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
+                    own_states[free.view] = free.state(state) if state else {}
             elif grad is not None and piece.parts:
-                shard.view.grad = shard.gradient(grad)
-                stepping.lent.append(shard.view)
-                own_states[shard.view] = shard.local_state(states.get(parameter) or {})
-        stepping.groups[g] = {**group, "params": params}
+                stepping.lend(shard.view, shard.gradient(grad))
+                own_states[shard.view] = state
+        stepping.groups[g] = {**group, "params": params, "param_names": names}
         stepping.layouts[g], stepping.states[g] = own_layouts, own_states
 
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[Layout]]) -> None:
@@ -300,52 +239,6 @@ class Shards:
             if self._agreed.get(ranks) != digest:
                 require_agreement(process_group, held)
                 self._agreed[ranks] = digest
-
-
-class Stepping:
-    """One step's view of the groups: local tensors where parameters are sharded.
-
-    Attributes:
-        groups, layouts, states: as the engines take them, by group.
-        cut: tensors whose blocks other ranks share, with their local gradients.
-    """
-
-    def __init__(
-        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]], states: Mapping[Tensor, Any]
-    ) -> None:
-        self.groups, self.layouts = list(groups), list(layouts)
-        self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
-        self.cut: dict[Position, tuple[_Shard, Tensor | None]] = {}
-        self.lent: list[Tensor] = []
-        self._means: list[Tensor | None] = []
-
-    def exchange(self, grad_scale: Tensor | None = None) -> None:
-        """Sum what ranks share; afterwards nothing communicates."""
-        if self.cut:
-            for position, (shard, grad) in self.cut.items():
-                if grad is not None and grad_scale is not None:
-                    self.cut[position] = shard, grad / grad_scale
-            self._means = block_means(
-                [(shard.piece, grad, second_moment_dtype(shard.view)) for shard, grad in self.cut.values()]
-            )
-
-    def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
-        """Step the tensors whose blocks are shared."""
-        for ((g, i), (shard, grad)), means in zip(self.cut.items(), self._means, strict=True):
-            if means is None:
-                continue
-            state = state_of(g, i)
-            state["step"] += 1
-            numbers = hyper_of(self.groups[g]).numbers()
-            cut_update(
-                shard.piece, shard.view, grad, state["exp_avg"], state["exp_avg_sq"], means,
-                step=state["step"].item(), **numbers,
-            )  # fmt: skip
-
-    def end(self) -> None:
-        """Give the gradients back."""
-        for view in self.lent:
-            view.grad = None
 
 
 def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
@@ -390,7 +283,10 @@ def _piece(parameter: Tensor, layout: Layout, where: str) -> Piece:
         )
     if not layout.group:
         return flat_piece(layout.ranges, layout.numel, None, parameter.device, where)
-    group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
+    try:
+        group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
+    except (RuntimeError, KeyError) as error:
+        raise destroyed(f"the process group that {where} is sharded over") from error
     device = parameter.device
     if device.type not in {one.type for one in group._device_types}:  # offloaded: sent from where the group can
         device = group._device_types[0]

@@ -29,6 +29,7 @@ class Part:
         second: slice of the local second moment's first axis that belongs to the box; None for all of it.
         slots: the local block of each of the box's aligned values, int64; None for the whole local tensor.
         decays: whether weight decay applies.
+        free: whether its blocks lie in it whole, so that an ordinary engine can take it, whatever the other parts need.
     """
 
     layout: Layout
@@ -38,6 +39,7 @@ class Part:
     second: tuple[int, int] | None = None
     slots: Tensor | None = None
     decays: bool = True
+    free: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
         """The box as a view of the local tensor."""
@@ -77,6 +79,7 @@ class Cut:
         positions: their places among the shared ones, int64 [k].
         blocks: all local blocks.
         device: where the groups communicate.
+        values: indices of the local second moment's values outside free parts, int64; None for all.
     """
 
     groups: tuple[ProcessGroup, ...]
@@ -85,6 +88,7 @@ class Cut:
     positions: Tensor
     blocks: Blocks
     device: torch.device
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +139,11 @@ class Piece:
     placed: Placed | None = None
     signature: str = ""
     sharding_groups: tuple[ProcessGroup, ...] = field(default=())
+
+    @property
+    def free(self) -> tuple[Part, ...]:
+        """Parts that ordinary engines take beside those that share blocks."""
+        return tuple(part for part in self.parts if part.free)
 
     def second_moment(self, values: Tensor) -> Tensor:
         """The state tensor around local values: a DTensor where the parameter is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ..partition.layout import Layout, Runs
-from .flat import boxes
+from .exchange import destroyed
+from .flat import boxes, split
 from .holdings import Deal, Edges, Ranges, cut_runs, holdings, length, local_runs, run_ids
 from .pieces import Blocks, Cut, Part, Piece, Placed
 
@@ -52,10 +54,17 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
         for p in placements
     )
     own = tuple(local[d] * aligned[d] // shape[d] if d in kept and shape[d] else aligned[d] for d in range(len(shape)))
-    groups = tuple(mesh.get_group(m) for m in sorted({m for ms in dims.values() for m in ms}))
+    try:
+        over = {m: mesh.get_group(m) for m in sorted({m for ms in dims.values() for m in ms})}
+    except (RuntimeError, KeyError) as error:
+        raise destroyed(f"the process group that {where} is sharded over") from error
     signature = repr((shape, layout.axis, layout.leading, layout.fold, layout.runs, placements, mesh.mesh.tolist(),
                       sorted((d, axis.inner_first) for d, axis in axes.items())))  # fmt: skip
-    cut = slab.cut([mesh.get_group(m) for m in sorted(slab.dims)], torch.device(mesh.device_type))
+    cut = slab.cut([over[m] for m in sorted(slab.dims)], torch.device(mesh.device_type))
+    parts = slab.parts()
+    rows = layout.axis == 0 and not layout.leading and own == (local[0], *(1 for _ in local[1:])) and prod(local) > 0
+    if cut is not None and len(parts) == 1 and parts[0].start is None and rows:
+        parts, cut = _freed(parts[0], cut, local)
     held = {d: axis.ranges for d, axis in axes.items()}
     held_second = {
         d: tuple((a * aligned[d] // shape[d], b * aligned[d] // shape[d]) for a, b in ranges)
@@ -63,7 +72,20 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
         if d in kept
     }
     placed = Placed(mesh, second, aligned, held, held_second)
-    return Piece(local, slab.parts(), own, cut, placed, signature, groups)
+    return Piece(local, parts, own, cut, placed, signature, tuple(over.values()))
+
+
+def _freed(part: Part, cut: Cut, local: tuple[int, ...]) -> tuple[tuple[Part, ...], Cut]:
+    """Rows between those of shared blocks in a part of their own, which an ordinary engine can take."""
+    spread = torch.arange(local[0]) if cut.blocks.spread is None else cut.blocks.spread
+    shared = torch.zeros(len(cut.blocks.counts), dtype=torch.bool)
+    shared[cut.slots] = True
+    held = replace(part, start=0, stop=local[0], second=(0, local[0]), slots=spread)
+    parts = split(held, shared[spread])
+    if not any(one.free for one in parts):
+        return (part,), cut
+    values = [torch.arange(*one.second) for one in parts if one.second is not None and not one.free]
+    return tuple(parts), replace(cut, values=torch.cat(values) if values else torch.zeros(0, dtype=torch.int64))
 
 
 def _require_known(placements: Sequence[Placement], where: str) -> None:
@@ -195,7 +217,7 @@ class _Slab:
         """Runs to be summed with the ranks that differ from this one along ``dims`` only, ascending."""
         assert self.edges is not None
         if self.along is None:
-            return torch.arange(len(self.edges.lengths))
+            return torch.arange(self.edges.many)
         fixed = [k for k, m in enumerate(self.along.dims) if m not in self.dims]
         near = [c for c in self.along.held if all(c[k] == self.along.mine[k] for k in fixed)]
         if self.reduced:
@@ -209,12 +231,12 @@ class _Slab:
         shared, leads = self._shared(), self._leads()
         if not len(shared) or not leads:
             return None
-        mine = run_ids(self.edges, self.along.ranges) if self.along else torch.arange(len(self.edges.lengths))
+        mine = run_ids(self.edges, self.along.ranges) if self.along else torch.arange(self.edges.many)
         held = torch.isin(shared, mine)
         slots, positions = torch.searchsorted(mine, shared[held]), held.nonzero().squeeze(1)
         lead = torch.arange(leads).unsqueeze(1)
         per_index = prod(self.shape) // max(1, prod(self.global_layout.aligned_shape(self.shape)))
-        counts = (self.edges.lengths[mine] * per_index).double().repeat(leads)
+        counts = (self.edges.lengths(mine) * per_index).double().repeat(leads)
         lengths = self._own_runs().lengths().repeat(leads)
         spread = None if bool((lengths == 1).all()) else torch.arange(len(lengths)).repeat_interleave(lengths)
         return Cut(

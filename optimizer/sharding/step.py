@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .kinds import is_dtensor, local_of
@@ -64,21 +65,31 @@ def cut_update(
     assert piece.cut is not None
     if exp_avg_sq.numel() == 0:
         return  # nothing is held here, not even a value that others' elements share
-    spread = piece.cut.blocks.spread
+    spread, values = piece.cut.blocks.spread, piece.cut.values
     per_index = means if spread is None else means[spread.to(means.device)]
-    exp_avg_sq.mul_(beta2).add_(per_index.view(exp_avg_sq.shape).to(exp_avg_sq.device), alpha=1 - beta2)
+    per_index = per_index.view(exp_avg_sq.shape).to(exp_avg_sq.device)
+    if values is None or grad is None:  # without a gradient of its own even a free part takes its step of zeros here
+        exp_avg_sq.mul_(beta2).add_(per_index, alpha=1 - beta2)
+        scale = exp_avg_sq
+    else:
+        values = values.to(exp_avg_sq.device)
+        scale = torch.zeros_like(exp_avg_sq)
+        scale[values] = exp_avg_sq[values] * beta2 + per_index[values] * (1 - beta2)
+        exp_avg_sq[values] = scale[values]
     if param.numel() == 0:
         return
-    if grad is None:
-        exp_avg.mul_(beta1)
-    elif exp_avg.dtype == grad.dtype and not maximize:
-        exp_avg.lerp_(grad, 1 - beta1)
-    else:
-        exp_avg.mul_(beta1).add_(grad, alpha=(beta1 - 1) if maximize else (1 - beta1))
-    scale = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps).reciprocal_().mul_(-lr / (1 - beta1**step))
+    scale = scale.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps).reciprocal_().mul_(-lr / (1 - beta1**step))
     for part in piece.parts:
+        if part.free and grad is not None:
+            continue
         p, m = part.of(param), part.of(exp_avg)
         s = part.of_second(scale, tuple(p.shape))
+        if grad is None:
+            m.mul_(beta1)
+        elif m.dtype == grad.dtype and not maximize:
+            m.lerp_(part.of(grad), 1 - beta1)
+        else:
+            m.mul_(beta1).add_(part.of(grad), alpha=(beta1 - 1) if maximize else (1 - beta1))
         if part.layout.fold > 1:
             p, m, s = (t.unflatten(0, (part.layout.fold, -1)) for t in (p, m, s))
         if weight_decay and part.decays:

@@ -109,6 +109,8 @@ WRAPS: dict[str, Wrap] = {
     "tp": tensor_parallel,
     "tp-fsdp2": _tp_fsdp,
 }
+TOGETHER = {"tp-fsdp2": 2}
+"""Ranks that share a batch, by wrapper; all others have a batch each."""
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -127,13 +129,18 @@ class Run:
     """(ranks in the group, bytes) of every collective inside ``step``."""
 
     @property
+    def sharing(self) -> int:
+        """Ranks that work on one batch together, neighbours."""
+        return self.world if self.wrap == "tp" else TOGETHER.get(self.wrap, 1)
+
+    @property
     def replicas(self) -> int:
         """Different batches per step."""
-        return 1 if self.wrap == "tp" else self.world // 2 if self.wrap == "tp-fsdp2" else self.world
+        return self.world // self.sharing
 
     @property
     def replica(self) -> int:
-        return 0 if self.wrap == "tp" else self.rank // 2 if self.wrap == "tp-fsdp2" else self.rank
+        return self.rank // self.sharing
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):

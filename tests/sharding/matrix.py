@@ -7,6 +7,7 @@ import sys
 import tempfile
 from typing import Any
 
+from tests.sharding import parallel
 from tests.sharding.cases import STEPS, WRAPS
 from tests.sharding.suite import SAVED, Trained, identity
 from tests.sharding.workers import Case, run
@@ -16,8 +17,8 @@ MODELS = ("llama", "gpt2", "mixtral")
 
 def cases(ranks: int) -> list[Trained]:
     """What can be run on so many ranks."""
-    out = [Trained(model, wrap, dtype=dtype) for model in MODELS for wrap in WRAPS if not wrap.startswith("tp")
-           for dtype in ("float64", "float32")]  # fmt: skip
+    plain = [wrap for wrap in WRAPS if not wrap.startswith("tp") and wrap not in parallel.STYLES]
+    out = [Trained(model, wrap, dtype=dtype) for model in MODELS for wrap in plain for dtype in ("float64", "float32")]
     out += [Trained("llama-parallel", "tp"), Trained("llama-parallel", "tp", dtype="float32")]
     if ranks % 2 == 0:
         out += [Trained("llama-parallel", "tp-fsdp2"), Trained("llama-parallel", "tp-fsdp2", dtype="float32")]
@@ -52,6 +53,14 @@ def report_kept(name: str, answer: list[Any]) -> bool:
     return fine
 
 
+def report_styles(name: str, answer: list[Any]) -> bool:
+    """Say how far a parallel style is from one process; whether that is nothing."""
+    wrong = parallel.complaint(name, answer)
+    said = wrong or f"difference {max(one['difference'] for one in answer):.1e}"
+    sys.stdout.write(f"{'FAILED' if wrong else 'ok    '} {name:40} {said}\n")
+    return not wrong
+
+
 def main() -> int:
     """Print a line per case; the exit status is the number of cases that are off."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,8 +71,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         others = {n: c for n, c in kept(arguments.ranks, folder).items() if arguments.only in n}
         trained: dict[str, Case] = {identity(c): ("train_case", c._asdict()) for c in chosen}
-        answers = run(arguments.ranks, trained | others, timeout=3600)
+        styles = parallel.cases(arguments.ranks) if arguments.ranks % 2 == 0 else {}
+        styles = {n: c for n, c in styles.items() if arguments.only in n}
+        answers = run(arguments.ranks, trained | others | styles, timeout=3600)
     bad = sum(not report_kept(name, answers[name]) for name in others)
+    bad += sum(not report_styles(name, answers[name]) for name in styles)
     for case in chosen:
         answer = answers[identity(case)]
         if not all(isinstance(one, dict) for one in answer):

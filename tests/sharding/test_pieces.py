@@ -136,8 +136,7 @@ def _summed(pieces: list[Piece], groups: list[list[tuple[int, ...]]], grads: lis
 def _step(piece: Piece, means: Tensor, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
     if piece.cut is not None:
         cut_update(piece, p, g, m, v, means, step=3, **NUMBERS)
-    elif piece.parts:
-        part = piece.parts[0]
+    for part in piece.free if piece.cut is not None else piece.parts[:1]:  # what an engine would take
         box = part.of(p)
         second = part.of_second(v, tuple(box.shape))
         adam_mini_update(box, part.of(g), part.of(m), second, part.layout, step=3, **NUMBERS)

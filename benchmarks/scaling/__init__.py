@@ -1,0 +1,1 @@
+"""What the optimizer itself sends per step, on paper for large models and counted for small ones."""

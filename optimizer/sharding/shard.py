@@ -1,0 +1,121 @@
+"""One sharded parameter, and what of it engines take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..state import moment_dtype, rounding_of
+from ..update import second_moment_dtype
+from .kinds import local_of
+from .pieces import Part, Piece
+
+
+class Free:
+    """A free part of a sharded parameter, as an engine takes it.
+
+    Attributes:
+        view: its elements of the parameter.
+    """
+
+    def __init__(self, part: Part, view: Tensor) -> None:
+        self._part, self.view = part, view
+        self._of: Mapping[str, Any] = {}
+        self._state: dict[str, Any] = {}
+
+    def forget(self) -> None:
+        """The counter that was handed out is no longer right."""
+        self._of = {}
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Its elements of the parameter's gradient."""
+        return self._part.of(grad)
+
+    def state(self, whole: Mapping[str, Any]) -> dict[str, Any]:
+        """Its part of the parameter's local state, with a counter of its own; the same as long as the state is."""
+        known = self._of
+        if len(known) != len(whole) or any(known.get(name) is not x for name, x in whole.items()):
+            self._of, self._state = dict(whole), {"step": whole["step"].clone()}
+            for name in whole.keys() - {"step", "exp_avg_sq"}:
+                self._state[name] = self._part.of(whole[name])
+            self._state["exp_avg_sq"] = self._part.of_second(whole["exp_avg_sq"], tuple(self.view.shape))
+        return self._state
+
+
+class Shard:
+    """A sharded parameter, and what was looked up about it.
+
+    Attributes:
+        parameter: the optimizer's.
+        piece: what is held of it here.
+        view: what is held here as the engines take it, with a gradient of its own.
+    """
+
+    def __init__(self, parameter: Tensor, piece: Piece) -> None:
+        self.parameter, self.piece = parameter, piece
+        self.spec = getattr(parameter, "_spec", None)
+        self._held = local_of(parameter)
+        self._at = self._held.data_ptr()
+        self._states: dict[str, tuple[Tensor, Tensor]] = {}
+        self._look()
+
+    def _look(self) -> None:
+        self.view = self._boxed(self._held.detach())
+        self.free = [Free(part, part.of(self._held.detach())) for part in self.piece.free]
+
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether the parameter is still what it was."""
+        return parameter is self.parameter and (
+            self.spec is None or parameter._spec is self.spec  # type: ignore[attr-defined]
+        )
+
+    def refresh(self) -> None:
+        """Follow the local tensor where it was put elsewhere."""
+        held = local_of(self.parameter)
+        if held.data_ptr() != self._at or (held is not self._held and self.spec is not None):
+            self._held, self._at = held, held.data_ptr()
+            self._look()
+
+    def forget(self) -> None:
+        """Parts' states are no longer what was handed out."""
+        for free in self.free:
+            free.forget()
+
+    def _boxed(self, local: Tensor) -> Tensor:
+        """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
+        return local if self.piece.cut is not None or not self.piece.parts else self.piece.parts[0].of(local)
+
+    def gradient(self, grad: Tensor | None) -> Tensor | None:
+        """The local gradient as the view is."""
+        return None if grad is None else self._boxed(grad)
+
+    def local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameter's state as the engines take it; the same tensors as long as the state has the same."""
+        return {name: self._local(name, x) if isinstance(x, Tensor) else x for name, x in state.items()}
+
+    def _local(self, name: str, tensor: Tensor) -> Tensor:
+        known = self._states.get(name)
+        if known is None or known[0] is not tensor:
+            local = local_of(tensor)
+            if name == "exp_avg_sq" and self.piece.cut is None and self.piece.parts:
+                local = self.piece.parts[0].of_second(local, tuple(self.view.shape))
+            elif name != "step" and local.shape == self._held.shape:
+                local = self._boxed(local)
+            known = self._states[name] = tensor, local
+        return known[1]
+
+    def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes of this rank's state by kind."""
+        held = prod(self.piece.shape)
+        kept = {
+            "exp_avg": held * moment_dtype(self.parameter, group).itemsize,
+            "exp_avg_sq": prod(self.piece.aligned) * second_moment_dtype(self.parameter).itemsize,
+            "step": torch.float32.itemsize,
+        }
+        if rounding_of(self.parameter, group) == "kahan":
+            kept["compensation"] = held * torch.bfloat16.itemsize
+        return kept

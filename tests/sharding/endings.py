@@ -1,0 +1,128 @@
+"""Process groups that end before training does: ``python -m tests.sharding.endings SCENE FOLDER RANK WORLD``.
+
+Every rank says how its last step ended, on its last line. Ranks die here, so these processes are no ``workers``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from optimizer import AdamMini
+from tests.sharding.cases import OPTIONS, fsdp1, fsdp2, local
+from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.workers import ROOT
+
+PATIENCE = 10
+"""Seconds that a collective waits."""
+
+
+def _trained(world: int, rank: int, mesh: Any = None) -> tuple[Any, AdamMini]:
+    """A model after a step, with gradients for the next one."""
+    model = fsdp2(MODELS["llama"](), **({} if mesh is None else {"mesh": mesh}))
+    optimizer = AdamMini(model, **OPTIONS)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, batches(step, world)[rank]).backward()
+        if step == 0:
+            optimizer.step()
+    return model, optimizer
+
+
+def dies(world: int, rank: int) -> AdamMini:
+    """The last rank ends in ``step``, before what ranks share is sent."""
+    _, optimizer = _trained(world, rank)
+    if rank == world - 1:
+        optimizer.register_step_pre_hook(lambda *_: os._exit(0))
+    return optimizer
+
+
+def group_gone(world: int, rank: int) -> AdamMini:
+    """The group of the mesh is destroyed; the default one lives."""
+    group = dist.new_group(range(world))
+    _, optimizer = _trained(world, rank, DeviceMesh.from_group(group, "cpu"))
+    dist.destroy_process_group(group)
+    return optimizer
+
+
+def all_gone(world: int, rank: int) -> AdamMini:
+    """All groups are destroyed."""
+    _, optimizer = _trained(world, rank)
+    dist.destroy_process_group()
+    return optimizer
+
+
+def gone_before(world: int, rank: int) -> AdamMini:
+    """All groups are destroyed before a second optimizer's first step."""
+    model, _ = _trained(world, rank)
+    optimizer = AdamMini(model, **OPTIONS)
+    dist.destroy_process_group()
+    return optimizer
+
+
+def flat_gone_before(world: int, rank: int) -> AdamMini:
+    """The same where FSDP1 flattened the parameters."""
+    model = fsdp1(MODELS["llama"](), original=True)
+    optimizer = AdamMini(model, **OPTIONS)
+    loss_of(model, batches(0, world)[rank]).backward()
+    dist.destroy_process_group()
+    return optimizer
+
+
+SCENES = {scene.__name__: scene for scene in (dies, group_gone, all_gone, gone_before, flat_gone_before)}
+
+
+def run(scene: str, world: int) -> list[str]:
+    """Every rank's last words; empty for one that died.
+
+    Raises:
+        subprocess.TimeoutExpired: a rank hangs.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.sharding.endings", scene, folder, str(rank), str(world)],
+                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        try:
+            said = [process.communicate(timeout=240)[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+    lines = [text.strip().splitlines() for text in said]
+    return [own[-1] if own else "" for own in lines]
+
+
+def main(scene: str, folder: str, rank: int, world: int) -> None:
+    """One rank."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    patience = datetime.timedelta(seconds=PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+    optimizer = SCENES[scene](world, rank)
+    before = [local(p).clone() for group in optimizer.param_groups for p in group["params"]]
+    try:
+        optimizer.step()
+        said = "stepped"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".replace("\n", " ")
+    after = [local(p) for group in optimizer.param_groups for p in group["params"]]
+    moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    sys.stdout.write(f"{'moved' if moved else 'unmoved'} {said}\n")
+    sys.stdout.flush()
+    os._exit(0)  # without waiting for those that are gone
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
