@@ -22,8 +22,8 @@ DOORS = {
     "class": "optimizer_cls_and_kwargs=(AdamMini, …), tagged", "optimizers": "optimizers=(AdamMini(model), None)",
 }  # fmt: skip
 WRAPS = {"no": "DDP", "1": "FSDP1", "1-flat": "FSDP1, use_orig_params=False", "2": "FSDP2"}
-SHARDED = [("no", "mixin"), ("no", "optimizers"), ("2", "mixin"), ("2", "class"), ("1", "mixin"), ("1", "class"),
-           ("1-flat", "mixin")]  # fmt: skip
+SHARDED = [(2, "no", "mixin"), (2, "no", "optimizers"), (2, "2", "mixin"), (2, "2", "class"), (3, "2", "mixin"),
+           (2, "1", "mixin"), (2, "1", "class"), (2, "1-flat", "mixin"), (3, "1-flat", "factory")]  # fmt: skip
 
 
 def cosine(optimizer: torch.optim.Optimizer) -> object:
@@ -41,12 +41,12 @@ def check_trainer(record: Record, door: str) -> None:
     assert difference <= SAME
 
 
-@pytest.mark.parametrize(("fsdp", "door"), SHARDED)
-def check_trainer_on_two_ranks(record: Record, fsdp: str, door: str) -> None:
-    left = torchrun(2, SCRIPT if fsdp == "no" else ON_CPU, "--door", door, "--fsdp", fsdp)
-    difference = apart(left["weights"], plain(2, schedule=cosine)["weights"])
+@pytest.mark.parametrize(("ranks", "fsdp", "door"), SHARDED)
+def check_trainer_on_ranks(record: Record, ranks: int, fsdp: str, door: str) -> None:
+    left = torchrun(ranks, SCRIPT if fsdp == "no" else ON_CPU, "--door", door, "--fsdp", fsdp)
+    difference = apart(left["weights"], plain(ranks, schedule=cosine)["weights"])
     record(
-        "Hugging Face Trainer", f"{WRAPS[fsdp]}; {DOORS[door]}", LIBRARIES, ranks=2,
+        "Hugging Face Trainer", f"{WRAPS[fsdp]}; {DOORS[door]}", LIBRARIES, ranks=ranks,
         ran=f"{SCRIPT} --fsdp {fsdp}: tiny Llama, 10 steps, cosine, clipped, fp32",
         result=f"{falls(left['losses'])}; weights within {difference:.1e} of one process",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from examples.text import tiny_llama
 from tests.interop.conftest import Record
-from tests.interop.launch import alone
+from tests.interop.launch import alone, torchrun
 from tests.interop.plain import SAME, apart, falls, plain
 
 
@@ -31,13 +31,15 @@ def check_sft(record: Record, lora: str) -> None:
     assert difference <= SAME
 
 
-def check_peft(record: Record) -> None:
-    left = alone("examples/peft_lora.py")
+@pytest.mark.parametrize("ranks", [1, 2])
+def check_peft(record: Record, ranks: int) -> None:
+    script = "examples/peft_lora.py"
+    left = alone(script) if ranks == 1 else torchrun(ranks, f"-m tests.interop.fsdp_on_cpu {script}", "--fsdp", "2")
     model = adapted(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
-    difference = apart(left["weights"], plain(model=model)["weights"])
+    difference = apart(left["weights"], plain(ranks, model=model)["weights"])
     record(
-        "PEFT", "LoRA and a saved module, in Trainer", ["peft", "transformers", "torch"],
-        ran="examples/peft_lora.py: tiny Llama, 10 clipped steps",
+        "PEFT", "LoRA and a saved module, in Trainer" + (" under FSDP2" if ranks > 1 else ""),
+        ["peft", "transformers", "accelerate", "torch"], ranks=ranks, ran=f"{script}: tiny Llama, 10 clipped steps",
         result=f"{falls(left['losses'])}; weights within {difference:.1e} of a plain loop",
     )  # fmt: skip
     assert difference <= SAME

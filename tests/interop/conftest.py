@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.interop.records import Row, store, versions
+from tests.interop.records import Row, prune, store, versions
 
 Record = Callable[..., None]
 _OUTCOME = pytest.StashKey[pytest.TestReport]()
@@ -19,6 +19,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.when == "call":
         item.stash[_OUTCOME] = report
     return report
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Whole files are about to run: rows of checks that they no longer have would stay for ever."""
+    picked = session.config.option.keyword or any("::" in argument for argument in session.config.args)
+    if not picked and not session.config.option.collectonly:
+        prune({item.nodeid for item in session.items if "/check_" in item.nodeid})
 
 
 @pytest.fixture
