@@ -22,7 +22,6 @@ from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
 from .kinds import is_dtensor, local_of
 from .pieces import Part, Piece
 from .shard import Shard
-from .step import local_gradient
 from .stepping import Position, Stepping
 
 if TYPE_CHECKING:
@@ -44,9 +43,11 @@ class Shards:
     def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> Shard | None:
         """What is held of a parameter; None for an ordinary one."""
         parameter = group["params"][i]
+        known = self._known.get((g, i))
+        if known is not None and known.spec is not None and known.fits(parameter):
+            return known
         if not is_sharded(parameter, layout):
             return None
-        known = self._known.get((g, i))
         if known is None or not known.fits(parameter):
             known = self._known[g, i] = Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
             self._fresh = True
@@ -216,7 +217,7 @@ class Shards:
             names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
-            grad = local_gradient(parameter, partial(describe, group, g, i))
+            grad = shard.local_gradient(partial(describe, group, g, i))
             state = shard.local_state(states.get(parameter) or {})
             if piece.cut is not None:
                 if grad is not None:
