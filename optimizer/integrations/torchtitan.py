@@ -17,14 +17,13 @@ from ..partition import Rules
 from ..partition.discover import tag, tagged
 
 NAME = "AdamMini"
-"""What ``ParamGroupConfig.optimizer_name`` says."""
 
 
 class AdamMiniContainer(OptimizersContainer):
     """torchtitan's container, which may also hold AdamMini.
 
-    What belongs to a group (lr, betas, eps, weight_decay, exp_avg_dtype, ...) goes into its ``optimizer_kwargs``; what
-    belongs to the optimizer (``rules``, ``strict``) into ``optimizer_factory_kwargs_by_name["AdamMini"]``.
+    A group's options (lr, betas, exp_avg_dtype, ...) are its ``optimizer_kwargs``; the optimizer's (``rules``,
+    ``strict``) go into ``optimizer_factory_kwargs_by_name["AdamMini"]``.
 
     Raises:
         ValueError: options in the wrong place, ``implementation="fused_opt_states_bf16"``, and what AdamMini refuses;
@@ -79,14 +78,7 @@ class AdamMiniContainer(OptimizersContainer):
 def default_adam_mini(
     lr: float = 8e-4, *, rules: str | Rules = "adam_mini", strict: bool = False, **options: Any
 ) -> AdamMiniContainer.Config:
-    """AdamMini for all parameters, with the numbers of torchtitan's ``default_adamw``.
-
-    Args:
-        lr: learning rate.
-        rules: as AdamMini's.
-        strict: refuse models with weights that are not recognised.
-        options: of the group: betas, eps, weight_decay, exp_avg_dtype, ...
-    """
+    """AdamMini for all parameters, with the numbers of torchtitan's ``default_adamw``; ``options`` are the group's."""
     numbers = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1} | options
     return AdamMiniContainer.Config(
         param_groups=[ParamGroupConfig(pattern=r".*", optimizer_name=NAME, optimizer_kwargs=numbers)],
@@ -96,25 +88,21 @@ def default_adam_mini(
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
     """A group as those of its parameters that decay, and the others."""
-    decays = [(anatomy := tagged(p)) is None or anatomy.decays for p in group["params"]]
+    exempt = [(anatomy := tagged(p)) is not None and not anatomy.decays for p in group["params"]]
     parts = []
-    for which, decay in ((True, {}), (False, {"weight_decay": 0.0})):
-        chosen = [i for i, own in enumerate(decays) if own is which]
-        if chosen:
-            members = {key: [group[key][i] for i in chosen] for key in ("params", "param_names")}
-            parts.append(group | members | decay)
-    return parts
+    for which, decay in ((False, {}), (True, {"weight_decay": 0.0})):
+        chosen = [i for i, own in enumerate(exempt) if own is which]
+        members = {key: [group[key][i] for i in chosen] for key in ("params", "param_names")}
+        parts.append(group | members | decay)
+    return [part for part in parts if part["params"]]
 
 
 def _require_rules(optimizer: AdamMini, flat: dict[str, Any]) -> None:
     for group in optimizer.param_groups:
         for name in group["param_names"]:
-            saved = flat.get(f"param_groups.{name}.rules")
-            if saved is not None and not same_rules(saved, optimizer.rules):
+            saved = flat.get(f"param_groups.{name}.rules", optimizer.rules.name)
+            if not same_rules(saved, optimizer.rules):
                 raise ValueError(
                     f"the checkpoint keeps {name} under rules {saved!r}, this optimizer has {optimizer.rules.name!r}; "
                     "use the rules of the checkpoint, or start with fresh state: --checkpoint.exclude_from_loading"
                 )
-
-
-__all__ = ["AdamMiniContainer", "default_adam_mini"]
