@@ -18,8 +18,10 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(TORCH)
 PEERS := $(VENV)/peers/.ready-0.18.0
 INTEROP := $(VENV)/interop
+FACTORY := $(VENV)/llamafactory
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 INTEROP_PIP := $(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check
+FACTORY_PIP := $(FACTORY)/bin/python -m pip --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
@@ -58,7 +60,8 @@ hessian: $(READY)
 test: $(READY)
 	$(PY) -m pytest
 
-# DeepSpeed is built from source against the torch that is there, so what it is built with comes first.
+# DeepSpeed is built from source against the torch that is there, so what it is built with comes first. torchtitan asks for
+# an older datasets than the others (and wandb); what it needs is among the requirements.
 $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 	@echo "building $(INTEROP) (once, some minutes)"
 	@rm -rf $(INTEROP) && $(PYTHON) -m venv $(INTEROP)
@@ -66,13 +69,29 @@ $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 		$(INTEROP_PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
 	@$(INTEROP_PIP) --constraint constraints.txt torch==$(TORCH_VERSION) numpy setuptools wheel ninja
 	@DS_BUILD_OPS=0 $(INTEROP_PIP) --constraint constraints.txt --no-build-isolation -r tests/interop/requirements.txt
+	@$(INTEROP_PIP) --no-deps torchtitan==0.3.0
 	@$(INTEROP_PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# LLaMA-Factory's pins exclude the others'. It imports torchaudio, whose wheel is linked against CUDA: without its
+# libraries it is plain Python and imports. A distribution called adam-mini is what its argument parser asks for.
+$(FACTORY)/.ready: tests/interop/llamafactory.txt tests/interop/llamafactory-sdist.txt examples/llamafactory/adam-mini/pyproject.toml constraints.txt
+	@echo "building $(FACTORY) (once, some minutes)"
+	@rm -rf $(FACTORY) && $(PYTHON) -m venv $(FACTORY)
+	@$(FACTORY_PIP) install --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null || \
+		$(FACTORY_PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
+	@$(FACTORY_PIP) install torch==$(TORCH_VERSION) setuptools wheel -r tests/interop/llamafactory.txt
+	@$(FACTORY_PIP) install --no-deps torchaudio==2.11.0
+	@rm -f $(FACTORY)/lib/python*/site-packages/torchaudio/lib/*.so
+	@$(FACTORY_PIP) download --no-deps --no-binary llamafactory --require-hashes -d $(FACTORY) -r tests/interop/llamafactory-sdist.txt
+	@$(FACTORY_PIP) install --no-deps $(FACTORY)/llamafactory-0.9.5.tar.gz
+	@$(FACTORY_PIP) install --no-deps --no-build-isolation --editable . ./examples/llamafactory/adam-mini
 	@touch $@
 
 # One part alone: make interop CHECK=tests/interop/check_ddp.py. The table is written also where a check fails.
 CHECK ?= tests/interop
-interop: $(INTEROP)/.ready
-	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' $(CHECK); status=$$?; \
+interop: $(INTEROP)/.ready $(FACTORY)/.ready
+	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 $(CHECK); status=$$?; \
 		$(INTEROP)/bin/python -m tests.interop.matrix; exit $$status
 
 lint: $(READY)

@@ -2,20 +2,18 @@
 
 import torch
 import torch.distributed as dist
-from text import arguments, batch, leave, tiny_llama
+from text import arguments, batch, leave, tiny_llama, whole_weights
 from torch.nn.parallel import DistributedDataParallel
 
 from optimizer import AdamMini
 
 
-def main() -> None:
-    """Train, and leave losses and weights."""
-    options = arguments()
-    dist.init_process_group("gloo")
+def train(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses, and the weights at the end."""
     model = DistributedDataParallel(tiny_llama())
     optimizer = AdamMini(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
-    for step in range(options.steps):
+    for step in range(steps):
         tokens = batch(step, dist.get_rank(), dist.get_world_size())
         loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
@@ -24,9 +22,16 @@ def main() -> None:
         optimizer.step()
         dist.all_reduce(loss := loss.detach())
         losses.append(float(loss) / dist.get_world_size())
-    if dist.get_rank() == 0:
-        leave(options.out, losses, model.module.state_dict())
-    dist.destroy_process_group()
+    return losses, whole_weights(model)
+
+
+def main() -> None:
+    """Train, and leave losses and weights."""
+    options = arguments()
+    dist.init_process_group("gloo")
+    losses, weights = train(options.steps)
+    leave(options.out, losses, weights)
+    dist.destroy_process_group()  # after the DDP module is gone: one that outlives the group can hang in its destructor
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,37 @@ def tiny_llama(seed: int = 0) -> Any:
 
 
 def arguments(**choices: Any) -> argparse.Namespace:
-    """The command line of an example: ``--out``, ``--steps``, and options given as name=(default, *others)."""
+    """The command line of an example: ``--out``, ``--steps``, and options given as name=(default, *others) or name=None
+    where anything may be said."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="where rank 0 saves losses and weights")
     parser.add_argument("--steps", type=int, default=10)
     for name, values in choices.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=values[0], choices=values)
+        parser.add_argument(f"--{name.replace('_', '-')}", default=values and values[0], choices=values)
     return parser.parse_args()
 
 
+def whole_weights(model: Any) -> dict[str, Tensor]:
+    """Every weight, gathered from all ranks, under its name in the model as it was before it was wrapped."""
+    from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(model, FullyShardedDataParallel):  # offload_to_cpu would hand out freed memory where all is on CPUs
+        full = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, full):
+            return {name: w.clone() for name, w in model.state_dict().items()}
+    if type(model).__module__.startswith("deepspeed"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p).clone() for name, p in model.module.named_parameters()}
+    held = {name.removeprefix("module."): w for name, w in model.state_dict().items()}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in held.items()}
+
+
 def leave(out: Path | None, losses: list[float], weights: dict[str, Tensor], **more: Any) -> None:
-    """Print the losses; save them, the weights and anything else if asked to. For rank 0 alone."""
+    """Print the losses; save them, the weights and anything else if asked to. Rank 0 does, the others do nothing."""
+    if int(os.environ.get("RANK", "0")):
+        return
     print(" ".join(f"{loss:.3f}" for loss in losses))
     if out is not None:
         torch.save({"losses": losses, "weights": {n: w.detach().cpu() for n, w in weights.items()}, **more}, out)

@@ -224,8 +224,11 @@ def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
         )
     if tuple(v.shape) != wanted:
         return f"has shape {tuple(v.shape)} in the checkpoint, but {wanted} is needed"
-    if not place.is_whole or hasattr(v, "to_local") or v.is_meta:
-        return None  # values of a sharded tensor would need communication
+    if not place.is_whole or hasattr(v, "to_local"):
+        # Values of a sharded tensor would need communication.
+        return "was kept under other rules, and is sharded, so that values do not tell" if other_rules else None
+    if v.is_meta:
+        return None
     if not is_level(v, place.layout, LEVEL):
         return f"has the right shape {wanted}, but differs inside one of the {place.layout.n_blocks} blocks"
     if other_rules and looks_coarser(v, place.layout):

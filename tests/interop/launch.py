@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,17 +67,28 @@ def output(command: list[str], timeout: float = 280, **environment: str) -> str:
     try:
         said = process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired as late:
-        os.killpg(process.pid, 9)  # a launcher's ranks, too
-        said = process.communicate()[0]
-        raise AssertionError(f"{' '.join(command)} did not end in {timeout} s:\n{said[-4000:]}") from late
+        said = _ended(process)
+        raise AssertionError(f"{' '.join(command)} did not end in {timeout} s:\n{said[-20000:]}") from late
     assert process.returncode == 0, f"{' '.join(command)} ended with {process.returncode}:\n{said[-6000:]}"
     return said
+
+
+def _ended(process: subprocess.Popen[str]) -> str:
+    """End a launcher and its ranks, which have sessions of their own; what they said, with where each of them was."""
+    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    for how in (signal.SIGABRT, signal.SIGKILL):  # the first makes Python's faulthandler speak
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                one.send_signal(how)
+        time.sleep(1)
+    return process.communicate()[0]
 
 
 def settings() -> dict[str, str]:
     """The environment of every run: one thread per rank, nothing from any hub, no accelerator."""
     return dict(os.environ) | {
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",

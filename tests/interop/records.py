@@ -55,7 +55,23 @@ def store(check: str, rows: list[Row], failed: str = "", file: Path = FILE) -> N
     if failed:
         rows = rows or known.get(check) or [Row("unknown", check, "", "", "", "")]
         rows = [replace(row, result=f"FAILED: {failed}") for row in rows]
-    kept = {**known, check: rows} if rows else {name: own for name, own in known.items() if name != check}
+    _write({**known, check: rows} if rows else {name: own for name, own in known.items() if name != check}, file)
+
+
+def prune(checks: set[str], file: Path = FILE) -> None:
+    """Drop the rows of checks that are gone.
+
+    Args:
+        checks: pytest's names of all checks in the files that they are in.
+        file: where all rows are.
+    """
+    known, whole = load(file), {check.partition("::")[0] for check in checks}
+    kept = {check: rows for check, rows in known.items() if check in checks or check.partition("::")[0] not in whole}
+    if kept != known:
+        _write(kept, file)
+
+
+def _write(kept: Rows, file: Path) -> None:
     ordered = {name: [asdict(row) for row in kept[name]] for name in sorted(kept)}
     beside = file.with_suffix(f".{os.getpid()}.tmp")
     beside.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.matrix import END, START, alive, written
-from tests.interop.records import Row, load, store
+from tests.interop.records import Row, load, prune, store
 
 ROW = Row("DDP", "as it stands", "torch 2.13.0", "2 ranks, gloo", "ddp.py", "equal")
 HERE = "tests/interop/test_matrix.py"
@@ -31,6 +31,16 @@ def test_a_failure_takes_the_place_of_the_result(tmp_path: Path) -> None:
     assert load(file)["a"][0].result == "FAILED: assert 2 == 1" and load(file)["a"][0].door == "DDP"
     store("never ran before", [], "no answer", file)
     assert load(file)["never ran before"][0].result == "FAILED: no answer"
+
+
+def test_a_whole_file_drops_what_it_no_longer_has(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    for check in ("a.py::check", "a.py::check[2]", "b.py::check"):
+        store(check, [ROW], file=file)
+    prune({"a.py::check[2]", "a.py::check[3]"}, file)
+    assert list(load(file)) == ["a.py::check[2]", "b.py::check"]
+    prune(set(), file)
+    assert len(load(file)) == 2
 
 
 def test_rows_of_checks_that_are_gone_are_left_out() -> None:

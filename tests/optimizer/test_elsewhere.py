@@ -122,6 +122,41 @@ class GptOssGroupedExperts(nn.Module):
         self.mlp2_weight, self.mlp2_bias = nn.Parameter(torch.zeros(down)), nn.Parameter(torch.zeros(3, 4))
 
 
+class NamedByAxes(nn.Module):
+    """torchtitan 0.3 says each axis in the name: E experts, F or G hidden units, D the model's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"w1_EFD": (3, 10, 4), "w3_EFD": (3, 10, 4), "w2_EDF": (3, 4, 10),
+                  "mlp1_weight_EGD": (3, 20, 4), "mlp2_weight_EDF": (3, 4, 10)}  # fmt: skip
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+        self.mlp1_bias_EG, self.mlp2_bias_ED = nn.Parameter(torch.zeros(3, 20)), nn.Parameter(torch.zeros(3, 4))
+
+
+class Dense(nn.Module):
+    """Projections without biases, by name and number of output units."""
+
+    def __init__(self, says: dict[str, int], **outputs: int) -> None:
+        super().__init__()
+        for name, value in says.items():
+            setattr(self, name, value)
+        for name, units in outputs.items():
+            setattr(self, name, nn.Linear(5, units, bias=False))
+
+
+class Attention(Dense):
+    """torchtitan's Muse: the projections are a module further down."""
+
+
+class Qwen35Attention(Dense):
+    """torchtitan's Qwen 3.5: a head's query, then its gate."""
+
+
+class GatedDeltaNet(Dense):
+    """torchtitan's linear attention."""
+
+
 class LayerNormMLP(nn.Module):
     """TransformerEngine's fused norm and feed-forward."""
 
@@ -137,13 +172,22 @@ class LayerNormMLP(nn.Module):
         (GroupedExperts(), {"w1": 30, "w3": 30, "w2": 12}),
         (GptOssGroupedExperts(False), {"mlp1_weight": 60, "mlp2_weight": 12, "mlp1_bias": 60, "mlp2_bias": 12}),
         (GptOssGroupedExperts(True), {"mlp1_weight": 60, "mlp2_weight": 12, "mlp1_bias": 60, "mlp2_bias": 12}),
+        (NamedByAxes(), {"w1_EFD": 30, "w3_EFD": 30, "w2_EDF": 12, "mlp1_weight_EGD": 60, "mlp2_weight_EDF": 12,
+                         "mlp1_bias_EG": 60, "mlp2_bias_ED": 12}),
+        (Attention({}, o_gate=24, wo=20), {"o_gate.weight": 24, "wo.weight": 20}),
+        (Qwen35Attention({"n_heads": 6, "n_kv_heads": 2, "head_dim": 4}, wq=48, wk=8, wv=8, wo=20),
+         {"wq.weight": 6 + 24, "wk.weight": 2, "wv.weight": 8, "wo.weight": 20}),
+        (GatedDeltaNet({"key_head_dim": 4, "value_head_dim": 8}, in_proj_q=8, in_proj_k=8, in_proj_v=16, in_proj_z=16,
+                       in_proj_a=2, in_proj_b=2, out_proj=20),
+         {"in_proj_q.weight": 2, "in_proj_k.weight": 2, "in_proj_v.weight": 16, "in_proj_z.weight": 16,
+          "in_proj_a.weight": 2, "out_proj.weight": 20}),
         (LayerNormMLP(), {"layer_norm_weight": 1, "layer_norm_bias": 4, "fc1_weight": 10, "fc2_weight": 4}),
         (nn.LSTM(4, 6, 2, bidirectional=True, proj_size=3), {"weight_ih_l0": 24, "weight_hr_l1_reverse": 3}),
         (nn.GRUCell(4, 6), {"weight_ih": 18, "weight_hh": 18, "bias_ih": 18}),
         (nn.Bilinear(3, 4, 5), {"weight": 5}),
         (nn.Conv1d(6, 6, 3, groups=6), {"weight": 6, "bias": 6}),
     ],
-)
+)  # fmt: skip
 def test_other_layers(model: nn.Module, expected: dict[str, int]) -> None:
     layouts = partition(model)
     assert {name: layouts[name].n_blocks for name in expected} == expected

@@ -99,6 +99,18 @@ SEPARATE: tuple[Family, ...] = (
         params=_DELTA | {"o_proj": rows(Role.ATTENTION_OUT)} | {name: rows(Role.MLP_IN) for name in _EXTRA},
     ),
     Family(
+        classes=("GatedDeltaNet",),
+        children=("in_proj_q", "in_proj_k", "in_proj_v"),
+        why="torchtitan's gated delta rule: heads of key_head_dim and value_head_dim units",
+        params={
+            "in_proj_q": heads(Q, dim=("key_head_dim",)),
+            "in_proj_k": heads(K, dim=("key_head_dim",)),
+            "in_proj_v": heads(V, dim=("value_head_dim",)),
+            "out_proj": rows(Role.ATTENTION_OUT),
+        }
+        | {name: rows(Role.MLP_IN) for name in ("in_proj_z", "in_proj_a", "in_proj_b")},
+    ),
+    Family(
         classes=("ZayaCCAProjection",),
         library="transformers",
         why="Zaya: values are half this token's, half the last one's",
@@ -228,6 +240,11 @@ SEPARATE: tuple[Family, ...] = (
         },
     ),
     Alike(why="projections of queries, keys and values by their names: rows are (head, head_dim)", params={}),
+    Family(
+        children=("o_gate", "wo"),
+        why="torchtitan: gates, one for each unit that leaves the heads",
+        params={"o_gate": rows(Role.MLP_IN), "wo": rows(Role.ATTENTION_OUT)},
+    ),
     Family(
         classes=("LxmertAttentionOutput",),
         library="transformers",

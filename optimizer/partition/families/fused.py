@@ -246,6 +246,17 @@ FUSED: tuple[Family, ...] = (
         },
     ),
     Family(
+        classes=("Qwen35Attention",),
+        children=("wq", "wk", "wv", "wo"),
+        why="torchtitan's Qwen3.5: wq is (head, [query|gate])",
+        params={
+            "wq": per_head((Q, "head_dim"), (Role.MLP_IN, "head_dim")),
+            "wk": heads(K, dim=("head_dim",)),
+            "wv": heads(V, dim=("head_dim",)),
+            "wo": rows(Role.ATTENTION_OUT),
+        },
+    ),
+    Family(
         classes=("Qwen3NextGatedDeltaNet",),
         library="transformers",
         why="gated delta rule: per key head [q|k|v|z]",
@@ -307,7 +318,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("FusedQKVLinear", "InternLM2Attention", "InternLM2FlashAttention2"),
         children=("wqkv",),
-        why="torchtitan's fused projection and InternLM2 (both read, not run): (kv group, queries + 2, head_dim)",
+        why="torchtitan's fused projection, InternLM2 (read, not run): (kv group, queries + 2, head_dim)",
         params={"wqkv": per_group, "wo": rows(Role.ATTENTION_OUT)},
     ),
     Family(

@@ -81,7 +81,7 @@ _LEARNED = table_rows(Role.POSITION_EMBEDDING)
 _TOKENS = r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
 BARE: tuple[Bare, ...] = (
     Bare(r"(?i)router|gate$|gating", r"weight|.*classifier.*", rows(Role.MLP_IN), "router: one row per expert", 2),
-    Bare(r"", r"\w*bias(es)?|\w*bias_[a-z]|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
+    Bare(r"", r"\w*bias(es)?|\w*bias_([a-z]|[A-Z]+)|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
     Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
     Bare(r"", r"\w*quer(y|ies)", _LEARNED, "learned queries: one unit each", 3),
     Bare(r"(?i)residual|projector", r"query", _LEARNED, "learned queries: one unit each", 2),
