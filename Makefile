@@ -24,7 +24,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick sanitize ablation figures coverage low-bit clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick sanitize ablation kills figures coverage low-bit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick ablation [PROFILE=cpu|smoke] figures coverage clean"
@@ -110,8 +110,13 @@ coverage: $(READY)
 	$(PY) -m benchmarks.coverage
 	$(PY) -m optimizer plan --table docs/memory.md
 
+# SWEEP: further options, e.g. SWEEP="--cluster slurm --partition night --time 120" (docs/training.md).
 ablation: $(READY)
-	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS)
+	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS) $(SWEEP)
+
+# Twenty SIGKILLs of a run of two FSDP2 ranks, some minutes.
+kills: $(READY)
+	$(PY) -m tests.experiments.kills --kills 20
 
 figures: $(READY)
 	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out $(FIGURES) --prediction results/predicted_cost.json

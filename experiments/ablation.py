@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments.configs import TrainConfig, byte_llama, smoke
-from experiments.runner import run_many
+from experiments.runner import Launch, run_many
+from experiments.slurm import Slurm, submit
+from experiments.train import DEFAULTS, Options
 
 ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -42,19 +44,35 @@ def main(
     workers: int = 2,
     results: Path = Path("results"),
     arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM...")] = ARMS,
+    cluster: Literal["local", "slurm"] = "local",
+    processes: int = 1,
+    options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
+    slurm: Annotated[Slurm, tyro.conf.arg(name="")] = Slurm(),  # noqa: B008
 ) -> None:
-    """Run the grid, resuming what was interrupted.
+    """Run the grid, resuming what was interrupted; on a cluster, submit it.
 
     Args:
         profile: cpu (the committed results) or smoke.
-        workers: processes at a time.
+        workers: runs at a time.
         results: root of the results folders.
         arms: a subset of the arms.
+        cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
+        processes: processes of each run.
+        options: how each is run.
+        slurm: what is asked of Slurm.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    outcome = run_many(grid(profile, arms), results, workers=workers)
-    print(f"{outcome.done} runs done, {len(outcome.failed)} failed; results in {results / f'ablation_{profile}'}")
-    if outcome.failed:
+    configs, folder = grid(profile, arms), results / f"ablation_{profile}"
+    if cluster == "slurm":
+        jobs = submit(configs, results, slurm=slurm, workers=workers, each=Launch(processes, options))
+        print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{', ...' * (len(jobs) > 3)}); results in {folder}")
+        return
+    outcome = run_many(configs, results, workers=workers, each=Launch(processes, options))
+    print(
+        f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted; "
+        f"results in {folder}"
+    )
+    if outcome.failed or outcome.interrupted:
         raise SystemExit(1)
 
 

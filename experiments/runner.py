@@ -1,12 +1,12 @@
-"""Many runs: local processes, one torch thread each; a scheduler for clusters fits behind the same function.
+"""Many runs on this machine: local processes, a few at a time. For a cluster, see ``experiments.slurm``.
 
-Each run is ``python -m experiments.train``-equivalent work in a process of its own, so that a crash, a kill or a leak
-touches nothing else. A lock file per run folder keeps two runners from working on the same run.
+Each run is ``python -m experiments.train``-equivalent work in a process (or a torchrun group) of its own, so that a
+crash, a kill or a leak touches nothing else. A lock file per run folder keeps two runners from working on the same run.
 """
 
 from __future__ import annotations
 
-import fcntl
+import dataclasses
 import json
 import logging
 import os
@@ -17,13 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
 from tqdm import tqdm
 
 from experiments.configs import TrainConfig
-from experiments.storage import write_json
-from experiments.train import finished, run_folder
+from experiments.interruption import Interruption
+from experiments.storage import read_json, write_json
+from experiments.train import DEFAULTS, Options, finished, launch, run_folder
 
 logger = logging.getLogger("experiments")
+ROOT = Path(__file__).resolve().parents[1]
+RESTARTS = 3
+"""How often torchrun starts a group again of which a process died."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +38,79 @@ class Outcome:
     Attributes:
         done: runs that have results, those found finished included.
         failed: folders of runs that ended with an error; their status.json or stderr.txt says which.
+        interrupted: folders of runs that were asked to stop and have saved their work.
     """
 
     done: int
     failed: tuple[Path, ...]
+    interrupted: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes that one run is given.
+
+    Attributes:
+        processes: how many; more than one are started by torchrun.
+        options: what they are told.
+    """
+
+    processes: int = 1
+    options: Options = DEFAULTS
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"processes={self.processes} must be at least 1")
+
+    def command(self, config_file: Path, root: Path) -> list[str]:
+        """The command line of the run whose config lies in a file."""
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}",
+                    f"--max-restarts={RESTARTS}", "-m"]  # fmt: skip
+        options = [f"--{f.name}={getattr(self.options, f.name)}" for f in dataclasses.fields(self.options)]
+        several = self.processes > 1 or self.options.parallel == "fsdp2"
+        return [sys.executable, "-m", *(torchrun if several else []), "experiments.runner",
+                str(config_file.resolve()), str(root.resolve()), *options]  # fmt: skip
+
+    def start(self, config: TrainConfig, root: Path, *, own_session: bool = False) -> subprocess.Popen[bytes]:
+        """Start a run, its errors written to its folder. ``own_session``: signals to our group do not reach it."""
+        folder = run_folder(root, config)
+        write_json(folder / "config.json", config.to_dict())
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with (folder / "stderr.txt").open("ab") as errors:
+            return subprocess.Popen(
+                self.command(folder / "config.json", root), env=environment, stdout=subprocess.DEVNULL,
+                stderr=errors, start_new_session=own_session,
+            )  # fmt: skip
+
+
+SINGLE = Launch()
+
+
+def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainConfig], int]:
+    """The configs that have no finished results yet, in the given order, and how many there are in all.
+
+    Raises:
+        ValueError: two equal configs, or a folder of another format version.
+    """
+    configs = [config.with_rules_hash() for config in configs]
+    if len({run_folder(root, config) for config in configs}) < len(configs):
+        raise ValueError("two of the configs are equal; every run must differ in at least one field")
+    return [config for config in configs if not finished(run_folder(root, config))], len(configs)
 
 
 def run_many(
-    configs: Sequence[TrainConfig], root: Path, *, workers: int = 2, say: Callable[[str], None] = logger.info
-) -> Outcome:
+    configs: Sequence[TrainConfig], root: Path, *, workers: int = 2, each: Launch = SINGLE,
+    say: Callable[[str], None] = logger.info,
+) -> Outcome:  # fmt: skip
     """Run every config that has no finished results yet, ``workers`` at a time, in the given order.
+
+    SIGTERM and SIGINT are passed on: the runs save, and the same call goes on later.
 
     Args:
         configs: the runs.
         root: results root.
-        workers: processes at a time, one torch thread each.
+        workers: runs at a time, one torch thread per process.
+        each: the processes of one run.
         say: where messages go.
 
     Raises:
@@ -55,63 +118,60 @@ def run_many(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    configs = [config.with_rules_hash() for config in configs]
-    folders = [run_folder(root, config) for config in configs]
-    if len(set(folders)) < len(folders):
-        raise ValueError("two of the configs are equal; every run must differ in at least one field")
-    waiting = [(c, f) for c, f in zip(configs, folders, strict=True) if not finished(f)]
-    say(f"{len(configs)} runs, {len(configs) - len(waiting)} already finished, {workers} at a time")
+    waiting, total = unfinished(configs, root)
+    say(f"{total} runs, {total - len(waiting)} already finished, {workers} at a time")
     running: dict[subprocess.Popen[bytes], Path] = {}
+    left = total - len(waiting)
     failed: list[Path] = []
-    with tqdm(total=len(configs), initial=len(configs) - len(waiting), desc="runs", smoothing=0.1) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    config, folder = waiting.pop(0)
-                    running[_start(config, folder, root)] = folder
-                time.sleep(0.2)
-                for process in [p for p in running if p.poll() is not None]:
-                    folder = running.pop(process)
-                    if process.returncode:
-                        failed.append(folder)
-                        say(f"failed (exit {process.returncode}): {folder}; see its status.json and stderr.txt")
-                    bar.update()
-        finally:  # interrupted: the runs keep their checkpoints
-            for process in running:
-                process.terminate()
-    return Outcome(len(configs) - len(failed), tuple(failed))
+    interrupted: list[Path] = []
+    with tqdm(total=total, initial=left, desc="runs", smoothing=0.1) as bar, Interruption() as interruption:
+        asked = False
+        while running or (waiting and not interruption.signal):
+            if interruption.signal and not asked:
+                asked = True
+                for process in running:
+                    process.terminate()
+            while waiting and len(running) < workers and not interruption.signal:
+                config = waiting.pop(0)
+                running[each.start(config, root)] = run_folder(root, config)
+            time.sleep(0.2)
+            for process in [p for p in running if p.poll() is not None]:
+                folder = running.pop(process)
+                if not finished(folder):
+                    state = (read_json(folder / "status.json") or {}).get("state")
+                    stopped = state == "interrupted" or bool(interruption.signal)
+                    (interrupted if stopped else failed).append(folder)
+                    how = "interrupted" if stopped else "failed"
+                    say(f"{how} (exit {process.returncode}): {folder}; see its status.json and stderr.txt")
+                bar.update()
+    interrupted += [run_folder(root, config) for config in waiting]
+    return Outcome(total - len(failed) - len(interrupted), tuple(failed), tuple(interrupted))
 
 
-def _start(config: TrainConfig, folder: Path, root: Path) -> subprocess.Popen[bytes]:
-    write_json(folder / "config.json", config.to_dict())
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    command = [sys.executable, "-m", "experiments.runner", str(folder / "config.json"), str(root)]
-    with (folder / "stderr.txt").open("ab") as errors:
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-
-
-def run_one(config_file: Path, root: Path) -> None:
-    """Work of one process: take the folder's lock, then train.
+def run_one(config_file: Path, root: Path, options: Options = DEFAULTS) -> None:
+    """Work of one process: the run whose config lies in a file.
 
     Raises:
-        SystemExit: another process holds the lock.
+        SystemExit: another process works on the run, or the run was interrupted.
     """
-    import torch
+    code = launch(TrainConfig.from_dict(json.loads(config_file.read_text())), root, options, threads=1)
+    if code:
+        raise SystemExit(code)
+    if finished(config_file.parent):
+        (config_file.parent / "stderr.txt").unlink(missing_ok=True)
 
-    from experiments.train import train
 
-    torch.set_num_threads(1)
-    config = TrainConfig.from_dict(json.loads(config_file.read_text()))
-    with (config_file.parent / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SystemExit(f"{config_file.parent} is being run by another process; wait for it") from None
-        train(config, root)
-    for leftover in ("stderr.txt", ".lock"):
-        (config_file.parent / leftover).unlink(missing_ok=True)
+def main(config_file: tyro.conf.Positional[Path], root: tyro.conf.Positional[Path], options: Options) -> None:
+    """What ``run_many`` starts.
+
+    Args:
+        config_file: a run's config.json.
+        root: results root.
+        options: how it is run.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    run_one(config_file, root, options)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    run_one(Path(sys.argv[1]), Path(sys.argv[2]))
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))

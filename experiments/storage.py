@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
+import fcntl
 import json
-import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-
-logger = logging.getLogger("experiments")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path``: the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # on a full disk a part of a file would keep it full
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's names, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -46,24 +57,23 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}); delete its folder to run it again") from error
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """torch.save with the content's sha256 in front."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getvalue()
-    write_atomic(path, hashlib.sha256(content).digest() + content)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: no other process works on it meanwhile. The lock goes when the process does.
 
-
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, or None where there is none or it was cut short (said in the log)."""
-    if not path.is_file():
-        return None
-    raw = path.read_bytes()
-    if len(raw) < 32 or hashlib.sha256(raw[32:]).digest() != raw[:32]:
-        logger.warning("checkpoint %s is torn or damaged: starting this run from the beginning", path)
-        return None
-    loaded: dict[str, Any] = torch.load(io.BytesIO(raw[32:]), weights_only=True)
-    return loaded
+    Raises:
+        SystemExit: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{folder} is being run by another process; wait for it") from None
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:

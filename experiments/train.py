@@ -1,20 +1,22 @@
-"""One trainer. ``python -m experiments.train byte-llama --lr 1e-3``, or under torchrun for data parallelism.
+"""One trainer. ``python -m experiments.train byte-llama --lr 1e-3``, or under torchrun for DDP and FSDP2.
 
 Leaves ``results/<experiment>/<hash>/{config.json, environment.json, metrics.jsonl, status.json}``. A finished run is
-not run again, a failed one stays recorded as failed (and is tried again), a killed one goes on from its checkpoint to
-the same bits: the data order is a pure function of the step.
+not run again, a failed one stays recorded as failed (and is tried again), a killed one goes on from its newest whole
+checkpoint to the same bits: the data order is a pure function of the step. docs/training.md says what survives what.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
-import os
 import resource
+import signal
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +24,15 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from experiments import data
+from experiments.checkpoints import Checkpoints, State
 from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
+from experiments.interruption import Interruption, exit_code
 from experiments.models import MLPConfig, build, lm_loss
-from experiments.optimizers import make_optimizer, second_moment_scalars
-from experiments.storage import environment, load_checkpoint, read_json, save_checkpoint, write_atomic, write_json
+from experiments.optimizers import make_optimizer, require_coverage, second_moment_scalars
+from experiments.parallel import Device, Parallel, Team, process_group, weights_sha256
+from experiments.storage import environment, locked, read_json, write_atomic, write_json
 
 logger = logging.getLogger("experiments")
 
@@ -67,11 +71,31 @@ def finished(folder: Path) -> bool:
     return status["state"] in ("finished", "diverged")
 
 
-def train(config: TrainConfig, root: Path) -> dict[str, Any]:
-    """Run a config to its end, from wherever it stands.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is run: nothing here is part of the config or its hash."""
+
+    parallel: Parallel = "ddp"
+    """What several processes do: ddp (each holds everything) or fsdp2 (each holds a slab of every tensor)."""
+    keep: int = 2
+    """Checkpoints kept while the run is under way."""
+    device: Device = "cpu"
+    """Where to compute."""
+
+
+DEFAULTS = Options()
+
+
+def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[str, Any]:
+    """Run a config to its end, or until SIGTERM or SIGINT, from wherever it stands.
+
+    Every process of a group calls it alike.
 
     Returns:
-        the content of ``status.json``.
+        the content of ``status.json``; its state is ``finished``, ``diverged`` or ``interrupted``.
+
+    Raises:
+        ValueError: a batch that does not divide over the processes, or files of another release or run.
     """
     config = config.with_rules_hash()
     folder = run_folder(root, config)
@@ -82,9 +106,10 @@ def train(config: TrainConfig, root: Path) -> dict[str, Any]:
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         write_json(folder / "config.json", config.to_dict())
-        write_json(folder / "environment.json", environment())
     try:
-        status = _Run(config, folder, rank).go()
+        with Interruption() as interruption, torch.random.fork_rng(devices=[]):
+            run = _Run(config, folder, options, interruption)
+            status = run.go()
     except Exception:
         if rank == 0:
             failure = {"state": "failed", "format_version": FORMAT_VERSION, "error": traceback.format_exc()}
@@ -92,56 +117,75 @@ def train(config: TrainConfig, root: Path) -> dict[str, Any]:
         raise
     if rank == 0:
         write_json(folder / "status.json", status)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        if status["state"] != "interrupted":
+            run.checkpoints.clear()
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
     return status
 
 
 class _Run:
     """One run in flight: model, optimizer, data, and the records so far."""
 
-    def __init__(self, config: TrainConfig, folder: Path, rank: int) -> None:
-        self.config, self.folder, self.rank = config, folder, rank
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
-        if config.batch % self.world:
-            raise ValueError(f"batch={config.batch} does not divide over {self.world} processes; choose a multiple")
-        self.model = build(config.model, config.seed)
+    def __init__(self, config: TrainConfig, folder: Path, options: Options, interruption: Interruption) -> None:
+        self.config, self.folder, self.interruption = config, folder, interruption
+        self.team = team = Team.here(options.parallel, options.device, config.batch)
+        if team.rank == 0:
+            for torn in folder.glob(".*.tmp"):
+                torn.unlink()
+            how = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
+            write_json(folder / "environment.json", {**environment(), **how})
+        self._seed()
+        self.model = build(config.model, config.seed).to(team.device)
+        self.parallel = team.wrap(self.model)
         self.optimizer = make_optimizer(
             self.model, config.arm, lr=config.lr, betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay, seed=config.seed,
         )  # fmt: skip
-        _require_coverage(self.model, self.optimizer)
-        self.parallel = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        require_coverage(self.model, self.optimizer)
         self.corpus = data.load(config.data)
         batches = data.fixed_batches(self.corpus.validation, config.eval_batches, config.batch, config.seq_len)
         is_mlp = isinstance(config.model, MLPConfig)
-        self.validation = [(x, y[:, -1].contiguous()) for x, y in batches] if is_mlp else batches
+        batches = [(x, y[:, -1].contiguous()) for x, y in batches] if is_mlp else batches
+        self.validation = [(x.to(team.device), y.to(team.device)) for x, y in batches]
         self.sample = data.context_batch_at if is_mlp else data.batch_at
-        self.step, self.seconds = 0, 0.0
+        identity = {"config": config.hash, "data": self.corpus.fingerprint[:16]}
+        self.checkpoints = Checkpoints(folder / "checkpoints", identity, team, options.keep)
+        self.step, self.seconds, self.stopping = 0, 0.0, False
         self.records: list[dict[str, float]] = []
 
     def go(self) -> dict[str, Any]:
+        config = self.config
         self._resume()
-        logger.info("config %s", json.dumps(self.config.to_dict(), sort_keys=True))
+        logger.info("config %s", json.dumps(config.to_dict(), sort_keys=True))
         started = time.perf_counter() - self.seconds
-        while self.step < self.config.steps:
-            loss = self._one_step()
-            self.seconds = time.perf_counter() - started
-            if not math.isfinite(loss):
-                return self._status("diverged")
-            if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                self._record(loss)
-                if not math.isfinite(self.records[-1]["val_loss"]):  # the last step alone can spoil the weights
+        try:
+            while self.step < config.steps:
+                loss = self._one_step()
+                self.seconds = time.perf_counter() - started
+                if not math.isfinite(loss):
                     return self._status("diverged")
-            if self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
-                self._checkpoint()
+                if self.step % config.eval_every == 0 or self.step == config.steps:
+                    self._record(loss)
+                    if not math.isfinite(self.records[-1]["val_loss"]):  # the last step alone can spoil the weights
+                        return self._status("diverged")
+                if self.step == config.steps:
+                    break
+                if self.stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                    progress = {"seconds": self.seconds, "records": self.records}
+                    self.checkpoints.save(State(self.model, self.optimizer), self.step, progress)
+                if self.stopping:
+                    return self._stop()
+                self.checkpoints.poll()
+        finally:
+            self.checkpoints.wait()
+        self._write_records()
         return self._status("finished")
 
     def _one_step(self) -> float:
         """One optimizer step on this process's rows of the global batch; the loss is the global batch's."""
         config = self.config
-        inputs, targets = self.sample(self.corpus.train, config.seed, self.step, config.batch, config.seq_len)
-        own = slice(self.rank, None, self.world)
-        loss = lm_loss(self.parallel, (inputs[own], targets[own]))
+        batch = self.sample(self.corpus.train, config.seed, self.step, config.batch, config.seq_len)
+        loss = lm_loss(self.parallel, self.team.own(batch))
         loss.backward()
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -150,42 +194,54 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        shown = loss.detach()
-        if self.world > 1:
-            dist.all_reduce(shown, dist.ReduceOp.AVG if dist.get_backend() != "gloo" else dist.ReduceOp.SUM)
-            shown /= self.world if dist.get_backend() == "gloo" else 1
-        return shown.item()
+        shown, self.stopping = self.team.agree(loss.detach(), bool(self.interruption.signal))
+        return shown
 
     def _record(self, loss: float) -> None:
+        """Every process takes part in the validation: under FSDP2 none has a whole model."""
         record = {
             "step": self.step, "tokens": self.step * self.config.batch * self.config.seq_len, "train_loss": loss,
             "val_loss": validation_loss(self.model, self.validation), "lr": learning_rate(self.config, self.step - 1),
             "seconds": round(self.seconds, 3),
         }  # fmt: skip
         self.records.append(record)
-        if self.rank == 0:
+        logger.info("step %(step)d train %(train_loss).4f val %(val_loss).4f lr %(lr).2e", record)
+        try:
+            self._write_records()
+        except OSError as error:  # a full disk, maybe with a checkpoint in flight; the next record writes them all
+            logger.error("the records up to step %d were not written, training goes on: %s", self.step, error)
+
+    def _write_records(self) -> None:
+        if self.team.rank == 0:
             lines = "".join(json.dumps(r) + "\n" for r in self.records)
             write_atomic(self.folder / "metrics.jsonl", lines.encode())
-            logger.info("step %(step)d train %(train_loss).4f val %(val_loss).4f lr %(lr).2e", record)
 
-    def _checkpoint(self) -> None:
-        if self.rank == 0:
-            state = {
-                "config": self.config.hash, "step": self.step, "seconds": self.seconds, "records": self.records,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            }  # fmt: skip
-            save_checkpoint(self.folder / "checkpoint.pt", state)
+    def _stop(self) -> dict[str, Any]:
+        number = self.interruption.signal or signal.SIGTERM  # it may have come to another process
+        saved = self.checkpoints.wait()
+        logger.warning(
+            "%s: stopped after step %d, %s; the same command goes on", signal.Signals(number).name, self.step,
+            "saved" if saved else "NOT saved: the checkpoint before it will be used",
+        )  # fmt: skip
+        return {**self._status("interrupted"), "signal": int(number)}
 
     def _resume(self) -> None:
-        state = load_checkpoint(self.folder / "checkpoint.pt")
-        if state is None:
+        found = self.checkpoints.newest()
+        if found is None:
+            if (self.folder / "checkpoint.pt").exists():
+                logger.warning("%s/checkpoint.pt is of an older release: starting from the beginning", self.folder)
             return
-        if state["config"] != self.config.hash:
-            raise ValueError(f"{self.folder}/checkpoint.pt belongs to config {state['config']}; delete it")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.records = state["step"], state["seconds"], state["records"]
+        self.checkpoints.load(found, State(self.model, self.optimizer))
+        progress = found.manifest["progress"]
+        self.step, self.seconds, self.records = found.step, progress["seconds"], progress["records"]
+        if found.manifest["processes"] != self.team.world:
+            self._seed()
         logger.info("resumed %s at step %d", self.folder, self.step)
+
+    def _seed(self) -> None:
+        """torch's generators from (seed, rank, step): for a start, and where other processes go on."""
+        words = f"{self.config.seed} {self.team.rank} {getattr(self, 'step', 0)}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
 
     def _status(self, state: str) -> dict[str, Any]:
         last = self.records[-1]["val_loss"] if self.records and state == "finished" else None
@@ -195,15 +251,26 @@ class _Run:
             "parameters": parameters, "second_moment_scalars": second_moment_scalars(self.model, self.config.arm),
             "data_fingerprint": self.corpus.fingerprint[:16], "seconds": round(self.seconds, 2),
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            "weights_sha256": weights_sha256(self.model), "failed_checkpoints": self.checkpoints.failures,
         }  # fmt: skip
 
 
-def _require_coverage(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer holds exactly the model's trainable parameters, each once."""
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    wanted = {id(p) for p in model.parameters() if p.requires_grad}
-    if len(held) != len(set(held)) or set(held) != wanted:
-        raise RuntimeError(f"the optimizer holds {len(held)} parameters, the model has {len(wanted)} trainable ones")
+def launch(config: TrainConfig, root: Path, options: Options, threads: int = 0) -> int:
+    """Train as this process's environment says: alone, or as one of those that torchrun started.
+
+    Returns:
+        the exit code.
+
+    Raises:
+        SystemExit: another process works on the run.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    with process_group(options.device):
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        with locked(run_folder(root, config.with_rules_hash())) if first else nullcontext():
+            status = train(config, root, options)
+    return exit_code(status["signal"]) if status["state"] == "interrupted" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +279,8 @@ class Job:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The run."""
+    options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
+    """How it is run."""
     results: Path = Path("results")
     """Root of the results folders."""
     threads: int = 0
@@ -223,16 +292,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in CONFIGS.items()}
     job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-        logging.getLogger().setLevel(logging.INFO if dist.get_rank() == 0 else logging.WARNING)
-    try:
-        train(job.config, job.results)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    raise SystemExit(launch(job.config, job.results, job.options, job.threads))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,11 @@ def second_moments(works: Sequence[tuple[Piece, Tensor | None, torch.dtype]]) ->
         found = means.get(i)
         if found is not None and piece.cut is not None:
             spread = piece.cut.blocks.spread
-            found = found if spread is None else found[spread.to(found.device)]
+            found = (found if spread is None else found[spread.to(found.device)]).reshape(piece.aligned)
+            for part in piece.free if grad is not None else ():
+                box = part.of(grad)  # type: ignore[arg-type]
+                own = part.of_second(found, tuple(box.shape))
+                own.copy_(block_mean_square(box, part.layout))
         elif grad is not None and piece.parts:
             part = piece.parts[0]
             found = block_mean_square(part.of(grad), part.layout)

@@ -22,7 +22,6 @@ from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
 from .kinds import is_dtensor, local_of
 from .pieces import Part, Piece
 from .shard import Shard
-from .step import local_gradient
 from .stepping import Position, Stepping
 
 if TYPE_CHECKING:
@@ -44,9 +43,11 @@ class Shards:
     def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> Shard | None:
         """What is held of a parameter; None for an ordinary one."""
         parameter = group["params"][i]
+        known = self._known.get((g, i))
+        if known is not None and known.spec is not None and known.fits(parameter):
+            return known
         if not is_sharded(parameter, layout):
             return None
-        known = self._known.get((g, i))
         if known is None or not known.fits(parameter):
             known = self._known[g, i] = Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
             self._fresh = True
@@ -85,6 +86,7 @@ class Shards:
         return _changed(document, {
             key: widen(piece, document["state"][key]["exp_avg_sq"])
             for key, piece, _ in self._second_moments(document, groups, layouts, flattened=True)
+            if "exp_avg_sq" in document["state"].get(key, {})
         })  # fmt: skip
 
     def narrowed(
@@ -109,9 +111,13 @@ class Shards:
         new: dict[Any, Tensor] = {}
         works: dict[Any, tuple[Piece, Tensor | None, torch.dtype]] = {}
         for key, piece, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
-            values = document["state"][key]["exp_avg_sq"]
-            if convert:
-                works[key] = piece, values.sqrt(), values.dtype
+            values = document["state"].get(key, {}).get("exp_avg_sq")
+            if convert and (values is not None or piece.cut is not None):
+                # A rank that holds nothing of a tensor has no state of it, and takes part nevertheless.
+                dtype = second_moment_dtype(groups[g]["params"][i])
+                works[key] = piece, None if values is None else values.to(dtype).sqrt(), dtype
+            elif values is None:
+                continue
             elif not is_blockwise(piece, values):
                 raise ValueError(
                     f"exp_avg_sq of {describe(groups[g], g, i)} differs inside a block: it was kept for other blocks "
@@ -122,11 +128,14 @@ class Shards:
                 new[key] = narrow(piece, values)
         if convert:
             for key, piece, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
-                values, parameter = document["state"][key]["exp_avg_sq"], groups[g]["params"][i]
-                if values.shape == parameter.shape and getattr(values, "placements", None) == parameter.placements:
+                values = document["state"].get(key, {}).get("exp_avg_sq")
+                parameter = groups[g]["params"][i]
+                alike = values is not None and getattr(values, "placements", None) == parameter.placements
+                if alike and values.shape == parameter.shape:
                     works[key] = piece, local_of(values).sqrt(), values.dtype
             for key, second in zip(works, second_moments(list(works.values())), strict=True):
-                new[key] = works[key][0].second_moment(second)
+                if works[key][1] is not None:
+                    new[key] = works[key][0].second_moment(second)
         return _changed(document, new)
 
     def _second_moments(
@@ -137,7 +146,7 @@ class Shards:
         *,
         flattened: bool,
     ) -> Iterator[tuple[Any, Piece, Position]]:
-        """Keys of a document's states with a second moment, of flattened parameters or else of DTensors."""
+        """Keys of a document's states of flattened parameters or else of DTensors, whether they are there or not."""
         keys = [key for saved in document["param_groups"] for key in saved["params"]]
         places = [(g, i) for g, own in enumerate(layouts) for i in range(len(own))]
         for (g, i), key in zip(places, keys, strict=False):
@@ -146,7 +155,7 @@ class Shards:
             # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
             is_flat = isinstance(layout, FlatLayout) or getattr(parameter, "_fsdp_flattened", False)
             wanted = is_flat if flattened else is_dtensor(parameter)
-            if wanted and "exp_avg_sq" in document["state"].get(key, {}):
+            if wanted:
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
                 piece = Piece(shape, (Part(layout),), layout.aligned_shape(shape)) if shard is None else shard.piece
                 yield key, piece, (g, i)
@@ -208,7 +217,7 @@ class Shards:
             names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
-            grad = local_gradient(parameter, partial(describe, group, g, i))
+            grad = shard.local_gradient(partial(describe, group, g, i))
             state = shard.local_state(states.get(parameter) or {})
             if piece.cut is not None:
                 if grad is not None:

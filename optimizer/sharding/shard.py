@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..state import moment_dtype, rounding_of
 from ..update import second_moment_dtype
 from .kinds import local_of
 from .pieces import Part, Piece
+from .step import local_gradient
 
 
 class Free:
@@ -58,9 +59,11 @@ class Shard:
     def __init__(self, parameter: Tensor, piece: Piece) -> None:
         self.parameter, self.piece = parameter, piece
         self.spec = getattr(parameter, "_spec", None)
+        self._whole = piece.cut is not None or not piece.parts or piece.parts[0].start is None
         self._held = local_of(parameter)
         self._at = self._held.data_ptr()
         self._states: dict[str, tuple[Tensor, Tensor]] = {}
+        self._shown: tuple[list[int], list[Any], dict[str, Any]] = [], [], {}
         self._look()
 
     def _look(self) -> None:
@@ -75,7 +78,7 @@ class Shard:
 
     def refresh(self) -> None:
         """Follow the local tensor where it was put elsewhere."""
-        held = local_of(self.parameter)
+        held = self.parameter if self.spec is None else self.parameter._local_tensor  # type: ignore[attr-defined]
         if held.data_ptr() != self._at or (held is not self._held and self.spec is not None):
             self._held, self._at = held, held.data_ptr()
             self._look()
@@ -87,15 +90,28 @@ class Shard:
 
     def _boxed(self, local: Tensor) -> Tensor:
         """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
-        return local if self.piece.cut is not None or not self.piece.parts else self.piece.parts[0].of(local)
+        return local if self._whole else self.piece.parts[0].of(local)
 
-    def gradient(self, grad: Tensor | None) -> Tensor | None:
+    def local_gradient(self, where: Callable[[], str]) -> Tensor | None:
+        """This rank's part of the gradient; ``where`` says the parameter in words, for errors."""
+        grad = self.parameter.grad
+        if self.spec is not None and grad is not None:  # placed alike, nearly always: told without asking more
+            spec = getattr(grad, "_spec", None)
+            if spec is not None and spec.placements == self.spec.placements:
+                return grad._local_tensor  # type: ignore[attr-defined]
+        return local_gradient(self.parameter, where)
+
+    def gradient(self, grad: Tensor) -> Tensor:
         """The local gradient as the view is."""
-        return None if grad is None else self._boxed(grad)
+        return grad if self._whole else self._boxed(grad)
 
     def local_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameter's state as the engines take it; the same tensors as long as the state has the same."""
-        return {name: self._local(name, x) if isinstance(x, Tensor) else x for name, x in state.items()}
+        """The parameter's state as the engines take it; the same as long as the state has the same tensors."""
+        same = list(map(id, state.values()))  # those shown are held, so that nothing else has their numbers
+        if same != self._shown[0]:
+            local = {name: self._local(name, x) if isinstance(x, Tensor) else x for name, x in state.items()}
+            self._shown = same, list(state.values()), local
+        return self._shown[2]
 
     def _local(self, name: str, tensor: Tensor) -> Tensor:
         known = self._states.get(name)

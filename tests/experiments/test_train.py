@@ -1,19 +1,13 @@
 """What a run leaves behind, and that nothing which happens to it on the way changes its numbers.
 
 Whether the optimizer is right is held by the tests of ``optimizer``; these see a resumed run that differs from an
-uninterrupted one, a damaged checkpoint that is trusted, a finished run done twice, a failure that leaves no trace.
+uninterrupted one, a finished run done twice, a failure that leaves no trace. Checkpoints and signals have their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +17,15 @@ import torch
 import experiments.train as train_module
 from experiments.configs import FORMAT_VERSION, TrainConfig
 from experiments.models import MLPConfig
-from experiments.storage import load_checkpoint, save_checkpoint, write_json
+from experiments.optimizers import require_coverage
+from experiments.storage import write_json
 from experiments.train import learning_rate, run_folder, train
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.experiments import processes
 
 
 def metrics(root: Path, config: TrainConfig) -> list[dict[str, Any]]:
-    """The records of a run without the one thing that may differ: seconds."""
-    lines = (run_folder(root, config.with_rules_hash()) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-def flags(config: TrainConfig) -> list[str]:
-    """The command line that makes the named config this one."""
-    names = ("experiment", "steps", "eval_every", "checkpoint_every")
-    return [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
+    """The records of a run without seconds."""
+    return processes.metrics(run_folder(root, config.with_rules_hash()))
 
 
 class _Interrupted(BaseException):
@@ -72,6 +59,7 @@ def test_results_folder_is_complete(tmp_path: Path, config: TrainConfig) -> None
     assert [r["tokens"] for r in records] == [640, 1280, 1920, 2560]
     assert status["final_val_loss"] == records[-1]["val_loss"] < records[0]["val_loss"]
     assert status["second_moment_scalars"] < 0.1 * status["parameters"]
+    assert len(status["weights_sha256"]) == 64 and status["failed_checkpoints"] == 0
 
 
 def test_every_arm_trains_and_arms_differ(tmp_path: Path, config: TrainConfig) -> None:
@@ -94,6 +82,8 @@ def test_seed_changes_weights_and_data_and_nothing_else_does(tmp_path: Path, con
     a, b = metrics(tmp_path / "a", config), metrics(tmp_path / "b", config)
     assert a == b
     assert metrics(tmp_path / "c", dataclasses.replace(config, seed=1))[0]["train_loss"] != a[0]["train_loss"]
+    sha = {name: processes.status(next(tmp_path.glob(f"{name}/test/*")))["weights_sha256"] for name in "abc"}
+    assert sha["a"] == sha["b"] != sha["c"]
 
 
 def test_mlp_trains_on_contexts(tmp_path: Path, config: TrainConfig) -> None:
@@ -112,22 +102,16 @@ def test_learning_rate_rises_and_falls_linearly(config: TrainConfig) -> None:
 
 
 def test_killed_run_goes_on_to_the_same_bits(tmp_path: Path, config: TrainConfig) -> None:
-    config = dataclasses.replace(config, steps=400)
-    command = [sys.executable, "-m", "experiments.train", "smoke", *flags(config), f"--results={tmp_path / 'killed'}"]
-    process = subprocess.Popen([*command, "--threads=1"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    folder = run_folder(tmp_path / "killed", config.with_rules_hash())
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.pt").is_file():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    config = dataclasses.replace(config, steps=200)
+    folder, log = run_folder(tmp_path / "killed", config.with_rules_hash()), tmp_path / "log.txt"
+    process = processes.start(processes.command(config, tmp_path / "killed"), log)
+    processes.wait_until(lambda: processes.steps(folder), process, log=log)
+    processes.kill([process])
     assert not (folder / "status.json").exists()
-    state = load_checkpoint(folder / "checkpoint.pt")
-    assert state is not None and 0 < state["step"] < 400
+    assert 0 < processes.steps(folder)[-1] < 200
     resumed, straight = train(config, tmp_path / "killed"), train(config, tmp_path / "straight")
     assert resumed["final_val_loss"] == straight["final_val_loss"]
+    assert resumed["weights_sha256"] == straight["weights_sha256"]
     assert metrics(tmp_path / "killed", config) == metrics(tmp_path / "straight", config)
 
 
@@ -145,32 +129,6 @@ def test_interrupted_between_checkpoints(
     train(config, tmp_path / "interrupted")
     train(config, tmp_path / "straight")
     assert metrics(tmp_path / "interrupted", config) == metrics(tmp_path / "straight", config)
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_damaged_checkpoint_means_from_the_beginning(
-    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 7)
-        with pytest.raises(_Interrupted):
-            train(config, tmp_path / "a")
-    path = run_folder(tmp_path / "a", config.with_rules_hash()) / "checkpoint.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b""}[damage])
-    with caplog.at_level(logging.WARNING):
-        train(config, tmp_path / "a")
-    assert "torn or damaged" in caplog.text and str(path) in caplog.text
-    train(config, tmp_path / "b")
-    assert metrics(tmp_path / "a", config) == metrics(tmp_path / "b", config)
-
-
-def test_checkpoint_of_another_config_is_refused(tmp_path: Path, config: TrainConfig) -> None:
-    folder = run_folder(tmp_path, config.with_rules_hash())
-    save_checkpoint(folder / "checkpoint.pt", {"config": "another", "step": 5})
-    with pytest.raises(ValueError, match=r"belongs to config another; delete it"):
-        train(config, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- endings
@@ -234,23 +192,4 @@ def test_damaged_status_is_named(tmp_path: Path, config: TrainConfig) -> None:
 def test_optimizer_that_misses_a_parameter_is_refused(config: TrainConfig) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="holds 2 parameters, the model has 4"):
-        train_module._require_coverage(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
-
-
-# ---------------------------------------------------------------------------------------------- many processes
-
-
-def test_two_processes_train_as_one(tmp_path: Path, config: TrainConfig) -> None:
-    config = dataclasses.replace(config, eval_every=1)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-        "experiments.train", "smoke", *flags(config), f"--results={tmp_path / 'two'}",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    train(config, tmp_path / "one")
-    one, two = metrics(tmp_path / "one", config), metrics(tmp_path / "two", config)
-    assert len(one) == len(two) == 20
-    for a, b in zip(one, two, strict=True):
-        assert b == pytest.approx(a, abs=1e-5)
+        require_coverage(model, torch.optim.SGD(model[0].parameters(), lr=0.1))

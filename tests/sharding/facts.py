@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-from optimizer import AdamMini
+from optimizer import AdamMini, tag
 from tests.sharding.cases import (
     FINE,
     MODELS,
     OPTIONS,
+    STEPS,
+    Run,
     batches,
+    clip,
     counted,
+    difference,
     fsdp2,
     local,
     loss_of,
+    reference,
     start,
     train_case,
 )
@@ -180,3 +185,22 @@ def compiled_step() -> str:
             take()
     same = all(torch.equal(local(p), local(q)) for p, q in zip(model.parameters(), plainly.parameters(), strict=True))
     return FINE if same else "different"
+
+
+def zero_redundancy() -> str:
+    """Torch's ZeroRedundancyOptimizer deals out whole tensors: the same weights, and nothing sent by us."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(tag(MODELS["llama"]().to(torch.float64)))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamMini, **OPTIONS)
+    run = Run(model, optimizer, "ddp", dist.get_world_size(), dist.get_rank(), [])
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, batches(step, run.replicas)[run.replica]).backward()
+        clip(list(model.parameters()))
+        optimizer.step()
+    apart = difference(run, "llama", reference(run, "llama", "tag-after", torch.float64, STEPS))
+    optimizer.consolidate_state_dict(to=0)
+    if dist.get_rank() == 0 and len(optimizer.state_dict()["state"]) != len(list(model.parameters())):
+        return "consolidate_state_dict lost state"
+    return FINE if apart <= 1e-12 else f"{apart} apart from one process"

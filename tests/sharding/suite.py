@@ -34,7 +34,8 @@ TRAINED = {
 }  # fmt: skip
 
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
-         "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient")  # fmt: skip
+         "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient",
+         "zero_redundancy")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 

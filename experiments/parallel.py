@@ -1,0 +1,127 @@
+"""One process or many: who holds what of a model, and the one message that a step sends besides gradients."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+Parallel = Literal["ddp", "fsdp2"]
+Device = Literal["cpu", "cuda"]
+
+
+@contextmanager
+def process_group(device: Device) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; the first one logs, the others only warn."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        yield
+        return
+    store, rank, world = next(iter(dist.rendezvous("env://")))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps its store over a restart, and with it the addresses of the processes that died. Agents of
+        # several nodes count restarts each for themselves: there, it must be told not to share its store.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Checkpoints are written from host memory, also where gradients travel between GPUs.
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    logging.getLogger().setLevel(logging.INFO if dist.get_rank() == 0 else logging.WARNING)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: of this process.
+        world: how many there are.
+        kind: ``alone``, ``ddp`` or ``fsdp2``.
+        device: where this process computes.
+    """
+
+    rank: int
+    world: int
+    kind: Literal["alone", "ddp", "fsdp2"]
+    device: torch.device
+
+    @classmethod
+    def here(cls, parallel: Parallel, device: Device, batch: int) -> Team:
+        """The processes that there are.
+
+        Raises:
+            ValueError: the batch does not divide over them, FSDP2 without a process group, or no GPU.
+        """
+        joined = dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
+        if batch % world:
+            raise ValueError(f"batch={batch} does not divide over {world} processes; choose a multiple")
+        if parallel == "fsdp2" and not joined:
+            raise ValueError(
+                "parallel='fsdp2' needs a process group; start with torchrun --nproc-per-node N -m experiments.train, "
+                "or use parallel='ddp'"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda', but torch sees no GPU; use device='cpu', or install a CUDA build of torch")
+        where = torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        kind: Any = "fsdp2" if parallel == "fsdp2" else "ddp" if world > 1 else "alone"
+        return cls(rank, world, kind, where)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """What to call in the place of the model; under FSDP2 the model itself is sharded, block by block."""
+        if self.kind == "ddp":
+            return DistributedDataParallel(model)
+        if self.kind == "fsdp2":
+            for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
+                for block in layers:
+                    fully_shard(block)
+            fully_shard(model)
+        return model
+
+    def own(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """This process's rows of a global batch."""
+        inputs, targets = (part[self.rank :: self.world].to(self.device) for part in batch)
+        return inputs, targets
+
+    def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
+        """The global batch's loss, and whether anyone wants to stop: one all-reduce, so that all stop at one step."""
+        if self.world == 1:
+            return loss.item(), stop
+        message = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
+        dist.all_reduce(message)
+        return (message[0] / self.world).item(), bool(message[1] > 0)
+
+    def from_first(self, thing: Any) -> Any:
+        """What the first process holds, on every process."""
+        if not dist.is_initialized():
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over every tensor of the model's state, whole and in the order of their names.
+
+    Every process has to call it: sharded tensors are gathered, one at a time.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        content = whole.detach().cpu().contiguous()
+        digest.update(f"{name} {content.dtype} {tuple(content.shape)}\n".encode())
+        digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

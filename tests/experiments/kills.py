@@ -1,0 +1,123 @@
+"""SIGKILL a run of two FSDP2 ranks again and again: ``python -m tests.experiments.kills --kills 20``.
+
+Every other kill waits for a checkpoint's write to begin and comes within milliseconds of it; the others come at random
+moments after the first step. After each one every visible checkpoint is checked by code of this folder, and the next
+start has to go on from the newest of them. In the end the weights are those of a run that nobody disturbed, bit for
+bit. A folder given with ``--folder`` remembers what was done, so that the script itself may be killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.configs import TrainConfig, smoke
+from experiments.train import run_folder
+from tests.experiments.processes import kill, metrics, start_ranks, status, steps, torn, wait_until
+
+OPTIONS = ("--parallel=fsdp2",)
+
+
+def config(length: int = 300, every: int = 10) -> TrainConfig:
+    """A run long enough to be killed in."""
+    base = dataclasses.replace(smoke(), experiment="kills", steps=length, checkpoint_every=every, eval_every=50)
+    return base.with_rules_hash()
+
+
+def finish(run: TrainConfig, root: Path) -> dict[str, Any]:
+    """Let the run come to its end, from wherever it stands; its status."""
+    folder, log = run_folder(root, run), root / "log.txt"
+    root.mkdir(parents=True, exist_ok=True)
+    if not ended(folder):
+        ranks = start_ranks(run, root, log, *OPTIONS)
+        try:
+            assert [r.wait(timeout=600) for r in ranks] == [0, 0], log.read_text()[-3000:]
+        finally:
+            kill(ranks)
+    assert ended(folder)
+    return status(folder)
+
+
+def ended(folder: Path) -> bool:
+    return (folder / "status.json").exists() and status(folder)["state"] == "finished"
+
+
+def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) -> dict[str, Any] | None:
+    """Start the run from where it stands and kill it; None where it came to its end first."""
+    folder, log = run_folder(root, run), root / "log.txt"
+    checkpoints = folder / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    if ended(folder):
+        return None
+    known, before = steps(folder), set(checkpoints.glob(".step-*"))
+    said = len(log.read_text()) if log.exists() else 0
+    ranks = start_ranks(run, root, log, *OPTIONS)
+    try:
+        wait_until(lambda: "config {" in log.read_text()[said:], *ranks, log=log)  # rank 0 is about to take a step
+        if aimed:
+            over = [lambda: set(checkpoints.glob(".step-*.tmp-*")) - before, lambda: ended(folder)]
+            wait_until(lambda: any(sign() for sign in over), log=log)
+            time.sleep(chance.uniform(0, 0.01))
+        else:
+            time.sleep(chance.uniform(0, 4.0))
+        if all(r.poll() is not None for r in ranks):
+            return None
+    finally:
+        kill(ranks)
+    if ended(folder):
+        return None
+    assert torn(folder) == [], torn(folder)
+    resumed = re.findall(r"resumed .* at step (\d+)", log.read_text()[said:])
+    assert [int(step) for step in resumed] == known[-1:], f"{resumed} where {known} were there"
+    return {"aimed": aimed, "from": (known or [0])[-1], "left": steps(folder),
+            "unfinished": len(list(checkpoints.glob(".step-*.tmp-*")))}  # fmt: skip
+
+
+def compare(run: TrainConfig, killed: Path, straight: Path) -> None:
+    """Same weights, same records."""
+    a, b = finish(run, killed), finish(run, straight)
+    assert a["weights_sha256"] == b["weights_sha256"]
+    assert metrics(run_folder(killed, run)) == metrics(run_folder(straight, run))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=None, help="kept, and gone on with")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    root = given.folder or Path(tempfile.mkdtemp(prefix="kills-"))
+    root.mkdir(parents=True, exist_ok=True)
+    record = root / "kills.jsonl"
+    done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    number = max((kill["run"] for kill in done), default=0)
+    run = dataclasses.replace(config(600), seed=number)
+    while len(done) < given.kills:
+        chance = random.Random(f"{given.seed} {len(done)}")
+        what = kill_once(run, root / "killed", len(done) % 2 == 1, chance)
+        if what is None:  # it came to its end: another seed, another run
+            compare(run, root / "killed", root / "straight")
+            number += 1
+            run = dataclasses.replace(run, seed=number)
+            continue
+        done.append({"kill": len(done) + 1, "run": number, **what})
+        record.write_text("".join(json.dumps(kill) + "\n" for kill in done))
+        sys.stdout.write(json.dumps(done[-1]) + "\n")
+        sys.stdout.flush()
+    for last in range(number + 1):
+        compare(dataclasses.replace(run, seed=last), root / "killed", root / "straight")
+        sys.stdout.write(f"run {last}: the weights and records of an undisturbed run\n")
+    unfinished = sum(kill["unfinished"] for kill in done)
+    sys.stdout.write(f"{len(done)} kills, {unfinished} of them with a checkpoint under way; none torn; in {root}\n")
+
+
+if __name__ == "__main__":
+    main()
