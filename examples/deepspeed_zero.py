@@ -30,8 +30,9 @@ def main() -> None:
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=options.stage == "3"):
         if dist.get_rank() == 0:
             leave(options.out, losses, engine.module.state_dict(), lr=optimizer.param_groups[0]["lr"])
-    dist.destroy_process_group()
+    engine.destroy()
 
 
 if __name__ == "__main__":
     main()
+    dist.destroy_process_group()  # after everything that communicates is gone
