@@ -152,4 +152,9 @@ def _own_share(piece: Piece, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
             sums += squares
         else:
             sums.index_add_(0, to.to(sums.device), squares)
-    return sums.div_(blocks.counts.to(sums.device, dtype))
+    own = None if piece.cut.values is None else blocks.at(piece.cut.values)
+    if own is None:
+        return sums.div_(blocks.counts.to(sums.device, dtype))
+    own, counts = own.to(sums.device), blocks.counts[own]
+    sums[own] /= counts.to(sums.device, dtype)  # one block may stand there several times: its quotient is the same
+    return sums

@@ -67,6 +67,12 @@ class Blocks:
     counts: Tensor
     spread: Tensor | None
 
+    def at(self, values: Tensor | None) -> Tensor | None:
+        """The blocks of these values of the local second moment; None: value i is block i."""
+        if values is None:
+            return self.spread
+        return values if self.spread is None else self.spread[values.to(self.spread.device)]
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:

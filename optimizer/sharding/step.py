@@ -65,20 +65,19 @@ def cut_update(
     assert piece.cut is not None
     if exp_avg_sq.numel() == 0:
         return  # nothing is held here, not even a value that others' elements share
-    spread, values = piece.cut.blocks.spread, piece.cut.values
-    per_index = means if spread is None else means[spread.to(means.device)]
-    per_index = per_index.view(exp_avg_sq.shape).to(exp_avg_sq.device)
-    if values is None or grad is None:  # without a gradient of its own even a free part takes its step of zeros here
-        exp_avg_sq.mul_(beta2).add_(per_index, alpha=1 - beta2)
-        scale = exp_avg_sq
-    else:
-        values = values.to(exp_avg_sq.device)
-        scale = torch.zeros_like(exp_avg_sq)
-        scale[values] = exp_avg_sq[values] * beta2 + per_index[values] * (1 - beta2)
-        exp_avg_sq[values] = scale[values]
+    # Without a gradient of its own even a free part takes its step of zeros here.
+    values = None if grad is None or piece.cut.values is None else piece.cut.values.to(exp_avg_sq.device)
+    kept = exp_avg_sq if values is None else exp_avg_sq[values]
+    slots = piece.cut.blocks.at(values)
+    fresh = means if slots is None else means[slots.to(means.device)]
+    kept.mul_(beta2).add_(fresh.view(kept.shape).to(kept.device), alpha=1 - beta2)
+    scale = kept.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps).reciprocal_().mul_(-lr / (1 - beta1**step))
+    if values is not None:
+        exp_avg_sq[values] = kept
+        rates, scale = scale, torch.empty_like(exp_avg_sq)
+        scale[values] = rates
     if param.numel() == 0:
         return
-    scale = scale.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps).reciprocal_().mul_(-lr / (1 - beta1**step))
     for part in piece.parts:
         if part.free and grad is not None:
             continue
