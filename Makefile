@@ -26,10 +26,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick sanitize ablation kills figures coverage low-bit clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick sanitize ablation kills figures coverage scaling low-bit clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick ablation [PROFILE=cpu|smoke] figures coverage clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
 
 setup: $(READY)
 
@@ -128,6 +128,10 @@ bench-quick: $(READY) $(PEERS)
 coverage: $(READY)
 	$(PY) -m benchmarks.coverage
 	$(PY) -m optimizer plan --table docs/memory.md
+
+# docs/scaling.md; --check --ranks 2 3 counts what real ranks send.
+scaling: $(READY)
+	$(PY) -m benchmarks.scaling
 
 # SWEEP: further options, e.g. SWEEP="--cluster slurm --partition night --time 120" (docs/training.md).
 ablation: $(READY)

@@ -45,7 +45,10 @@ def run(world: int, cases: dict[str, Case], timeout: float = 600) -> dict[str, l
         for rank in range(world):
             path = Path(folder, f"out{rank}")
             if not path.exists():
-                ends = "\n".join(f"rank {r} said at the end:\n{text[-3000:]}" for r, text in enumerate(said))
+                ends = "\n".join(
+                    f"rank {r} ended with {ranks[r].returncode}, having said:\n{text[-3000:]}"
+                    for r, text in enumerate(said)
+                )
                 raise RuntimeError(f"rank {rank} ended without an answer\n{ends}")
             answers.append(pickle.loads(path.read_bytes()))
         return {name: [answer[name] for answer in answers] for name in cases}
