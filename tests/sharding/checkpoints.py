@@ -124,6 +124,18 @@ def state_is_whole(name: str = "gpt2") -> str:
     return FINE
 
 
+def _as_in_one_process(model: nn.Module, name: str) -> str:
+    """Whether weights are those of three steps of AdamW, its state converted, and three of AdamMini."""
+    alone = MODELS[name]().to(torch.float64)
+    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
+    _train(alone, first, 0, 0, 3)
+    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
+    second.load_state_dict(first.state_dict(), convert=True)
+    _train(alone, second, 0, 3, 6)
+    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
+    return FINE if worst <= 1e-12 else f"{worst} apart from one process"
+
+
 def adamw_case(name: str, wrap: str) -> str:
     """Sharded AdamW state: refused, and with convert=True what the same state is in one process."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
@@ -141,15 +153,7 @@ def adamw_case(name: str, wrap: str) -> str:
         return "AdamW's state was taken for ours"
     optimizer.load_state_dict(saved, convert=True)
     _train(model, optimizer, dist.get_world_size(), 3, 6)
-
-    alone = MODELS[name]().to(torch.float64)
-    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
-    _train(alone, first, 0, 0, 3)
-    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
-    second.load_state_dict(first.state_dict(), convert=True)
-    _train(alone, second, 0, 3, 6)
-    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
-    return FINE if worst <= 1e-12 else f"{worst} apart from one process"
+    return _as_in_one_process(model, name)
 
 
 def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
@@ -171,12 +175,4 @@ def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
     optimizer = AdamMini(list(tag(model).named_parameters()), **OPTIONS)
     load_full_state_dict(optimizer, document)
     _train(model, optimizer, dist.get_world_size(), 3, 6)
-
-    alone = MODELS[name]().to(torch.float64)
-    first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
-    _train(alone, first, 0, 0, 3)
-    second = AdamMini(list(tag(alone).named_parameters()), **OPTIONS)
-    second.load_state_dict(first.state_dict(), convert=True)
-    _train(alone, second, 0, 3, 6)
-    worst = _apart(model, {n: p.detach() for n, p in alone.named_parameters()})
-    return FINE if worst <= 1e-12 else f"{worst} apart from one process"
+    return _as_in_one_process(model, name)
