@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 BUILT: dict[str, dict[str, Any]] = {
     "named parameters": {"kind": "names", "zero": {"stage": 1}},
+    "from adam_mini import Adam_mini": {"kind": "door", "zero": {"stage": 2}},
     "tagged parameters": {"kind": "tags", "zero": {"stage": 2}},
     "tagged parameters, zero.Init": {"kind": "tags", "zero": STAGE3 | {"init": True}},
     "own groups": {"kind": "groups", "zero": {"stage": 2}},

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from optimizer import AdamMini, tag
-from tests.sharding.cases import OPTIONS, STEPS, Run, clip, counted, reference
+from tests.sharding.cases import OPTIONS, STEPS, Run, clip, counted, optimizer_of, reference
 from tests.sharding.models import MODELS, batches, loss_of
 
 CONFIG = {
@@ -41,7 +41,8 @@ def engine_of(
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
     config = CONFIG | {"zero_optimization": zero} | (more or {})
     if dtype == "bfloat16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        config |= {"bf16": {"enabled": True}}
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}} if zero["stage"] else {}
     if zero.get("init"):
         config["zero_optimization"] = {k: v for k, v in zero.items() if k != "init"}
         with deepspeed.zero.Init(config_dict_or_path=config):
@@ -61,11 +62,12 @@ def engine_of(
     built: Any = {
         "model": lambda: model,
         "names": lambda: list(model.named_parameters()),
+        "door": lambda: list(model.named_parameters()),
         "tags": lambda: list(tag(model).parameters()),
         "groups": lambda: [{"params": list(model.named_parameters())[1::2]},
                            {"params": list(model.named_parameters())[::2], "lr": OPTIONS["lr"]}],
     }[kind]()  # fmt: skip
-    optimizer = AdamMini(built, **OPTIONS | options)
+    optimizer = optimizer_of(kind)(built, **OPTIONS | options)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine, optimizer
 

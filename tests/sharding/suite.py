@@ -24,7 +24,7 @@ TRAINED = {
         Trained("llama-parallel", "tp"), Trained("mixtral", "fsdp2-columns"),
         Trained("llama", "fsdp2", "names"), Trained("llama", "fsdp2", "tag-after"), Trained("llama", "fsdp2", "groups"),
         Trained("llama", "fsdp2", "swapped"), Trained("llama", "fsdp1", "names"),
-        Trained("llama", "fsdp1", "tag-before"), Trained("llama", "fsdp1", "groups"),
+        Trained("llama", "fsdp1", "door"), Trained("llama", "fsdp1", "tag-before"), Trained("llama", "fsdp1", "groups"),
         Trained("gpt2", "fsdp2", dtype="float32"), Trained("llama", "fsdp1", dtype="float32"),
     ],
     3: [
