@@ -1,7 +1,4 @@
-"""torchtitan 0.3: its optimizer container, in which "AdamMini" is a name and roles come from the model parts.
-
-Imports torchtitan, so import it where that is installed: in a ``config_registry``.
-"""
+"""torchtitan 0.3's optimizer container with the name "AdamMini"; to be imported in a ``config_registry``."""
 
 from __future__ import annotations
 
@@ -70,8 +67,15 @@ class AdamMiniContainer(OptimizersContainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave; compares the rules here, since torchtitan does not hand their name on."""
         for optimizer in self.optimizers:
-            if isinstance(optimizer, AdamMini):
-                _require_rules(optimizer, state_dict)
+            names = [name for group in optimizer.param_groups for name in group["param_names"]]
+            for name in names if isinstance(optimizer, AdamMini) else ():
+                saved = state_dict.get(f"param_groups.{name}.rules", optimizer.rules.name)
+                if not same_rules(saved, optimizer.rules):
+                    raise ValueError(
+                        f"the checkpoint keeps {name} under rules {saved!r}, this optimizer has "
+                        f"{optimizer.rules.name!r}; use the rules of the checkpoint, or start with fresh state: "
+                        "--checkpoint.exclude_from_loading"
+                    )
         super().load_state_dict(state_dict)
 
 
@@ -95,14 +99,3 @@ def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
         members = {key: [group[key][i] for i in chosen] for key in ("params", "param_names")}
         parts.append(group | members | decay)
     return [part for part in parts if part["params"]]
-
-
-def _require_rules(optimizer: AdamMini, flat: dict[str, Any]) -> None:
-    for group in optimizer.param_groups:
-        for name in group["param_names"]:
-            saved = flat.get(f"param_groups.{name}.rules", optimizer.rules.name)
-            if not same_rules(saved, optimizer.rules):
-                raise ValueError(
-                    f"the checkpoint keeps {name} under rules {saved!r}, this optimizer has {optimizer.rules.name!r}; "
-                    "use the rules of the checkpoint, or start with fresh state: --checkpoint.exclude_from_loading"
-                )
