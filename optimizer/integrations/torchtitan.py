@@ -23,8 +23,7 @@ class AdamMiniContainer(OptimizersContainer):
     ``strict``) go into ``optimizer_factory_kwargs_by_name["AdamMini"]``.
 
     Raises:
-        ValueError: options in the wrong place, ``implementation="fused_opt_states_bf16"``, and what AdamMini refuses;
-            on loading, a checkpoint of other rules.
+        ValueError: options in the wrong place, ``implementation="fused_opt_states_bf16"``, a checkpoint of other rules.
     """
 
     @dataclass(kw_only=True, slots=True)
