@@ -27,17 +27,18 @@ def run(world: int, cases: dict[str, Case], timeout: float = 600) -> dict[str, l
             "PYTHONPATH": str(ROOT),
             "ADAM_MINI_TEST_PATIENCE": str(timeout),
         }
+        # What ranks say goes to files: a pipe that nobody reads stops them once it is full.
+        told = [Path(folder, f"said{rank}") for rank in range(world)]
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.sharding.workers", folder, str(rank), str(world)],
-                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                cwd=ROOT, env=environment, stdout=told[rank].open("w"), stderr=subprocess.STDOUT,
             )
             for rank in range(world)
         ]  # fmt: skip
-        said = []
         try:
             for process in ranks:
-                said.append(process.communicate(timeout=timeout + 30)[0])
+                process.wait(timeout=timeout + 30)
         finally:
             for process in ranks:
                 process.kill()
@@ -46,8 +47,8 @@ def run(world: int, cases: dict[str, Case], timeout: float = 600) -> dict[str, l
             path = Path(folder, f"out{rank}")
             if not path.exists():
                 ends = "\n".join(
-                    f"rank {r} ended with {ranks[r].returncode}, having said:\n{text[-3000:]}"
-                    for r, text in enumerate(said)
+                    f"rank {r} ended with {ranks[r].returncode}, having said:\n{said.read_text()[-3000:]}"
+                    for r, said in enumerate(told)
                 )
                 raise RuntimeError(f"rank {rank} ended without an answer\n{ends}")
             answers.append(pickle.loads(path.read_bytes()))
