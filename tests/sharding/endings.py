@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,20 +88,22 @@ def run(scene: str, world: int) -> list[str]:
         subprocess.TimeoutExpired: a rank hangs.
     """
     with tempfile.TemporaryDirectory() as folder:
+        told = [Path(folder, f"said{rank}") for rank in range(world)]  # files: a full pipe would stop a rank
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.sharding.endings", scene, folder, str(rank), str(world)],
                 cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdout=told[rank].open("w"), stderr=subprocess.STDOUT,
             )
             for rank in range(world)
         ]  # fmt: skip
         try:
-            said = [process.communicate(timeout=240)[0] for process in ranks]
+            for process in ranks:
+                process.wait(timeout=240)
         finally:
             for process in ranks:
                 process.kill()
-    lines = [text.strip().splitlines() for text in said]
+        lines = [said.read_text().strip().splitlines() for said in told]
     return [own[-1] if own else "" for own in lines]
 
 
