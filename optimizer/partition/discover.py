@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .families import BARE, FAMILIES, LAYERS, Family, Place, is_convolution, is_dense, resolve
+from .families import BARE, FAMILIES, LAYERS, Family, Place, is_convolution, is_dense, is_wrapper, resolve
 from .families.adapters import adapter_family
 from .families.makers import rows, table_rows
 from .names import by_name, clean, role_of_name
@@ -49,12 +49,13 @@ def _discover(model: nn.Module) -> dict[str, Anatomy]:
         names[id(parameter)] = name
     found: dict[int, Anatomy] = {}
     paths = dict(model.named_modules())
-    for path, module in paths.items():
+    own = {path: module for path, module in paths.items() if not is_wrapper(module)}  # others answer as what they wrap
+    for path, module in own.items():
         _packed(module, found)
         if adapters := _adapters(module):
             _claim(module, _lineage(paths, path), (adapter_family(adapters),), found, names)
     for table in (FAMILIES, LAYERS):
-        for path, module in paths.items():
+        for path, module in own.items():
             _claim(module, _lineage(paths, path), table, found, names)
     _embeddings(paths, found)
     _output_layer(model, paths, found)
@@ -95,9 +96,10 @@ def _adapters(module: nn.Module) -> tuple[str, ...]:
 
 
 def _lineage(paths: dict[str, nn.Module], path: str) -> list[nn.Module]:
-    """The module at a path, then its ancestors, innermost first."""
+    """The module at a path, then its ancestors, innermost first, without those that only wrap another."""
     parts = path.split(".") if path else []
-    return [paths[".".join(parts[:i])] for i in range(len(parts), -1, -1)]
+    outer = (paths[".".join(parts[:i])] for i in range(len(parts) - 1, -1, -1))
+    return [paths[path], *(module for module in outer if not is_wrapper(module))]
 
 
 def _claim(
@@ -159,7 +161,7 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
             continue
         if role_of_name(f"{path}.weight") is Role.HEAD:
             candidates.append((module, "an output layer by name"))
-        elif tuple(weight.shape) in tables and weight.shape[0] > weight.shape[1] and path.count(".") <= 1:
+        elif tuple(weight.shape) in tables and weight.shape[0] > weight.shape[1] and clean(path).count(".") <= 1:
             candidates.append((module, "has the shape of the token embedding, at the top of the model"))
     for module, why in candidates:
         weight = getattr(module, "weight", None)

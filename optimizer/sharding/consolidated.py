@@ -51,6 +51,7 @@ def full_state_dict(optimizer: AdamMini, *, rank0_only: bool = True) -> dict[str
         ValueError: parameters without names; build the optimizer from the model or ``named_parameters()``.
     """
     keep = not rank0_only or not dist.is_initialized() or dist.get_rank() == 0
+    optimizer._before_step()  # the published package's class fixes its blocks as late as that
     states: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     count = 0
@@ -84,6 +85,7 @@ def load_full_state_dict(optimizer: AdamMini, document: Mapping[str, Any], *, co
     Raises:
         ValueError: as of ``AdamMini.load_state_dict``; nothing has changed then.
     """
+    optimizer._before_step()
     with optimizer._whole():
         members = [member for g in range(len(optimizer.param_groups)) for member in _members(optimizer, g)]
         virtual = [{**group, "params": [], "param_names": []} for group in optimizer.param_groups]

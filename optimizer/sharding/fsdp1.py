@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..partition.layout import Layout
+from ..partition.names import clean
 from ..partition.roles import Anatomy, whole_shape
 from .flat import FlatLayout, Range, within
 
@@ -68,7 +69,7 @@ def stamp_bare(
     alive are looked through instead: once per optimizer built in this way.
     """
     bare = {id(p): name for p, name in parameters if getattr(p, "_fsdp_flattened", False) and facts_of(p) is None}
-    bare |= {id(p): "" for p, _ in parameters if getattr(p, "_is_flat_param", False) and facts_of(p) is None}
+    bare |= {id(p): name for p, name in parameters if getattr(p, "_is_flat_param", False) and facts_of(p) is None}
     if not bare:
         return
     from torch.distributed.fsdp._flat_param import FlatParamHandle
@@ -76,7 +77,9 @@ def stamp_bare(
     for handle in [found for found in gc.get_objects() if type(found) is FlatParamHandle]:
         flat = handle.flat_param
         if id(flat) in bare:
-            names = list(flat._fqns)
+            # The handle's names begin at the module that FSDP wrapped, the parameter's own at the model.
+            where = clean(bare[id(flat)]).removesuffix("_flat_param")
+            names = [where + fqn for fqn in flat._fqns]
         elif flat._params is not None and any(id(p) in bare for p in flat._params):
             names = [bare.get(id(p), fqn) for p, fqn in zip(flat._params, flat._fqns, strict=True)]
         else:

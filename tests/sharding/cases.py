@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, fully_shard
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -94,13 +94,18 @@ def _ddp(model: nn.Module) -> nn.Module:
 
 
 def fsdp1(model: nn.Module, original: bool, **options: Any) -> nn.Module:
-    options |= {"auto_wrap_policy": ModuleWrapPolicy({type(_blocks(model)[0])}), "device_id": torch.device("cpu")}
-    return FullyShardedDataParallel(model, use_orig_params=original, **options)
+    options = {"auto_wrap_policy": ModuleWrapPolicy({type(_blocks(model)[0])})} | options
+    return FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"), **options)
+
+
+_LAYERS = CustomPolicy(lambda module: isinstance(module, nn.Linear))
+"""Every layer by itself, as policies by size and PEFT's do: between a projection and its attention stands FSDP."""
 
 
 WRAPS: dict[str, Wrap] = {
     "fsdp1": lambda model: fsdp1(model, True),
     "fsdp1-flat": lambda model: fsdp1(model, False),
+    "fsdp1-layers": lambda model: fsdp1(model, True, auto_wrap_policy=_LAYERS),
     "ddp": _ddp,
     "fsdp2": fsdp2,
     "fsdp2-columns": lambda model: fsdp2(model, shard_placement_fn=_columns),

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
+from adam_mini import Adam_mini
 from optimizer import AdamMini, tag
+from optimizer.sharding import full_state_dict, load_full_state_dict
 from tests.sharding.cases import (
     FINE,
     MODELS,
@@ -22,6 +24,7 @@ from tests.sharding.cases import (
     clip,
     counted,
     difference,
+    fsdp1,
     fsdp2,
     local,
     loss_of,
@@ -204,3 +207,23 @@ def zero_redundancy() -> str:
     if dist.get_rank() == 0 and len(optimizer.state_dict()["state"]) != len(list(model.parameters())):
         return "consolidate_state_dict lost state"
     return FINE if apart <= 1e-12 else f"{apart} apart from one process"
+
+
+def whole_state_through_the_door() -> str:
+    """The published package's class fixes its blocks late, and FSDP1's joined parameters know short names only."""
+    model = fsdp1(MODELS["llama"](), False)
+
+    def built() -> Adam_mini:
+        return Adam_mini(list(model.named_parameters()), 1e-2, dim=24, n_heads=6, n_kv_heads=3)
+
+    first, second = built(), built()
+    loss_of(model, batches(0, 1)[0]).backward()
+    first.step()
+    document = full_state_dict(first, rank0_only=False)
+    assert document is not None
+    names = sorted(name for group in document["param_groups"] for name in group["param_names"])
+    if names != sorted(name for name, _ in MODELS["llama"]().named_parameters()):
+        return f"names {names}"
+    load_full_state_dict(second, document)
+    one, other = ([state[key] for state in o.state.values() for key in sorted(state)] for o in (first, second))
+    return FINE if all(map(torch.equal, one, other)) and len(one) == len(other) > 0 else "other state"

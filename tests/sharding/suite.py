@@ -25,6 +25,7 @@ TRAINED = {
         Trained("llama", "fsdp2", "names"), Trained("llama", "fsdp2", "tag-after"), Trained("llama", "fsdp2", "groups"),
         Trained("llama", "fsdp2", "swapped"), Trained("llama", "fsdp1", "names"),
         Trained("llama", "fsdp1", "door"), Trained("llama", "fsdp1", "tag-before"), Trained("llama", "fsdp1", "groups"),
+        Trained("llama", "fsdp1-layers"),
         Trained("gpt2", "fsdp2", dtype="float32"), Trained("llama", "fsdp1", dtype="float32"),
     ],
     3: [
@@ -35,7 +36,7 @@ TRAINED = {
 
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
          "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient",
-         "zero_redundancy")  # fmt: skip
+         "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 

@@ -12,8 +12,9 @@ from .fused import FUSED
 from .latent import LATENT
 from .mixers import MIXERS
 from .plain import BARE, LAYERS, Bare
-from .table import Family, Maker, Place, is_convolution, is_dense, resolve
+from .table import Family, Maker, Place, is_convolution, is_dense, is_wrapper, resolve
 
 FAMILIES: tuple[Family, ...] = (*FUSED, *LATENT, *SEPARATE, *MIXERS, *FEEDFORWARD)
 
-__all__ = ["BARE", "FAMILIES", "LAYERS", "Bare", "Family", "Maker", "Place", "is_convolution", "is_dense", "resolve"]
+__all__ = ["BARE", "FAMILIES", "LAYERS", "Bare", "Family", "Maker", "Place", "is_convolution", "is_dense", "is_wrapper",
+           "resolve"]  # fmt: skip

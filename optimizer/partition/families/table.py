@@ -148,13 +148,20 @@ def resolve(module: nn.Module, path: str) -> tuple[nn.Module, Tensor] | None:
     for name in path.removesuffix(".weight").split("."):
         owner, target = target, _child(target, name)
     if isinstance(target, nn.Module):
-        # An adapter layer has a weight of its own to show, its base layer's: the base layer says how it is laid out.
-        while "base_layer" in target._modules or not isinstance(getattr(target, "weight", None), nn.Parameter):
+        # An adapter layer has a weight of its own to show, its base layer's, and FSDP1 that of what it wraps: what is
+        # inside says how the weight is laid out.
+        while (
+            "base_layer" in target._modules
+            or is_wrapper(target)
+            or not isinstance(getattr(target, "weight", None), nn.Parameter)
+        ):
             inner = next((m for n in _WRAPPED if isinstance(m := getattr(target, n, None), nn.Module)), None)
             if inner is None:
                 return None
             target = inner
         owner, target = target, target.weight
+    while isinstance(owner, nn.Module) and is_wrapper(owner):
+        owner = next(owner._modules[name] for name in _AROUND if name in owner._modules)
     return (owner, target) if isinstance(owner, nn.Module) and isinstance(target, nn.Parameter) else None
 
 
@@ -167,9 +174,12 @@ _AROUND = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
 def _has(module: nn.Module, name: str) -> bool:
     """Whether a module, or the one it wraps, has a child or parameter of this name."""
-    if name in module._modules or name in module._parameters:
-        return True
-    return any(w in module._modules for w in _AROUND)
+    return name in module._modules or name in module._parameters or is_wrapper(module)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module only stands around another one: FSDP1's, activation checkpointing's, torch.compile's."""
+    return any(name in module._modules for name in _AROUND)
 
 
 def _child(parent: object, name: str) -> object:
