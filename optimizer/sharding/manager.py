@@ -147,13 +147,17 @@ class Shards:
         flattened: bool,
     ) -> Iterator[tuple[Any, Piece, Position]]:
         """Keys of a document's states of flattened parameters or else of DTensors, whether they are there or not."""
-        keys = [key for saved in document["param_groups"] for key in saved["params"]]
         places = [(g, i) for g, own in enumerate(layouts) for i in range(len(own))]
+        sharded = any(is_sharded(groups[g]["params"][i], layouts[g][i]) or _was_flattened(groups[g]["params"][i])
+                      for g, i in places)  # fmt: skip
+        if not sharded or not isinstance(document.get("state"), Mapping) or "param_groups" not in document:
+            return  # what is no state dict is refused elsewhere
+        keys = [key for saved in document["param_groups"] for key in saved["params"]]
         for (g, i), key in zip(places, keys, strict=False):
             group, layout = groups[g], layouts[g][i]
             parameter = group["params"][i]
             # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
-            is_flat = isinstance(layout, FlatLayout) or getattr(parameter, "_fsdp_flattened", False)
+            is_flat = isinstance(layout, FlatLayout) or _was_flattened(parameter)
             wanted = is_flat if flattened else is_dtensor(parameter)
             if wanted:
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
@@ -257,6 +261,11 @@ def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[st
     states = dict(document["state"])
     states.update({key: {**states[key], "exp_avg_sq": second} for key, second in seconds.items()})
     return {**document, "state": states}
+
+
+def _was_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has the parameter in its hands, even where one rank has all of it."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def is_sharded(parameter: Tensor, layout: Layout) -> bool:
