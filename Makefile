@@ -93,6 +93,7 @@ CHECK ?= tests/interop
 # DeepSpeed compiles its shared-memory operator at its first start; ranks that wait for it would give up.
 interop: export TORCH_EXTENSIONS_DIR := $(abspath $(INTEROP))/extensions
 interop: $(INTEROP)/.ready $(FACTORY)/.ready
+	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock  # of a build that was killed
 	@PATH=$(abspath $(INTEROP))/bin:$$PATH $(INTEROP)/bin/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)'
 	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 $(CHECK); status=$$?; \
 		$(INTEROP)/bin/python -m tests.interop.matrix; exit $$status
