@@ -235,6 +235,8 @@ class Shards:
             elif grad is not None and piece.parts:
                 stepping.lend(shard.view, shard.gradient(grad))
                 own_states[shard.view] = state
+            elif grad is not None:
+                stepping.empty.append((g, i))
         stepping.groups[g] = {**group, "params": params, "param_names": names}
         stepping.layouts[g], stepping.states[g] = own_layouts, own_states
 

@@ -25,6 +25,7 @@ class Stepping:
         groups, layouts, states: as the engines take them, by group.
         cut: tensors whose blocks other ranks share, with their local gradients.
         free: parts of those that engines take, by their place in the group: of which parameter they are part.
+        empty: parameters of which nothing is held here: their state counts steps, as on the other ranks.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Stepping:
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[Shard, Tensor | None]] = {}
         self.free: dict[Position, tuple[int, Free]] = {}
+        self.empty: list[Position] = []
         self._lent: list[Tensor] = []
         self._means: list[Tensor | None] = []
 
@@ -69,6 +71,8 @@ class Stepping:
 
     def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
         """Step the tensors whose blocks are shared."""
+        for g, i in self.empty:
+            state_of(g, i)["step"] += 1
         for ((g, i), (shard, grad)), means in zip(self.cut.items(), self._means, strict=True):
             if means is None:
                 continue
