@@ -47,7 +47,7 @@ def main(
     cluster: Literal["local", "slurm"] = "local",
     processes: int = 1,
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
-    slurm: Annotated[Slurm, tyro.conf.arg(name="")] = Slurm(),  # noqa: B008
+    slurm: Annotated[Slurm, tyro.conf.arg(name="")] = Slurm(),  # noqa: B008 (frozen)
 ) -> None:
     """Run the grid, resuming what was interrupted; on a cluster, submit it.
 

@@ -122,7 +122,7 @@ class Checkpoints:
         future = dcp.async_save(
             document, storage_writer=writer, process_group=self._group, no_dist=self._group is None
         )  # fmt: skip
-        self._pending = future, step  # type: ignore[assignment]
+        self._pending = future, step  # type: ignore[assignment]  # no response object was asked for
 
     def poll(self) -> None:
         """Take note of a write that has ended."""

@@ -203,6 +203,7 @@ class _Maker:
         """This rank's of the equal parts of each parameter, one behind the other (ZeRO 3)."""
         rank, ranges, at = dist.get_rank(group), [], 0
         for parameter in params:
+            # DeepSpeed gives its parameters this method.
             numel, part = prod(whole_shape(parameter)), parameter.partition_numel()  # type: ignore[attr-defined]
             bounds = tuple(within(0, numel, r * part, (r + 1) * part) for r in range(dist.get_world_size(group)))
             ranges.append(self._range(parameter, bounds, rank, at))

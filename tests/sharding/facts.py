@@ -227,3 +227,16 @@ def whole_state_through_the_door() -> str:
     load_full_state_dict(second, document)
     one, other = ([state[key] for state in o.state.values() for key in sorted(state)] for o in (first, second))
     return FINE if all(map(torch.equal, one, other)) and len(one) == len(other) > 0 else "other state"
+
+
+def nothing_held() -> str:
+    """A gradient makes state also where a rank holds nothing of the parameter: distributed checkpoints count on it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    run = start("llama", "fsdp1")
+    parameters = list(run.model.parameters())
+    if all(p.numel() for p in parameters):
+        return f"rank {dist.get_rank()} holds something of everything: the case shows nothing"
+    get_optimizer_state_dict(run.model, run.optimizer)  # torch makes state by a step with zero gradients
+    without = sum(not run.optimizer.state.get(p) for p in parameters)
+    return FINE if not without else f"{without} parameters have no state on rank {dist.get_rank()}"

@@ -36,7 +36,7 @@ TRAINED = {
 
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
          "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient",
-         "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
+         "nothing_held", "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 
