@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import scipy.stats
 from analysis.stats import Interval, t_interval
 
 FORMAT_VERSION = 1
+RESULTS = ("finished", "diverged")
+"""States of a run that are results."""
 BASELINE = "elementwise"
 ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
 
@@ -23,43 +27,88 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
 
     Args:
         folder: results of one experiment.
-        partial: leave out runs that have not ended yet (instead of refusing the folder).
+        partial: leave out runs that are not results (instead of refusing the folder). How many, by their state, is
+            in ``attrs["left_out"]`` of the table.
 
     Raises:
         FileNotFoundError: no runs there.
-        ValueError: a damaged or foreign folder, or a run that failed or never ended.
+        ValueError: a damaged or foreign folder, or a run that is neither finished nor diverged.
     """
-    paths = sorted(folder.glob("*/config.json"))
-    rows = [_row(path.parent) for path in paths if not partial or _ended(path.parent)]
+    rows, left_out = [], Counter[str]()
+    for path in sorted(folder.glob("*/config.json")):
+        state = _state(path.parent)
+        if state in RESULTS:
+            rows.append(_row(path.parent))
+        elif partial:
+            left_out[state] += 1
+        else:
+            raise ValueError(
+                f"{path.parent} is not finished: it is {state}; run `make ablation` again, or draw with --partial"
+            )
     if not rows:
-        raise FileNotFoundError(f"no runs under {folder}; run `make ablation` first")
+        raise FileNotFoundError(f"no results under {folder}; run `make ablation` first")
     table = pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True)
     twice = table[table.duplicated(["arm", "lr", "seed"], keep=False)]
     if len(twice):
         raise ValueError(f"{folder} holds several runs of {twice[['arm', 'lr', 'seed']].iloc[0].to_dict()}; remove one")
+    table.attrs["left_out"] = dict(left_out)
     return table
 
 
-def _ended(run: Path) -> bool:
-    status = run / "status.json"
-    return status.is_file() and json.loads(status.read_text()).get("state") in ("finished", "diverged")
-
-
-def _row(run: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((run / "config.json").read_text())
-        status = json.loads((run / "status.json").read_text())
-        curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    except FileNotFoundError as error:
-        raise ValueError(f"{run} is not finished ({error.filename} is missing); run `make ablation` again") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{run} is damaged ({error}); delete it and run `make ablation` again") from error
+def _state(run: Path) -> str:
+    """The state that a run's status names, or "without a status"."""
+    path = run / "status.json"
+    if not path.is_file():
+        return "without a status"
+    status = _read(path)
+    if not isinstance(status, dict) or not isinstance(status.get("state"), str):
+        raise _damaged(run, "its status.json names no state")
     if status.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{run} has format_version={status.get('format_version')}; this release reads {FORMAT_VERSION}"
         )
-    if status["state"] == "failed":
-        raise ValueError(f"{run} failed; its status.json says why; run `make ablation` again")
+    return str(status["state"])
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path.parent, f"{path.name}: {error}") from error
+
+
+def _damaged(run: Path, why: str) -> ValueError:
+    """A damaged run counts as finished for the runner, so its folder has to go before it is run again."""
+    return ValueError(f"{run} is damaged ({why}); delete the folder and run `make ablation` again")
+
+
+def _curve(run: Path) -> list[dict[str, Any]]:
+    """The points of ``metrics.jsonl``; none where there is no file, as when a run diverges before its first."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _damaged(run, f"{path.name}: {error}") from error
+
+
+def _row(run: Path) -> dict[str, Any]:
+    config, status, curve = _read(run / "config.json"), _read(run / "status.json"), _curve(run)
+    needed = {
+        "config.json": (config, ("arm", "lr", "seed", "steps")),
+        "status.json": (status, ("final_val_loss", "second_moment_scalars", "parameters")),
+    }
+    for name, (document, keys) in needed.items():
+        if missing := [key for key in keys if not isinstance(document, dict) or key not in document]:
+            raise _damaged(run, f"{name} lacks {missing[0]}")
+    if status["state"] == "finished":
+        last = curve[-1] if curve else {}
+        if not isinstance(last, dict) or last.get("step") != config["steps"]:
+            raise _damaged(
+                run, f"metrics.jsonl does not reach step {config['steps']}, though status.json says finished"
+            )
+        loss = status["final_val_loss"]
+        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
+            raise _damaged(run, f"final_val_loss={loss!r} in status.json is no finite number, though the run finished")
     return {
         "arm": config["arm"], "lr": config["lr"], "seed": config["seed"], "state": status["state"],
         "final_val_loss": status["final_val_loss"] if status["state"] == "finished" else float("inf"),

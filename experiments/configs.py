@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,8 +67,18 @@ class TrainConfig:
         for name in ("batch", "seq_len", "steps", "eval_every", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup} is a share of the steps, in [0, 1)")
+        for name in ("checkpoint_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        for name in ("warmup", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("lr", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0")
+        for name, size in vars(self.model).items():
+            if not isinstance(size, bool) and not 0 < size < math.inf:
+                raise ValueError(f"model.{name}={size} must be greater than 0")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with the model's class."""

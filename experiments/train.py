@@ -291,7 +291,11 @@ def main() -> None:
     """The command line: a config's name, then overrides of its fields."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in CONFIGS.items()}
-    job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
+    try:
+        job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
+        job.config.with_rules_hash()
+    except (ValueError, FileNotFoundError) as error:  # a value out of its range, or an arm that is no rule set
+        raise SystemExit(f"error: {error}") from error
     raise SystemExit(launch(job.config, job.results, job.options, job.threads))
 
 

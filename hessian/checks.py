@@ -150,3 +150,9 @@ def dependence(
     raise ValueError(
         f"the loss does not depend on {unused[:5]}{'...' if len(unused) > 5 else ''}; leave them out of params"
     )
+
+
+def require_chunk(chunk: int) -> None:
+    """Raise ValueError unless ``chunk``, a number of products asked for at a time, is at least 1."""
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1: it is how many products are asked for at a time")

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from optimizer.partition import Role, Rules, Unit
 
+from .probing import check_block_ids
+
 Z_GATE = 6.0
 """A candidate's structure counts as real when its median z over trained checkpoints exceeds this."""
 WORTH = 0.95
@@ -104,13 +106,15 @@ def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int =
         (gap, mean gap of the null), both in nats and >= 0.
 
     Raises:
-        ValueError: shapes differ, or a second moment is negative or not finite, or all are zero.
+        ValueError: shapes differ; a second moment is negative or not finite, or all are zero; ids that are not int64
+            or leave out a number.
     """
     flat, ids = v.detach().reshape(-1).to(torch.float64), block_ids.reshape(-1)
     if flat.numel() != ids.numel():
         raise ValueError(f"v has {flat.numel()} elements but block_ids has {ids.numel()}; give one id per element")
     if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
         raise ValueError("v must be finite, non-negative and not all zero: mean squared gradients of some batches")
+    check_block_ids(ids, ids.numel())
     flat = flat.clamp_min(FLOOR * float(flat.mean()))
     sizes = torch.bincount(ids).to(torch.float64)
     mean_log = float(flat.log().mean())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import require_chunk
 from .operators import LinearMap
 
 DEFAULT_MAX_BYTES = 4 * 2**30
@@ -33,8 +34,9 @@ def dense(
         [n, n], column j the product with the j-th unit vector; symmetric up to rounding.
 
     Raises:
-        ValueError: the result would be larger than ``max_bytes``.
+        ValueError: the result would be larger than ``max_bytes``, or a chunk below 1.
     """
+    require_chunk(chunk)
     n = operator.shape[0]
     needed = n * n * operator.dtype.itemsize
     if needed > max_bytes:

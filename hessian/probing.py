@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import require_chunk
 from .operators import LinearMap
 from .results import BlockNorms
 
@@ -19,8 +20,8 @@ def check_block_ids(block_ids: Tensor, n: int) -> int:
     """
     if block_ids.dim() != 1 or len(block_ids) != n:
         raise ValueError(f"block_ids has shape {tuple(block_ids.shape)}; give one id for each of the {n} parameters")
-    if block_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"block_ids has dtype {block_ids.dtype}; it must be int64")
+    if block_ids.dtype != torch.int64:
+        raise ValueError(f"block_ids has dtype {block_ids.dtype}; it must be int64: pass block_ids.long()")
     present = torch.unique(block_ids)
     if not torch.equal(present, torch.arange(len(present), dtype=present.dtype, device=present.device)):
         raise ValueError(
@@ -57,12 +58,13 @@ def block_norms(
         ``BlockNorms`` with mean and standard error, [B, B] each.
 
     Raises:
-        ValueError: ids that do not cover the parameters, or fewer than two probes.
+        ValueError: ids that do not cover the parameters, fewer than two probes, or a chunk below 1.
     """
     n = operator.shape[0]
     blocks = check_block_ids(block_ids, n)
     if probes < 2:
         raise ValueError(f"probes={probes} must be at least 2: a standard error needs two")
+    require_chunk(chunk)
     ids = block_ids.to(operator.device)
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(ids, minlength=blocks)

@@ -9,6 +9,10 @@ from .probing import check_block_ids
 from .results import BlockStructure
 
 
+ROUNDING = 1e-10
+"""A relative spread below this is the rounding of sums in float64 (n^2 terms), not a spread."""
+
+
 def block_structure(matrix: Tensor, block_ids: Tensor, permutations: int = 200, seed: int = 0) -> BlockStructure:
     """Mass inside the blocks of a partition against size-matched random partitions.
 
@@ -44,11 +48,11 @@ def block_structure(matrix: Tensor, block_ids: Tensor, permutations: int = 200, 
         return BlockStructure(share, share, 0.0, 1.0, permutations)
     inside = _mass(magnitude, block_ids, sizes) / total
     generator = torch.Generator().manual_seed(seed)
-    null = torch.tensor([
-        _mass(magnitude, block_ids[torch.randperm(n, generator=generator)], sizes) / total for _ in range(permutations)
-    ])  # fmt: skip
+    shuffled = (block_ids[torch.randperm(n, generator=generator)] for _ in range(permutations))
+    null = torch.tensor([_mass(magnitude, ids, sizes) / total for ids in shuffled], dtype=torch.float64)
     spread = float(null.std())
-    z = (inside - float(null.mean())) / spread if spread > 0 else 0.0
+    # Random partitions of a constant matrix hold the same mass but for rounding, which says nothing.
+    z = (inside - float(null.mean())) / spread if spread > ROUNDING * float(null.mean()) else 0.0
     outside_mean = (1 - inside) * total / others
     ratio = (inside * total / pairs) / outside_mean if outside_mean > 0 else float("inf")
     return BlockStructure(inside, float(null.mean()), z, ratio, permutations)

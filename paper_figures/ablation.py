@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(str(error)) from error
     setup()
+    left_out = runs.attrs["left_out"]
     note = " (incomplete)" if arguments.partial else ""
     arguments.out.mkdir(parents=True, exist_ok=True)
     drawn = [f(runs, arguments.out, note) for f in (loss_curves, loss_against_scalars, learning_rates)]
@@ -166,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(tables(runs))
     os.replace(temporary, path)
-    print(f"{len(runs)} runs; {', '.join(str(p) for p in drawn)}; {path}")
+    said = f" ({', '.join(f'{n} {state}' for state, n in left_out.items())} left out)" if left_out else ""
+    print(f"{len(runs)} runs{said}; {', '.join(str(p) for p in drawn)}; {path}")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,49 @@ def test_unfinished_is_refused_unless_partial(tmp_path: Path) -> None:
     assert load_runs(tmp_path, partial=True).arm.tolist() == ["elementwise"]
 
 
+@pytest.mark.parametrize("state", ["interrupted", "running", "failed", "queued"])
+def test_only_finished_and_diverged_runs_are_results(tmp_path: Path, state: str) -> None:
+    write_run(tmp_path, "elementwise", 0.01, 0, 2.0)
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, state=state)
+    with pytest.raises(ValueError, match=f"{run.name}.*{state}.*make ablation"):
+        load_runs(tmp_path)
+    runs = load_runs(tmp_path, partial=True)
+    assert runs.arm.tolist() == ["elementwise"]
+    assert runs.attrs["left_out"] == {state: 1}
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("text", [None, "", '{"step": 10, "tokens": 640, "val_loss": 2.1}\n', '{"step": 1'])
+def test_a_finished_run_without_its_whole_curve_is_damaged(tmp_path: Path, text: str | None, partial: bool) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    (run / "metrics.jsonl").unlink()
+    if text is not None:
+        (run / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=f"{run.name} is damaged.*delete the folder"):
+        load_runs(tmp_path, partial=partial)
+
+
+@pytest.mark.parametrize("loss", [None, float("nan"), "2.0"])
+def test_a_finished_run_without_a_loss_is_damaged(tmp_path: Path, loss: object) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, final_val_loss=loss)
+    with pytest.raises(ValueError, match="final_val_loss="):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"state": 1}', '{"sta', "null"])
+def test_a_status_that_names_no_state_is_damaged(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    (run / "status.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{run.name} is damaged"):
+        load_runs(tmp_path)
+
+
+def test_a_run_that_diverged_before_its_first_point_is_a_result(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, state="diverged", final_val_loss=None)
+    (run / "metrics.jsonl").unlink()
+    assert load_runs(tmp_path).final_val_loss.tolist() == [float("inf")]
+
+
 def test_cut_file_is_damaged_not_missing(tmp_path: Path) -> None:
     run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
     (run / "metrics.jsonl").write_text('{"step": 1')

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import experiments.train as train_module
-from experiments.configs import FORMAT_VERSION, TrainConfig
+from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
 from experiments.models import MLPConfig
 from experiments.optimizers import require_coverage
 from experiments.storage import write_json
-from experiments.train import learning_rate, run_folder, train
+from experiments.train import learning_rate, main, run_folder, train
 from tests.experiments import processes
 
 
@@ -193,3 +193,37 @@ def test_optimizer_that_misses_a_parameter_is_refused(config: TrainConfig) -> No
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="holds 2 parameters, the model has 4"):
         require_coverage(model, torch.optim.SGD(model[0].parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clip", -1.0), ("clip", float("nan")), ("lr", -1e-3), ("lr", float("inf")), ("beta1", 1.0), ("beta2", -0.1),
+        ("weight_decay", -0.1), ("warmup", 1.0), ("seed", -1), ("checkpoint_every", -1), ("steps", 0),
+    ],
+)  # fmt: skip
+def test_every_number_of_a_config_has_its_range(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}="):
+        dataclasses.replace(CONFIGS["smoke"](), **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("dim", 0), ("n_heads", -1), ("rope_base", float("nan"))])
+def test_every_size_of_a_model_has_its_range(name: str, value: float) -> None:
+    smoke = CONFIGS["smoke"]()
+    with pytest.raises(ValueError, match=f"model.{name}="):
+        dataclasses.replace(smoke, model=dataclasses.replace(smoke.model, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--clip", "-1", "clip=-1.0"), ("--model.dim", "0", "model.dim=0"), ("--seed", "-1", "seed=-1"),
+     ("--arm", "nothing", "nothing")],
+)  # fmt: skip
+def test_the_command_line_names_a_bad_value_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str, message: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["experiments.train", "smoke", option, value])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code not in (None, 0)
+    assert message in f"{ended.value.code} {capsys.readouterr()}"

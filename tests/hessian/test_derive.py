@@ -26,6 +26,17 @@ def test_jensen_gap_by_hand() -> None:
     assert jensen_gap(v, torch.zeros(4, dtype=torch.int64))[0] == pytest.approx(float(whole), rel=1e-6)
 
 
+@pytest.mark.parametrize("ids", [[0, 0, 2, 2], [1, 1, 2, 2], [-1, 0, 1, 1]])
+def test_jensen_gap_refuses_ids_with_holes(ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="renumber"):
+        jensen_gap(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor(ids))
+
+
+def test_jensen_gap_refuses_ids_of_another_dtype() -> None:
+    with pytest.raises(ValueError, match=r"int32.*long\(\)"):
+        jensen_gap(torch.ones(2), torch.zeros(2, dtype=torch.int32))
+
+
 def test_jensen_gap_against_its_null() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(20).repeat_interleave(30)

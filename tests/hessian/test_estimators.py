@@ -181,3 +181,26 @@ def test_closed_forms() -> None:
     v = torch.tensor([[1.0, 3.0], [2.0, 6.0]])
     assert snr(v, 1) == pytest.approx((4 / 1 + 16 / 4) / 2)
     assert snr(torch.ones(3, 3), 0) > 1e11
+
+
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_that_asks_for_no_product_is_refused(chunk: int) -> None:
+    operator = MatrixOperator(torch.eye(4))
+    with pytest.raises(ValueError, match=f"chunk={chunk}"):
+        dense(operator, chunk=chunk)
+    with pytest.raises(ValueError, match=f"chunk={chunk}"):
+        block_norms(operator, torch.tensor([0, 0, 1, 1]), chunk=chunk)
+
+
+def test_block_ids_of_another_dtype_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"int32.*long\(\)"):
+        block_structure(torch.eye(4), torch.zeros(4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("value", [1.0, 0.1, 1e-8, 3e7])
+@pytest.mark.parametrize("ids", [[0, 0, 1, 1, 2, 2, 2, 3], [0, 1, 2, 0, 1, 2, 0, 1]])
+def test_a_constant_matrix_has_no_structure(value: float, ids: list[int]) -> None:
+    matrix = torch.full((8 * 16, 8 * 16), value)
+    blocks = torch.tensor(ids).repeat(16)
+    for seed in range(5):
+        assert block_structure(matrix, blocks, seed=seed).z == 0
