@@ -8,7 +8,6 @@ from torch import Tensor
 from .probing import check_block_ids
 from .results import BlockStructure
 
-
 ROUNDING = 1e-10
 """A relative spread below this is the rounding of sums in float64 (n^2 terms), not a spread."""
 
