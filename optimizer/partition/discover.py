@@ -139,7 +139,7 @@ def _is_projection(module: nn.Module) -> bool:
 def _embeddings(paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:
     """nn.Embedding: one unit per row; the name only tells positions from tokens."""
     for path, module in paths.items():
-        if not (isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")):
+        if not (isinstance(module, nn.Embedding | nn.EmbeddingBag) or type(module).__name__.endswith("Embedding")):
             continue
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and id(weight) not in found:

@@ -1,0 +1,27 @@
+"""Arguments and layers that torch's own optimizers take without a word: NumPy's numbers, bags of embeddings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch import nn
+
+from optimizer import AdamMini, Role, partition
+from optimizer.partition import discover
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_numbers_of_numpy_are_numbers(kind: type) -> None:
+    optimizer = AdamMini(nn.Linear(2, 2), lr=kind(1), weight_decay=kind(0), betas=(kind(0), kind(0)))
+    assert optimizer.param_groups[0]["lr"] == 1
+
+
+def test_numbers_of_numpy_have_their_range() -> None:
+    with pytest.raises(ValueError, match="lr"):
+        AdamMini(nn.Linear(2, 2), lr=np.float32("nan"))
+
+
+def test_a_bag_of_embeddings_has_one_block_per_row() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3))
+    assert discover(model)["0.weight"].role is Role.TOKEN_EMBEDDING
+    assert partition(model)["0.weight"].n_blocks == 7
