@@ -195,12 +195,18 @@ class Rules:
 
         Raises:
             FileNotFoundError: a path that does not exist.
+            TypeError: neither a name, a path nor rules.
             ValueError: not a rules file, another schema version, an unknown role, unit or key, a malformed override.
         """
         if isinstance(source, Rules):
             return source
         if isinstance(source, str) and source in shipped():
             return cls(source)
+        if not isinstance(source, str | os.PathLike):
+            raise TypeError(
+                f"rules={source!r} must be a shipped set's name ({', '.join(shipped())}), a path or Rules; to build "
+                "rules in code, change a set: Rules.load('adam_mini').replace(...)"
+            )
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(

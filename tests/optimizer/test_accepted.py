@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from optimizer import AdamMini, Role, partition
@@ -25,3 +28,23 @@ def test_a_bag_of_embeddings_has_one_block_per_row() -> None:
     model = nn.Sequential(nn.EmbeddingBag(7, 4), nn.Linear(4, 3))
     assert discover(model)["0.weight"].role is Role.TOKEN_EMBEDDING
     assert partition(model)["0.weight"].n_blocks == 7
+
+
+class Odd(nn.Module):
+    """A matrix that no table knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thing = nn.Parameter(torch.zeros(3, 4))
+
+
+def test_elementwise_has_to_know_nothing() -> None:
+    assert AdamMini(Odd(), rules="elementwise", strict=True).state_bytes()["exp_avg_sq"] == 4 * 12
+    with pytest.raises(ValueError, match="not recognised"):
+        AdamMini(Odd(), strict=True)
+
+
+@pytest.mark.parametrize("rules", [None, {}, 3])
+def test_what_is_no_rule_set_is_named(rules: Any) -> None:
+    with pytest.raises(TypeError, match=r"rules=.*adam_mini.*Rules"):
+        AdamMini(nn.Linear(2, 2), rules=rules)
