@@ -53,6 +53,8 @@ class Bare:
         make: how it is made.
         why: the reason.
         least: fewest dimensions it speaks of.
+        vectors: whether it speaks only of tensors with at most one axis longer than 1. What a parameter is called
+            makes a vector a scale or a bias, but never a matrix: for a matrix the class has to say so.
     """
 
     owner: str
@@ -60,11 +62,13 @@ class Bare:
     make: Maker
     why: str
     least: int = 1
+    vectors: bool = False
 
     def matches(self, place: Place, leaf: str) -> bool:
         """Whether this row speaks of the parameter."""
         return (
             place.tensor.ndim >= self.least
+            and not (self.vectors and sum(size > 1 for size in place.shape) > 1)
             and re.search(self.owner, type(place.owner).__name__) is not None
             and re.fullmatch(self.leaf, leaf) is not None
         )
@@ -79,9 +83,12 @@ def weight_norm_direction(place: Place, why: str) -> Anatomy:
 
 _LEARNED = table_rows(Role.POSITION_EMBEDDING)
 _TOKENS = r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
+_CONSTANTS = r"A_log|D|A|dt_bias|time_\w+|\w*_sinks?|sinks"
+_EACH_ITS_OWN = "constants of a channel or head: each its own, like biases"
 BARE: tuple[Bare, ...] = (
     Bare(r"(?i)router|gate$|gating", r"weight|.*classifier.*", rows(Role.MLP_IN), "router: one row per expert", 2),
-    Bare(r"", r"\w*bias(es)?|\w*bias_([a-z]|[A-Z]+)|bias_\w+|r_[rsw]_bias|b\d", vector(Role.BIAS), "a bias"),
+    Bare(r"", r"\w*bias(es)?|\w*bias_([a-z]|[A-Z]+)|bias_\w+|r_[rsw]_bias", vector(Role.BIAS), "a bias"),
+    Bare(r"", r"b\d", vector(Role.BIAS), "a bias", vectors=True),
     Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
     Bare(r"", r"\w*quer(y|ies)", _LEARNED, "learned queries: one unit each", 3),
     Bare(r"(?i)residual|projector", r"query", _LEARNED, "learned queries: one unit each", 2),
@@ -93,10 +100,11 @@ BARE: tuple[Bare, ...] = (
         "a table of learned vectors: one unit per row",
         2,
     ),
-    Bare(r"(?i)norm|grn", r"weight|scale|gamma|g|alpha", vector(Role.NORM), "scale of a normalisation"),
-    Bare(r"", r"layer_scale\w*|gamma\w*|\w*scale|temperature|lambda\w*|alpha", vector(Role.NORM), "a scale"),
-    Bare(r"", r"A_log|D|dt_bias|A|time_\w+|\w*_sinks?|sinks|time_decay|time_first", vector(Role.BIAS),
-         "constants of a channel or head: each its own, like biases"),
+    Bare(r"(?i)norm|grn|l2clip", r"weight|scale|gamma|g|alpha", vector(Role.NORM), "scale of a normalisation"),
+    Bare(r"", r"layer_scale\w*|gamma\w*|\w*scale|temperature|lambda\w*|alpha", vector(Role.NORM), "a scale",
+         vectors=True),
+    Bare(r"", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN, vectors=True),
+    Bare(r"(?i)mamba|mixer|ssm|rwkv|delta|retention", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN),
     Bare(r"HyperConnection|HyperHead", r"\w*fn", rows(Role.MLP_IN), "mixing of streams: one unit per output", 2),
     Bare(r"Indexer", r"\w+_gate", rows(Role.MLP_IN), "gate of an indexer: one unit per output", 2),
     Bare(r"ParametrizationList", r"original1", weight_norm_direction, "weight norm: direction of the weight", 2),
