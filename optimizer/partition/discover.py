@@ -10,7 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .families import BARE, FAMILIES, LAYERS, Family, Place, is_convolution, is_dense, is_wrapper, resolve
+from .families import (
+    BARE,
+    FAMILIES,
+    LAYERS,
+    Family,
+    Place,
+    is_convolution,
+    is_dense,
+    is_wrapper,
+    parametrised,
+    resolve,
+    stored,
+)
 from .families.adapters import adapter_family
 from .families.makers import rows, table_rows
 from .names import by_name, clean, role_of_name
@@ -141,8 +153,8 @@ def _embeddings(paths: dict[str, nn.Module], found: dict[int, Anatomy]) -> None:
     for path, module in paths.items():
         if not (isinstance(module, nn.Embedding | nn.EmbeddingBag) or type(module).__name__.endswith("Embedding")):
             continue
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and id(weight) not in found:
+        weight = stored(module)
+        if weight is not None and weight.ndim == 2 and id(weight) not in found:
             position = role_of_name(path) is Role.POSITION_EMBEDDING
             role = Role.POSITION_EMBEDDING if position else Role.TOKEN_EMBEDDING
             found[id(weight)] = whole(role, tuple(weight.shape), "embedding: rows are tokens", in_axis=1)
@@ -156,16 +168,16 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
         candidates.append((output, "the model's get_output_embeddings()"))
     tables = {tuple(m.weight.shape) for m in paths.values() if isinstance(m, nn.Embedding)}
     for path, module in reversed(paths.items()):
-        weight = getattr(module, "weight", None)
-        if not is_dense(module) or not isinstance(weight, Tensor) or id(weight) in found:
+        weight = stored(module) if is_dense(module) else None
+        if weight is None or id(weight) in found:
             continue
         if role_of_name(f"{path}.weight") is Role.HEAD:
             candidates.append((module, "an output layer by name"))
         elif tuple(weight.shape) in tables and weight.shape[0] > weight.shape[1] and clean(path).count(".") <= 1:
             candidates.append((module, "has the shape of the token embedding, at the top of the model"))
     for module, why in candidates:
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and id(weight) not in found:
+        weight = stored(module)
+        if weight is not None and weight.ndim == 2 and id(weight) not in found:
             found[id(weight)] = rows(Role.HEAD)(Place(weight, module, [module]), f"output layer: {why}")
 
 
@@ -175,6 +187,11 @@ _FUSED_NAME = re.compile(r"(?i)(^|_)(qkv|wqkv|query_key_value|c_attn|kv|qk|to_kv
 def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
     """A parameter no family claimed: by the module that holds it, then by name."""
     tensor, owner = place.tensor, place.owner
+    meant, meant_leaf = parametrised(place, leaf)
+    if stored(meant, meant_leaf) is tensor and meant_leaf != leaf:  # it stands for another tensor: what that one is
+        path = name.removesuffix(f".parametrizations.{meant_leaf}.{leaf}").removesuffix(f".{leaf}")
+        around = place.modules[2:] if meant is not owner else place.modules
+        return _leaf(Place(tensor, meant, around), f"{path}.{meant_leaf}", meant_leaf)
     if is_dense(owner) and leaf == "weight" and tensor.ndim >= 2:
         role = role_of_name(name)
         suspicious = role in HEAD_ROLES or _FUSED_NAME.search(clean(name).split(".")[-2] if "." in name else "")
@@ -195,13 +212,21 @@ def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
 
 
 def _inside_attention(place: Place) -> bool:
-    """Whether the parameter sits directly in, or one level below, something that calls itself attention."""
-    return any("attention" in type(m).__name__.lower() or "attn" in type(m).__name__.lower() for m in place.modules[:2])
+    """Whether the parameter sits directly in, or one level below, something that calls itself attention.
+
+    Containers are no level: a list of projections is the attention's own.
+    """
+    levels = [type(module).__name__.lower() for module in place.modules if not isinstance(module, _CONTAINERS)]
+    return any("attention" in name or "attn" in name for name in levels[:2])
+
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def _doubtful(place: Place, name: str) -> Anatomy:
     """A matrix inside an attention nobody declared: its rows might be anything."""
-    kind = type(place.modules[1] if len(place.modules) > 1 else place.owner).__name__
+    around = (module for module in place.modules[1:] if not isinstance(module, _CONTAINERS))
+    kind = type(next(around, place.owner)).__name__
     return place.plain(Role.OTHER, f"inside {kind}, an attention no family describes ({clean(name)})")
 
 

@@ -12,9 +12,9 @@ from .fused import FUSED
 from .latent import LATENT
 from .mixers import MIXERS
 from .plain import BARE, LAYERS, Bare
-from .table import Family, Maker, Place, is_convolution, is_dense, is_wrapper, resolve
+from .table import Family, Maker, Place, is_convolution, is_dense, is_wrapper, parametrised, resolve, stored
 
 FAMILIES: tuple[Family, ...] = (*FUSED, *LATENT, *SEPARATE, *MIXERS, *FEEDFORWARD)
 
 __all__ = ["BARE", "FAMILIES", "LAYERS", "Bare", "Family", "Maker", "Place", "is_convolution", "is_dense", "is_wrapper",
-           "resolve"]  # fmt: skip
+           "parametrised", "resolve", "stored"]  # fmt: skip

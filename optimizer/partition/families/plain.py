@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torch import nn
-
-from ..roles import Anatomy, Role, whole
+from ..roles import Role, whole
 from .makers import kernel, rows, table_rows, vector
 from .table import Family, Maker, Place
 
@@ -74,13 +72,6 @@ class Bare:
         )
 
 
-def weight_norm_direction(place: Place, why: str) -> Anatomy:
-    """weight_norm's direction has the shape of the weight it stands for."""
-    layer = place.modules[2] if len(place.modules) > 2 else place.owner
-    inner = Place(place.tensor, layer, place.modules)
-    return kernel(inner, why) if isinstance(layer, nn.modules.conv._ConvNd) else inner.plain(Role.MLP_IN, why)
-
-
 _LEARNED = table_rows(Role.POSITION_EMBEDDING)
 _TOKENS = r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
 _CONSTANTS = r"A_log|D|A|dt_bias|time_\w+|\w*_sinks?|sinks"
@@ -107,9 +98,7 @@ BARE: tuple[Bare, ...] = (
     Bare(r"(?i)mamba|mixer|ssm|rwkv|delta|retention", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN),
     Bare(r"HyperConnection|HyperHead", r"\w*fn", rows(Role.MLP_IN), "mixing of streams: one unit per output", 2),
     Bare(r"Indexer", r"\w+_gate", rows(Role.MLP_IN), "gate of an indexer: one unit per output", 2),
-    Bare(r"ParametrizationList", r"original1", weight_norm_direction, "weight norm: direction of the weight", 2),
     Bare(r"ParametrizationList", r"original0", vector(Role.NORM), "weight norm: length of the weight"),
-    Bare(r"", r"weight_v", weight_norm_direction, "weight norm: direction of the weight", 2),
     Bare(r"", r"weight_g", vector(Role.NORM), "weight norm: length of the weight"),
 )  # fmt: skip
 """Read from the top; the first row that matches decides."""

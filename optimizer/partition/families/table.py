@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..heads import ask, sources
 from ..roles import Anatomy, Part, Role
@@ -40,7 +41,7 @@ class Place:
         ndim = self.tensor.ndim
         if is_convolution(self.owner):
             return 0, 0, 1
-        if type(self.owner).__name__ == "Conv1D" and ndim == 2:
+        if ndim == 2 and any(cls.__name__ == "Conv1D" for cls in type(self.owner).__mro__):
             return 0, 1, 0
         return (ndim - 2, ndim - 2, ndim - 1) if ndim >= 2 else (0, 0, None)
 
@@ -150,19 +151,49 @@ def resolve(module: nn.Module, path: str) -> tuple[nn.Module, Tensor] | None:
     if isinstance(target, nn.Module):
         # An adapter layer has a weight of its own to show, its base layer's, and FSDP1 that of what it wraps: what is
         # inside says how the weight is laid out.
-        while (
-            "base_layer" in target._modules
-            or is_wrapper(target)
-            or not isinstance(getattr(target, "weight", None), nn.Parameter)
-        ):
+        while "base_layer" in target._modules or is_wrapper(target) or stored(target) is None:
             inner = next((m for n in _WRAPPED if isinstance(m := getattr(target, n, None), nn.Module)), None)
             if inner is None:
                 return None
             target = inner
-        owner, target = target, target.weight
+        owner, target = target, stored(target)
+    elif isinstance(target, Tensor) and isinstance(owner, nn.Module):
+        target = stored(owner, name)
     while isinstance(owner, nn.Module) and is_wrapper(owner):
         owner = next(owner._modules[name] for name in _AROUND if name in owner._modules)
     return (owner, target) if isinstance(owner, nn.Module) and isinstance(target, nn.Parameter) else None
+
+
+def stored(module: nn.Module, leaf: str = "weight") -> nn.Parameter | None:
+    """The parameter that a module's tensor of this name is, or is computed from element by element.
+
+    A parametrization (``torch.nn.utils.parametrize``, and the older ``weight_norm`` and ``spectral_norm``) replaces
+    the parameter by others. The one of the tensor's own shape has its rows and columns: weight norm's direction, for
+    instance. None where there is no such parameter.
+    """
+    tensor = getattr(module, leaf, None)
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    if not isinstance(tensor, Tensor):
+        return None
+    lists = getattr(module, "parametrizations", None)
+    holder = lists[leaf] if isinstance(lists, nn.ModuleDict) and leaf in lists else module
+    names = ("original", "original1", "original0") if holder is not module else (f"{leaf}_v", f"{leaf}_orig")
+    candidates = (holder._parameters.get(name) for name in names)
+    return next((p for p in candidates if p is not None and p.shape == tensor.shape), None)
+
+
+def parametrised(place: Place, leaf: str) -> tuple[nn.Module, str]:
+    """The module and the name of the tensor that a parameter stands for: its own, unless a parametrization holds it."""
+    modules = place.modules
+    if len(modules) > 2 and isinstance(place.owner, ParametrizationList):
+        names = (name for name, module in modules[1].named_children() if module is place.owner)
+        return modules[2], next(names, leaf)
+    for suffix in ("_v", "_orig"):
+        base = leaf.removesuffix(suffix)
+        if base != leaf and stored(place.owner, base) is place.tensor:
+            return place.owner, base
+    return place.owner, leaf
 
 
 _WRAPPED = ("base_layer", "linear", "original_module", "base_module", "module", "_orig_mod",
