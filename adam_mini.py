@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout, Role, Unit
+from optimizer.interface import whole_shape, wrappers
 from optimizer.partition import Anatomy, Part, layout_of
-from optimizer.partition.discover import module_behind, tagged
-from optimizer.partition.names import by_name, clean
-from optimizer.partition.roles import whole, whole_shape
-from optimizer.sharding.fsdp1 import FlatFacts, facts_of, stamp_bare
+from optimizer.partition.discover import module_behind, tagged_or_named
+from optimizer.partition.names import clean
+from optimizer.partition.roles import whole
+from optimizer.sharding.facts import FlatFacts, facts_of
 
 __all__ = ["Adam_mini"]
 
@@ -133,7 +134,7 @@ class Adam_mini(AdamMini):
         def resolved(anatomy: Anatomy, name: str) -> Layout:
             return layout_of(self._named_anatomy(clean(name).lower(), anatomy), rules)
 
-        self._layouts = [
+        self.layouts = [
             [
                 known.layout(resolved, exempt=True) if isinstance(known, FlatFacts) else resolved(known[1], known[0])
                 for known in group
@@ -175,7 +176,7 @@ class Adam_mini(AdamMini):
             )
         return Anatomy(anatomy.shape, (Part(role, size, head_dim),), anatomy.reason, in_axis=1)
 
-    def _before_step(self) -> None:
+    def fix_layouts(self) -> None:
         """The first step fixes the blocks."""
         if not self._resolved:
             self._resolve()
@@ -211,7 +212,8 @@ def _claimed_by(name: str, sets: dict[str, Any]) -> str | None:
 def _decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Groups with and without weight decay, from names, tags and shapes."""
     trainable = [(name, p) for name, p in named if p.requires_grad]
-    stamp_bare([(p, name) for name, p in trainable], lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
+    for wrapper in wrappers():
+        wrapper.describe_parameters([(p, name) for name, p in trainable], tagged_or_named)
     keep = [_decays(name, p) for name, p in trainable]
     groups = [
         {
@@ -228,4 +230,4 @@ def _decays(name: str, parameter: nn.Parameter) -> bool:
     facts = facts_of(parameter)
     if facts is not None:
         return any(anatomy.decays for anatomy in facts.anatomies)
-    return (tagged(parameter) or by_name(name, whole_shape(parameter))).decays
+    return tagged_or_named(parameter, name, whole_shape(parameter)).decays

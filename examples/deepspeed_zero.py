@@ -4,7 +4,7 @@ import deepspeed
 import torch.distributed as dist
 from text import arguments, batch, leave, tiny_llama
 
-from optimizer.integrations.deepspeed import initialize
+from optimizer.wrappers.deepspeed.launch import initialize
 
 
 def main() -> None:

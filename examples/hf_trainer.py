@@ -14,7 +14,7 @@ from text import Windows, arguments, leave, tiny_llama, whole_weights
 from transformers import Trainer, TrainingArguments
 
 from optimizer import AdamMini, tag
-from optimizer.integrations.huggingface import AdamMiniMixin, adam_mini
+from optimizer.wrappers.huggingface import AdamMiniMixin, adam_mini
 
 OPTIONS = {"lr": 5e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 

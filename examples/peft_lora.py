@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from text import Windows, arguments, leave, tiny_llama, whole_weights
 from transformers import Trainer, TrainingArguments
 
-from optimizer.integrations.huggingface import AdamMiniMixin
+from optimizer.wrappers.huggingface import AdamMiniMixin
 
 
 class AdamMiniTrainer(AdamMiniMixin, Trainer):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from optimizer.integrations.huggingface import AdamMiniMixin
+from optimizer.wrappers.huggingface import AdamMiniMixin
 
 
 class AdamMiniSFTTrainer(AdamMiniMixin, SFTTrainer):

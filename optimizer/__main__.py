@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .convert import cli as convert
-from .partition import render
-from .partition.explain import compare, explanation
 from .partition.schema import json_schema
-from .plan import cli as plan
-from .targets import load_target
-from .verify import cli as verify
+from .tools.convert import cli as convert
+from .tools.explain import render
+from .tools.explain.rows import compare, explanation
+from .tools.plan import cli as plan
+from .tools.targets import load_target
+from .tools.verify import cli as verify
 
 
 def _explain(arguments: argparse.Namespace) -> None:

@@ -12,19 +12,22 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
-from .engines import Engines, register, traced_step
-from .groups import anatomies_by_identity, groups_of, named
-from .hyper import Hyper
-from .options import validate
+from .interface import Calls, Stand, whole_shape, wrappers
 from .partition import Anatomy, Layout, Rules, discover, layout_of
 from .partition.apply import understood
-from .partition.discover import module_behind, report_unknown, tagged, tagged_name
+from .partition.discover import module_behind, report_unknown, tagged, tagged_name, tagged_or_named
+from .partition.layout import AnyLayout
 from .partition.names import by_name
-from .partition.roles import Role, whole_shape
-from .sharding import Shards, deepspeed
-from .sharding.fsdp1 import facts_of, stamp, stamp_bare
-from .state import new_state, state_bytes
+from .partition.roles import Role
+from .sharding import Shards
+from .sharding.facts import facts_of
+from .sharding.shard import Shard
+from .state import checkpoint
+from .state.specification import new_state, state_bytes, zero_second_moment
+from .step.engines import Engines, register, traced_step
+from .step.groups import anatomies_by_identity, groups_of, named
+from .step.hyper import Hyper
+from .step.options import validate
 
 
 class AdamMini(torch.optim.Optimizer):
@@ -57,8 +60,8 @@ class AdamMini(torch.optim.Optimizer):
             names: a model, ``named_parameters()``, groups of (name, tensor) pairs, or parameters stamped by ``tag``.
         maximize: ascend instead.
         exp_avg_dtype: of the first moment: None for the parameter's own, a floating-point dtype, or "int8" or "int4"
-            for blockwise-scaled codes with stochastic rounding (``optimizer.moments``). Where the native loop does not
-            take them (CUDA, strided tensors, ``foreach=True``), such tensors step one by one in torch operations.
+            for blockwise-scaled codes with stochastic rounding (``optimizer.step.moments``). Where the native loop does
+            not take them (CUDA, strided tensors, ``foreach=True``), such tensors step one by one in torch operations.
         bf16_rounding: how bf16 parameters are rounded where no fp32 copy is kept: None to nearest, "stochastic", or
             "kahan" (a bf16 tensor of compensation beside each).
         foreach: True: operations over lists of tensors. None: that on CUDA where nothing is fused. As in torch, any
@@ -104,17 +107,18 @@ class AdamMini(torch.optim.Optimizer):
         validate(defaults, "argument")
         self.rules = Rules.load(rules)
         self._strict = strict
-        self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
+        self.layouts: list[list[AnyLayout]] = []  # by group position, never by parameter identity
         self._engines, self._shards = Engines(), Shards()
         self._origins: list[list[ref[Tensor]]] = []  # what the layouts were made for, kept alive by others
-        self._flattened: deepspeed.Flattened | None = None
+        self._stand: Stand | None = None  # what a library steps in place of the parameters
         self._handle = register(self)
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
         # Known only while the groups are being made: parameters may be swapped for others later on.
         self._known = anatomies_by_identity(model) if model is not None else {}
         if model is not None:
-            stamp(model, discover)
+            for wrapper in wrappers():
+                wrapper.describe_model(model, discover)
         # A model's norms and biases do not decay, also where FSDP keeps them in one parameter with what does.
         self._exempt = isinstance(params, nn.Module)
         super().__init__(groups_of(params) if isinstance(params, nn.Module) else params, defaults)
@@ -127,8 +131,9 @@ class AdamMini(torch.optim.Optimizer):
         validate({**self.defaults, **param_group}, "parameter group's")
         super().add_param_group(param_group)
         try:
-            stamp_bare(named(self.param_groups[-1]), lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
-            self._layouts.append([self._layout(p, name) for p, name in named(self.param_groups[-1])])
+            for wrapper in wrappers():
+                wrapper.describe_parameters(named(self.param_groups[-1]), tagged_or_named)
+            self.layouts.append([self._layout(p, name) for p, name in named(self.param_groups[-1])])
             self._origins.append([ref(p) for p in self.param_groups[-1]["params"]])
         except ValueError:
             self.param_groups.pop()  # a refused group leaves nothing behind
@@ -136,7 +141,7 @@ class AdamMini(torch.optim.Optimizer):
         if not self._known:  # a group added after construction speaks for itself
             self._report()
 
-    def _layout(self, parameter: Tensor, name: str) -> Layout:
+    def _layout(self, parameter: Tensor, name: str) -> AnyLayout:
         """The layout of one parameter: from the model, a tag, or its name."""
         if facts := facts_of(parameter):
             return facts.layout(self._layout_of, exempt=self._exempt)
@@ -197,30 +202,36 @@ class AdamMini(torch.optim.Optimizer):
                 loss = closure()
         if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
             traced_step(self, self._handle)
-        elif not self._skips():
-            self._accelerator_graph_capture_health_check()
-            with torch.set_grad_enabled(self.defaults["differentiable"]), self._whole() as calls:
-                for which, only in calls:
-                    self._step(which, only)
+        else:
+            self.step_all()
         return loss
 
-    def _before_step(self) -> None:
+    def step_all(self) -> None:
+        """Take the step of every parameter, outside a compiler's graph."""
+        if self.skips():
+            return
+        self._accelerator_graph_capture_health_check()
+        with torch.set_grad_enabled(self.defaults["differentiable"]), self.whole() as calls:
+            for which, only in calls:
+                self._step(which, only)
+
+    def fix_layouts(self) -> None:
         """For subclasses: torch runs the hooks of a ``step`` that calls another one's twice."""
 
-    def _skips(self) -> bool:
+    def skips(self) -> bool:
         """Whether a GradScaler found that this step must not happen; on other devices the engines look themselves."""
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
 
-    def _step_parameter(self, g: int, i: int) -> None:
+    def step_parameter(self, g: int, i: int) -> None:
         """Take the step of one parameter alone."""
         self._step((g,), i)
 
     def _step(self, which: Iterable[int] | None = None, only: int | None = None) -> None:
         """Check everything, hear from other ranks, and only then change anything."""
-        self._before_step()
+        self.fix_layouts()
         which = range(len(self.param_groups)) if which is None else which
-        here = self._shards.begin(self.param_groups, self._layouts, self.state, which, only)
+        here = self._shards.begin(self.param_groups, self.layouts, self.state, which, only)
         try:
             work = [
                 self._engines.prepare(g, here.groups[g], here.layouts[g], here.states[g], here.among(g, only))
@@ -228,36 +239,37 @@ class AdamMini(torch.optim.Optimizer):
             ]
             here.exchange(getattr(self, "grad_scale", None))
             for part in work:
-                self._engines.step(part, self._hyper(part.group), here.state_of(self._local_state_of))
-            here.step(self._hyper, self._local_state_of)
+                self._engines.step(part, self.numbers(part.group), here.state_of(self._local_state_of))
+            here.step(self.numbers, self._local_state_of)
         finally:
             here.end()
 
     @contextmanager
-    def _whole(self) -> Iterator[list[tuple[Iterable[int] | None, int | None]]]:
+    def whole(self) -> Iterator[Calls]:
         """While this is open, ``param_groups`` hold everything that has a layout; yields what a step takes of it.
 
         They do anyway but under DeepSpeed, which puts tensors of its own there, and only some of them at a time.
         """
-        if self._flattened is None and deepspeed.loaded() and self._replaced():
-            self._before_step()
+        if self._stand is None and any(w.may_stand() for w in wrappers()) and self._replaced():
+            self.fix_layouts()
             known = {
                 id(parameter): layout
-                for refs, own in zip(self._origins, self._layouts, strict=True)
+                for refs, own in zip(self._origins, self.layouts, strict=True)
                 for origin, layout in zip(refs, own, strict=True)
-                if (parameter := origin()) is not None
+                if (parameter := origin()) is not None and isinstance(layout, Layout)
             }
-            self._flattened = deepspeed.flattened(self, lambda parameter: known.get(id(parameter)))
-            if self._flattened is None:
+            found = (w.stand_for(self, lambda parameter: known.get(id(parameter))) for w in wrappers())
+            self._stand = next((stand for stand in found if stand is not None), None)
+            if self._stand is None:
                 self._origins = [[ref(p) for p in group["params"]] for group in self.param_groups]
             else:
-                self._layouts = self._flattened.layouts
+                self.layouts = self._stand.layouts
                 self._engines, self._shards = Engines(), Shards()
-        if self._flattened is None:
+        if self._stand is None:
             yield [(None, None)]
             return
-        with self._flattened.whole(self) as calls:
-            self._shards.settle(self.param_groups, self._layouts, self.state)
+        with self._stand.whole(self) as calls:
+            self._shards.settle(self.param_groups, self.layouts, self.state)
             yield list(calls)
 
     def _replaced(self) -> bool:
@@ -267,46 +279,54 @@ class AdamMini(torch.optim.Optimizer):
             for group, refs in zip(self.param_groups, self._origins, strict=True)
         )
 
-    def _hyper(self, group: Mapping[str, Any]) -> Hyper:
+    def numbers(self, group: Mapping[str, Any]) -> Hyper:
         """The group's numbers, with what a GradScaler handed over."""
         return Hyper.of(group, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
-    def _state_of(self, g: int, i: int) -> dict[str, Any]:
+    def state_of(self, g: int, i: int) -> dict[str, Any]:
         """A parameter's state, made at its first gradient."""
         group = self.param_groups[g]
-        state = self.state[group["params"][i]]
+        parameter = group["params"][i]
+        state = self.state[parameter]
         if not state:
-            shard = self._shards.of(g, i, group, self._layouts[g][i])
-            state.update(
-                new_state(group["params"][i], self._layouts[g][i], group)
-                if shard is None
-                else self._shards.new_state(shard, group)
-            )
+            shard = self.shard_of(g, i)
+            if shard is None:
+                aligned = self.layouts[g][i].aligned_shape(parameter.shape)
+                state.update(new_state(parameter, zero_second_moment(parameter, aligned, parameter.device), group))
+            else:
+                state.update(shard.new_state(group))
         return state
+
+    def shard_of(self, g: int, i: int) -> Shard | None:
+        """What this rank holds of a parameter; None for an ordinary one."""
+        return self._shards.of(g, i, self.param_groups[g], self.layouts[g][i])
 
     def _local_state_of(self, g: int, i: int) -> dict[str, Any]:
         """What this rank holds of a parameter's state."""
-        state = self._state_of(g, i)
-        shard = self._shards.of(g, i, self.param_groups[g], self._layouts[g][i])
+        state = self.state_of(g, i)
+        shard = self.shard_of(g, i)
         return state if shard is None else shard.local_state(state)
 
     def init_state(self) -> None:
         """Make all state now, as zeros, so that its memory is known before the first step; otherwise a parameter's is
         made at its first gradient."""
-        with self._whole():
+        with self.whole():
             for g, group in enumerate(self.param_groups):
                 for i, parameter in enumerate(group["params"]):
                     if parameter.requires_grad:
-                        self._state_of(g, i)
+                        self.state_of(g, i)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state on this rank by kind, for every parameter, whether its state exists yet or not."""
         total: Counter[str] = Counter()
-        with self._whole():
-            for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
+        with self.whole():
+            for g, (group, layouts) in enumerate(zip(self.param_groups, self.layouts, strict=True)):
                 for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
-                    shard = self._shards.of(g, i, group, layout)
-                    total.update(state_bytes(parameter, layout, group) if shard is None else shard.state_bytes(group))
+                    shard, shape = self.shard_of(g, i), tuple(parameter.shape)
+                    if shard is None:
+                        total.update(state_bytes(parameter, shape, layout.aligned_shape(shape), group))
+                    else:
+                        total.update(shard.state_bytes(group))
         return dict(total)
 
     def state_dict(self) -> dict[str, Any]:
@@ -314,8 +334,8 @@ class AdamMini(torch.optim.Optimizer):
 
         Second moments of parameters that FSDP1 or DeepSpeed flattened have one value per element there, as they demand.
         """
-        with self._whole(), checkpoint.naming(self, self.rules):
-            return self._shards.widened(super().state_dict(), self.param_groups, self._layouts)
+        with self.whole(), checkpoint.naming(self, self.rules):
+            return self._shards.widened(super().state_dict(), self.param_groups, self.layouts)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
         """Load state: this optimizer's, Adam's and AdamW's, or the published adam-mini package's.
@@ -330,17 +350,18 @@ class AdamMini(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another partition, other parameters or another kind of optimizer.
         """
-        with self._whole():
-            state_dict = self._shards.narrowed(state_dict, self.param_groups, self._layouts, convert=convert)
-            with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
+        with self.whole():
+            state_dict = self._shards.narrowed(state_dict, self.param_groups, self.layouts, convert=convert)
+            with checkpoint.loading(self, self.layouts, self.rules, convert=convert):
                 super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
+        state = {"layouts" if name == "_layouts" else name: value for name, value in state.items()}  # its older name
         super().__setstate__(state)
         self._engines, self._shards, self._handle = Engines(), Shards(), register(self)
         if "_origins" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
-            self._flattened, self._origins = None, [[ref(p) for p in group["params"]] for group in self.param_groups]
+            self._stand, self._origins = None, [[ref(p) for p in group["params"]] for group in self.param_groups]
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -348,7 +369,7 @@ class AdamMini(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         extra = {
             "rules": self.rules,
-            "_layouts": self._layouts,
+            "layouts": self.layouts,
             "_strict": self._strict,
             "_unknown": {},
             "_known": {},

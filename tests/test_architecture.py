@@ -48,7 +48,7 @@ def test_optimizer_imports_torch_alone() -> None:
         "        assert ok, name\n"
         "    return real(name, g, *a, **k)\n"
         "builtins.__import__ = guard\n"
-        "import optimizer, adam_mini, optimizer.reference, optimizer.__main__\n"
+        "import optimizer, adam_mini, optimizer.step.reference, optimizer.__main__\n"
     )
     result = run(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
@@ -63,9 +63,9 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"optimizer", "hessian", "adam_mini.py"}
     assert "optimizer/partition/rules/adam_mini.json" in names
-    assert "optimizer/engines/native/kernel.cpp" in names
+    assert "optimizer/step/engines/native/kernel.cpp" in names
     assert "optimizer/partition/rules/schema/rules.schema.json" in names
-    assert "optimizer/plan/configs/llama-3-8b.json" in names
+    assert "optimizer/tools/plan/configs/llama-3-8b.json" in names
     metadata = next(n for n in names if n.endswith("METADATA"))
     required = [
         line

@@ -20,7 +20,7 @@ import torch
 
 from optimizer.partition import discover
 from optimizer.partition.apply import has_heads
-from optimizer.verify import Verdict, verify
+from optimizer.tools.verify import Verdict, verify
 
 from .document import write
 from .shrink import divisor, shrink

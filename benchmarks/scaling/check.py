@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.scaling.simulate import Message, fsdp1, fsdp2, zero3, zero12
 from benchmarks.scaling.weights import Weight, weights_of
 from optimizer.partition import Anatomy
-from optimizer.plan.sharding import tensor_parallel_axis
+from optimizer.tools.plan.sharding import tensor_parallel_axis
 
 Counted = list[tuple[int, int]]
 """(ranks in the group, bytes) of every collective."""

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.scaling.simulate import Message, fsdp2, zero3, zero12
 from benchmarks.scaling.traffic import SUM, all_reduced, gradients
 from benchmarks.scaling.weights import Weight, weights_of
-from optimizer.plan.model import facts, load_target
+from optimizer.tools.plan.model import facts, load_target
 
 MODELS = ("llama-3-8b", "llama-3-70b", "llama-3-405b")
 WORLDS = tuple(2**k for k in range(3, 13))

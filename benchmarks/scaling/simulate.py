@@ -1,7 +1,7 @@
-"""What one rank's optimizer sends in a step, from the library's own pieces of real layouts.
+"""What one rank's optimizer sends in a step, from the library's own geometries of real layouts.
 
-A DTensor's piece needs to know of its mesh which ranks it has, not how to talk to them: ``Mesh`` and ``Held`` stand for
-the two, so that every rank of thousands can be asked in one process. How a rank's share is cut is torch's and
+A DTensor's geometry needs to know of its mesh which ranks it has, not how to talk to them: ``Mesh`` and ``Held`` stand
+for the two, so that every rank of thousands can be asked in one process. How a rank's share is cut is torch's and
 DeepSpeed's doing and is spelt out here by itself (``torch.chunk``, padding, sub-groups); which blocks that cuts is
 answered by ``optimizer.sharding`` alone. Equal tensors (layers of a model) are asked once.
 """
@@ -22,8 +22,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from benchmarks.scaling.weights import Weight
 from optimizer.partition import Layout
-from optimizer.sharding.flat import Range, flat_piece, within
-from optimizer.sharding.placed import placed_piece
+from optimizer.sharding.flat import Range, flat_geometry, within
+from optimizer.sharding.placed import placed_geometry
 
 SUB_GROUP = 10**9
 """DeepSpeed's default ``sub_group_size``: local elements of ZeRO-3 that are stepped at a time."""
@@ -118,7 +118,7 @@ def place(shape: tuple[int, ...], axis: int | None, mesh: Mesh) -> Held:
 @lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...], layout: Layout, axis: int | None, mesh: Mesh) -> tuple[int, tuple[int, ...]]:
     """(shared blocks that a rank sends, mesh dimensions it sends them along)."""
-    cut = placed_piece(place(shape, axis, mesh), layout).cut
+    cut = placed_geometry(place(shape, axis, mesh), layout).cut
     return (0, ()) if cut is None else (cut.size, cut.groups)
 
 
@@ -145,7 +145,7 @@ def fsdp2(weights: Iterable[Weight], dp: int, tp: int = 1, coordinate: tuple[int
 def _cut_blocks(shape: tuple[int, ...], layout: Layout, bounds: Sequence[tuple[int, int]]) -> int:
     """Shared blocks of a flattened tensor; ranks that hold nothing of it may be left out of ``bounds``."""
     held = Range(shape, layout, tuple(bounds), 0)
-    cut = flat_piece([held], held.stop - held.start, None, torch.device("cpu")).cut
+    cut = flat_geometry([held], held.stop - held.start, None, torch.device("cpu")).cut
     return 0 if cut is None else cut.size
 
 

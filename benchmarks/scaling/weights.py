@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from optimizer.partition import Anatomy, Layout, Rules, discover, layout_of
-from optimizer.plan.sharding import tensor_parallel_axis
+from optimizer.tools.plan.sharding import tensor_parallel_axis
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.trainer import Trainer
 
-from optimizer.integrations.torchtitan import default_adam_mini
+from optimizer.wrappers.torchtitan import default_adam_mini
 
 from .cpu import for_processors
 from .sources import register, tokenizer

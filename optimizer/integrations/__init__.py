@@ -1,1 +1,1 @@
-"""Other libraries' models and formats; each library is imported when it is asked for, and not before."""
+"""Deprecated paths, kept for code that imports them: the modules are in ``optimizer.wrappers``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adam_mini import AdamMini
-from ..groups import describe
+from ..step.groups import describe
 from .release import reduced_later, without_owning
 
 _MARK = "_adam_mini_fetched"
@@ -201,7 +201,7 @@ class CPUOffload(torch.optim.Optimizer):
             event.synchronize()
         if parameter._version != mirror.version:
             mirror.host.copy_(parameter)
-        self._host._step_parameter(mirror.g, mirror.i)
+        self._host.step_parameter(mirror.g, mirror.i)
         self.state[parameter] = self._host.state[mirror.host]
         with torch.get_device_module(parameter.device).stream(self._stream(parameter.device)):
             parameter.copy_(mirror.host, non_blocking=True)

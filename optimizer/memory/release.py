@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..adam_mini import AdamMini
-from ..groups import describe
+from ..step.groups import describe
 
 _RELEASED: weakref.WeakSet[AdamMini] = weakref.WeakSet()
 
@@ -112,7 +112,7 @@ class GradientRelease:
                 "but the last in release.accumulate(), and checkpoint shared weights with use_reentrant=False"
             )
         self._require_whole(parameter)
-        self.optimizer._step_parameter(g, i)
+        self.optimizer.step_parameter(g, i)
         self._stepped.add(parameter)
         parameter.grad = None
 

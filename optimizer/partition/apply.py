@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import nn
+
+from .discover import discover
 from .layout import Layout, Runs
 from .overrides import refuse_headless
 from .roles import HEAD_ROLES, Anatomy, Part, Role, Unit, viewed
 from .rules import Rules
 
 _COLUMNS = Unit.IN_NEURON
+
+
+def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str, Layout]:
+    """The layout of every parameter of a model.
+
+    Args:
+        model: any module; frozen parameters are described too.
+        rules: a shipped set's name, a path to a rules file, or ``Rules``.
+
+    Returns:
+        name as in ``model.named_parameters()`` -> Layout.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``Rules.load`` and ``discover``; an override that matches no parameter or
+            asks for heads where there are none.
+    """
+    loaded, anatomies = Rules.load(rules), discover(model)
+    loaded.require_matches(anatomies)
+    return {name: layout_of(anatomy, loaded, name) for name, anatomy in anatomies.items()}
 
 
 def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:

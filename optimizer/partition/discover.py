@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..interface import whole_shape, whole_shapes, wrappers
 from .families import (
     BARE,
     FAMILIES,
@@ -26,7 +27,7 @@ from .families import (
 from .families.adapters import adapter_family
 from .families.makers import rows, table_rows
 from .names import by_name, clean, role_of_name
-from .roles import HEAD_ROLES, Anatomy, Role, whole, whole_shape
+from .roles import HEAD_ROLES, Anatomy, Role, whole
 
 logger = logging.getLogger("optimizer")
 _TAG = "_adam_mini_anatomy"
@@ -47,8 +48,6 @@ def discover(model: nn.Module) -> dict[str, Anatomy]:
     Raises:
         ValueError: an uninitialised lazy parameter, or a configuration that contradicts its module's weights.
     """
-    from ..sharding.fsdp1 import whole_shapes  # it speaks of anatomies itself
-
     with whole_shapes(model):
         return _discover(model)
 
@@ -239,14 +238,13 @@ def tag(model: nn.Module) -> nn.Module:
     Returns:
         the model itself, for chaining.
     """
-    from ..sharding.fsdp1 import stamp
-
     parameters = dict(model.named_parameters())
     for name, anatomy in discover(model).items():
         if name in parameters:  # FSDP may have flattened it into another, which is stamped below
             setattr(parameters[name], _TAG, anatomy)
             setattr(parameters[name], _NAME_TAG, name)
-    stamp(model, discover)
+    for wrapper in wrappers():
+        wrapper.describe_model(model, discover)
     return model
 
 
@@ -254,6 +252,11 @@ def tagged(parameter: Tensor, shape: tuple[int, ...] | None = None) -> Anatomy |
     """The anatomy ``tag`` left on a parameter, if it still fits its shape (or the one it had before it was sharded)."""
     anatomy, shape = getattr(parameter, _TAG, None), whole_shape(parameter) if shape is None else shape
     return anatomy if isinstance(anatomy, Anatomy) and anatomy.shape == shape else None
+
+
+def tagged_or_named(parameter: Tensor, name: str, shape: tuple[int, ...]) -> Anatomy:
+    """The anatomy of a parameter whose model is not at hand: from its tag, else from its name."""
+    return tagged(parameter, shape) or by_name(name, shape)
 
 
 def tagged_name(parameter: Tensor) -> str:

@@ -9,10 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
+from typing import Protocol, TypeVar
 
 import torch
 
 from .roles import viewed
+
+_Held = TypeVar("_Held", torch.Tensor, torch.Tensor | None)
+
+
+class AnyLayout(Protocol):
+    """How a tensor falls into blocks, whichever form describes it: ``Layout``, or ``sharding.flat.FlatLayout``."""
+
+    @property
+    def n_blocks(self) -> int:
+        """The number of second-moment scalars."""
+
+    def fits(self, shape: Iterable[int]) -> bool:
+        """Whether a tensor of this shape can have this layout."""
+
+    def require(self, shape: Iterable[int], what: str = "tensor") -> None:
+        """Raise ValueError, with both numbers, when ``shape`` cannot have this layout."""
+
+    def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
+        """Shape of the second moment."""
 
 
 def _merged(segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -192,6 +212,33 @@ class Layout:
     def unfolded(self) -> Layout:
         """This layout, of the view in which axis 0 is split."""
         return self if self.fold == 1 else Layout(self.axis, self.runs, self.leading, self.note)
+
+    def unfold(self, *tensors: _Held) -> list[_Held]:
+        """Views in which axis 0 is split into (fold, rest), as ``axis`` and ``leading`` count it.
+
+        Args:
+            *tensors: of the tensor's shape or the aligned one; None stays None. Without a fold they are returned as
+                they are. Splitting an axis never copies, whatever the strides.
+        """
+        if self.fold == 1:
+            return list(tensors)
+        return [t if t is None else t.unflatten(0, (self.fold, -1)) for t in tensors]
+
+    def segments(self, aligned: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Views of an aligned second moment, the runs of one length at a time.
+
+        Args:
+            aligned: contiguous, ``aligned_shape`` of a layout without a fold.
+
+        Yields:
+            [..., count, length]: one run per index of the axis before the last.
+        """
+        # Every other axis has size 1 or leads, so this view is the sequence of runs, once per leading index.
+        flat = aligned.view(-1, self.runs.repeat, self.runs.total // self.runs.repeat)
+        start = 0
+        for length, count in self.runs.segments:
+            yield flat[..., start : start + length * count].unflatten(-1, (count, length))
+            start += length * count
 
     def numel_per_index(self, shape: Iterable[int]) -> int:
         """How many elements share one index of the axis (and of the leading axes)."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from torch import Tensor
-
 
 class Role(str, Enum):
     """What a parameter (or a part of a fused one) does in the network."""
@@ -142,11 +140,6 @@ class Anatomy:
     def decays(self) -> bool:
         """Whether weight decay applies: to weights of two dimensions and more, not to norms and biases."""
         return len(self.shape) >= 2 and not {Role.NORM, Role.BIAS} & set(self.roles)
-
-
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of all of a parameter, also where DeepSpeed's ZeRO-3 has emptied it until it is used."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole(role: Role, shape: tuple[int, ...], reason: str, *, axis: int = 0, in_axis: int | None = None) -> Anatomy:

@@ -1,7 +1,7 @@
-"""Exact steps on parts of tensors: which part a rank holds, which blocks it shares, and with whom."""
+"""Exact steps on parts of tensors: which box a rank holds, which blocks it shares, and with whom."""
 
-from .consolidated import full_state_dict, load_full_state_dict
 from .manager import Shards
-from .stepping import Stepping
+from .step_view import Stepping
+from .whole_state import full_state_dict, load_full_state_dict
 
 __all__ = ["Shards", "Stepping", "full_state_dict", "load_full_state_dict"]

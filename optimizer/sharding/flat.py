@@ -1,20 +1,19 @@
-"""From ranges of flattened tensors (FSDP1, ZeRO) to the local piece of their layouts."""
+"""From ranges of flattened tensors (FSDP1, ZeRO) to the local geometry of their layouts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..convert.blocks import LEVEL, is_level
 from ..partition.layout import Layout, Runs
 from ..partition.roles import viewed
+from .geometry import Blocks, Box, Cut, Geometry
 from .holdings import Edges, local_runs, run_ids
-from .pieces import Blocks, Cut, Part, Piece
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,38 +52,48 @@ class Range:
         return self.bounds[self.rank][1]
 
 
-class FlatLayout(Layout):
-    """The layout of a 1-D tensor that holds ranges of flattened tensors.
+@dataclass(frozen=True)
+class FlatLayout:
+    """The layout of a 1-D tensor that holds ranges of flattened tensors; a sibling of ``Layout`` (``AnyLayout``).
 
     Attributes:
         ranges: what it holds.
         numel: its elements.
-        group: name of the process group whose ranks hold the rest; empty for nobody.
+        group: name of the process group whose ranks hold the rest; empty where no other rank holds any.
+        advice: for messages: what to do where the tensor no longer has ``numel`` elements.
     """
 
     ranges: tuple[Range, ...]
     numel: int
     group: str
-
-    def __init__(self, ranges: tuple[Range, ...], numel: int, group: str) -> None:
-        super().__init__(0, Runs(((numel, 1),) if numel else ()))
-        for name, value in (("ranges", ranges), ("numel", numel), ("group", group)):
-            object.__setattr__(self, name, value)
+    advice: str = field(default="", compare=False)
 
     @property
     def n_blocks(self) -> int:
         """Scalars of the tensors it holds ranges of, whole."""
         return sum(r.layout.n_blocks for r in self.ranges)
 
+    def fits(self, shape: Iterable[int]) -> bool:
+        """Whether a tensor of this shape can have this layout."""
+        return tuple(shape) == (self.numel,)
+
+    def require(self, shape: Iterable[int], what: str = "tensor") -> None:
+        """Raise ValueError, with both numbers, when ``shape`` cannot have this layout."""
+        if not self.fits(shape):
+            advice = f"; {self.advice}" if self.advice else ""
+            raise ValueError(
+                f"{what} has shape {tuple(shape)}, but this rank was given {self.numel} elements of it{advice}"
+            )
+
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """Values of the local second moment."""
         return (sum(len(_Held(r, "a flattened tensor").spread) for r in self.ranges),)
 
 
-def flat_piece(
+def flat_geometry(
     ranges: Sequence[Range], numel: int, group: ProcessGroup | None, device: torch.device, where: str = "parameter"
-) -> Piece:
-    """The local piece of a 1-D tensor that holds ranges of flattened tensors one behind the other.
+) -> Geometry:
+    """The local geometry of a 1-D tensor that holds ranges of flattened tensors one behind the other.
 
     Args:
         ranges: what the local tensor holds; elements that no range covers are padding, and are not stepped.
@@ -97,11 +106,11 @@ def flat_piece(
         ValueError: a layout does not fit its shape, or a range its tensor.
     """
     held = [_Held(r, where) for r in ranges]
-    parts: list[Part] = []
+    parts: list[Box] = []
     counts, spreads, slots, positions = [], [], [], []
     blocks = values = shared = 0
     for one in held:
-        parts += [part for part in one.parts(values, blocks) if part is not None]
+        parts += [part for part in one.boxes(values, blocks) if part is not None]
         counts.append(one.counts)
         spreads.append(one.spread + blocks)
         slots.append(one.cut_slots + blocks)
@@ -115,7 +124,7 @@ def flat_piece(
         parts[0] if len(parts) == 1 and parts[0].stop == numel and parts[0].start == 0 and parts[0].decays else None
     )
     if not shared and (single is not None or not parts):
-        return Piece((numel,), tuple(parts), (values,), signature=signature, sharding_groups=groups)
+        return Geometry((numel,), tuple(parts), (values,), signature=signature, sharding_groups=groups)
     joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
     parts = _freed(parts, joined[2], blocks)
     rest = [torch.arange(*part.second) for part in parts if part.second is not None and not part.free]
@@ -124,10 +133,10 @@ def flat_piece(
         groups if shared else (), shared, joined[2], joined[3], Blocks(joined[0].double(), joined[1]), device,
         others if len(others) < values else None,
     )  # fmt: skip
-    return Piece((numel,), tuple(parts), (values,), cut, None, signature, groups)
+    return Geometry((numel,), tuple(parts), (values,), cut, None, signature, groups)
 
 
-def _freed(parts: list[Part], cut_slots: Tensor, blocks: int) -> list[Part]:
+def _freed(parts: list[Box], cut_slots: Tensor, blocks: int) -> list[Box]:
     """The same elements, with what has no block in common with other ranks or other parts in parts of its own."""
     held = torch.zeros(blocks, dtype=torch.int64)
     for part in parts:
@@ -135,13 +144,13 @@ def _freed(parts: list[Part], cut_slots: Tensor, blocks: int) -> list[Part]:
         held[part.slots.unique()] += 1
     bound = held > 1
     bound[cut_slots] = True
-    out: list[Part] = []
+    out: list[Box] = []
     for part in parts:
         out += split(part, bound[part.slots])
     return out
 
 
-def split(part: Part, bound: Tensor) -> list[Part]:
+def split(part: Box, bound: Tensor) -> list[Box]:
     """A part in up to three along its axis; ``bound``: which of its values' blocks lie elsewhere, too."""
     if not part.decays or bool(bound.all()):
         return [part]
@@ -155,7 +164,7 @@ def split(part: Part, bound: Tensor) -> list[Part]:
     return [_along(part, start, stop, free) for start, stop, free in ends if start < stop]
 
 
-def _along(part: Part, start: int, stop: int, free: bool) -> Part:
+def _along(part: Box, start: int, stop: int, free: bool) -> Box:
     """Indices [start, stop) of a part whose values follow each other as its elements do."""
     assert part.start is not None and part.second is not None and part.slots is not None
     inner = 1 if part.shape is None else part.shape[3]  # rows of a part that keeps its shape are not unrolled
@@ -178,47 +187,7 @@ def within(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
     return (first - start, last - start) if first < last else (0, 0)
 
 
-def widen(piece: Piece, second: Tensor) -> Tensor:
-    """The local second moment with one value per element: the form in which FSDP1 gathers and deals out state."""
-    out = torch.zeros(piece.shape, dtype=second.dtype, device=second.device)
-    for part in piece.parts:
-        box = part.of(out)
-        box, own = _unfolded(part, box, part.of_second(second, tuple(box.shape)))
-        box.copy_(own.expand_as(box))
-    return out
-
-
-def is_blockwise(piece: Piece, elements: Tensor) -> bool:
-    """Whether values per element are equal inside every block, as far as the block lies here."""
-    for part in piece.parts:
-        (box,) = _unfolded(part, part.of(elements))
-        layout = part.layout.unfolded() if part.layout.fold > 1 else part.layout
-        kept = layout.aligned_shape(box.shape)
-        shared = [d for d, size in enumerate(kept) if size != box.shape[d]]
-        high = box.amax(shared, keepdim=True) if shared and box.numel() else box
-        low = box.amin(shared, keepdim=True) if shared and box.numel() else box
-        if not torch.allclose(low, high, rtol=LEVEL, atol=0) or not is_level(high, layout, LEVEL):
-            return False
-    return True
-
-
-def narrow(piece: Piece, elements: Tensor) -> Tensor:
-    """The inverse of ``widen``; values whose elements are all elsewhere become zero, and are not used."""
-    second = torch.zeros(piece.aligned, dtype=elements.dtype, device=elements.device)
-    for part in piece.parts:
-        box = part.of(elements)
-        box, own = _unfolded(part, box, part.of_second(second, tuple(box.shape)))
-        shared = [d for d, size in enumerate(own.shape) if size != box.shape[d]]
-        own.copy_(box.amax(shared, keepdim=True) if shared else box)
-    return second
-
-
-def _unfolded(part: Part, *tensors: Tensor) -> list[Tensor]:
-    fold = part.layout.fold
-    return [t.unflatten(0, (fold, -1)) if fold > 1 else t for t in tensors]
-
-
-def boxes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def box_shapes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Elements [start, stop) of a row-major tensor as few boxes, in order: (first index, shape) of each."""
     if start >= stop:
         return
@@ -228,20 +197,20 @@ def boxes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[tuple[
     inner = prod(dims[1:])
     first, last = -(-start // inner), stop // inner
     if start % inner and first > last:  # inside one slice
-        for index, shape in boxes(start % inner, stop - start + start % inner, dims[1:]):
+        for index, shape in box_shapes(start % inner, stop - start + start % inner, dims[1:]):
             yield (first - 1, *index), (1, *shape)
         return
     if start % inner:
-        for index, shape in boxes(start % inner, inner, dims[1:]):
+        for index, shape in box_shapes(start % inner, inner, dims[1:]):
             yield (first - 1, *index), (1, *shape)
     if last > first:
         yield (first, *(0 for _ in dims[1:])), (last - first, *dims[1:])
-    for index, shape in boxes(0, stop - last * inner, dims[1:]):
+    for index, shape in box_shapes(0, stop - last * inner, dims[1:]):
         yield (last, *index), (1, *shape)
 
 
 class _Held:
-    """One range in the terms of a piece; local numbering starts at zero.
+    """One range in the terms of a geometry; local numbering starts at zero.
 
     The tensor is seen as [leads, between, axis, inner]. Where nothing lies between, the leading indices continue the
     axis: a block is then an interval of elements, and only the blocks at a range's two ends can be cut. Otherwise
@@ -314,11 +283,11 @@ class _Held:
         self.cut_positions = torch.isin(runs, mine).nonzero().squeeze(1)
         self.cut_slots = torch.searchsorted(mine, runs[self.cut_positions])
 
-    def parts(self, values: int, blocks: int) -> Iterable[Part]:
+    def boxes(self, values: int, blocks: int) -> Iterable[Box]:
         """Boxes of the local tensor; ``values`` and ``blocks`` are what earlier ranges take up."""
         at = self.held.offset
         whole = self.axis_range[1] - self.axis_range[0]
-        for index, shape in boxes(self.held.start, self.held.stop, self.dims):
+        for index, shape in box_shapes(self.held.start, self.held.stop, self.dims):
             first = (index[0] - self.first_lead) * whole + index[2] - self.axis_range[0]
             many = shape[0] * shape[2]
             start, at = at, at + prod(shape)
@@ -327,7 +296,7 @@ class _Held:
             else:
                 box = shape
                 layout = Layout(2, local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),)), shape[:1])
-            yield Part(
+            yield Box(
                 layout, start, at, box, (values + first, values + first + many),
                 self.spread[first : first + many] + blocks, self.held.decays,
             )  # fmt: skip

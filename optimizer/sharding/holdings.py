@@ -57,7 +57,7 @@ def _joined(parts: list[Ranges]) -> Ranges:
 
 
 def chunks(ranges: Ranges, ways: int) -> list[Ranges]:
-    """As ``torch.chunk`` cuts: equal pieces rounded up, the last ones shorter or empty."""
+    """As ``torch.chunk`` cuts: equal geometries rounded up, the last ones shorter or empty."""
     size = -(-length(ranges) // ways)
     return [_take(ranges, i * size, (i + 1) * size) for i in range(ways)]
 

@@ -15,5 +15,5 @@ def is_dtensor(value: Any) -> bool:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """This rank's box of a DTensor; any other tensor as it is."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

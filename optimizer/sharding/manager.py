@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engines.checks import require_takeable
-from ..groups import describe
-from ..partition.layout import Layout
-from ..state import moment_dtype, rounding_of
-from ..update import second_moment_dtype
+from ..interface import wrappers
+from ..partition.layout import AnyLayout, Layout
+from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
+from ..step.engines.checks import require_takeable
+from ..step.groups import describe
 from .agreement import require_agreement
-from .deepspeed import settle
+from .elements import is_blockwise, narrow, settle, widen
 from .exchange import destroyed, ranks_of, second_moments
-from .flat import FlatLayout, flat_piece, is_blockwise, narrow, widen
+from .flat import FlatLayout, flat_geometry
+from .geometry import Box, Geometry
 from .kinds import is_dtensor, local_of
-from .pieces import Part, Piece
 from .shard import Shard
-from .stepping import Position, Stepping
+from .step_view import Position, Stepping
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,7 +40,7 @@ class Shards:
         self._agreed: dict[tuple[int, ...], int] = {}
         self._fresh = False
 
-    def of(self, g: int, i: int, group: Mapping[str, Any], layout: Layout) -> Shard | None:
+    def of(self, g: int, i: int, group: Mapping[str, Any], layout: AnyLayout) -> Shard | None:
         """What is held of a parameter; None for an ordinary one."""
         parameter = group["params"][i]
         known = self._known.get((g, i))
@@ -49,26 +49,12 @@ class Shards:
         if not is_sharded(parameter, layout):
             return None
         if known is None or not known.fits(parameter):
-            known = self._known[g, i] = Shard(parameter, _piece(parameter, layout, describe(group, g, i)))
+            known = self._known[g, i] = Shard(parameter, _geometry_of(parameter, layout, describe(group, g, i)))
             self._fresh = True
         return known
 
-    def new_state(self, shard: Shard, group: Mapping[str, Any]) -> dict[str, Any]:
-        """State before the first step: DTensors where the parameter is one."""
-        piece, view, parameter = shard.piece, shard.view, shard.parameter
-        second = torch.zeros(piece.aligned, dtype=second_moment_dtype(view), device=view.device)
-        beside = view.device if group["capturable"] or group["fused"] else "cpu"
-        state = {
-            "step": torch.zeros((), dtype=torch.float32, device=beside),
-            "exp_avg": torch.zeros_like(parameter, dtype=moment_dtype(parameter, group), requires_grad=False),
-            "exp_avg_sq": piece.second_moment(second),
-        }
-        if rounding_of(parameter, group) == "kahan":
-            state["compensation"] = torch.zeros_like(parameter, requires_grad=False)
-        return state
-
     def settle(
-        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]], states: Mapping[Tensor, Any]
+        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]], states: Mapping[Tensor, Any]
     ) -> None:
         """Bring state that others wrote element by element into its own form."""
         steps: set[int] = set()
@@ -77,15 +63,15 @@ class Shards:
                 if state := states.get(parameter):
                     shard = self.of(g, i, group, layouts[g][i])
                     if shard is not None:
-                        settle(state, shard.piece, moment_dtype(parameter, group), steps)
+                        settle(state, shard.geometry, moment_dtype(parameter, group), steps)
 
     def widened(
-        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[Layout]]
+        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
     ) -> dict[str, Any]:
         """A state dict in which second moments of flattened parameters have one value per element."""
         return _changed(document, {
-            key: widen(piece, document["state"][key]["exp_avg_sq"])
-            for key, piece, _ in self._second_moments(document, groups, layouts, flattened=True)
+            key: widen(geometry, document["state"][key]["exp_avg_sq"])
+            for key, geometry, _ in self._second_moments(document, groups, layouts, flattened=True)
             if "exp_avg_sq" in document["state"].get(key, {})
         })  # fmt: skip
 
@@ -93,7 +79,7 @@ class Shards:
         self,
         document: dict[str, Any],
         groups: Sequence[dict[str, Any]],
-        layouts: Sequence[list[Layout]],
+        layouts: Sequence[list[AnyLayout]],
         *,
         convert: bool,
     ) -> dict[str, Any]:
@@ -109,30 +95,30 @@ class Shards:
             ValueError: values that differ inside a block, without ``convert``.
         """
         new: dict[Any, Tensor] = {}
-        works: dict[Any, tuple[Piece, Tensor | None, torch.dtype]] = {}
-        for key, piece, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
+        works: dict[Any, tuple[Geometry, Tensor | None, torch.dtype]] = {}
+        for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
             values = document["state"].get(key, {}).get("exp_avg_sq")
-            if convert and (values is not None or piece.cut is not None):
+            if convert and (values is not None or geometry.cut is not None):
                 # A rank that holds nothing of a tensor has no state of it, and takes part nevertheless.
                 dtype = second_moment_dtype(groups[g]["params"][i])
-                works[key] = piece, None if values is None else values.to(dtype).sqrt(), dtype
+                works[key] = geometry, None if values is None else values.to(dtype).sqrt(), dtype
             elif values is None:
                 continue
-            elif not is_blockwise(piece, values):
+            elif not is_blockwise(geometry, values):
                 raise ValueError(
                     f"exp_avg_sq of {describe(groups[g], g, i)} differs inside a block: it was kept for other blocks "
                     "(Adam's and AdamW's are one element each); pass convert=True on every rank, or use the rules it "
                     "was kept under"
                 )
             else:
-                new[key] = narrow(piece, values)
+                new[key] = narrow(geometry, values)
         if convert:
-            for key, piece, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
+            for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
                 values = document["state"].get(key, {}).get("exp_avg_sq")
                 parameter = groups[g]["params"][i]
                 alike = values is not None and getattr(values, "placements", None) == parameter.placements
                 if alike and values.shape == parameter.shape:
-                    works[key] = piece, local_of(values).sqrt(), values.dtype
+                    works[key] = geometry, local_of(values).sqrt(), values.dtype
             for key, second in zip(works, second_moments(list(works.values())), strict=True):
                 if works[key][1] is not None:
                     new[key] = works[key][0].second_moment(second)
@@ -142,13 +128,13 @@ class Shards:
         self,
         document: dict[str, Any],
         groups: Sequence[dict[str, Any]],
-        layouts: Sequence[list[Layout]],
+        layouts: Sequence[list[AnyLayout]],
         *,
         flattened: bool,
-    ) -> Iterator[tuple[Any, Piece, Position]]:
+    ) -> Iterator[tuple[Any, Geometry, Position]]:
         """Keys of a document's states of flattened parameters or else of DTensors, whether they are there or not."""
         places = [(g, i) for g, own in enumerate(layouts) for i in range(len(own))]
-        sharded = any(is_sharded(groups[g]["params"][i], layouts[g][i]) or _was_flattened(groups[g]["params"][i])
+        sharded = any(is_sharded(groups[g]["params"][i], layouts[g][i]) or _saves_elements(groups[g]["params"][i])
                       for g, i in places)  # fmt: skip
         if not sharded or not isinstance(document.get("state"), Mapping) or "param_groups" not in document:
             return  # what is no state dict is refused elsewhere
@@ -157,17 +143,19 @@ class Shards:
             group, layout = groups[g], layouts[g][i]
             parameter = group["params"][i]
             # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
-            is_flat = isinstance(layout, FlatLayout) or _was_flattened(parameter)
+            is_flat = isinstance(layout, FlatLayout) or _saves_elements(parameter)
             wanted = is_flat if flattened else is_dtensor(parameter)
             if wanted:
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
-                piece = Piece(shape, (Part(layout),), layout.aligned_shape(shape)) if shard is None else shard.piece
-                yield key, piece, (g, i)
+                if shard is not None:
+                    yield key, shard.geometry, (g, i)
+                elif isinstance(layout, Layout):
+                    yield key, Geometry(shape, (Box(layout),), layout.aligned_shape(shape)), (g, i)
 
     def begin(
         self,
         groups: Sequence[dict[str, Any]],
-        layouts: Sequence[list[Layout]],
+        layouts: Sequence[list[AnyLayout]],
         states: Mapping[Tensor, Any],
         which: Iterable[int],
         only: int | None = None,
@@ -197,12 +185,12 @@ class Shards:
         stepping: Stepping,
         g: int,
         group: dict[str, Any],
-        layouts: list[Layout],
+        layouts: list[AnyLayout],
         states: Mapping[Tensor, Any],
         only: int | None,
     ) -> None:
         """Put local tensors in the place of the group's sharded parameters."""
-        params, own_layouts, own_states = list(group["params"]), list(layouts), {}
+        params, own_layouts, own_states = list(group["params"]), cast(list[Layout], list(layouts)), {}
         names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
         unusual = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
         for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
@@ -211,19 +199,21 @@ class Shards:
                 own_states[parameter] = states.get(parameter, {})
                 continue
             shard.refresh()
-            piece = shard.piece
+            geometry = shard.geometry
             if unusual:
-                _require_options(parameter, piece, group, describe(group, g, i))
-            params[i], own_layouts[i] = shard.view, piece.parts[0].layout if piece.parts else layout
+                _require_options(parameter, geometry, group, describe(group, g, i))
+            params[i] = shard.view
+            if geometry.boxes:  # without any, no engine looks at the layout
+                own_layouts[i] = geometry.boxes[0].layout
             first = len(params)
             params += [free.view for free in shard.free]
-            own_layouts += [part.layout for part in piece.free]
+            own_layouts += [part.layout for part in geometry.free]
             names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
             grad = shard.local_gradient(partial(describe, group, g, i))
             state = shard.local_state(states.get(parameter) or {})
-            if piece.cut is not None:
+            if geometry.cut is not None:
                 if grad is not None:
                     plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
                     require_takeable(shard.view, grad, state, plain, describe(group, g, i))
@@ -232,7 +222,7 @@ class Shards:
                     stepping.free[g, first + k] = (i, free)
                     stepping.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
                     own_states[free.view] = free.state(state) if state else {}
-            elif grad is not None and piece.parts:
+            elif grad is not None and geometry.boxes:
                 stepping.lend(shard.view, shard.gradient(grad))
                 own_states[shard.view] = state
             elif grad is not None:
@@ -240,15 +230,15 @@ class Shards:
         stepping.groups[g] = {**group, "params": params, "param_names": names}
         stepping.layouts[g], stepping.states[g] = own_layouts, own_states
 
-    def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[Layout]]) -> None:
+    def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
         """Ask every group that shards something whether its ranks hold the same."""
         facts: dict[tuple[int, ...], tuple[ProcessGroup, list[tuple[str, str]]]] = {}
         for g, group in enumerate(groups):
             for i, layout in enumerate(layouts[g]):
                 shard = self.of(g, i, group, layout)
-                for process_group in shard.piece.sharding_groups if shard is not None else ():
+                for process_group in shard.geometry.sharding_groups if shard is not None else ():
                     entry = facts.setdefault(ranks_of(process_group), (process_group, []))
-                    entry[1].append((describe(group, g, i), shard.piece.signature))  # type: ignore[union-attr]
+                    entry[1].append((describe(group, g, i), shard.geometry.signature))  # type: ignore[union-attr]
         for ranks, (process_group, held) in facts.items():
             digest = hash(tuple(held))
             if self._agreed.get(ranks) != digest:
@@ -265,24 +255,24 @@ def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[st
     return {**document, "state": states}
 
 
-def _was_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 has the parameter in its hands, even where one rank has all of it."""
-    return bool(getattr(parameter, "_fsdp_flattened", False))
+def _saves_elements(parameter: Tensor) -> bool:
+    """Whether a library saves the parameter's state element by element, even where one rank has all of it."""
+    return any(wrapper.saves_elements(parameter) for wrapper in wrappers())
 
 
-def is_sharded(parameter: Tensor, layout: Layout) -> bool:
+def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
     """Whether a rank holds less of the parameter than its layout speaks of, or another form of it."""
     return is_dtensor(parameter) or isinstance(layout, FlatLayout)
 
 
-def _require_options(parameter: Tensor, piece: Piece, group: Mapping[str, Any], where: str) -> None:
+def _require_options(parameter: Tensor, geometry: Geometry, group: Mapping[str, Any], where: str) -> None:
     """Raise ValueError for options that a sharded parameter cannot have."""
     if isinstance(group["exp_avg_dtype"], str):
         raise ValueError(
             f"{where} is sharded, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales that do not reshard with "
             "it; use None, torch.float32 or torch.bfloat16"
         )
-    if piece.cut is not None and rounding_of(parameter, group):
+    if geometry.cut is not None and rounding_of(parameter, group):
         raise ValueError(
             f"{where} shares blocks with other ranks, whose step does not round ({group['bf16_rounding']!r}); use "
             "bf16_rounding=None, or fp32 parameters with a mixed-precision policy"
@@ -291,18 +281,15 @@ def _require_options(parameter: Tensor, piece: Piece, group: Mapping[str, Any], 
         raise ValueError(f"{where} is sharded; differentiable=True takes ordinary tensors only")
 
 
-def _piece(parameter: Tensor, layout: Layout, where: str) -> Piece:
+def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
     if not isinstance(layout, FlatLayout):
-        from .placed import placed_piece
+        from .placed import placed_geometry
 
-        return placed_piece(parameter, layout, where)  # type: ignore[arg-type]
-    if parameter.shape != (layout.numel,):
-        raise ValueError(
-            f"{where} has shape {tuple(parameter.shape)}, but FSDP or DeepSpeed gave this rank {layout.numel} elements "
-            "of it; build the optimizer after wrapping with FSDP, and step outside summon_full_params"
-        )
+        assert isinstance(layout, Layout)
+        return placed_geometry(parameter, layout, where)  # type: ignore[arg-type]
+    layout.require(parameter.shape, where)
     if not layout.group:
-        return flat_piece(layout.ranges, layout.numel, None, parameter.device, where)
+        return flat_geometry(layout.ranges, layout.numel, None, parameter.device, where)
     try:
         group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
     except (RuntimeError, KeyError) as error:
@@ -310,4 +297,4 @@ def _piece(parameter: Tensor, layout: Layout, where: str) -> Piece:
     device = parameter.device
     if device.type not in {one.type for one in group._device_types}:  # offloaded: sent from where the group can
         device = group._device_types[0]
-    return flat_piece(layout.ranges, layout.numel, group, device, where)
+    return flat_geometry(layout.ranges, layout.numel, group, device, where)

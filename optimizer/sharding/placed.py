@@ -1,4 +1,4 @@
-"""From a DTensor's mesh and placements to the local piece of its layout."""
+"""From a DTensor's mesh and placements to the local geometry of its layout."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ..partition.layout import Layout, Runs
 from .exchange import destroyed
-from .flat import boxes, split
+from .flat import box_shapes, split
+from .geometry import Blocks, Box, Cut, Geometry, Placed
 from .holdings import Deal, Edges, Ranges, cut_runs, holdings, length, local_runs, run_ids
-from .pieces import Blocks, Cut, Part, Piece, Placed
 
 
-def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Piece:
-    """The local piece of a DTensor parameter.
+def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") -> Geometry:
+    """The local geometry of a DTensor parameter.
 
     Args:
         param: any mesh; Replicate, Shard and strided shards, even or not.
@@ -41,7 +41,7 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
             dims.setdefault(placement.dim, []).append(m)  # type: ignore[attr-defined]
     local = tuple(param.to_local().shape)
     if coordinate is None:  # a rank outside the mesh holds nothing
-        return Piece(local, (), (0,))
+        return Geometry(local, (), (0,))
     axes = {
         d: _Axis(shape[d], ms, [Deal(mesh.size(m), _split(placements[m])) for m in ms], coordinate, local[d], where)
         for d, ms in dims.items()
@@ -61,7 +61,7 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
     signature = repr((shape, layout.axis, layout.leading, layout.fold, layout.runs, placements, mesh.mesh.tolist(),
                       sorted((d, axis.inner_first) for d, axis in axes.items())))  # fmt: skip
     cut = slab.cut([over[m] for m in sorted(slab.dims)], torch.device(mesh.device_type))
-    parts = slab.parts()
+    parts = slab.boxes()
     rows = layout.axis == 0 and not layout.leading and own == (local[0], *(1 for _ in local[1:])) and prod(local) > 0
     if cut is not None and len(parts) == 1 and parts[0].start is None and rows:
         parts, cut = _freed(parts[0], cut, local)
@@ -72,10 +72,10 @@ def placed_piece(param: DTensor, layout: Layout, where: str = "parameter") -> Pi
         if d in kept
     }
     placed = Placed(mesh, second, aligned, held, held_second)
-    return Piece(local, parts, own, cut, placed, signature, tuple(over.values()))
+    return Geometry(local, parts, own, cut, placed, signature, tuple(over.values()))
 
 
-def _freed(part: Part, cut: Cut, local: tuple[int, ...]) -> tuple[tuple[Part, ...], Cut]:
+def _freed(part: Box, cut: Cut, local: tuple[int, ...]) -> tuple[tuple[Box, ...], Cut]:
     """Rows between those of shared blocks in a part of their own, which an ordinary engine can take."""
     spread = torch.arange(local[0]) if cut.blocks.spread is None else cut.blocks.spread
     shared = torch.zeros(len(cut.blocks.counts), dtype=torch.bool)
@@ -156,7 +156,7 @@ class _Slab:
         self.dims = {m for axis in self.reduced for m in axis.dims} | self._varying()
 
     def _whole_folds(self) -> bool:
-        """Whether every rank holds whole pieces of the folded axis 0."""
+        """Whether every rank holds whole geometries of the folded axis 0."""
         rest = self.shape[0] // self.global_layout.fold
         return all(x % rest == 0 for ranges in self.axes[0].held.values() for span in ranges for x in span)
 
@@ -175,20 +175,20 @@ class _Slab:
         runs = self.global_layout.runs
         return local_runs(runs, self.edges, self.along.ranges) if self.along else runs
 
-    def parts(self) -> tuple[Part, ...]:
+    def boxes(self) -> tuple[Box, ...]:
         """The local tensor: whole, but for folded matrices that are cut, which leave a box at each end of a range."""
         if not self.splits:
-            return (Part(self._layout()),)
+            return (Box(self._layout()),)
         assert self.edges is not None
         layout, at, parts = self.global_layout, 0, []
         lengths = self._own_runs().lengths()
         along = torch.arange(len(lengths)).repeat_interleave(lengths)
         for start, stop in self.axes[0].ranges:
-            for (first, _), shape in boxes(start, stop, (layout.fold, self.shape[0] // layout.fold)):
+            for (first, _), shape in box_shapes(start, stop, (layout.fold, self.shape[0] // layout.fold)):
                 lead = torch.arange(first, first + shape[0]).unsqueeze(1)
                 box = Layout(layout.axis, self._own_runs(), shape[:1])
                 slots = (lead * len(lengths) + along).flatten()
-                parts.append(Part(box, at, at + prod(shape), shape, (first, first + shape[0]), slots))
+                parts.append(Box(box, at, at + prod(shape), shape, (first, first + shape[0]), slots))
                 at += prod(shape)
         return tuple(parts)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..state import moment_dtype, rounding_of
-from ..update import second_moment_dtype
+from ..state.specification import new_state, state_bytes, zero_second_moment
+from .cut_update import local_gradient
+from .geometry import Box, Geometry
 from .kinds import local_of
-from .pieces import Part, Piece
-from .step import local_gradient
 
 
 class Free:
@@ -23,7 +20,7 @@ class Free:
         view: its elements of the parameter.
     """
 
-    def __init__(self, part: Part, view: Tensor) -> None:
+    def __init__(self, part: Box, view: Tensor) -> None:
         self._part, self.view = part, view
         self._of: Mapping[str, Any] = {}
         self._state: dict[str, Any] = {}
@@ -52,14 +49,14 @@ class Shard:
 
     Attributes:
         parameter: the optimizer's.
-        piece: what is held of it here.
+        geometry: what is held of it here.
         view: what is held here as the engines take it, with a gradient of its own.
     """
 
-    def __init__(self, parameter: Tensor, piece: Piece) -> None:
-        self.parameter, self.piece = parameter, piece
+    def __init__(self, parameter: Tensor, geometry: Geometry) -> None:
+        self.parameter, self.geometry = parameter, geometry
         self.spec = getattr(parameter, "_spec", None)
-        self._whole = piece.cut is not None or not piece.parts or piece.parts[0].start is None
+        self._whole = geometry.cut is not None or not geometry.boxes or geometry.boxes[0].start is None
         self._held = local_of(parameter)
         self._at = self._held.data_ptr()
         self._states: dict[str, tuple[Tensor, Tensor]] = {}
@@ -68,7 +65,7 @@ class Shard:
 
     def _look(self) -> None:
         self.view = self._boxed(self._held.detach())
-        self.free = [Free(part, part.of(self._held.detach())) for part in self.piece.free]
+        self.free = [Free(part, part.of(self._held.detach())) for part in self.geometry.free]
 
     def fits(self, parameter: Tensor) -> bool:
         """Whether the parameter is still what it was."""
@@ -89,8 +86,8 @@ class Shard:
             free.forget()
 
     def _boxed(self, local: Tensor) -> Tensor:
-        """As the one part of a piece that an ordinary engine takes; otherwise as it is."""
-        return local if self._whole else self.piece.parts[0].of(local)
+        """As the one part of a geometry that an ordinary engine takes; otherwise as it is."""
+        return local if self._whole else self.geometry.boxes[0].of(local)
 
     def local_gradient(self, where: Callable[[], str]) -> Tensor | None:
         """This rank's part of the gradient; ``where`` says the parameter in words, for errors."""
@@ -117,21 +114,18 @@ class Shard:
         known = self._states.get(name)
         if known is None or known[0] is not tensor:
             local = local_of(tensor)
-            if name == "exp_avg_sq" and self.piece.cut is None and self.piece.parts:
-                local = self.piece.parts[0].of_second(local, tuple(self.view.shape))
+            if name == "exp_avg_sq" and self.geometry.cut is None and self.geometry.boxes:
+                local = self.geometry.boxes[0].of_second(local, tuple(self.view.shape))
             elif name != "step" and local.shape == self._held.shape:
                 local = self._boxed(local)
             known = self._states[name] = tensor, local
         return known[1]
 
+    def new_state(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """State before the first step: DTensors where the parameter is one."""
+        second = zero_second_moment(self.view, self.geometry.aligned, self.view.device)
+        return new_state(self.parameter, self.geometry.second_moment(second), group)
+
     def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
         """Bytes of this rank's state by kind."""
-        held = prod(self.piece.shape)
-        kept = {
-            "exp_avg": held * moment_dtype(self.parameter, group).itemsize,
-            "exp_avg_sq": prod(self.piece.aligned) * second_moment_dtype(self.parameter).itemsize,
-            "step": torch.float32.itemsize,
-        }
-        if rounding_of(self.parameter, group) == "kahan":
-            kept["compensation"] = held * torch.bfloat16.itemsize
-        return kept
+        return state_bytes(self.parameter, self.geometry.shape, self.geometry.aligned, group)

@@ -1,6 +1,7 @@
 """The simulator of what optimizers send, against collectives counted on gloo ranks, and the page made from it.
 
-That blocks are cut where the pieces say is ``tests.sharding``'s to show; here, that the simulator cuts as torch does.
+``tests.sharding`` shows that blocks are cut where the geometries say; these tests, that the simulator cuts as torch
+does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from benchmarks.scaling.check import Checked, cases, difference, expected
 from benchmarks.scaling.document import BEGIN, END, compute, merged, tables
 from benchmarks.scaling.simulate import fsdp2, zero3
 from benchmarks.scaling.weights import weights_of
-from optimizer.plan.model import load_target
+from optimizer.tools.plan.model import load_target
 from tests.sharding.models import MODELS
 from tests.sharding.workers import run
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optimizer import AdamMini
-from optimizer.reference import initial_state, reference_step
+from optimizer.step.reference import initial_state, reference_step
 from tests.fuzz.draw import Case, strided
 
 # Of one rounding, relative; what a step does with it is in ``_allowed``.
@@ -52,7 +52,7 @@ def _optimizer(case: Case, params: list[Any]) -> tuple[AdamMini, Any]:
     flags = {key: value for key, value in case.engine.items() if key != "compiled"}
     named = [(f"t{i}", p) for i, p in enumerate(params)]
     optimizer = AdamMini(named, **case.options, **flags)
-    optimizer._layouts[0] = [layout for layout, _, _, _ in case.tensors]
+    optimizer.layouts[0] = [layout for layout, _, _, _ in case.tensors]
     if case.scale is not None:
         optimizer.grad_scale = torch.tensor(case.scale)  # type: ignore[attr-defined]
         optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]

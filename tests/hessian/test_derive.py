@@ -81,7 +81,7 @@ def test_the_file_drives_an_optimizer(tmp_path: Path) -> None:
     table = [row("TENSOR", 1.0, 0.0, "MLP_IN", blocks=1), row("IN_NEURON", 0.1, 50.0, "MLP_IN", blocks=3)]
     path = derive(table, provenance={"seed": 0}).save(tmp_path / "rules.json")
     optimizer = AdamMini(nn.Sequential(nn.Linear(3, 4)), rules=path)
-    assert optimizer._layouts[0][0].n_blocks == 3
+    assert optimizer.layouts[0][0].n_blocks == 3
     loaded = Rules.load(path)
     assert loaded[Role.NORM] is Unit.TENSOR and "not measured" in loaded.evidence["choices"]["NORM"]["why"]
     assert len(json.loads(path.read_text())["evidence"]["table"]) == 2 and loaded.provenance == {"seed": 0}

@@ -17,9 +17,9 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
 
 from optimizer import AdamMini
-from optimizer.integrations.torchtitan import AdamMiniContainer, default_adam_mini
 from optimizer.partition import discover
-from optimizer.verify import Verdict, verify
+from optimizer.tools.verify import Verdict, verify
+from optimizer.wrappers.torchtitan import AdamMiniContainer, default_adam_mini
 from tests.interop.conftest import Record
 from tests.interop.launch import output, torchrun
 from tests.interop.plain import SAME, falls

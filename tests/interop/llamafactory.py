@@ -69,7 +69,7 @@ def factory(folder: Path, data: str) -> dict[str, Any]:
             plain.step()
         blocks = {
             key: layout.n_blocks
-            for group, own in zip(optimizer.param_groups, optimizer._layouts, strict=True)
+            for group, own in zip(optimizer.param_groups, optimizer.layouts, strict=True)
             for key, layout in zip(group["param_names"], own, strict=True)
         }
         out[name] = {

@@ -121,7 +121,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     file = Path(case["beside"]) if "beside" in case else None
     beside = Beside(trainer, case.get("rules_beside", case.get("rules", "adam_mini")), file)
     trainer.train()
-    layouts = [layout for inner in trainer.optimizers for own in inner._layouts for layout in own]
+    layouts = [layout for inner in trainer.optimizers for own in inner.layouts for layout in own]
     return {
         "losses": losses,
         "last": trainer.step,

@@ -124,7 +124,7 @@ def zero_case(
     got = whole(engine)
     run = Run(nn.Identity(), optimizer, "ddp", dist.get_world_size(), dist.get_rank(), [])
     wanted = reference(run, model, {"tags": "tag-after"}.get(kind, kind), torch.float32, STEPS, **options)
-    layouts = [layout for own in optimizer._layouts for layout in own]
+    layouts = [layout for own in optimizer.layouts for layout in own]
     return {
         "difference": difference(got, wanted),
         "steps": len(messages),
@@ -189,7 +189,7 @@ def whole_state_case(model: str, zero: dict[str, Any], then: dict[str, Any]) -> 
 
 def refused_case() -> str:
     """An offloaded optimizer that is not DeepSpeed's: what the door says."""
-    from optimizer.integrations.deepspeed import initialize
+    from optimizer.wrappers.deepspeed.launch import initialize
 
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     try:

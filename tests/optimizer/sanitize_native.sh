@@ -30,7 +30,7 @@ thread)
   ;;
 esac
 # Built first: a compiler under the preloaded library would be slow, and its leaks are its own affair.
-"$python" -c "from optimizer.engines.native import library as l; from pathlib import Path; \
+"$python" -c "from optimizer.step.engines.native import library as l; from pathlib import Path; \
 import sys; c = __import__('os').environ['CXX']; f = Path('$scratch'); print(l._built(f, __import__('shutil').which(c) or c))"
 LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider -x -q -s \
   tests/optimizer/test_native.py tests/optimizer/test_native_strides.py tests/optimizer/test_native_low_bit.py \

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from optimizer import AdamMini, Layout, Rules, partition
-from optimizer.reference import initial_state, reference_step
+from optimizer.step.reference import initial_state, reference_step
 from tests.optimizer.models import GPT, Llama, batch, loss_of
 
 
@@ -90,7 +90,7 @@ def test_add_param_group_and_schedulers() -> None:
     model, more = Llama(), nn.Linear(3, 4)
     optimizer = AdamMini(model, lr=1e-3)
     optimizer.add_param_group({"params": list(more.named_parameters()), "lr": 0.5})
-    assert [layout.n_blocks for layout in optimizer._layouts[-1]] == [1, 4]
+    assert [layout.n_blocks for layout in optimizer.layouts[-1]] == [1, 4]
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     train(model, optimizer, 2)
@@ -240,4 +240,4 @@ def test_odd_parameters() -> None:
 def test_rules_object_and_custom_units() -> None:
     rules = Rules("mine", {"MLP_IN": "IN_NEURON"})
     optimizer = AdamMini(nn.Sequential(nn.Linear(3, 4)), rules=rules)
-    assert optimizer._layouts[0][0] == Layout(1, [1, 1, 1])
+    assert optimizer.layouts[0][0] == Layout(1, [1, 1, 1])

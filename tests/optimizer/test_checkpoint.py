@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from optimizer import AdamMini, Rules, tag
-from optimizer import moments as few_bits
-from optimizer.convert import moment
+from optimizer.state import first_moments as moment
+from optimizer.step import moments as few_bits
 from tests.optimizer.models import GPT, Llama, batch, loss_of
 
 ADAM = {torch.optim.Adam: {"weight_decay": 0.0}, torch.optim.AdamW: {"weight_decay": 0.01}}
@@ -275,7 +275,7 @@ def test_every_shipped_partition_is_told_from_every_other(make, old: str, new: s
     _, source = trained(make(), rules=old)
     model = make()
     target = AdamMini(model, rules=new)
-    same = source._layouts == target._layouts
+    same = source.layouts == target.layouts
     if same:
         target.load_state_dict(source.state_dict())
     else:
@@ -337,7 +337,7 @@ def test_adamw_converts_to_any_rules_by_block_means(rules: str, caplog) -> None:
     with caplog.at_level(logging.INFO, "optimizer"):
         ours.load_state_dict(adamw.state_dict(), convert=True)
     assert "rebuilt from block means" in caplog.text
-    for p, layout in zip(ours.param_groups[0]["params"], ours._layouts[0], strict=True):
+    for p, layout in zip(ours.param_groups[0]["params"], ours.layouts[0], strict=True):
         ids, v = layout.block_ids(p.shape), adamw.state[p]["exp_avg_sq"]
         for block in range(layout.n_blocks):
             got = ours.state[p]["exp_avg_sq"].expand_as(p)[ids == block]

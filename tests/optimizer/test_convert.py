@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from optimizer import Layout
-from optimizer.convert import blocks
-from optimizer.convert.blocks import axes_of, is_level, looks_coarser, rebuilt, spreads
 from optimizer.partition import Runs
+from optimizer.state import blocks
+from optimizer.state.blocks import axes_of, is_level, looks_coarser, rebuilt, spreads
 
 
 @st.composite
@@ -79,7 +79,7 @@ def test_rebuilt_is_the_mean_over_the_elements_of_each_block(data, shape: tuple[
 @given(st.data(), shapes)
 def test_unions_of_blocks_keep_the_mean_square_of_every_gradient_exact(data, shape: tuple[int, ...]) -> None:
     """What the docs promise: from elements to any blocks, a rebuilt v is the v those blocks would have accumulated."""
-    from optimizer.update import block_mean_square
+    from optimizer.step.update import block_mean_square
 
     new = data.draw(layout_of_shape(shape))
     gradients = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import nn
 
 from optimizer import AdamMini
 from optimizer.__main__ import main
-from optimizer.convert.file import convert_file, converted
+from optimizer.tools.convert.file import convert_file, converted
 from tests.optimizer.models import GPT, Llama
 from tests.optimizer.test_checkpoint import equal, train, trained
 

@@ -89,7 +89,7 @@ def layouts(opt: AdamMini) -> dict[str, object]:
     opt.state_bytes()
     return {
         name: layout
-        for group, row in zip(opt.param_groups, opt._layouts, strict=True)
+        for group, row in zip(opt.param_groups, opt.layouts, strict=True)
         for name, layout in zip(group["param_names"], row, strict=True)
     }
 

@@ -31,7 +31,7 @@ def used(optimizer: AdamMini, model: nn.Module) -> dict[str, Layout]:
     by_id = {id(p): clean(name) for name, p in model.named_parameters()}
     return {
         by_id[id(p)]: layout
-        for group, layouts in zip(optimizer.param_groups, optimizer._layouts, strict=True)
+        for group, layouts in zip(optimizer.param_groups, optimizer.layouts, strict=True)
         for p, layout in zip(group["params"], layouts, strict=True)
     }
 
@@ -116,7 +116,7 @@ def test_without_a_name_or_a_tag(caplog: pytest.LogCaptureFixture) -> None:
         optimizer = AdamMini(list(model.parameters()))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and "tag(model)" in messages[0] and "(80, 48)" in messages[0]
-    assert all(layout.n_blocks == 1 for layout in optimizer._layouts[0])
+    assert all(layout.n_blocks == 1 for layout in optimizer.layouts[0])
 
 
 def test_a_parameter_in_two_groups() -> None:
@@ -155,4 +155,4 @@ def test_tags_outlive_the_class_they_came_from() -> None:
 def test_a_tag_that_no_longer_fits_is_not_believed() -> None:
     parameter = next(iter(tag(MODELS["nano gpt"]()).parameters()))
     parameter.data = torch.zeros(5, 7)
-    assert AdamMini([parameter])._layouts[0][0].fits((5, 7))
+    assert AdamMini([parameter]).layouts[0][0].fits((5, 7))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optimizer import partition
 from optimizer.partition import discover
-from optimizer.verify import Verdict, verify
+from optimizer.tools.verify import Verdict, verify
 
 HEADS, GROUPS, DIM, WIDTH = 6, 2, 4, 20
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from optimizer import AdamMini
-from optimizer.reference import initial_state, reference_step
+from optimizer.step.reference import initial_state, reference_step
 from tests.optimizer.test_update import layouts, strided
 
 ENGINES: list[dict[str, Any]] = [{"fused": True}, {"fused": False}, {"foreach": True}, {"differentiable": True}]
@@ -31,7 +31,7 @@ def test_fifty_steps(flags: dict[str, Any], pairs: list[Any], seed: int, how: st
     params = [nn.Parameter(x) if leaf else x.requires_grad_().clone() for x in params]
     optimizer = AdamMini([(f"t{i}", p) for i, p in enumerate(params)], betas=(0.9, 0.95), maximize=maximize, **COMMON,
                          **flags)  # fmt: skip
-    optimizer._layouts[0] = [layout for layout, _ in pairs]
+    optimizer.layouts[0] = [layout for layout, _ in pairs]
     ids = [layout.block_ids(shape) for layout, shape in pairs]
     expected = [p.detach().clone() for p in params]
     states = [initial_state(p, i) for p, i in zip(expected, ids, strict=True)]

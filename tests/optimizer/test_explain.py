@@ -19,8 +19,8 @@ from torch import nn
 
 from optimizer import AdamMini, Rules, Unit, explain, partition
 from optimizer.__main__ import main
-from optimizer.partition.collapse import collapse_names
-from optimizer.partition.explain import compare, explanation
+from optimizer.tools.explain.collapse import collapse_names
+from optimizer.tools.explain.rows import compare, explanation
 from tests.optimizer.models import GPT, Llama
 
 
@@ -165,7 +165,7 @@ CONFIG: dict[str, Any] = {
 
 
 def test_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from optimizer.integrations.transformers import model_from_config
+    from optimizer.wrappers.transformers import model_from_config
 
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     model = model_from_config(tmp_path)

@@ -18,8 +18,8 @@ from torch import nn
 from optimizer import partition
 from optimizer.partition import Anatomy, Part, Role, discover
 from optimizer.partition.families import Family, Place
-from optimizer.verify import Verdict, verify
-from optimizer.verify.run import is_target
+from optimizer.tools.verify import Verdict, verify
+from optimizer.tools.verify.run import is_target
 from tests.optimizer.zoo import IMAGES, TEXT, cross_attention_inputs
 
 ALL = {**TEXT, **IMAGES}

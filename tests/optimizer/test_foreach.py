@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from optimizer import Layout
-from optimizer.engines.foreach import foreach_update
-from optimizer.reference import initial_state, reference_step
+from optimizer.step.engines.foreach import foreach_update
+from optimizer.step.reference import initial_state, reference_step
 from tests.optimizer.test_update import layouts, strided
 
 COMMON: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from optimizer import partition
 from optimizer.partition import discover
-from optimizer.verify import Verdict, verify
+from optimizer.tools.verify import Verdict, verify
 
 NAMES = [("W_q", "W_k", "W_v"), ("Wq", "Wk", "Wv"), ("q_linear", "k_linear", "v_linear"), ("queries", "keys", "values"),
          ("c_q", "c_k", "c_v"), ("w_qs", "w_ks", "w_vs"), ("to_q", "to_k", "to_v"), ("query", "key", "value"),

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from optimizer import AdamMini, partition
-from optimizer.integrations.huggingface import AdamMiniMixin, adam_mini
+from optimizer.wrappers.huggingface import AdamMiniMixin, adam_mini
 
 
 class AdamMiniTrainer(AdamMiniMixin, Trainer):
@@ -34,7 +34,7 @@ def arguments(folder: Path) -> TrainingArguments:
 def blocks(optimizer: AdamMini) -> dict[str, int]:
     return {
         name: layout.n_blocks
-        for group, layouts in zip(optimizer.param_groups, optimizer._layouts, strict=True)
+        for group, layouts in zip(optimizer.param_groups, optimizer.layouts, strict=True)
         for name, layout in zip(group["param_names"], layouts, strict=True)
     }
 

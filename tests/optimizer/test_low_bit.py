@@ -87,7 +87,7 @@ def test_a_compiled_step_and_one_parameter_at_a_time_round_alike() -> None:
             if how == "single":
                 for g, group in enumerate(optimizer.param_groups):
                     for i in reversed(range(len(group["params"]))):
-                        optimizer._step_parameter(g, i)
+                        optimizer.step_parameter(g, i)
             else:
                 step()
         results.append([p.detach() for p in net.parameters()])

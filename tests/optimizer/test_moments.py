@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optimizer import moments
-from optimizer.moments import FORMATS, INT4, INT8, Format
-from optimizer.rounding import apply, hashed, kahan, stochastic
+from optimizer.step import moments
+from optimizer.step.moments import FORMATS, INT4, INT8, Format
+from optimizer.step.rounding import apply, hashed, kahan, stochastic
 
 formats = pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)
 

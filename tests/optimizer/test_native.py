@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout
-from optimizer.engines import native
-from optimizer.engines.native import library
-from optimizer.reference import initial_state, reference_step
-from optimizer.update import adam_mini_update
+from optimizer.step.engines import native
+from optimizer.step.engines.native import library
+from optimizer.step.reference import initial_state, reference_step
+from optimizer.step.update import adam_mini_update
 from tests.optimizer.models import Llama
 from tests.optimizer.test_update import layouts
 from tests.optimizer.zoo import TEXT
@@ -230,7 +230,7 @@ QUICK = ("-O0", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
 def ask(folder: Path) -> tuple[int, str]:
     """The answer of a process of its own, which has nothing loaded, and what it logs."""
     code = (
-        "import logging; logging.basicConfig(level=logging.INFO); from optimizer.engines.native import library; "
+        "import logging; logging.basicConfig(level=logging.INFO); from optimizer.step.engines.native import library; "
         f"library._FLAGS = {QUICK}; library._folders = lambda: iter([{str(folder)!r}]); "
         "raise SystemExit(not (library.available() and library.available()))"
     )

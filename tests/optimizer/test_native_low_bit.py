@@ -1,7 +1,7 @@
 """The native step with first moments in eight and four bits, and with bf16 parameters rounded at random or compensated.
 
-The specification is optimizer/moments.py and optimizer/rounding.py in eager torch; whether that is a good idea is
-tested there. Sums of squares round differently in the two, so codes may differ by one, rarely.
+The specification is optimizer/step/moments.py and optimizer/step/rounding.py in eager torch, tested by files of their
+own. Sums of squares round differently in the two, so codes may differ by one, rarely.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from optimizer import Layout
-from optimizer.engines import native
-from optimizer.engines.native import step
-from optimizer.moments import FORMATS, INT4, INT8, Format, move, zero_state
-from optimizer.update import block_mean_square
+from optimizer.step.engines import native
+from optimizer.step.engines.native import step
+from optimizer.step.moments import FORMATS, INT4, INT8, Format, move, zero_state
+from optimizer.step.update import block_mean_square
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [  # a row's length against blocks of 128 and 64, runs against rows

@@ -18,7 +18,7 @@ RULES = Rules("adam_mini").override({"*.output.weight": Unit.ELEMENT, "layers.1.
 def layouts(optimizer: AdamMini) -> dict[int, Layout]:
     return {
         id(p): layout
-        for group, row in zip(optimizer.param_groups, optimizer._layouts, strict=True)
+        for group, row in zip(optimizer.param_groups, optimizer.layouts, strict=True)
         for p, layout in zip(group["params"], row, strict=True)
     }
 
@@ -58,10 +58,10 @@ def test_parameters_without_names_are_refused_not_guessed() -> None:
     groups = len(optimizer.param_groups)
     with pytest.raises(ValueError, match="no name"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3, 3))]})
-    assert len(optimizer.param_groups) == groups == len(optimizer._layouts), "a refused group leaves nothing behind"
+    assert len(optimizer.param_groups) == groups == len(optimizer.layouts), "a refused group leaves nothing behind"
     extra = tag(nn.ModuleDict({"output": nn.Linear(3, 3, bias=False)}))
     optimizer.add_param_group({"params": list(extra.parameters())})
-    assert optimizer._layouts[-1][0].n_blocks == 9
+    assert optimizer.layouts[-1][0].n_blocks == 9
 
 
 def test_a_pattern_that_matches_nothing_names_the_closest() -> None:
@@ -141,6 +141,6 @@ def test_an_override_settles_an_unknown_weight(caplog: pytest.LogCaptureFixture)
         AdamMini(Odd(), strict=True)
     with caplog.at_level(logging.WARNING, logger="optimizer"):
         optimizer = AdamMini(Odd(), rules=rules, strict=True)
-    assert not caplog.records and optimizer._layouts[0][0].n_blocks == 24
+    assert not caplog.records and optimizer.layouts[0][0].n_blocks == 24
     first = explain(Odd(), rules).splitlines()[2]
     assert first.startswith("! mixing") and "override 'mixing'" in first, "still nobody knows what it is"

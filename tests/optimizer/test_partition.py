@@ -138,7 +138,7 @@ def test_every_door_gives_the_same_partition() -> None:
     def layouts(optimizer: AdamMini) -> dict[int, object]:
         return {
             id(p): layout
-            for group, row in zip(optimizer.param_groups, optimizer._layouts, strict=True)
+            for group, row in zip(optimizer.param_groups, optimizer.layouts, strict=True)
             for p, layout in zip(group["params"], row, strict=True)
         }
 
@@ -182,11 +182,11 @@ def test_the_unknown_is_named_once_and_strict_raises(caplog: pytest.LogCaptureFi
         optimizer = AdamMini(model)
     assert len(caplog.records) == 1
     assert "0.table" in caplog.text and "1.query_key_value.weight" in caplog.text and "tag(model)" in caplog.text
-    assert optimizer._layouts[0][0].n_blocks == 1
+    assert optimizer.layouts[0][0].n_blocks == 1
     with pytest.raises(ValueError, match=r"0\.table"):
         AdamMini(model, strict=True)
     finer = AdamMini(model, rules=Rules("adam_mini").replace("mine", {"OTHER": Unit.ELEMENT}))
-    assert finer._layouts[0][0].n_blocks == 24
+    assert finer.layouts[0][0].n_blocks == 24
     text = explain(model)
     assert text.splitlines()[2].startswith("! "), "the unrecognised come first"
 

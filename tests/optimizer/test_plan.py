@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from optimizer import AdamMini, Layout, Rules
 from optimizer.__main__ import main
 from optimizer.partition import discover, layout_of
-from optimizer.plan import Plan, Setup, load_target, make_plan, parameters_of, shipped
-from optimizer.plan.activations import estimate
-from optimizer.plan.memory import DEFAULT_RULES
-from optimizer.plan.sharding import Piece, held, tensor_parallel_shape
-from optimizer.plan.states import adam_mini, quantised
-from optimizer.plan.table import first_row
+from optimizer.tools.plan import Plan, Setup, load_target, make_plan, parameters_of, shipped
+from optimizer.tools.plan.activations import estimate
+from optimizer.tools.plan.memory import DEFAULT_RULES
+from optimizer.tools.plan.sharding import Piece, held, tensor_parallel_shape
+from optimizer.tools.plan.states import adam_mini, quantised
+from optimizer.tools.plan.table import first_row
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"model_type": "llama", "vocab_size": 101, "hidden_size": 24, "intermediate_size": 56, "num_hidden_layers": 2,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout
-from optimizer.engines.traced import traced_update
-from optimizer.hyper import Hyper
-from optimizer.reference import initial_state, reference_step
+from optimizer.step.engines.traced import traced_update
+from optimizer.step.hyper import Hyper
+from optimizer.step.reference import initial_state, reference_step
 from tests.optimizer.test_update import layouts, strided
 
 

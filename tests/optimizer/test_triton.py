@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optimizer import Layout
-from optimizer.engines.foreach import foreach_update
-from optimizer.engines.triton import accepts, triton_update
-from optimizer.engines.triton.tables import Dense, tables
-from optimizer.reference import initial_state, reference_step
+from optimizer.step.engines.foreach import foreach_update
+from optimizer.step.engines.triton import accepts, triton_update
+from optimizer.step.engines.triton.tables import Dense, tables
+from optimizer.step.reference import initial_state, reference_step
 from tests.optimizer.test_update import layouts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,7 +220,7 @@ def test_interpreted(checks: list[str]) -> None:
 
 
 def test_nothing_imports_triton_before_it_is_used() -> None:
-    in_a_process("import sys, optimizer, optimizer.engines.triton; assert 'triton' not in sys.modules")
+    in_a_process("import sys, optimizer, optimizer.step.engines.triton; assert 'triton' not in sys.modules")
 
 
 SHARED = {"addresses": "*i64", "entries": "*i64", "programs": "*i32", "factors": "*fp32", "numbers": "*fp32",
@@ -235,7 +235,7 @@ def cubin(kernel: str, capability: int, signature: dict[str, str], constants: di
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from optimizer.engines.triton import kernels
+    from optimizer.step.engines.triton import kernels
 
     source = ASTSource(getattr(kernels, kernel), signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
@@ -282,7 +282,7 @@ def test_what_the_kernels_take() -> None:
     p, v = torch.zeros(4, 4), torch.zeros(4, 1)
     assert not accepts(p, p, p, v)
     in_a_process(
-        "import torch; from optimizer.engines.triton import accepts, available\n"
+        "import torch; from optimizer.step.engines.triton import accepts, available\n"
         "p, v = torch.zeros(4, 4), torch.zeros(4, 1)\n"
         "assert available() and accepts(p, p, p, v) and accepts(p, p.bfloat16(), p.half(), v)\n"
         "assert not accepts(p.double(), p.double(), p.double(), v)\n"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from optimizer import Layout
 from optimizer.partition import Runs
-from optimizer.reference import initial_state, reference_step
-from optimizer.update import adam_mini_update
+from optimizer.step.reference import initial_state, reference_step
+from optimizer.step.update import adam_mini_update
 
 
 @st.composite

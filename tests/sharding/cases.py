@@ -329,16 +329,16 @@ def train_case(model: str, wrap: str, kind: str = "model", dtype: str = "float64
     run = start(model, wrap, kind, kind_of, **options)
     run.train(0, STEPS)
     wanted = reference(run, model, kind, kind_of, STEPS, **options)
-    pieces = [shard.piece for shard in run.optimizer._shards._known.values()]
+    geometries = [shard.geometry for shard in run.optimizer._shards._known.values()]
     layouts = {
-        position: run.optimizer._layouts[position[0]][position[1]]
+        position: run.optimizer.layouts[position[0]][position[1]]
         for position, shard in run.optimizer._shards._known.items()
-        if shard.piece.cut is not None and shard.piece.cut.size
+        if shard.geometry.cut is not None and shard.geometry.cut.size
     }
     return {
         "difference": difference(run, model, wanted),
         "messages": run.messages,
-        "groups": len(groups_in_order(pieces)),
+        "groups": len(groups_in_order(geometries)),
         # fp32 and float64: one number per block, one per tensor that says whether any rank has a gradient.
         "limit": 8 * sum(layout.n_blocks + (dtype == "float64") for layout in layouts.values()),
         "state": {type(s["exp_avg"]).__name__ for s in run.optimizer.state.values()},

@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from optimizer import AdamMini, tag
-from optimizer.convert.file import convert_file
 from optimizer.sharding import load_full_state_dict
+from optimizer.tools.convert.file import convert_file
 from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
 

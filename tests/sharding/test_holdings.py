@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optimizer import Layout
 from optimizer.partition.layout import Runs
-from optimizer.sharding.flat import Range, flat_piece
+from optimizer.sharding.flat import Range, flat_geometry
 from optimizer.sharding.holdings import Edges, local_runs, run_ids
 
 SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3).map(tuple)
@@ -42,8 +42,8 @@ def test_no_element_costs_a_python_object() -> None:
     size = 4000 * 4000 // 1000
     bounds = tuple((r * size, (r + 1) * size) for r in range(1000))
     tracemalloc.start()
-    piece = flat_piece([Range(shape, Layout.per_element(shape), bounds, 500)], size, None, torch.device("cpu"))
+    geometry = flat_geometry([Range(shape, Layout.per_element(shape), bounds, 500)], size, None, torch.device("cpu"))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert piece.cut is None and piece.aligned == (size,)
+    assert geometry.cut is None and geometry.aligned == (size,)
     assert peak < 4_000_000  # a list of all elements is 128 MB and more

@@ -1,6 +1,7 @@
 """Ways to keep a first moment in few bits, in one slow, parametrised form; what ships is a special case.
 
-``optimizer.moments`` holds the chosen ones. Here the map of codes, the rounding, the block and the scales' dtype vary.
+``optimizer.step.moments`` holds the chosen ones. Here the map of codes, the rounding, the block and the dtype of the
+scales vary.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optimizer.rounding import hashed
+from optimizer.step.rounding import hashed
 
 Law = Literal["linear", "square"]
 Rounding = Literal["nearest", "stochastic", "carried", "both"]

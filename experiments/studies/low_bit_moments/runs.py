@@ -15,8 +15,9 @@ from experiments.configs import TrainConfig
 from experiments.models import LlamaConfig, build, lm_loss
 from experiments.studies.low_bit_moments.candidates import Candidate, Kept
 from experiments.train import learning_rate, validation_loss
-from optimizer import AdamMini, moments, partition
-from optimizer.update import block_mean_square
+from optimizer import AdamMini, partition
+from optimizer.step import moments
+from optimizer.step.update import block_mean_square
 
 CONFIG = TrainConfig(
     "low_bit_moments", LlamaConfig(hidden=416), data="enwik8", steps=1000, eval_every=100, eval_batches=64
@@ -50,7 +51,7 @@ class _Plain:
 
 
 class _Shipped:
-    """A first moment as ``optimizer.moments`` keeps it."""
+    """A first moment as ``optimizer.step.moments`` keeps it."""
 
     def __init__(self, p: Tensor, format: moments.Format, seed: int) -> None:
         self.seed = seed
@@ -62,7 +63,7 @@ class _Shipped:
 
 
 class Trainer:
-    """Adam-mini with the arm's first moments: the equations of ``optimizer.update``, tensor by tensor."""
+    """Adam-mini with the arm's first moments: the equations of ``optimizer.step.update``, tensor by tensor."""
 
     def __init__(self, model: nn.Module, arm: Arm, config: TrainConfig) -> None:
         self.config, self.taken = config, 0

@@ -1,0 +1,287 @@
+"""Loading states: of this optimizer, Adam, AdamW and the published adam-mini package; by names where there are names.
+
+What a checkpoint decides: hyper-parameters (lr, betas, eps, weight_decay, maximize), steps, moments. What the running
+optimizer decides: rules, dtypes, and how a step is computed. Nothing moves before everything has been checked, and no
+tensor of the caller's is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..partition import Layout, Rules
+from ..partition.layout import AnyLayout
+from ..partition.rules import shipped
+from ..step.dtypes import second_moment_dtype
+from . import first_moments as moment
+from .blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
+from .matching import Place, matched, options_of, places_of, rules_named, written_by_published
+from .saved import Saved, read
+from .specification import step_counter
+
+logger = logging.getLogger("optimizer")
+
+
+@dataclass
+class Prepared:
+    """A checkpoint made ready for the running optimizer; nothing in it is the caller's.
+
+    Attributes:
+        groups: options of every group, ``params`` numbered through.
+        state: state by parameter, in the optimizer's order, and what the checkpoint has beside parameters.
+        notes: what was changed on the way -> for how many parameters.
+    """
+
+    groups: list[dict[str, Any]]
+    state: dict[Any, Any] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+@contextmanager
+def loading(
+    optimizer: torch.optim.Optimizer, layouts: Sequence[Sequence[AnyLayout]], rules: Rules, *, convert: bool = False
+) -> Iterator[None]:
+    """While this is open, ``Optimizer.load_state_dict`` loads what ``prepare`` makes of the document.
+
+    Torch keeps its part: its hooks run as ever. The document is prepared after the last of the caller's pre-hooks, so
+    that it is what they made of it; the state is in place before the first of the caller's post-hooks.
+
+    Args:
+        optimizer: whose ``load_state_dict`` is about to be called.
+        layouts: of its parameters, by group.
+        rules: its rules.
+        convert: rebuild second moments of another partition from block means instead of refusing them.
+    """
+    found: list[Prepared] = []
+
+    def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
+        found.append(prepare(optimizer.param_groups, layouts, rules, document, convert=convert))
+        return {"state": {}, "param_groups": found[-1].groups}
+
+    def fill(_: torch.optim.Optimizer) -> None:
+        optimizer.state.update(found[-1].state)
+        if notes := found[-1].notes:
+            logger.info("loaded optimizer state: %s", "; ".join(f"{note} ({n}x)" for note, n in notes.items()))
+
+    handles = (
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(fill, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def naming(optimizer: torch.optim.Optimizer, rules: Rules) -> Iterator[None]:
+    """While this is open, ``Optimizer.state_dict`` names the rules in every group, for the caller's hooks to see, too.
+
+    Only the document carries the name: it belongs to the optimizer, and a group that keeps it could be wrong.
+    """
+
+    def name(_: torch.optim.Optimizer, document: dict[str, Any]) -> None:
+        for group in document["param_groups"]:
+            group["rules"] = rules.name
+
+    handle = optimizer.register_state_dict_post_hook(name, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def prepare(
+    param_groups: Sequence[Mapping[str, Any]],
+    layouts: Sequence[Sequence[AnyLayout]],
+    rules: Rules,
+    document: Mapping[str, Any],
+    *,
+    convert: bool = False,
+) -> Prepared:
+    """Everything that loading a document will set, checked and copied.
+
+    Args:
+        param_groups: of the running optimizer; not changed.
+        layouts: of its parameters, by group.
+        rules: its rules.
+        document: as ``state_dict`` gives it; parameters may be keyed by number or, as distributed checkpoints do, by
+            name. Not changed.
+        convert: rebuild second moments of another partition from block means instead of refusing them.
+
+    Raises:
+        ValueError: no state dict of an optimizer; parameters that do not match; another optimizer's state; another
+            partition's, without ``convert``.
+    """
+    prepared, states = checked(param_groups, layouts, rules, document, convert=convert)
+    prepared.state.update({place.parameter: state for place, state in states})
+    keys = {key for group in document["param_groups"] for key in group["params"]}
+    others = {key: value for key, value in document["state"].items() if key not in keys}
+    prepared.state.update(copy.deepcopy(others))
+    return prepared
+
+
+def checked(
+    param_groups: Sequence[Mapping[str, Any]],
+    layouts: Sequence[Sequence[AnyLayout]],
+    rules: Rules,
+    document: Mapping[str, Any],
+    *,
+    convert: bool = False,
+) -> tuple[Prepared, Iterator[tuple[Place, dict[str, Any]]]]:
+    """``prepare`` up to the states, which are made one by one as they are asked for.
+
+    Args and errors: as of ``prepare``.
+
+    Returns:
+        what will be set, without states; each parameter that has one and its state.
+    """
+    places = places_of(param_groups, layouts)
+    sources = matched(param_groups, places, document)
+    states = document["state"]
+    saved = [(place, read(states[source.key], place.parameter.shape, place.where))
+             for place, source in zip(places, sources, strict=True) if states.get(source.key)]  # fmt: skip
+    for place, one in saved:
+        _require_alike(place, one)
+    groups, disagreements = options_of(param_groups, places, sources, document)
+    prepared = Prepared(groups, notes=Counter(disagreements))
+    others = _of_another_partition(saved, rules, document, convert=convert)
+    saved_groups = document["param_groups"]
+    if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in saved_groups):
+        logger.warning(
+            "the checkpoint is Adam's, whose weight_decay went through the moments; here it is decoupled, as AdamW's: "
+            "set it anew"
+        )
+    return prepared, (
+        (place, _state(place, one, id(place.parameter) in others, prepared.notes, seed))
+        for seed, (place, one) in enumerate(saved)
+    )
+
+
+def _of_another_partition(
+    saved: Iterable[tuple[Place, Saved]], rules: Rules, document: Mapping[str, Any], *, convert: bool
+) -> set[int]:
+    """Parameters, by id, whose second moment was kept for other blocks.
+
+    Raises:
+        ValueError: there are some and ``convert`` is not set; both partitions named.
+    """
+    named = rules_named(document)
+    others = named is not None and not same_rules(named, rules)
+    offences = [(place, offence) for place, one in saved if (offence := offence_of(place, one, others))]
+    if offences and not convert:
+        saved_under, advice = f"rules {named!r}", "with the rules of the checkpoint"
+        if written_by_published(document):
+            saved_under, advice = "the published adam-mini package", "with rules of the same blocks"
+        elif named is None:
+            saved_under = "rules it does not name (Adam, AdamW, or an older version)"
+        elif named == rules.name:
+            saved_under += ", but knew its parameters otherwise"
+            advice = "from the model, as that of the checkpoint was"
+        (place, offence), more = offences[0], len(offences) - 1
+        raise ValueError(
+            f"the checkpoint was saved under {saved_under}, this optimizer has rules {rules.name!r}: exp_avg_sq of "
+            f"{place.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the optimizer "
+            f"{advice}, or pass convert=True to rebuild the second moments from block means"
+        )
+    return {id(place.parameter) for place, _ in offences}
+
+
+def _require_alike(place: Place, saved: Saved) -> None:
+    """Raise where one of parameter and state is sharded and the other is not."""
+    if hasattr(place.parameter, "to_local") != hasattr(saved.exp_avg, "to_local"):
+        one, other = ("sharded", "whole") if hasattr(place.parameter, "to_local") else ("whole", "sharded")
+        raise ValueError(
+            f"{place.where} is {one}, but its state in the checkpoint is {other}; load it with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which distributes or gathers it"
+        )
+
+
+def same_rules(named: str, rules: Rules) -> bool:
+    """Whether a checkpoint's name of its rules stands for these."""
+    return named == rules.name or (named in shipped() and Rules(named) == rules)
+
+
+def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
+    """What is wrong with a saved second moment under the parameter's layout, in words; None where nothing is."""
+    shape, v = tuple(place.parameter.shape), saved.exp_avg_sq
+    wanted = place.aligned
+    if wanted is None:
+        return None
+    layout = place.blocks
+    if layout is not None and (saved.axes is not None or saved.blocks.startswith("vmean")):
+        if saved.axes == axes_of(layout, shape):
+            return None
+        return f"was kept as {saved.blocks} in the checkpoint, but {layout.n_blocks} blocks of {wanted} are needed"
+    if tuple(v.shape) != wanted:
+        return f"has shape {tuple(v.shape)} in the checkpoint, but {wanted} is needed"
+    if layout is None or hasattr(v, "to_local"):
+        # Values of a sharded tensor would need communication.
+        return "was kept under other rules, and is sharded, so that values do not tell" if other_rules else None
+    if v.is_meta:
+        return None
+    if not is_level(v, layout, LEVEL):
+        return f"has the right shape {wanted}, but differs inside one of the {layout.n_blocks} blocks"
+    if other_rules and looks_coarser(v, layout):
+        return f"has the right shape {wanted}, but was kept for blocks larger than the {layout.n_blocks} there are"
+    return None
+
+
+def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str], seed: int) -> dict[str, Any]:
+    """The state of one parameter, as the running optimizer keeps it."""
+    parameter, group = place.parameter, place.group
+    shape, v = tuple(parameter.shape), saved.exp_avg_sq
+    dtype = second_moment_dtype(parameter)
+    if other_blocks or place.aligned not in (None, tuple(v.shape)):
+        v = rebuilt(v, _whole_layout(place, v), shape, dtype).to(parameter.device)
+        if other_blocks:
+            notes["exp_avg_sq rebuilt from block means"] += 1
+    else:
+        if v.dtype != dtype:
+            notes[f"exp_avg_sq cast from {v.dtype} to {dtype}"] += 1
+        v = v.detach().to(parameter.device, dtype, copy=True).contiguous()
+    state: dict[str, Any] = {"step": step_counter(parameter, group, saved.step)}
+    state.update(moment.restored(saved, parameter, group["exp_avg_dtype"], notes, seed))
+    state["exp_avg_sq"] = v
+    if group["bf16_rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
+        state["compensation"] = _compensation(saved, parameter, notes)
+    elif saved.compensation is not None:
+        notes["compensation dropped: bf16_rounding is not 'kahan' here"] += 1
+    for key in saved.dropped:
+        notes[f"{key} dropped: it has no meaning here"] += 1
+    state.update(copy.deepcopy(dict(saved.others)))
+    return state
+
+
+def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tensor:
+    zeros = torch.zeros_like(parameter, dtype=torch.bfloat16, memory_format=torch.preserve_format)
+    if saved.compensation is None:
+        notes["compensation starts at zero: the checkpoint has none"] += 1
+        return zeros
+    return zeros.copy_(saved.compensation)
+
+
+def _whole_layout(place: Place, v: Tensor) -> Layout:
+    """The blocks to rebuild a second moment for; raises where that cannot be done from what is at hand."""
+    shape, layout = tuple(place.parameter.shape), place.blocks
+    if layout is None or hasattr(v, "to_local") or hasattr(place.parameter, "to_local"):
+        raise ValueError(
+            f"exp_avg_sq of {place.where} is sharded, and rebuilding it would need the whole tensor; convert the "
+            "checkpoint once, on one process: python -m optimizer convert"
+        )
+    if not spreads(v.shape, shape):
+        raise ValueError(
+            f"exp_avg_sq of {place.where} has shape {tuple(v.shape)} in the checkpoint, which no partition of a "
+            f"parameter of shape {shape} has; is it a checkpoint of another model?"
+        )
+    return layout

@@ -1,0 +1,201 @@
+"""From lists of tensors to launches, and the operator that compilers see."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....partition.layout import Layout
+from .tables import Dense, Tables, tables
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_COUNTERS = 128  # counters a program of the first launch advances
+_KEPT: list[Tensor] = []  # what captured graphs read again at every replay
+_LIBRARY = torch.library.Library("adam_mini", "FRAGMENT")
+_LIBRARY.define(
+    "triton_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, int[] layouts, float[] numbers, Tensor?[] instead) -> ()"
+)
+
+
+@functools.lru_cache(maxsize=1)
+def available() -> bool:
+    """Whether Triton is installed and has a CUDA device, or interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return _interpreted() or (torch.cuda.is_available() and torch.version.hip is None)
+
+
+def accepts(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+    """Whether the kernels take these tensors: dense, fp32, bf16 or fp16, at multiples of 16 bytes of a CUDA device."""
+    tensors = (param, grad, exp_avg, exp_avg_sq)
+    return (
+        all(type(t) in _PLAIN and t.is_contiguous() and t.dtype in _TYPES for t in tensors)
+        and all(t.data_ptr() % 16 == 0 for t in tensors)
+        and exp_avg_sq.dtype == torch.float32
+        and len({t.device for t in tensors}) == 1
+        and param.device.type == ("cpu" if _interpreted() else "cuda")
+    )
+
+
+def triton_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    eps: float,
+    weight_decay: float | Tensor,
+    maximize: bool,
+    capturable: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One Adam-mini step of every tensor, its counter included, in place.
+
+    Source: arXiv 2406.16793, Algorithm 1; the equations in the order of ``reference.reference_step``. Arithmetic is
+    fp32, bias corrections fp64; parameter and first moment are rounded once each.
+
+    Args:
+        params: parameters, changed; what ``accepts`` takes.
+        grads: their gradients, read only.
+        exp_avgs: first moments, same shapes, changed.
+        exp_avg_sqs: second moments, ``layout.aligned_shape``, fp32, changed.
+        steps: steps taken before this one, 0-dim fp32, on the device or the CPU, changed.
+        layouts: the parameters' blocks.
+        lr: learning rate; a one-element tensor on the device is read there, any other number here.
+        beta1: decay of the first moment; likewise.
+        beta2: decay of the second moment; likewise.
+        eps: added outside the root.
+        weight_decay: decoupled weight decay; likewise.
+        maximize: ascend instead.
+        capturable: nothing may be read off the device: counters on the CPU are refused.
+        grad_scale: one element, on the device: what the gradients were multiplied by.
+        found_inf: one element, on the device: nonzero leaves everything as it is, counters included.
+
+    Raises:
+        ValueError: ``capturable`` with counters on the CPU.
+    """
+    if capturable and any(t.device != p.device for t, p in zip(steps, params, strict=True)):
+        raise ValueError("capturable=True, but step counters are not on their parameters' device; move them there")
+    given = (lr, beta1, beta2, weight_decay)
+    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in given] + [eps, -1.0 if maximize else 1.0]
+    instead = [x if isinstance(x, Tensor) else None for x in given] + [grad_scale, found_inf]
+    shapes = [n for layout, p in zip(layouts, params, strict=True) for n in Dense.of(layout, p.shape).numbers()]
+    torch.ops.adam_mini.triton_update_(
+        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), shapes, numbers, instead
+    )
+
+
+def _operator(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    layouts: list[int],
+    numbers: list[float],
+    instead: list[Tensor | None],
+) -> None:
+    """The operator: tensors of a device and dtypes together."""
+    on_host = any(t.device != p.device for t, p in zip(steps, params, strict=True))
+    if on_host and instead[5] is not None:
+        if float(instead[5]):
+            return
+        instead = [*instead[:5], None]
+    groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i, tensors in enumerate(zip(params, grads, exp_avgs, strict=True)):
+        key = (tensors[0].device, *(t.dtype for t in tensors))
+        groups[key].append(i)
+    shapes = list(Dense.read(layouts))
+    for (device, *dtypes), members in groups.items():
+        counters = [steps[i] for i in members]
+        if on_host:
+            counters = list(torch.tensor([float(t) for t in counters], device=device).unbind())
+        columns = [[tensors[i] for i in members] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+        _launch([*columns, counters], _tables(tuple(shapes[i] for i in members), device), dtypes, numbers, instead)
+    if on_host:
+        torch._foreach_add_(steps, 1)
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # written behind autograd's back
+
+
+_LIBRARY.impl("triton_update_", _operator, "CompositeExplicitAutograd")
+torch.library.register_fake("adam_mini::triton_update_", lambda *arguments: None, lib=_LIBRARY)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(layouts: tuple[Dense, ...], device: torch.device) -> Tables:
+    return tables(layouts, device)
+
+
+def _launch(
+    columns: list[list[Tensor]],
+    work: Tables,
+    dtypes: Sequence[torch.dtype],
+    numbers: Sequence[float],
+    instead: Sequence[Tensor | None],
+) -> None:
+    """Every kernel once, in order, on the current stream of the device."""
+    from . import kernels  # imports triton
+
+    device, count = columns[0][0].device, len(columns[0])
+    table = torch.tensor([[t.data_ptr() for t in row] for row in zip(*columns, strict=True)])
+    if bool((table[:, :4] % 16).any()):
+        raise ValueError("a tensor does not begin at a multiple of 16 bytes; ask accepts() first")
+    addresses = _on_device(table, device)
+    floats = torch.empty(2 * count + 6 + work.scratch, dtype=torch.float32, device=device)
+    factors, shared, scratch = floats[: 2 * count], floats[2 * count : 2 * count + 6], floats[2 * count + 6 :]
+    values = list(numbers)
+    pointers: list[Tensor | None] = []
+    for i, tensor in enumerate(instead):
+        if tensor is not None and tensor.device != device:
+            if i < 4:
+                values[i], tensor = float(tensor), None
+            else:
+                tensor = tensor.to(device)
+        pointers.append(tensor)
+    types = [getattr(kernels.tl, _TYPES[dtype]) for dtype in dtypes]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _KEPT.extend(table for launch in work.launches for table in (launch.entries, launch.programs))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernels.prepare[(-(-count // _COUNTERS),)](addresses, factors, shared, count, *values, *pointers)
+        for launch in work.launches:
+            getattr(kernels, launch.kernel)[(len(launch.programs),)](
+                addresses,
+                launch.entries,
+                launch.programs,
+                factors,
+                shared,
+                scratch,
+                *types,
+                launch.columns,
+                launch.even,
+            )
+
+
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """The table, without waiting for the device."""
+    if device.type != "cuda":
+        return table.to(device)
+    pinned = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _KEPT.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,71 @@
+"""What a command is about: the model behind ``module:attribute`` or behind a configuration file."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def load_target(target: str) -> nn.Module:
+    """The model a command-line target names.
+
+    Args:
+        target: ``module:attribute``, a model or something callable without arguments that makes one; or the path of a
+            transformers config JSON or of a directory with a ``config.json``.
+
+    Raises:
+        ValueError: a target of no known form, one that cannot be imported, or one that makes no model.
+        FileNotFoundError: a path that does not exist.
+        ImportError: a configuration without transformers.
+    """
+    if Path(target).exists() or target.endswith(".json") or (":" not in target and os.sep in target):
+        from ..wrappers.transformers import model_from_config
+
+        return model_from_config(target)
+    found = resolve(target, "target")
+    if isinstance(found, nn.Module):
+        return found
+    if not callable(found):
+        raise ValueError(
+            f"target {target!r} is a {type(found).__name__}, neither a model nor a function that makes one"
+        )
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"target {target!r} cannot be called without arguments ({error}); wrap it in a function"
+        ) from error
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"target {target!r} gave a {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def resolve(path: str, what: str) -> Any:
+    """The object at ``module:attribute``.
+
+    Args:
+        path: as written on the command line.
+        what: the argument's name, for messages.
+
+    Raises:
+        ValueError: another form, or nothing to import there.
+    """
+    name, _, attribute = path.partition(":")
+    if not name or not attribute:
+        raise ValueError(
+            f"{what} {path!r} must be written module:attribute, for example my_model:make_model"
+            + (", or be the path of a config.json or its directory" if what == "target" else "")
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {path!r} cannot be imported: {error}; run from the folder it is in") from error

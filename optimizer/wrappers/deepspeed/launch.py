@@ -1,0 +1,91 @@
+"""DeepSpeed with AdamMini as its optimizer.
+
+``deepspeed.initialize(model=model, optimizer=AdamMini(model), config=config)`` works as it stands where the config says
+``"zero_allow_untested_optimizer": true`` and, with an offloaded optimizer, ``"zero_force_ds_cpu_optimizer": false``.
+``initialize`` says both, and builds the optimizer where none is given.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...adam_mini import AdamMini
+
+_NAMES = ("adammini", "adam_mini", "adam-mini")
+
+
+def initialize(
+    model: nn.Module,
+    optimizer: Any = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    **more: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """``deepspeed.initialize`` with AdamMini.
+
+    Args:
+        model: any module; under ZeRO-3 also one made inside ``deepspeed.zero.Init``.
+        optimizer: an AdamMini, or what makes one from parameters; None builds ``AdamMini(model, **params)`` with the
+            ``params`` of the config's ``optimizer`` section, whose ``type`` is then "AdamMini".
+        config: DeepSpeed's, as a dictionary or the path of a JSON file; not changed.
+        **more: whatever else ``deepspeed.initialize`` takes.
+
+    Returns:
+        engine, optimizer, data loader and scheduler, as ``deepspeed.initialize`` returns them.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+        ValueError: a config that wants another optimizer, or one that AdamMini cannot be.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("optimizer.integrations.deepspeed needs DeepSpeed: pip install deepspeed") from error
+    settings = config_for_adam_mini(config)
+    section = settings.pop("optimizer", None)
+    if optimizer is None:
+        optimizer = AdamMini(model, **_options(section))
+    elif section is not None:
+        raise ValueError(
+            f"config has an optimizer section ({section.get('type')!r}), and the argument optimizer is given, too; "
+            "leave one of them out"
+        )
+    result: tuple[Any, Any, Any, Any] = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, **more)
+    return result
+
+
+def config_for_adam_mini(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
+    """A copy of a DeepSpeed config that lets ZeRO take an optimizer that is not DeepSpeed's own.
+
+    Raises:
+        ValueError: no config, or one that insists on DeepSpeed's optimizer for the host.
+    """
+    if config is None:
+        raise ValueError("argument config=None; give DeepSpeed's config as a dictionary or the path of a JSON file")
+    settings = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none" and settings.setdefault("zero_force_ds_cpu_optimizer", False):
+        raise ValueError(
+            'config has "zero_force_ds_cpu_optimizer": true, with which DeepSpeed takes no optimizer but its own '
+            "DeepSpeedCPUAdam, which keeps a second moment per element; set it to false or leave it out"
+        )
+    return settings
+
+
+def _options(section: Mapping[str, Any] | None) -> dict[str, Any]:
+    if section is None:
+        return {}
+    if str(section.get("type", "")).lower() not in _NAMES:
+        raise ValueError(
+            f"config's optimizer type is {section.get('type')!r}; call deepspeed.initialize for that, or set it to "
+            '"AdamMini"'
+        )
+    options = dict(section.get("params", {}))
+    return {**options, "betas": tuple(options["betas"])} if "betas" in options else options

@@ -1,0 +1,100 @@
+"""torchtitan 0.3's optimizer container with the name "AdamMini"; to be imported in a ``config_registry``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+from ..adam_mini import AdamMini
+from ..partition import Rules
+from ..partition.discover import tag, tagged
+from ..state.checkpoint import same_rules
+
+NAME = "AdamMini"
+
+
+class AdamMiniContainer(OptimizersContainer):
+    """torchtitan's container, which may also hold AdamMini.
+
+    A group's options (lr, betas, exp_avg_dtype, ...) are its ``optimizer_kwargs``; the optimizer's (``rules``,
+    ``strict``) go into ``optimizer_factory_kwargs_by_name["AdamMini"]``.
+
+    Raises:
+        ValueError: options in the wrong place, ``implementation="fused_opt_states_bf16"``, a checkpoint of other rules.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """The container's configuration."""
+
+        exempt_norms: bool = True
+        """Split norms and biases off each AdamMini group into one without weight decay, as ``AdamMini(model)`` does."""
+
+    def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
+        if config.implementation == "fused_opt_states_bf16":
+            raise ValueError(
+                "optimizer.implementation='fused_opt_states_bf16' makes state for torch's Adam; use 'fused', and "
+                "'exp_avg_dtype': torch.bfloat16 in optimizer_kwargs (second moments stay fp32: they are small)"
+            )
+        for group in config.param_groups:
+            misplaced = group.optimizer_kwargs.keys() & {"rules", "strict"}
+            if group.optimizer_name == NAME and misplaced:
+                raise ValueError(
+                    f"optimizer_kwargs of pattern {group.pattern!r} has {min(misplaced)!r}, which is the optimizer's, "
+                    f"not a group's; put it into optimizer_factory_kwargs_by_name[{NAME!r}]"
+                )
+        for part in model_parts:
+            tag(part)  # as it is now, sharded: FSDP made new parameters
+        self._exempt_norms = config.exempt_norms
+        super().__init__(config, model_parts=model_parts)
+
+    @staticmethod
+    def _resolve_optimizer_factory(name: str) -> Any:
+        return AdamMini if name == NAME else OptimizersContainer._resolve_optimizer_factory(name)
+
+    def _build_param_groups(self, model: nn.Module, *arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        groups, patterns = OptimizersContainer._build_param_groups(model, *arguments)
+        if self._exempt_norms and NAME in groups:
+            pairs = zip(groups[NAME], patterns[NAME], strict=True)
+            split = [(part, pattern) for group, pattern in pairs for part in _split(group)]
+            groups[NAME], patterns[NAME] = [part for part, _ in split], [pattern for _, pattern in split]
+        return groups, patterns
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave; compares the rules here, since torchtitan does not hand their name on."""
+        for optimizer in self.optimizers:
+            names = [name for group in optimizer.param_groups for name in group["param_names"]]
+            for name in names if isinstance(optimizer, AdamMini) else ():
+                saved = state_dict.get(f"param_groups.{name}.rules", optimizer.rules.name)
+                if not same_rules(saved, optimizer.rules):
+                    raise ValueError(
+                        f"the checkpoint keeps {name} under rules {saved!r}, this optimizer has "
+                        f"{optimizer.rules.name!r}; use the rules of the checkpoint, or start with fresh state: "
+                        "--checkpoint.exclude_from_loading"
+                    )
+        super().load_state_dict(state_dict)
+
+
+def default_adam_mini(
+    lr: float = 8e-4, *, rules: str | Rules = "adam_mini", strict: bool = False, **options: Any
+) -> AdamMiniContainer.Config:
+    """AdamMini for all parameters, with the numbers of torchtitan's ``default_adamw``; ``options`` are the group's."""
+    numbers = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1} | options
+    return AdamMiniContainer.Config(
+        param_groups=[ParamGroupConfig(pattern=r".*", optimizer_name=NAME, optimizer_kwargs=numbers)],
+        optimizer_factory_kwargs_by_name={NAME: {"rules": rules, "strict": strict}},
+    )
+
+
+def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group as those of its parameters that decay, and the others."""
+    exempt = [(anatomy := tagged(p)) is not None and not anatomy.decays for p in group["params"]]
+    parts = []
+    for which, decay in ((False, {}), (True, {"weight_decay": 0.0})):
+        chosen = [i for i, own in enumerate(exempt) if own is which]
+        members = {key: [group[key][i] for i in chosen] for key in ("params", "param_names")}
+        parts.append(group | members | decay)
+    return [part for part in parts if part["params"]]
