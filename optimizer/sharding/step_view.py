@@ -72,20 +72,21 @@ class Stepping:
             )
 
     def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
-        """Step the tensors whose blocks are shared."""
+        """Step the tensors whose blocks are shared, unless a GradScaler found that nothing must be stepped."""
         for g, i in self.empty:
-            state_of(g, i)["step"] += 1
+            if not hyper_of(self.groups[g]).skips():
+                state_of(g, i)["step"] += 1
         for ((g, i), (shard, grad)), means in zip(self.cut.items(), self._means, strict=True):
-            if means is None:
+            hyper = hyper_of(self.groups[g])
+            if means is None or hyper.skips():
                 continue
             state = state_of(g, i)
             if grad is None:
                 shard.forget()  # free parts take their step of zeros with the others, and their counters stand still
             state["step"] += 1
-            numbers = hyper_of(self.groups[g]).numbers()
             cut_update(
                 shard.geometry, shard.view, grad, state["exp_avg"], state["exp_avg_sq"], means,
-                step=state["step"].item(), **numbers,
+                step=state["step"].item(), **hyper.numbers(),
             )  # fmt: skip
 
     def end(self) -> None:

@@ -40,6 +40,10 @@ class Hyper:
         lr, beta1, beta2, decay = (_scalar(x) for x in (group["lr"], *group["betas"], group["weight_decay"]))
         return cls(lr, beta1, beta2, group["eps"], decay, group["maximize"], grad_scale, found_inf)
 
+    def skips(self) -> bool:
+        """Whether a GradScaler found that this step must not happen; waits for the device of ``found_inf``."""
+        return self.found_inf is not None and bool(self.found_inf)
+
     def numbers(self) -> dict[str, Any]:
         """Keyword arguments of an update that takes plain numbers; waits for the device of a tensor."""
         return {

@@ -1,0 +1,57 @@
+"""A compiled step over DTensors: a GradScaler's verdict counts there as it does without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from optimizer import AdamMini
+
+ENGINES = [{}, {"fused": False}, {"foreach": True}, {"fused": True}]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", ENGINES, ids=str)
+@pytest.mark.parametrize("skipped", [True, False])
+def test_found_inf_stops_a_compiled_step_of_fsdp2(one_rank: None, options: dict[str, bool], skipped: bool) -> None:
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(8, 8))
+    optimizer = AdamMini(model, lr=0.1, **options)
+    optimizer.found_inf = torch.full((), float(skipped))  # what GradScaler leaves for a fused optimizer
+    step = torch.compile(optimizer.step, backend="eager")
+    model(torch.ones(3, 8)).sum().backward()
+    before = [p.detach().full_tensor().clone() for p in model.parameters()]
+    step()
+    after = [p.detach().full_tensor() for p in model.parameters()]
+    assert all(torch.equal(a, b) is skipped for a, b in zip(before, after, strict=True))
+
+
+def test_found_inf_on_a_device_stops_what_no_engine_takes(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the optimizer asks before it begins; elsewhere everything that steps has to ask for itself.
+
+    The bias was joined with a weight that decays, so no engine takes it: it is the end of the one flat parameter.
+    """
+    torch.manual_seed(0)
+    model = FullyShardedDataParallel(nn.Sequential(nn.Linear(8, 8)), device_id=torch.device("cpu"))
+    optimizer = AdamMini(model, lr=0.1)
+    monkeypatch.setattr(optimizer, "skips", lambda: False)
+    for skipped in (True, False):
+        optimizer.found_inf = torch.full((), float(skipped))
+        model(torch.ones(3, 8)).sum().backward()
+        (flat,) = model.parameters()
+        before = flat.detach()[-8:].clone()
+        optimizer.step()
+        assert torch.equal(flat[-8:], before) is skipped
