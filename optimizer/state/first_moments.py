@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..step import moments
+from ..step.dtypes import second_moment_dtype
 from .saved import Saved
 
 _PIECE = 1 << 18  # elements worked on at once
@@ -30,7 +31,7 @@ def restored(
         kept = moments.FORMATS[dtype]
         if moments.quantises(parameter.shape):
             return _quantised(saved, parameter, kept, notes, seed)
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32  # small ones stay plain
+        dtype = second_moment_dtype(parameter)  # small ones stay plain
     dtype = dtype or parameter.dtype
     given = saved.exp_avg.detach()
     if saved.scale is not None:
@@ -63,7 +64,7 @@ def plain(saved: Saved, parameter: Tensor) -> Tensor:
     codes, scale = saved.exp_avg.detach(), saved.scale
     if scale is None:
         return codes
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    dtype = second_moment_dtype(parameter)
     n = _row(parameter.shape)
     rows = codes.reshape(-1, n if moments.format_of(codes).bits == 8 else codes.shape[-1])
     scales = scale.detach().to(codes.device).reshape(len(rows), -1)
@@ -82,7 +83,7 @@ def quantised(m: Tensor, kept: moments.Format, step: float, seed: int) -> tuple[
         step: steps taken.
         seed: makes tensors round independently.
     """
-    dtype = torch.float64 if m.dtype == torch.float64 else torch.float32
+    dtype = second_moment_dtype(m)
     codes_shape, scale_shape = moments.state_shapes(m.shape, kept)
     rows = m.reshape(-1, _row(m.shape))
     parts = [

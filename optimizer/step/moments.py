@@ -119,8 +119,13 @@ def quantises(shape: Sequence[int]) -> bool:
 def state_shapes(shape: Sequence[int], format: Format) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of (exp_avg, exp_avg_scale) of a quantised tensor, or of a shard of one with whole rows."""
     shape = tuple(shape)
-    lead, n = shape[: -row_axes(shape)], prod(shape[-row_axes(shape) :])
-    return shape if format.bits == 8 else (*lead, -(-n // 2)), (*lead, -(-n // format.block))
+    return stored_shapes(shape[: -row_axes(shape)], shape[-row_axes(shape) :], format)
+
+
+def stored_shapes(lead: tuple[int, ...], row: Sequence[int], format: Format) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of (exp_avg, exp_avg_scale) where ``row`` are the axes of a row and ``lead`` those in front of it."""
+    n = prod(row)
+    return (*lead, *row) if format.bits == 8 else (*lead, -(-n // 2)), (*lead, -(-n // format.block))
 
 
 def zero_state(parameter: Tensor, format: Format) -> dict[str, Tensor]:

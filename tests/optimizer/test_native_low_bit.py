@@ -15,8 +15,7 @@ from torch import Tensor
 
 from optimizer import Layout
 from optimizer.step.engines import native
-from optimizer.step.engines.native import step
-from optimizer.step.moments import FORMATS, INT4, INT8, Format, move, zero_state
+from optimizer.step.moments import INT4, INT8, Format, move, zero_state
 from optimizer.step.update import block_mean_square
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -78,10 +77,6 @@ def fresh(p: Tensor, layout: Layout, format: Format | None = None, moment: torch
 def codes_of(state: dict[str, Tensor]) -> Tensor:
     stored = state["exp_avg"]
     return stored if stored.dtype == torch.int8 else torch.stack([stored << 4, stored & 0xF0]).view(torch.int8) >> 4
-
-
-def test_blocks_are_those_of_the_specification() -> None:
-    assert {f.bits: (f.block, f.scale_dtype) for f in FORMATS.values()} == step._SCALES
 
 
 @pytest.mark.parametrize("format", [INT8, INT4], ids=lambda f: f.name)

@@ -37,7 +37,7 @@ def overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def describe(layout: Layout, row: int, ordered: bool, tensors: Sequence[Tensor]) -> Tensor:
+def encoded(layout: Layout, row: int, ordered: bool, tensors: Sequence[Tensor]) -> Tensor:
     """A layout as the loop reads it.
 
     Args:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...moments import FORMATS
+
 logger = logging.getLogger("optimizer")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
@@ -79,8 +81,13 @@ def _key(compiler: str) -> str:
 
 
 def _flags() -> list[str]:
-    """Ours, then the user's (ADAM_MINI_CXXFLAGS), which win."""
-    return [*_FLAGS, *shlex.split(os.environ.get("ADAM_MINI_CXXFLAGS", ""))]
+    """Ours, then the user's (ADAM_MINI_CXXFLAGS), which win. The few-bit formats are those of ``moments``."""
+    formats = [
+        f"-DADAM_MINI_{kept.name.upper()}_{what}={value}"
+        for kept in FORMATS.values()
+        for what, value in (("BLOCK", kept.block), ("LEVELS", kept.levels))
+    ]
+    return [*_FLAGS, *formats, *shlex.split(os.environ.get("ADAM_MINI_CXXFLAGS", ""))]
 
 
 def _processor() -> str:

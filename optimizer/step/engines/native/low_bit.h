@@ -16,7 +16,7 @@ constexpr int64_t kAhead = 512;
 
 struct Int8 {
   using Scale = float;
-  static constexpr int64_t kBlock = 128, kLevels = 127;
+  static constexpr int64_t kBlock = ADAM_MINI_INT8_BLOCK, kLevels = ADAM_MINI_INT8_LEVELS;  // of moments.FORMATS
   static float scale(float exact) { return exact; }
   static int64_t row_bytes(int64_t n) { return n; }
   static int64_t offset(int64_t within_row) { return within_row; }
@@ -26,7 +26,7 @@ struct Int8 {
 
 struct Int4 {
   using Scale = bfloat16;
-  static constexpr int64_t kBlock = 32, kLevels = 7;
+  static constexpr int64_t kBlock = ADAM_MINI_INT4_BLOCK, kLevels = ADAM_MINI_INT4_LEVELS;
   static float scale(float exact) {  // up, so that no element lies above the largest code
     const bfloat16 up{static_cast<uint16_t>((bits_of(exact) + 0xffffu) >> 16)};
     return load(&up);

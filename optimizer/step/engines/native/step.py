@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ....partition.layout import Layout
-from .layouts import describe, overlaps
+from ...dtypes import second_moment_dtype
+from ...moments import FORMATS, format_of, stored_shapes
+from .layouts import encoded, overlaps
 from .library import library
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_LOW_BIT = {torch.int8: 8, torch.uint8: 4}
-_SCALES = {8: (128, torch.float32), 4: (32, torch.bfloat16)}
-"""Elements that share a scale, and its dtype, by bits (``Int8`` and ``Int4`` in low_bit.h)."""
-_PAIRS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 3), *((p, m) for p in range(4) for m in (8, 4))}
+_LOW_BIT = {kept.dtype: kept.bits for kept in FORMATS.values()}
+_PAIRS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 3),
+          *((p, bits) for p in range(4) for bits in _LOW_BIT.values())}  # fmt: skip
 """(parameter and gradient, first moment) the loop is compiled for."""
 _ROUNDINGS = {None: 0, "stochastic": 1, "kahan": 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -69,7 +70,7 @@ def _state_obstacle(parameter: Tensor, state: Mapping[str, Any], rounding: str |
         if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return f"their state's {name} is not a plain tensor on the CPU"
     first, second, taken = (state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
-    if second.dtype is not (torch.float64 if parameter.dtype is torch.float64 else torch.float32):
+    if second.dtype is not second_moment_dtype(parameter):
         return f"their exp_avg_sq is {second.dtype}"
     if not second.is_contiguous() or taken.dtype is not torch.float32 or taken.numel() != 1:
         return "their exp_avg_sq is not contiguous, or their step not one float32"
@@ -89,11 +90,9 @@ def _state_obstacle(parameter: Tensor, state: Mapping[str, Any], rounding: str |
 
 def _scale_obstacle(parameter: Tensor, codes: Tensor, scale: Tensor) -> str | None:
     """Likewise, of a quantised first moment."""
-    bits, row = _LOW_BIT[codes.dtype], _row(parameter, scale)
-    lead = tuple(parameter.shape[: scale.dim() - 1])
-    stored = tuple(parameter.shape) if bits == 8 else (*lead, -(-row // 2))
-    block, dtype = _SCALES[bits]
-    if tuple(codes.shape) != stored or tuple(scale.shape) != (*lead, -(-row // block)) or scale.dtype is not dtype:
+    kept, lead = format_of(codes), scale.dim() - 1
+    stored, wanted = stored_shapes(tuple(parameter.shape[:lead]), parameter.shape[lead:], kept)
+    if tuple(codes.shape) != stored or tuple(scale.shape) != wanted or scale.dtype is not kept.scale_dtype:
         return f"their quantised exp_avg and its scale have shapes {tuple(codes.shape)} and {tuple(scale.shape)}"
     return None if codes.is_contiguous() and scale.is_contiguous() else "their quantised exp_avg is not contiguous"
 
@@ -161,13 +160,13 @@ def prepare(
         return None
     scale = state.get("exp_avg_scale")
     moment = state["exp_avg"] if scale is None else parameter
-    described = describe(
+    in_numbers = encoded(
         layout,
         0 if scale is None else _row(parameter, scale),
         rounding is not None,
         (parameter, grad, moment, state["compensation"] if rounding == "kahan" else parameter),
     )
-    return Ready(parameter, grad, state, described, seed & 0xFFFFFFFF, _ROUNDINGS[rounding])
+    return Ready(parameter, grad, state, in_numbers, seed & 0xFFFFFFFF, _ROUNDINGS[rounding])
 
 
 class Batches:
@@ -180,7 +179,7 @@ class Batches:
         self._size = size
         self._positions: list[int] = []
         self._ready: list[Ready] = []
-        self._parameters: list[Tensor] = []
+        self._tensors: list[Tensor] = []
         self._records, self._gradients = array("q"), array("q")
         self._known: _Known | None = None
 
@@ -199,7 +198,7 @@ class Batches:
         self._known = None
         self._positions.append(position)
         self._ready.append(ready)
-        self._parameters.append(parameter)
+        self._tensors.append(parameter)
         self._records.extend(ready.record)
         self._gradients.append(grad.data_ptr())
 
@@ -221,7 +220,7 @@ class Batches:
         if self._known is None:
             self._known = _Known(self._ready)
         try:
-            if not all(map(is_, parameters, self._parameters)) or not self._known.same(parameters, states):
+            if not all(map(is_, parameters, self._tensors)) or not self._known.same(parameters, states):
                 return False
             addresses = self._known.gradients(grads)
         except (KeyError, TypeError, RuntimeError):  # no state, no gradient, none with an address
@@ -262,7 +261,7 @@ class Batches:
             eps, weight_decay, (-1.0 if maximize else 1.0) / grad_scale, torch.get_num_threads(),
         )  # fmt: skip
         # The loop writes behind autograd's back: a graph that still needs the old values must notice.
-        torch.autograd.graph.increment_version(self._parameters)
+        torch.autograd.graph.increment_version(self._tensors)
 
 
 class _Known:
@@ -270,7 +269,7 @@ class _Known:
 
     def __init__(self, ready: Sequence[Ready]) -> None:
         self._at = [r.record[0] for r in ready]
-        self._shapes = [r.shape for r in ready]
+        self._sizes = [r.shape for r in ready]
         self._strides = [r.strides for r in ready]
         self._values = list(chain.from_iterable(r.values for r in ready))
         self._places = list(chain.from_iterable(r.places for r in ready))
@@ -287,7 +286,7 @@ class _Known:
             and all(map(is_, values, self._values))
             and list(map(Tensor.data_ptr, values)) == self._places
             and list(map(Tensor.data_ptr, parameters)) == self._at
-            and list(map(Tensor.size, parameters)) == self._shapes
+            and list(map(Tensor.size, parameters)) == self._sizes
             and list(map(Tensor.stride, parameters)) == self._strides
         )
 
@@ -299,7 +298,7 @@ class _Known:
         if (
             list(map(_DTYPE, given)) != self._dtypes
             or list(map(Tensor.stride, given)) != self._given
-            or list(map(Tensor.size, given)) != self._shapes
+            or list(map(Tensor.size, given)) != self._sizes
             or any(given[i].is_neg() for i in self._careful)
         ):
             return None
