@@ -6,7 +6,7 @@ optimizer contract are ``optimizer.AdamMini``'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,12 +118,19 @@ class Adam_mini(AdamMini):
 
     def _layout(self, parameter: Tensor, name: str) -> Layout:
         """What the parameter is now; how it falls into blocks at the first step."""
-        if len(self._anatomies) < len(self.param_groups):
+        if len(self._anatomies) <= len(self._layouts):
             self._anatomies.append([])
         self._resolved = False
         facts = facts_of(parameter)
         self._anatomies[-1].append(facts or (clean(name).lower(), self._anatomy(parameter, name)))
         return Layout.per_tensor(tuple(parameter.shape) if facts else whole_shape(parameter))
+
+    def _rearrange(self, places: Sequence[Sequence[tuple[int, int]]], new: list[Layout]) -> None:
+        """Let what parameters are follow them, too; how they fall into blocks is found out anew."""
+        super()._rearrange(places, new)
+        self._anatomies = [[self._anatomies[g][i] for g, i in row] for row in places]
+        self._resolve()
+        self._resolved = False  # the name sets may still be changed before the next step
 
     def _resolve(self) -> None:
         """Turn names, anatomies and the name sets as they stand into layouts."""

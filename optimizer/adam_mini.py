@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import ref
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .engines import Engines, register, traced_step
+from .following import Arrangement, Frozen, Place, require_groups, require_initialised
 from .groups import anatomies_by_identity, groups_of, named
 from .hyper import Hyper
 from .options import validate
@@ -106,12 +107,15 @@ class AdamMini(torch.optim.Optimizer):
         self._strict = strict
         self._layouts: list[list[Layout]] = []  # by group position, never by parameter identity
         self._engines, self._shards = Engines(), Shards()
-        self._origins: list[list[ref[Tensor]]] = []  # what the layouts were made for, kept alive by others
+        self._arranged = Arrangement(())  # which parameters the layouts were made for
         self._flattened: deepspeed.Flattened | None = None
         self._handle = register(self)
         self._unknown: dict[str, Anatomy] = {}
         model = params if isinstance(params, nn.Module) else module_behind(params)
-        # Known only while the groups are being made: parameters may be swapped for others later on.
+        self._model = None if model is None else ref(model)
+        self._frozen: Frozen | None = None
+        self._building = True
+        # Known only while layouts are being made: parameters may be swapped for others later on.
         self._known = anatomies_by_identity(model) if model is not None else {}
         if model is not None:
             stamp(model, discover)
@@ -119,22 +123,79 @@ class AdamMini(torch.optim.Optimizer):
         self._exempt = isinstance(params, nn.Module)
         super().__init__(groups_of(params) if isinstance(params, nn.Module) else params, defaults)
         self._require_matches()
-        self._known, self._exempt = {}, False
+        self._known, self._exempt, self._building = {}, False, False
         self._report()
+        if isinstance(params, nn.Module):
+            self._frozen = Frozen(params, (p for group in self.param_groups for p in group["params"]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in ``torch.optim.Optimizer``; its parameters are recognised by tag, then by name."""
+        """Add a group as in ``torch.optim.Optimizer``.
+
+        Its parameters are recognised by the model that the optimizer was built from, by tag, then by name.
+        """
         validate({**self.defaults, **param_group}, "parameter group's")
+        if not self._building:
+            self._follow_edits()  # what was there before may have been edited
         super().add_param_group(param_group)
         try:
-            stamp_bare(named(self.param_groups[-1]), lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
-            self._layouts.append([self._layout(p, name) for p, name in named(self.param_groups[-1])])
-            self._origins.append([ref(p) for p in self.param_groups[-1]["params"]])
+            require_initialised(self.param_groups[-1], len(self.param_groups) - 1)
+            with self._knowing():
+                self._layouts.append(self._recognised(named(self.param_groups[-1])))
         except ValueError:
             self.param_groups.pop()  # a refused group leaves nothing behind
             raise
-        if not self._known:  # a group added after construction speaks for itself
+        self._arranged = Arrangement(self.param_groups)
+        if not self._building:  # a group added after construction speaks for itself
             self._report()
+
+    @contextmanager
+    def _knowing(self) -> Iterator[None]:
+        """While this is open, parameters of the model are known, as long as it lives."""
+        known = self._known
+        model = None if self._building or self._model is None else self._model()
+        if model is not None:
+            with suppress(ValueError):  # a model that has changed beyond recognition: tags and names are left
+                self._known = anatomies_by_identity(model)
+        try:
+            yield
+        finally:
+            self._known = known
+
+    def _recognised(self, pairs: Sequence[tuple[Tensor, str]]) -> list[Layout]:
+        """Layouts of parameters that the optimizer has not seen before."""
+        stamp_bare(pairs, lambda p, name, shape: tagged(p, shape) or by_name(name, shape))
+        return [self._layout(parameter, name) for parameter, name in pairs]
+
+    def _follow_edits(self) -> None:
+        """Let layouts follow their parameters where the caller edited ``param_groups``, and make those of new ones.
+
+        Raises:
+            TypeError: something that is no group or no parameter.
+            ValueError: options out of range, a parameter that is there twice, or one that has no shape yet.
+        """
+        if self._arranged.holds(self.param_groups):
+            return
+        require_groups(self.param_groups, self.defaults)
+        with self._knowing():
+            edit = self._arranged.edit(self.param_groups, self._layouts, lambda p: self._full_name(p, ""))
+            new = self._recognised(edit.fresh) if edit.fresh else []
+        self._report()
+        self._rearrange(edit.places, new)
+        for group, names in zip(self.param_groups, edit.names, strict=True):
+            if names:
+                group["param_names"] = names
+        self._arranged = Arrangement(self.param_groups)
+        self._engines, self._shards = Engines(), Shards()
+
+    def _rearrange(self, places: Sequence[Sequence[Place]], new: list[Layout]) -> None:
+        """Put what is kept by group position into another order.
+
+        Args:
+            places: for every parameter of the groups, where its layout is; behind the last group are the new ones.
+            new: layouts of parameters that were not there before.
+        """
+        rows = [*self._layouts, new]
+        self._layouts = [[rows[g][i] for g, i in row] for row in places]
 
     def _layout(self, parameter: Tensor, name: str) -> Layout:
         """The layout of one parameter: from the model, a tag, or its name."""
@@ -198,6 +259,8 @@ class AdamMini(torch.optim.Optimizer):
         if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
             traced_step(self, self._handle)
         elif not self._skips():
+            if self._frozen:
+                self._frozen.look(lambda: self.param_groups)
             self._accelerator_graph_capture_health_check()
             with torch.set_grad_enabled(self.defaults["differentiable"]), self._whole() as calls:
                 for which, only in calls:
@@ -214,6 +277,8 @@ class AdamMini(torch.optim.Optimizer):
 
     def _step_parameter(self, g: int, i: int) -> None:
         """Take the step of one parameter alone."""
+        if self._flattened is None and not self._arranged.holds_at(self.param_groups, g, i):
+            self._follow_edits()
         self._step((g,), i)
 
     def _step(self, which: Iterable[int] | None = None, only: int | None = None) -> None:
@@ -239,33 +304,25 @@ class AdamMini(torch.optim.Optimizer):
 
         They do anyway but under DeepSpeed, which puts tensors of its own there, and only some of them at a time.
         """
-        if self._flattened is None and deepspeed.loaded() and self._replaced():
+        if self._flattened is None and deepspeed.loaded() and not self._arranged.holds(self.param_groups):
             self._before_step()
-            known = {
-                id(parameter): layout
-                for refs, own in zip(self._origins, self._layouts, strict=True)
-                for origin, layout in zip(refs, own, strict=True)
-                if (parameter := origin()) is not None
-            }
-            self._flattened = deepspeed.flattened(self, lambda parameter: known.get(id(parameter)))
-            if self._flattened is None:
-                self._origins = [[ref(p) for p in group["params"]] for group in self.param_groups]
-            else:
+            where = self._arranged.finder()  # what DeepSpeed steps was in our groups, and it has kept it alive since
+            self._flattened = deepspeed.flattened(self, lambda p: self._layout_at(where(p), p))
+            if self._flattened is not None:
                 self._layouts = self._flattened.layouts
                 self._engines, self._shards = Engines(), Shards()
         if self._flattened is None:
+            self._follow_edits()
             yield [(None, None)]
             return
         with self._flattened.whole(self) as calls:
             self._shards.settle(self.param_groups, self._layouts, self.state)
             yield list(calls)
 
-    def _replaced(self) -> bool:
-        """Whether a group has other parameters than it was built with, as far as number and the first one tell."""
-        return len(self.param_groups) != len(self._origins) or any(
-            len(group["params"]) != len(refs) or (refs and refs[0]() is not group["params"][0])
-            for group, refs in zip(self.param_groups, self._origins, strict=True)
-        )
+    def _layout_at(self, place: Place | None, parameter: Tensor) -> Layout | None:
+        """The layout of a parameter that was there; None where it is not the parameter's."""
+        layout = None if place is None else self._layouts[place[0]][place[1]]
+        return layout if layout is not None and layout.fits(whole_shape(parameter)) else None
 
     def _hyper(self, group: Mapping[str, Any]) -> Hyper:
         """The group's numbers, with what a GradScaler handed over."""
@@ -339,8 +396,10 @@ class AdamMini(torch.optim.Optimizer):
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
         super().__setstate__(state)
         self._engines, self._shards, self._handle = Engines(), Shards(), register(self)
-        if "_origins" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
-            self._flattened, self._origins = None, [[ref(p) for p in group["params"]] for group in self.param_groups]
+        if "_arranged" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
+            self._flattened, self._model, self._frozen = None, None, None
+        if self._flattened is None:
+            self._arranged = Arrangement(self.param_groups)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -353,5 +412,6 @@ class AdamMini(torch.optim.Optimizer):
             "_unknown": {},
             "_known": {},
             "_exempt": False,
+            "_building": False,
         }
         return {**super().__getstate__(), **extra}
