@@ -6,15 +6,17 @@ optimizer contract are ``optimizer.AdamMini``'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout, Role, Unit
+from optimizer.groups import Place, Recognition
 from optimizer.interface import whole_shape, wrappers
 from optimizer.partition import Anatomy, Part, layout_of
 from optimizer.partition.discover import module_behind, tagged_or_named
+from optimizer.partition.layout import AnyLayout
 from optimizer.partition.names import clean
 from optimizer.partition.roles import whole
 from optimizer.sharding.facts import FlatFacts, facts_of
@@ -117,14 +119,22 @@ class Adam_mini(AdamMini):
         super().__init__(params, lr, betas, eps, weight_decay, rules="adam_mini")
         del self.named_parameters  # a model must not live on in its optimizer
 
-    def _layout(self, parameter: Tensor, name: str) -> Layout:
-        """What the parameter is now; how it falls into blocks at the first step."""
-        if len(self._anatomies) < len(self.param_groups):
-            self._anatomies.append([])
+    def recognised(self, recognition: Recognition, pairs: Sequence[tuple[Tensor, str]]) -> list[AnyLayout]:
+        """What parameters are now; how they fall into blocks is decided at the first step."""
+        recognition.ask_wrappers(pairs)
+        self._anatomies.append([
+            facts_of(parameter) or (clean(name).lower(), recognition.anatomy(parameter, name))
+            for parameter, name in pairs
+        ])  # fmt: skip
         self._resolved = False
-        facts = facts_of(parameter)
-        self._anatomies[-1].append(facts or (clean(name).lower(), self._anatomy(parameter, name)))
-        return Layout.per_tensor(tuple(parameter.shape) if facts else whole_shape(parameter))
+        return [Layout.per_tensor(tuple(p.shape) if facts_of(p) else whole_shape(p)) for p, _ in pairs]
+
+    def rearrange(self, places: Sequence[Sequence[Place]], new: list[AnyLayout]) -> None:
+        """Let what parameters are follow them, too; how they fall into blocks is decided anew."""
+        super().rearrange(places, new)
+        self._anatomies = [[self._anatomies[g][i] for g, i in row] for row in places]
+        self._resolve()
+        self._resolved = False  # the name sets may still be changed before the next step
 
     def _resolve(self) -> None:
         """Turn names, anatomies and the name sets as they stand into layouts."""
@@ -134,14 +144,17 @@ class Adam_mini(AdamMini):
         def resolved(anatomy: Anatomy, name: str) -> Layout:
             return layout_of(self._named_anatomy(clean(name).lower(), anatomy), rules)
 
-        self.layouts = [
+        self.replace_layouts(
             [
-                known.layout(resolved, exempt=True) if isinstance(known, FlatFacts) else resolved(known[1], known[0])
-                for known in group
+                [
+                    known.layout(resolved, exempt=True)
+                    if isinstance(known, FlatFacts)
+                    else resolved(known[1], known[0])
+                    for known in group
+                ]
+                for group in self._anatomies
             ]
-            for group in self._anatomies
-        ]
-        self._engines.forget()  # the layouts before
+        )
         self._resolved = True
 
     def _named_anatomy(self, name: str, anatomy: Anatomy) -> Anatomy:

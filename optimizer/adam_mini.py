@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -12,21 +12,18 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from .groups import Arrangement, Frozen, Place, Recognition, groups_of, require_groups, require_initialised
 from .interface import Calls, Stand, whole_shape, wrappers
-from .partition import Anatomy, Layout, Rules, discover, layout_of
-from .partition.apply import understood
-from .partition.discover import module_behind, report_unknown, tagged, tagged_name, tagged_or_named
+from .partition import Layout, Rules, discover
+from .partition.discover import module_behind
 from .partition.layout import AnyLayout
-from .partition.names import by_name
-from .partition.roles import Role
 from .sharding import Shards
-from .sharding.facts import facts_of
 from .sharding.shard import Shard
 from .state import checkpoint
 from .state.specification import new_state, state_bytes, zero_second_moment
 from .step.engines import Engines, register, traced_step
-from .step.groups import anatomies_by_identity, groups_of, named
 from .step.hyper import Hyper
+from .step.labels import named
 from .step.options import validate
 
 
@@ -107,74 +104,97 @@ class AdamMini(torch.optim.Optimizer):
         validate(defaults, "argument")
         self.rules = Rules.load(rules)
         self._strict = strict
-        self.layouts: list[list[AnyLayout]] = []  # by group position, never by parameter identity
         self._engines, self._shards = Engines(), Shards()
-        self._origins: list[list[ref[Tensor]]] = []  # what the layouts were made for, kept alive by others
         self._stand: Stand | None = None  # what a library steps in place of the parameters
-        self._handle = register(self)
-        self._unknown: dict[str, Anatomy] = {}
+        self._frozen: Frozen | None = None
+        self._number = register(self)
+        is_model = isinstance(params, nn.Module)
         model = params if isinstance(params, nn.Module) else module_behind(params)
-        # Known only while the groups are being made: parameters may be swapped for others later on.
-        self._known = anatomies_by_identity(model) if model is not None else {}
+        self._model = None if model is None else ref(model)
         if model is not None:
             for wrapper in wrappers():
                 wrapper.describe_model(model, discover)
-        # A model's norms and biases do not decay, also where FSDP keeps them in one parameter with what does.
-        self._exempt = isinstance(params, nn.Module)
         super().__init__(groups_of(params) if isinstance(params, nn.Module) else params, defaults)
-        self._require_matches()
-        self._known, self._exempt = {}, False
-        self._report()
+        # A model's norms and biases do not decay, also where FSDP keeps them in one parameter with what does.
+        recognition = Recognition(model, self.rules, exempt=is_model)
+        self.layouts: list[list[AnyLayout]] = []  # by group position, never by parameter identity
+        for group in self.param_groups:
+            self.layouts.append(self.recognised(recognition, named(group)))
+        recognition.require_matches(self.param_groups)
+        recognition.report(strict=strict)
+        self._arranged = Arrangement(self.param_groups)  # which parameters the layouts were made for
+        if isinstance(params, nn.Module):
+            self._frozen = Frozen(params, (p for group in self.param_groups for p in group["params"]))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in ``torch.optim.Optimizer``; its parameters are recognised by tag, then by name."""
+        """Add a group as in ``torch.optim.Optimizer``.
+
+        Its parameters are recognised by the model that the optimizer was built from, by tag, then by name.
+        """
         validate({**self.defaults, **param_group}, "parameter group's")
+        building = "layouts" not in self.__dict__  # the constructor recognises all groups together
+        if not building:
+            self._follow_edits()  # what was there before may have been edited
         super().add_param_group(param_group)
         try:
-            for wrapper in wrappers():
-                wrapper.describe_parameters(named(self.param_groups[-1]), tagged_or_named)
-            self.layouts.append([self._layout(p, name) for p, name in named(self.param_groups[-1])])
-            self._origins.append([ref(p) for p in self.param_groups[-1]["params"]])
+            require_initialised(self.param_groups[-1], len(self.param_groups) - 1)
+            if building:
+                return
+            recognition = self._recognition()
+            own = self.recognised(recognition, named(self.param_groups[-1]))
+            recognition.report(strict=self._strict)
         except ValueError:
             self.param_groups.pop()  # a refused group leaves nothing behind
             raise
-        if not self._known:  # a group added after construction speaks for itself
-            self._report()
+        self.layouts.append(own)
+        self._arranged = Arrangement(self.param_groups)
 
-    def _layout(self, parameter: Tensor, name: str) -> AnyLayout:
-        """The layout of one parameter: from the model, a tag, or its name."""
-        if facts := facts_of(parameter):
-            return facts.layout(self._layout_of, exempt=self._exempt)
-        return self._layout_of(self._anatomy(parameter, name), self._full_name(parameter, name), name)
+    def _recognition(self) -> Recognition:
+        """What recognises parameters that come later: the model, as long as it lives, then tags and names."""
+        try:
+            return Recognition(None if self._model is None else self._model(), self.rules)
+        except ValueError:  # the model has changed beyond recognition
+            return Recognition(None, self.rules)
 
-    def _layout_of(self, anatomy: Anatomy, full_name: str, name: str = "") -> Layout:
-        if self.rules.overrides and not full_name:
-            raise ValueError(
-                f"rules {self.rules.name!r} have overrides by name ({self.rules.overrides[0].pattern!r}), but a "
-                f"parameter of shape {anatomy.shape} has no name; pass the model, model.named_parameters(), "
-                "or tag(model) first"
-            )
-        if not understood(anatomy, self.rules, full_name):
-            self._unknown[name or full_name or f"unnamed #{len(self._unknown)}"] = anatomy
-        return layout_of(anatomy, self.rules, full_name)
+    def recognised(self, recognition: Recognition, pairs: Sequence[tuple[Tensor, str]]) -> list[AnyLayout]:
+        """The layouts of (parameter, name) pairs that the optimizer has not seen before; for subclasses to replace."""
+        return recognition.layouts(pairs)
 
-    def _anatomy(self, parameter: Tensor, name: str) -> Anatomy:
-        known = self._known.get(id(parameter))
-        return (known[1] if known else tagged(parameter)) or by_name(name, whole_shape(parameter))
+    def _follow_edits(self) -> None:
+        """Let layouts follow their parameters where the caller edited ``param_groups``, and make those of new ones.
 
-    def _full_name(self, parameter: Tensor, name: str) -> str:
-        """The name that the rules' overrides speak of: the caller's, else the model's, else the tag's."""
-        return name or self._known.get(id(parameter), ("", None))[0] or tagged_name(parameter)
+        Raises:
+            TypeError: something that is no group or no parameter.
+            ValueError: options out of range, a parameter that is there twice, or one that has no shape yet.
+        """
+        if self._arranged.holds(self.param_groups):
+            return
+        require_groups(self.param_groups, self.defaults)
+        recognition = self._recognition()
+        edit = self._arranged.edit(self.param_groups, self.layouts, recognition.full_name)
+        new = self.recognised(recognition, edit.fresh) if edit.fresh else []
+        recognition.report(strict=self._strict)
+        self.rearrange(edit.places, new)
+        for group, names in zip(self.param_groups, edit.names, strict=True):
+            if names:
+                group["param_names"] = names
+        self._arranged = Arrangement(self.param_groups)
+        self._engines, self._shards = Engines(), Shards()
 
-    def _require_matches(self) -> None:
-        """Every override of the rules speaks of something: a parameter of the model, frozen ones included, or ours."""
-        own = (self._full_name(p, name) for group in self.param_groups for p, name in named(group))
-        flat = (name for group in self.param_groups for p in group["params"] if (f := facts_of(p)) for name in f.names)
-        self.rules.require_matches([*own, *flat, *(name for name, _ in self._known.values())])
+    def rearrange(self, places: Sequence[Sequence[Place]], new: list[AnyLayout]) -> None:
+        """Put what is kept by group position into another order; for subclasses to extend.
 
-    def _report(self) -> None:
-        report_unknown(self._unknown, self.rules[Role.OTHER].value, strict=self._strict)
-        self._unknown = {}
+        Args:
+            places: for every parameter of the groups, where its layout is; behind the last group are the new ones.
+            new: layouts of parameters that were not there before.
+        """
+        rows = [*self.layouts, new]
+        self.layouts = [[rows[g][i] for g, i in row] for row in places]
+
+    def replace_layouts(self, layouts: list[list[AnyLayout]]) -> None:
+        """Step with other blocks from now on; for subclasses that decide on blocks late."""
+        self.layouts = layouts
+        self._engines.forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -194,14 +214,14 @@ class AdamMini(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient that cannot be stepped (sparse, complex, of another dtype or device), state that
                 no longer fits its parameter, or ``fused=True`` where it cannot be; nothing has changed then.
-            ValueError: a parameter whose shape no longer fits its layout; likewise.
+            ValueError: a parameter whose shape no longer fits its layout; nothing has changed then either.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling() and not self.defaults["differentiable"]:
-            traced_step(self, self._handle)
+            traced_step(self, self._number)
         else:
             self.step_all()
         return loss
@@ -210,25 +230,33 @@ class AdamMini(torch.optim.Optimizer):
         """Take the step of every parameter, outside a compiler's graph."""
         if self.skips():
             return
+        if self._frozen:
+            self._frozen.look(lambda: self.param_groups)
         self._accelerator_graph_capture_health_check()
         with torch.set_grad_enabled(self.defaults["differentiable"]), self.whole() as calls:
             for which, only in calls:
                 self._step(which, only)
 
+    def step_parameter(self, g: int, i: int) -> None:
+        """Take the step of one parameter alone."""
+        if self._stand is None and not self._arranged.holds_at(self.param_groups, g, i):
+            self._follow_edits()
+        self._step((g,), i)
+
     def fix_layouts(self) -> None:
-        """For subclasses: torch runs the hooks of a ``step`` that calls another one's twice."""
+        """Make ``layouts`` final before they are used; for subclasses that decide on blocks as late as this."""
 
     def skips(self) -> bool:
         """Whether a GradScaler found that this step must not happen; on other devices the engines look themselves."""
         found_inf = getattr(self, "found_inf", None)
         return found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf)
 
-    def step_parameter(self, g: int, i: int) -> None:
-        """Take the step of one parameter alone."""
-        self._step((g,), i)
+    def numbers(self, group: Mapping[str, Any]) -> Hyper:
+        """The group's numbers for this step, with what a GradScaler handed over."""
+        return Hyper.of(group, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
 
     def _step(self, which: Iterable[int] | None = None, only: int | None = None) -> None:
-        """Check everything, hear from other ranks, and only then change anything."""
+        """Check everything, exchange sums with other ranks, and only then change anything."""
         self.fix_layouts()
         which = range(len(self.param_groups)) if which is None else which
         here = self._shards.begin(self.param_groups, self.layouts, self.state, which, only)
@@ -248,43 +276,41 @@ class AdamMini(torch.optim.Optimizer):
     def whole(self) -> Iterator[Calls]:
         """While this is open, ``param_groups`` hold everything that has a layout; yields what a step takes of it.
 
-        They do anyway but under DeepSpeed, which puts tensors of its own there, and only some of them at a time.
+        They always do, except under a library that steps tensors of its own (DeepSpeed), some of them at a time.
         """
-        if self._stand is None and any(w.may_stand() for w in wrappers()) and self._replaced():
-            self.fix_layouts()
-            known = {
-                id(parameter): layout
-                for refs, own in zip(self._origins, self.layouts, strict=True)
-                for origin, layout in zip(refs, own, strict=True)
-                if (parameter := origin()) is not None and isinstance(layout, Layout)
-            }
-            found = (w.stand_for(self, lambda parameter: known.get(id(parameter))) for w in wrappers())
-            self._stand = next((stand for stand in found if stand is not None), None)
-            if self._stand is None:
-                self._origins = [[ref(p) for p in group["params"]] for group in self.param_groups]
-            else:
-                self.layouts = self._stand.layouts
-                self._engines, self._shards = Engines(), Shards()
+        if self._stand is None and any(wrapper.may_stand() for wrapper in wrappers()):
+            self._find_stand()
         if self._stand is None:
+            self._follow_edits()
             yield [(None, None)]
             return
         with self._stand.whole(self) as calls:
             self._shards.settle(self.param_groups, self.layouts, self.state)
             yield list(calls)
 
-    def _replaced(self) -> bool:
-        """Whether a group has other parameters than it was built with, as far as number and the first one tell."""
-        return len(self.param_groups) != len(self._origins) or any(
-            len(group["params"]) != len(refs) or (refs and refs[0]() is not group["params"][0])
-            for group, refs in zip(self.param_groups, self._origins, strict=True)
-        )
+    def _find_stand(self) -> None:
+        """Look for tensors that a library steps in place of the parameters, where the groups have changed."""
+        if self._arranged.holds(self.param_groups):
+            return
+        self.fix_layouts()
+        where = self._arranged.finder()  # what the library steps was in the groups, and it has kept it alive since
+        stands = (wrapper.stand_for(self, lambda p: self._layout_at(where(p), p)) for wrapper in wrappers())
+        self._stand = next((stand for stand in stands if stand is not None), None)
+        if self._stand is not None:
+            self.layouts = self._stand.layouts
+            self._engines, self._shards = Engines(), Shards()
 
-    def numbers(self, group: Mapping[str, Any]) -> Hyper:
-        """The group's numbers, with what a GradScaler handed over."""
-        return Hyper.of(group, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+    def _layout_at(self, place: Place | None, parameter: Tensor) -> Layout | None:
+        """The layout of a parameter that was at ``place``; None where it is not the parameter's."""
+        layout = None if place is None else self.layouts[place[0]][place[1]]
+        return layout if isinstance(layout, Layout) and layout.fits(whole_shape(parameter)) else None
+
+    def shard_of(self, g: int, i: int) -> Shard | None:
+        """What this rank holds of a parameter; None for an ordinary one."""
+        return self._shards.of(g, i, self.param_groups[g], self.layouts[g][i])
 
     def state_of(self, g: int, i: int) -> dict[str, Any]:
-        """A parameter's state, made at its first gradient."""
+        """A parameter's state, made if there is none."""
         group = self.param_groups[g]
         parameter = group["params"][i]
         state = self.state[parameter]
@@ -297,19 +323,16 @@ class AdamMini(torch.optim.Optimizer):
                 state.update(shard.new_state(group))
         return state
 
-    def shard_of(self, g: int, i: int) -> Shard | None:
-        """What this rank holds of a parameter; None for an ordinary one."""
-        return self._shards.of(g, i, self.param_groups[g], self.layouts[g][i])
-
     def _local_state_of(self, g: int, i: int) -> dict[str, Any]:
         """What this rank holds of a parameter's state."""
-        state = self.state_of(g, i)
-        shard = self.shard_of(g, i)
+        state, shard = self.state_of(g, i), self.shard_of(g, i)
         return state if shard is None else shard.local_state(state)
 
     def init_state(self) -> None:
-        """Make all state now, as zeros, so that its memory is known before the first step; otherwise a parameter's is
-        made at its first gradient."""
+        """Make all state now, as zeros, so that its memory is known before the first step.
+
+        Otherwise a parameter's state is made at its first gradient.
+        """
         with self.whole():
             for g, group in enumerate(self.param_groups):
                 for i, parameter in enumerate(group["params"]):
@@ -357,22 +380,18 @@ class AdamMini(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
-        state = {"layouts" if name == "_layouts" else name: value for name, value in state.items()}  # its older name
+        if "_layouts" in state:  # a pickle of version 0.1
+            state = {key: value for key, value in state.items() if key not in ("_unknown", "_known", "_exempt")}
+            state["layouts"] = state.pop("_layouts")
         super().__setstate__(state)
-        self._engines, self._shards, self._handle = Engines(), Shards(), register(self)
-        if "_origins" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
-            self._stand, self._origins = None, [[ref(p) for p in group["params"]] for group in self.param_groups]
+        self._engines, self._shards, self._number = Engines(), Shards(), register(self)
+        if "_arranged" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
+            self._stand, self._model, self._frozen = None, None, None
+        if self._stand is None:
+            self._arranged = Arrangement(self.param_groups)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        extra = {
-            "rules": self.rules,
-            "layouts": self.layouts,
-            "_strict": self._strict,
-            "_unknown": {},
-            "_known": {},
-            "_exempt": False,
-        }
-        return {**super().__getstate__(), **extra}
+        return {**super().__getstate__(), "rules": self.rules, "layouts": self.layouts, "_strict": self._strict}

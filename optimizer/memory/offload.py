@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adam_mini import AdamMini
-from ..step.groups import describe
+from ..step.labels import label
 from .release import reduced_later, without_owning
 
 _MARK = "_adam_mini_fetched"
@@ -86,7 +86,7 @@ class CPUOffload(torch.optim.Optimizer):
 
     def _mirror(self, parameter: Tensor, g: int, i: int) -> None:
         """Copy a parameter to the host, where the copy takes its place."""
-        where = describe(self.param_groups[g], g, i)
+        where = label(self.param_groups[g], g, i)
         if hasattr(parameter, "placements"):
             raise TypeError(f"{where} is a DTensor; use AdamMini with fully_shard(offload_policy=CPUOffloadPolicy())")
         mine = self._host.param_groups[g]["params"]
@@ -103,7 +103,7 @@ class CPUOffload(torch.optim.Optimizer):
             return
         if self.offload_gradients:
             mirror = self._mirrors[parameter]
-            where = describe(self.param_groups[mirror.g], mirror.g, mirror.i)
+            where = label(self.param_groups[mirror.g], mirror.g, mirror.i)
             if reduced_later(parameter):
                 raise RuntimeError(f"{where}: offload_gradients=True sends gradients off before they are reduced over "
                                    "processes; use offload_gradients=False")  # fmt: skip
@@ -120,7 +120,7 @@ class CPUOffload(torch.optim.Optimizer):
         mirror, grad = self._mirrors[parameter], parameter.grad
         assert grad is not None
         if grad.layout is not torch.strided:
-            where = describe(self.param_groups[mirror.g], mirror.g, mirror.i)
+            where = label(self.param_groups[mirror.g], mirror.g, mirror.i)
             raise RuntimeError(f"{where} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))")
         module, stream = torch.get_device_module(grad.device), self._stream(grad.device)
         stream.wait_stream(module.current_stream(grad.device))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..adam_mini import AdamMini
-from ..step.groups import describe
+from ..step.labels import label
 
 _RELEASED: weakref.WeakSet[AdamMini] = weakref.WeakSet()
 
@@ -107,7 +107,7 @@ class GradientRelease:
             g, i = self._places[parameter]
         if parameter in self._stepped:
             raise RuntimeError(
-                f"{describe(self.optimizer.param_groups[g], g, i)} got a second gradient since the last "
+                f"{label(self.optimizer.param_groups[g], g, i)} got a second gradient since the last "
                 "optimizer.step(): call step() after every backward pass, wrap all backward passes of an accumulation "
                 "but the last in release.accumulate(), and checkpoint shared weights with use_reentrant=False"
             )

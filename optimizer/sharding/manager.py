@@ -14,7 +14,7 @@ from ..interface import wrappers
 from ..partition.layout import AnyLayout, Layout
 from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
 from ..step.engines.checks import require_takeable
-from ..step.groups import describe
+from ..step.labels import label
 from .agreement import require_agreement
 from .elements import is_blockwise, narrow, settle, widen
 from .exchange import destroyed, ranks_of, second_moments
@@ -49,7 +49,7 @@ class Shards:
         if not is_sharded(parameter, layout):
             return None
         if known is None or not known.fits(parameter):
-            known = self._known[g, i] = Shard(parameter, _geometry_of(parameter, layout, describe(group, g, i)))
+            known = self._known[g, i] = Shard(parameter, _geometry_of(parameter, layout, label(group, g, i)))
             self._fresh = True
         return known
 
@@ -106,7 +106,7 @@ class Shards:
                 continue
             elif not is_blockwise(geometry, values):
                 raise ValueError(
-                    f"exp_avg_sq of {describe(groups[g], g, i)} differs inside a block: it was kept for other blocks "
+                    f"exp_avg_sq of {label(groups[g], g, i)} differs inside a block: it was kept for other blocks "
                     "(Adam's and AdamW's are one element each); pass convert=True on every rank, or use the rules it "
                     "was kept under"
                 )
@@ -201,7 +201,7 @@ class Shards:
             shard.refresh()
             geometry = shard.geometry
             if unusual:
-                _require_options(parameter, geometry, group, describe(group, g, i))
+                _require_options(parameter, geometry, group, label(group, g, i))
             params[i] = shard.view
             if geometry.boxes:  # without any, no engine looks at the layout
                 own_layouts[i] = geometry.boxes[0].layout
@@ -211,12 +211,12 @@ class Shards:
             names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
-            grad = shard.local_gradient(partial(describe, group, g, i))
+            grad = shard.local_gradient(partial(label, group, g, i))
             state = shard.local_state(states.get(parameter) or {})
             if geometry.cut is not None:
                 if grad is not None:
                     plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
-                    require_takeable(shard.view, grad, state, plain, describe(group, g, i))
+                    require_takeable(shard.view, grad, state, plain, label(group, g, i))
                 stepping.cut[g, i] = (shard, grad)
                 for k, free in enumerate(shard.free if grad is not None else ()):
                     stepping.free[g, first + k] = (i, free)
@@ -238,7 +238,7 @@ class Shards:
                 shard = self.of(g, i, group, layout)
                 for process_group in shard.geometry.sharding_groups if shard is not None else ():
                     entry = facts.setdefault(ranks_of(process_group), (process_group, []))
-                    entry[1].append((describe(group, g, i), shard.geometry.signature))  # type: ignore[union-attr]
+                    entry[1].append((label(group, g, i), shard.geometry.signature))  # type: ignore[union-attr]
         for ranks, (process_group, held) in facts.items():
             digest = hash(tuple(held))
             if self._agreed.get(ranks) != digest:

@@ -20,7 +20,7 @@ from ..partition.discover import tagged_name
 from ..partition.layout import Layout
 from ..partition.names import clean
 from ..state import checkpoint
-from ..step.groups import describe, named
+from ..step.labels import label, named
 from .elements import narrow, widen
 from .flat import FlatLayout, Range
 from .geometry import Box, Geometry
@@ -245,7 +245,7 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
     """What the optimizer steps in a group, in order."""
     group = optimizer.param_groups[g]
     for i, ((parameter, name), layout) in enumerate(zip(named(group), optimizer.layouts[g], strict=True)):
-        where = describe(group, g, i)
+        where = label(group, g, i)
         shard = optimizer.shard_of(g, i)
         if isinstance(layout, FlatLayout):
             assert shard is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..partition.discover import tagged_name
 from ..partition.layout import AnyLayout, Layout
 from ..partition.names import clean
-from ..step.groups import describe, named
+from ..step.labels import label, named
 from ..step.options import validate
 from .saved import is_published
 
@@ -74,7 +74,7 @@ def places_of(param_groups: Sequence[Mapping[str, Any]], layouts: Sequence[Seque
     for g, (group, row) in enumerate(zip(param_groups, layouts, strict=True)):
         for i, ((parameter, name), layout) in enumerate(zip(named(group), row, strict=True)):
             known = clean(name or tagged_name(parameter))
-            places.append(Place(describe(group, g, i), known, parameter, layout, group, g))
+            places.append(Place(label(group, g, i), known, parameter, layout, group, g))
     return places
 
 

@@ -112,5 +112,5 @@ def test_the_operator_says_what_it_changes() -> None:
     grads = [torch.ones_like(p) for p in group["params"]]
     torch.library.opcheck(
         torch.ops.adam_mini.step_.default,
-        (list(group["params"]), grads, states, optimizer._handle, 0, list(range(len(grads)))),
+        (list(group["params"]), grads, states, optimizer._number, 0, list(range(len(grads)))),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ...partition.layout import Layout
-from ..groups import describe
+from ..labels import label
 from .checks import require_takeable
 from .dispatch import Item, run, seed_of
 
@@ -86,7 +86,7 @@ def _step(
     items = []
     for i, param, grad in zip(positions, params, grads, strict=True):
         state: dict[str, Any] = {name: next(given) for name in sorted(optimizer.state[own["params"][i]])}
-        require_takeable(param, grad, state, own, describe(own, group, i))
+        require_takeable(param, grad, state, own, label(own, group, i))
         layout = optimizer.layouts[group][i]
         assert isinstance(layout, Layout)  # parameters with other layouts are not traced
         items.append(Item(i, seed_of(group, i), param, grad, state, layout))

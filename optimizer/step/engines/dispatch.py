@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...partition.layout import Layout
 from ..dtypes import rounding_of
-from ..groups import describe
 from ..hyper import Hyper
+from ..labels import label
 from ..update import adam_mini_update
 from . import native, triton
 from .checks import require_takeable
@@ -91,7 +91,7 @@ class Engines:
             if usable and known is not None and known.takes(parameter, grad, states.get(parameter, {})):
                 work.batches.add(known, parameter, grad, i)
                 continue
-            where = describe(group, g, i)
+            where = label(group, g, i)
             require_takeable(parameter, grad, states.get(parameter) or {}, group, where)
             layouts[i].require(parameter.shape, where)
             work.others.append(i)
