@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .convert.grouping import with_names
 from .engines import Engines, register, traced_step
 from .following import Arrangement, Frozen, Place, require_groups, require_initialised
 from .groups import anatomies_by_identity, groups_of, named
@@ -21,7 +22,7 @@ from .options import validate
 from .partition import Anatomy, Layout, Rules, discover, layout_of
 from .partition.apply import understood
 from .partition.discover import module_behind, report_unknown, tagged, tagged_name
-from .partition.names import by_name
+from .partition.names import by_name, clean
 from .partition.roles import Role, whole_shape
 from .sharding import Shards, deepspeed
 from .sharding.fsdp1 import facts_of, stamp, stamp_bare
@@ -114,6 +115,7 @@ class AdamMini(torch.optim.Optimizer):
         model = params if isinstance(params, nn.Module) else module_behind(params)
         self._model = None if model is None else ref(model)
         self._frozen: Frozen | None = None
+        self._undecayed: frozenset[str] = frozenset()  # names of norms and biases, whatever weight_decay is
         self._building = True
         # Known only while layouts are being made: parameters may be swapped for others later on.
         self._known = anatomies_by_identity(model) if model is not None else {}
@@ -121,7 +123,10 @@ class AdamMini(torch.optim.Optimizer):
             stamp(model, discover)
         # A model's norms and biases do not decay, also where FSDP keeps them in one parameter with what does.
         self._exempt = isinstance(params, nn.Module)
-        super().__init__(groups_of(params) if isinstance(params, nn.Module) else params, defaults)
+        groups = groups_of(params) if isinstance(params, nn.Module) else params
+        if isinstance(params, nn.Module):
+            self._undecayed = frozenset(clean(n) for g in groups if "weight_decay" in g for n, _ in g["params"])
+        super().__init__(groups, defaults)
         self._require_matches()
         self._known, self._exempt, self._building = {}, False, False
         self._report()
@@ -357,11 +362,13 @@ class AdamMini(torch.optim.Optimizer):
                         self._state_of(g, i)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state on this rank by kind, for every parameter, whether its state exists yet or not."""
+        """Bytes of optimizer state on this rank by kind, held or to come: a frozen parameter gets none."""
         total: Counter[str] = Counter()
         with self._whole():
             for g, (group, layouts) in enumerate(zip(self.param_groups, self._layouts, strict=True)):
                 for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                    if not parameter.requires_grad and not self.state.get(parameter):
+                        continue
                     shard = self._shards.of(g, i, group, layout)
                     total.update(state_bytes(parameter, layout, group) if shard is None else shard.state_bytes(group))
         return dict(total)
@@ -389,8 +396,22 @@ class AdamMini(torch.optim.Optimizer):
         """
         with self._whole():
             state_dict = self._shards.narrowed(state_dict, self.param_groups, self._layouts, convert=convert)
-            with checkpoint.loading(self, self._layouts, self.rules, convert=convert):
+            with checkpoint.loading(
+                self, self._layouts, self.rules, convert=convert, exempt=self._undecayed, named=self._with_names
+            ):
                 super().load_state_dict(state_dict)
+
+    def _with_names(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A document with other groups than ours and without names, with the model's names where those are sure."""
+        model = None if self._model is None else self._model()
+        names = {clean(name) for group in self.param_groups for name in group.get("param_names") or ()}
+        if model is None or not names or self._flattened is not None:
+            return document
+        with suppress(KeyError, TypeError, ValueError):  # what is no state dict is refused by name when it is read
+            sizes = [len(group["params"]) for group in document["param_groups"]]
+            if sizes != [len(group["params"]) for group in self.param_groups]:
+                return with_names(document, model, names)
+        return document
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
@@ -413,5 +434,6 @@ class AdamMini(torch.optim.Optimizer):
             "_known": {},
             "_exempt": False,
             "_building": False,
+            "_undecayed": self._undecayed,
         }
         return {**super().__getstate__(), **extra}

@@ -12,7 +12,8 @@ from .partition import Anatomy, discover
 
 def describe(group: Mapping[str, Any], g: int, i: int) -> str:
     """A parameter in words, for messages."""
-    return f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})"
+    names = group.get("param_names") or []
+    return f"parameter {i} of group {g} ({names[i] if i < len(names) else 'unnamed'})"
 
 
 def anatomies_by_identity(model: nn.Module) -> dict[int, tuple[str, Anatomy]]:

@@ -9,7 +9,7 @@ from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 from ..adam_mini import AdamMini
-from ..checkpoint import same_rules
+from ..checkpoint import identity, same_rules
 from ..partition import Rules
 from ..partition.discover import tag, tagged
 
@@ -68,11 +68,11 @@ class AdamMiniContainer(OptimizersContainer):
         for optimizer in self.optimizers:
             names = [name for group in optimizer.param_groups for name in group["param_names"]]
             for name in names if isinstance(optimizer, AdamMini) else ():
-                saved = state_dict.get(f"param_groups.{name}.rules", optimizer.rules.name)
+                saved = state_dict.get(f"param_groups.{name}.rules", identity(optimizer.rules))
                 if not same_rules(saved, optimizer.rules):
                     raise ValueError(
                         f"the checkpoint keeps {name} under rules {saved!r}, this optimizer has "
-                        f"{optimizer.rules.name!r}; use the rules of the checkpoint, or start with fresh state: "
+                        f"{identity(optimizer.rules)!r}; use the rules of the checkpoint, or start with fresh state: "
                         "--checkpoint.exclude_from_loading"
                     )
         super().load_state_dict(state_dict)
