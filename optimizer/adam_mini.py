@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import ref
 
@@ -17,9 +17,11 @@ from .interface import Calls, Stand, whole_shape, wrappers
 from .partition import Layout, Rules, discover
 from .partition.discover import module_behind
 from .partition.layout import AnyLayout
+from .partition.names import clean
 from .sharding import Shards
 from .sharding.shard import Shard
 from .state import checkpoint
+from .state.grouping import with_names
 from .state.specification import new_state, state_bytes, zero_second_moment
 from .step.engines import Engines, register, traced_step
 from .step.hyper import Hyper
@@ -107,6 +109,7 @@ class AdamMini(torch.optim.Optimizer):
         self._engines, self._shards = Engines(), Shards()
         self._stand: Stand | None = None  # what a library steps in place of the parameters
         self._frozen: Frozen | None = None
+        self.undecayed: frozenset[str] = frozenset()  # names of norms and biases, whatever weight_decay is
         self._number = register(self)
         is_model = isinstance(params, nn.Module)
         model = params if isinstance(params, nn.Module) else module_behind(params)
@@ -114,7 +117,10 @@ class AdamMini(torch.optim.Optimizer):
         if model is not None:
             for wrapper in wrappers():
                 wrapper.describe_model(model, discover)
-        super().__init__(groups_of(params) if isinstance(params, nn.Module) else params, defaults)
+        groups = groups_of(params) if isinstance(params, nn.Module) else params
+        if isinstance(params, nn.Module):
+            self.undecayed = frozenset(clean(n) for g in groups if "weight_decay" in g for n, _ in g["params"])
+        super().__init__(groups, defaults)
         # A model's norms and biases do not decay, also where FSDP keeps them in one parameter with what does.
         recognition = Recognition(model, self.rules, exempt=is_model)
         self.layouts: list[list[AnyLayout]] = []  # by group position, never by parameter identity
@@ -340,11 +346,13 @@ class AdamMini(torch.optim.Optimizer):
                         self.state_of(g, i)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state on this rank by kind, for every parameter, whether its state exists yet or not."""
+        """Bytes of optimizer state on this rank by kind, held or to come: a frozen parameter gets none."""
         total: Counter[str] = Counter()
         with self.whole():
             for g, (group, layouts) in enumerate(zip(self.param_groups, self.layouts, strict=True)):
                 for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
+                    if not parameter.requires_grad and not self.state.get(parameter):
+                        continue
                     shard, shape = self.shard_of(g, i), tuple(parameter.shape)
                     if shard is None:
                         total.update(state_bytes(parameter, shape, layout.aligned_shape(shape), group))
@@ -375,8 +383,22 @@ class AdamMini(torch.optim.Optimizer):
         """
         with self.whole():
             state_dict = self._shards.narrowed(state_dict, self.param_groups, self.layouts, convert=convert)
-            with checkpoint.loading(self, self.layouts, self.rules, convert=convert):
+            with checkpoint.loading(
+                self, self.layouts, self.rules, convert=convert, exempt=self.undecayed, named=self._with_names
+            ):
                 super().load_state_dict(state_dict)
+
+    def _with_names(self, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A document with other groups than ours and without names, with the model's names where those are sure."""
+        model = None if self._model is None else self._model()
+        names = {clean(name) for group in self.param_groups for name in group.get("param_names") or ()}
+        if model is None or not names or self._stand is not None:
+            return document
+        with suppress(KeyError, TypeError, ValueError):  # what is no state dict is refused by name when it is read
+            sizes = [len(group["params"]) for group in document["param_groups"]]
+            if sizes != [len(group["params"]) for group in self.param_groups]:
+                return with_names(document, model, names)
+        return document
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over pickled or loaded state; options that older checkpoints lack get their defaults."""
@@ -387,6 +409,7 @@ class AdamMini(torch.optim.Optimizer):
         self._engines, self._shards, self._number = Engines(), Shards(), register(self)
         if "_arranged" not in self.__dict__:  # a copy or a pickle, whose parameters are its own
             self._stand, self._model, self._frozen = None, None, None
+            self.__dict__.setdefault("undecayed", frozenset())
         if self._stand is None:
             self._arranged = Arrangement(self.param_groups)
         for group in self.param_groups:
@@ -394,4 +417,5 @@ class AdamMini(torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rules": self.rules, "layouts": self.layouts, "_strict": self._strict}
+        return {**super().__getstate__(), "rules": self.rules, "layouts": self.layouts, "_strict": self._strict,
+                "undecayed": self.undecayed}  # fmt: skip

@@ -38,12 +38,14 @@ class Stepper(Protocol):
         param_groups, state: as in ``torch.optim.Optimizer``.
         rules: what shares a scalar.
         layouts: the blocks of every parameter, by group position and position within the group.
+        undecayed: names of a model's norms and biases, which never decay.
     """
 
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
     rules: Rules
     layouts: list[list[AnyLayout]]
+    undecayed: frozenset[str]
 
     def fix_layouts(self) -> None:
         """Make ``layouts`` final. A subclass may decide on blocks as late as this."""

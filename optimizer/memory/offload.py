@@ -47,7 +47,7 @@ class CPUOffload(torch.optim.Optimizer):
         **options: as for ``AdamMini``.
 
     Raises:
-        TypeError: a DTensor (use FSDP2's ``CPUOffloadPolicy`` with AdamMini instead).
+        TypeError: an optimizer instead of parameters; a DTensor (use FSDP2's ``CPUOffloadPolicy`` with AdamMini).
         ValueError: ``capturable=True`` or ``differentiable=True``; anything AdamMini refuses.
 
     Example:
@@ -60,6 +60,11 @@ class CPUOffload(torch.optim.Optimizer):
         self, params: nn.Module | Iterable[Any], lr: float | Tensor = 1e-3, *, offload_gradients: bool = False,
         **options: Any,
     ) -> None:  # fmt: skip
+        if isinstance(params, torch.optim.Optimizer):
+            raise TypeError(
+                f"argument params is an optimizer ({type(params).__name__}); CPUOffload is one itself: give it the "
+                "model or its parameters, and the numbers as arguments"
+            )
         for name in ("capturable", "differentiable"):
             if options.get(name):
                 raise ValueError(f"{name}=True needs the step on the accelerator; use AdamMini, or {name}=False")
@@ -89,8 +94,11 @@ class CPUOffload(torch.optim.Optimizer):
         where = label(self.param_groups[g], g, i)
         if hasattr(parameter, "placements"):
             raise TypeError(f"{where} is a DTensor; use AdamMini with fully_shard(offload_policy=CPUOffloadPolicy())")
-        mine = self._host.param_groups[g]["params"]
-        if mine[i] is not parameter:
+        if g < len(self._host.param_groups) and i == len(self._host.param_groups[g]["params"]):
+            self._host.param_groups[g]["params"].append(parameter)  # appended by hand: the host recognises it now
+            self._host._follow_edits()
+        mine = self._host.param_groups[g]["params"] if g < len(self._host.param_groups) else []
+        if i >= len(mine) or mine[i] is not parameter:
             raise RuntimeError(f"{where} was replaced by another tensor; build CPUOffload after the replacement")
         copy = nn.Parameter(_buffer(parameter).copy_(parameter.detach()))
         mine[i] = copy
@@ -182,6 +190,7 @@ class CPUOffload(torch.optim.Optimizer):
 
     def _fetch_missing(self, *, unscaled: bool) -> None:
         """Fetch gradients that no hook has seen as they are now, and forget those cleared since."""
+        self._require_places()
         for g, group in enumerate(self.param_groups):
             for i, parameter in enumerate(group["params"]):
                 grad = parameter.grad
@@ -193,6 +202,17 @@ class CPUOffload(torch.optim.Optimizer):
                     self._mirror(parameter, g, i)
                 if unscaled or parameter not in self._fetched or getattr(grad, _MARK, None) != grad._version:
                     self._fetch(parameter)
+
+    def _require_places(self) -> None:
+        """Raise RuntimeError where parameters left the groups or changed places: their copies would go on as before."""
+        held = {p: (g, i) for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+        for parameter, mirror in self._mirrors.items():
+            if held.get(parameter) != (mirror.g, mirror.i):
+                where = label(self._host.param_groups[mirror.g], mirror.g, mirror.i)
+                raise RuntimeError(
+                    f"{where} was taken out of its place in param_groups; CPUOffload follows only what is added to "
+                    "them: build it anew"
+                )
 
     def _update(self, parameter: Tensor, event: Any) -> None:
         """Step one copy once its gradient has arrived, and start its way back."""
@@ -239,11 +259,11 @@ class CPUOffload(torch.optim.Optimizer):
             document = _or(after(self, document), document)
         return document
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load AdamMini's state; parameters come from the model."""
+    def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
+        """Load state as ``AdamMini.load_state_dict`` does; parameters come from the model."""
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = _or(before(self, state_dict), state_dict)
-        self._host.load_state_dict(state_dict)
+        self._host.load_state_dict(state_dict, convert=convert)
         for mine, hosts in zip(self.param_groups, self._host.param_groups, strict=True):
             mine.update({name: value for name, value in hosts.items() if name != "params"})
         self._link_state()

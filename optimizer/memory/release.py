@@ -42,6 +42,12 @@ class GradientRelease:
     """What ``gradient_release`` returns: the hooks on an optimizer's parameters."""
 
     def __init__(self, optimizer: AdamMini) -> None:
+        if not isinstance(optimizer, AdamMini):
+            kind = type(optimizer).__name__
+            raise TypeError(
+                f"argument optimizer={kind} cannot step one parameter alone; give gradient_release an AdamMini"
+                + (", or train with CPUOffload(offload_gradients=True)" if kind == "CPUOffload" else "")
+            )
         if optimizer in _RELEASED:
             raise RuntimeError("this optimizer's gradients are released already; call remove() on the first release")
         if any(group["differentiable"] for group in optimizer.param_groups):
@@ -146,6 +152,7 @@ def gradient_release(optimizer: AdamMini) -> GradientRelease:
         The release: ``accumulate()`` for gradient accumulation, ``remove()`` to undo.
 
     Raises:
+        TypeError: no AdamMini.
         RuntimeError: released already; more than one process with parameters that are no DTensors.
         ValueError: ``differentiable=True``.
 

@@ -59,7 +59,8 @@ def full_state_dict(optimizer: Stepper, *, rank0_only: bool = True) -> dict[str,
     with optimizer.whole():
         for g, group in enumerate(optimizer.param_groups):
             options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-            decaying: dict[str, Any] = {"params": [], "param_names": [], "rules": optimizer.rules.name, **options}
+            rules = checkpoint.identity(optimizer.rules)
+            decaying: dict[str, Any] = {"params": [], "param_names": [], "rules": rules, **options}
             exempt: dict[str, Any] = {**decaying, "params": [], "param_names": [], "weight_decay": 0.0}
             for member in _members(optimizer, g):
                 for whole, state in member.gathered(optimizer):
@@ -99,7 +100,9 @@ def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, con
                 virtual[member.g]["params"].append(stand_in)
                 virtual[member.g]["param_names"].append(whole.name)
                 layouts[member.g].append(whole.layout)
-        prepared, states = checkpoint.checked(virtual, layouts, optimizer.rules, document, convert=convert)
+        prepared, states = checkpoint.checked(
+            virtual, layouts, optimizer.rules, document, convert=convert, exempt=optimizer.undecayed
+        )
         for place, state in states:
             member, k = taker[id(place.parameter)]
             member.take(k, state)

@@ -8,9 +8,11 @@ tensor of the caller's is kept.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +50,13 @@ class Prepared:
 
 @contextmanager
 def loading(
-    optimizer: torch.optim.Optimizer, layouts: Sequence[Sequence[AnyLayout]], rules: Rules, *, convert: bool = False
+    optimizer: torch.optim.Optimizer,
+    layouts: Sequence[Sequence[AnyLayout]],
+    rules: Rules,
+    *,
+    convert: bool = False,
+    exempt: Container[str] = (),
+    named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda document: document,
 ) -> Iterator[None]:
     """While this is open, ``Optimizer.load_state_dict`` loads what ``prepare`` makes of the document.
 
@@ -60,11 +68,13 @@ def loading(
         layouts: of its parameters, by group.
         rules: its rules.
         convert: rebuild second moments of another partition from block means instead of refusing them.
+        exempt: names of parameters that do not decay, whatever the checkpoint's group of them does.
+        named: gives a document without names those that can be known for sure.
     """
     found: list[Prepared] = []
 
     def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
-        found.append(prepare(optimizer.param_groups, layouts, rules, document, convert=convert))
+        found.append(prepare(optimizer.param_groups, layouts, rules, named(document), convert=convert, exempt=exempt))
         return {"state": {}, "param_groups": found[-1].groups}
 
     def fill(_: torch.optim.Optimizer) -> None:
@@ -92,7 +102,7 @@ def naming(optimizer: torch.optim.Optimizer, rules: Rules) -> Iterator[None]:
 
     def name(_: torch.optim.Optimizer, document: dict[str, Any]) -> None:
         for group in document["param_groups"]:
-            group["rules"] = rules.name
+            group["rules"] = identity(rules)
 
     handle = optimizer.register_state_dict_post_hook(name, prepend=True)
     try:
@@ -108,6 +118,7 @@ def prepare(
     document: Mapping[str, Any],
     *,
     convert: bool = False,
+    exempt: Container[str] = (),
 ) -> Prepared:
     """Everything that loading a document will set, checked and copied.
 
@@ -118,12 +129,13 @@ def prepare(
         document: as ``state_dict`` gives it; parameters may be keyed by number or, as distributed checkpoints do, by
             name. Not changed.
         convert: rebuild second moments of another partition from block means instead of refusing them.
+        exempt: names of parameters that do not decay, whatever the checkpoint's group of them does.
 
     Raises:
         ValueError: no state dict of an optimizer; parameters that do not match; another optimizer's state; another
             partition's, without ``convert``.
     """
-    prepared, states = checked(param_groups, layouts, rules, document, convert=convert)
+    prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt)
     prepared.state.update({place.parameter: state for place, state in states})
     keys = {key for group in document["param_groups"] for key in group["params"]}
     others = {key: value for key, value in document["state"].items() if key not in keys}
@@ -138,6 +150,7 @@ def checked(
     document: Mapping[str, Any],
     *,
     convert: bool = False,
+    exempt: Container[str] = (),
 ) -> tuple[Prepared, Iterator[tuple[Place, dict[str, Any]]]]:
     """``prepare`` up to the states, which are made one by one as they are asked for.
 
@@ -153,7 +166,7 @@ def checked(
              for place, source in zip(places, sources, strict=True) if states.get(source.key)]  # fmt: skip
     for place, one in saved:
         _require_alike(place, one)
-    groups, disagreements = options_of(param_groups, places, sources, document)
+    groups, disagreements = options_of(param_groups, places, sources, document, exempt)
     prepared = Prepared(groups, notes=Counter(disagreements))
     others = _of_another_partition(saved, rules, document, convert=convert)
     saved_groups = document["param_groups"]
@@ -185,14 +198,14 @@ def _of_another_partition(
             saved_under, advice = "the published adam-mini package", "with rules of the same blocks"
         elif named is None:
             saved_under = "rules it does not name (Adam, AdamW, or an older version)"
-        elif named == rules.name:
+        elif same_rules(named, rules):
             saved_under += ", but knew its parameters otherwise"
             advice = "from the model, as that of the checkpoint was"
         (place, offence), more = offences[0], len(offences) - 1
         raise ValueError(
-            f"the checkpoint was saved under {saved_under}, this optimizer has rules {rules.name!r}: exp_avg_sq of "
-            f"{place.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the optimizer "
-            f"{advice}, or pass convert=True to rebuild the second moments from block means"
+            f"the checkpoint was saved under {saved_under}, this optimizer has rules {identity(rules)!r}: "
+            f"exp_avg_sq of {place.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the "
+            f"optimizer {advice}, or pass convert=True to rebuild the second moments from block means"
         )
     return {id(place.parameter) for place, _ in offences}
 
@@ -207,9 +220,23 @@ def _require_alike(place: Place, saved: Saved) -> None:
         )
 
 
+def identity(rules: Rules) -> str:
+    """What a checkpoint calls its rules: the name of a shipped set; others with a digest of units and overrides."""
+    if rules.name in shipped() and Rules(rules.name) == rules:
+        return rules.name
+    said = rules.to_dict()
+    content = json.dumps([sorted(said["units"].items()), [list(o.values()) for o in said["overrides"]]])
+    return f"{rules.name}#{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
 def same_rules(named: str, rules: Rules) -> bool:
     """Whether a checkpoint's name of its rules stands for these."""
-    return named == rules.name or (named in shipped() and Rules(named) == rules)
+    if named == identity(rules) or (named in shipped() and Rules(named) == rules):
+        return True
+    if named.rpartition("#")[2] == identity(rules).rpartition("#")[2] and "#" in named:
+        return True  # the same blocks under another name
+    # Older checkpoints have the name alone, which does not stand for overrides or for another set that is shipped.
+    return named == rules.name and named not in shipped() and not rules.overrides
 
 
 def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,13 @@ _NOT_OPTIONS = {"params", "param_names", "rules", *ENGINE}
 _OF_OTHERS = {"amsgrad", "decoupled_weight_decay"}  # AdamW's and Adam's; no meaning here
 _OF_PUBLISHED = {"name", "beta1", "beta2", "head_numel", "neuron_numel"}
 _SHOWN = 3
+_ELSEWHERE = {
+    "dampening": "torch.optim.SGD", "nesterov": "torch.optim.SGD", "ns_steps": "torch.optim.Muon",
+    "momentum_decay": "torch.optim.NAdam", "centered": "torch.optim.RMSprop", "rho": "torch.optim.Adadelta",
+    "initial_accumulator_value": "torch.optim.Adagrad", "lambd": "torch.optim.ASGD", "etas": "torch.optim.Rprop",
+    "history_size": "torch.optim.LBFGS", "beta2_decay": "torch.optim.Adafactor", "decay_rate": "Adafactor",
+}  # fmt: skip
+"""Options of one kind of optimizer alone: what tells it where its parameters have no state."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def matched(
             f"not the state dict of an optimizer: it has {sorted(map(str, document))}, not 'state' and 'param_groups'; "
             "pass what optimizer.state_dict() returned"
         )
+    _require_adam(document["param_groups"])
     sources = [Source(key, g) for g, group in enumerate(document["param_groups"]) for key in group["params"]]
     published = written_by_published(document)
     own, theirs = [place.name for place in places], saved_names(document)
@@ -113,6 +121,23 @@ def matched(
             "the model or model.named_parameters() to match them by name"
         )
     return sources
+
+
+def _require_adam(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError for groups of an optimizer whose numbers mean something else than Adam's.
+
+    State tells most of them; SGD without momentum has none, and its lr of 0.1 would replace one of 3e-4.
+    """
+    for g, group in enumerate(groups):
+        hints = sorted({_ELSEWHERE[key] for key in group if key in _ELSEWHERE})
+        has_betas = "betas" in group or {"beta1", "beta2"} <= group.keys()
+        if ("lr" in group and not has_betas) or "momentum_decay" in group:
+            options = sorted(map(str, group.keys() - {"params", "param_names"}))
+            raise ValueError(
+                f"group {g} of the checkpoint has {options}{'' if has_betas else ', no betas'}: it looks like a state "
+                f"of {' or '.join(hints) or 'another kind of optimizer'}; only those of AdamMini, Adam, AdamW and the "
+                "adam-mini package can be loaded, so start the optimizer without state"
+            )
 
 
 def written_by_published(document: Mapping[str, Any]) -> bool:
@@ -185,11 +210,20 @@ def options_of(
     places: Sequence[Place],
     sources: Sequence[Source],
     document: Mapping[str, Any],
+    exempt: Container[str] = (),
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The groups to load, and what the saved ones disagree on.
 
     A group takes each option that all saved groups of its parameters agree on, and keeps its own where they do not or
-    have none: a checkpoint with one group per decay loads into one group, and the other way round.
+    have none: a checkpoint with one group per decay loads into one group, and the other way round. Where a saved group
+    is divided here into what decays and what does not, the latter keeps its weight decay of 0.
+
+    Args:
+        param_groups: of the running optimizer.
+        places: its parameters.
+        sources: where each of them is in the document.
+        document: the state dict.
+        exempt: names of parameters that do not decay whatever the other group's weight decay is.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -204,6 +238,9 @@ def options_of(
         if not count and len(saved) == len(param_groups):
             of = [g]
         agreed, differing = _agreed([saved[s] for s in of])
+        if agreed.get("weight_decay") and _keeps_no_decay(g, param_groups, places, sources, exempt):
+            kept_decay = f"group {g} keeps its weight_decay of 0: its saved group, of {agreed.pop('weight_decay')}, "
+            disagreements.append(kept_decay + "did not tell norms and biases from weights")
         options = {key: value for key, value in own.items() if key not in {"params", *agreed}}
         options |= {key: _like(own.get(key), value) for key, value in agreed.items()}
         if "param_names" not in own and len(of) == 1 and len(document["param_groups"][of[0]]["params"]) == count:
@@ -215,6 +252,23 @@ def options_of(
         if kept := [key for key in differing if key in own]:
             disagreements.append(f"group {g} keeps its own {', '.join(kept)}: its saved groups {of} disagree")
     return groups, disagreements
+
+
+def _keeps_no_decay(
+    g: int,
+    param_groups: Sequence[Mapping[str, Any]],
+    places: Sequence[Place],
+    sources: Sequence[Source],
+    exempt: Container[str],
+) -> bool:
+    """Whether a group does not decay here, while other parameters of its saved groups do."""
+    own = param_groups[g].get("weight_decay")
+    if isinstance(own, Tensor) or own != 0:
+        return False
+    of = {source.g for place, source in zip(places, sources, strict=True) if place.g == g}
+    beside = {place.g for place, source in zip(places, sources, strict=True) if source.g in of} - {g}
+    apart = all(place.name in exempt for place in places if place.g == g)
+    return bool(beside) and (apart or any(param_groups[other].get("weight_decay") for other in beside))
 
 
 def _options(group: Mapping[str, Any], published: bool) -> dict[str, Any]:

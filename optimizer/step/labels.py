@@ -10,7 +10,8 @@ from torch import Tensor
 
 def label(group: Mapping[str, Any], g: int, i: int) -> str:
     """A parameter in words, for messages."""
-    return f"parameter {i} of group {g} ({(group.get('param_names') or {i: 'unnamed'})[i]})"
+    names = group.get("param_names") or []
+    return f"parameter {i} of group {g} ({names[i] if i < len(names) else 'unnamed'})"
 
 
 def named(group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:

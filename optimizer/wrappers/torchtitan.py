@@ -11,7 +11,7 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 from ..adam_mini import AdamMini
 from ..partition import Rules
 from ..partition.discover import tag, tagged
-from ..state.checkpoint import same_rules
+from ..state.checkpoint import identity, same_rules
 
 NAME = "AdamMini"
 
@@ -68,11 +68,11 @@ class AdamMiniContainer(OptimizersContainer):
         for optimizer in self.optimizers:
             names = [name for group in optimizer.param_groups for name in group["param_names"]]
             for name in names if isinstance(optimizer, AdamMini) else ():
-                saved = state_dict.get(f"param_groups.{name}.rules", optimizer.rules.name)
+                saved = state_dict.get(f"param_groups.{name}.rules", identity(optimizer.rules))
                 if not same_rules(saved, optimizer.rules):
                     raise ValueError(
                         f"the checkpoint keeps {name} under rules {saved!r}, this optimizer has "
-                        f"{optimizer.rules.name!r}; use the rules of the checkpoint, or start with fresh state: "
+                        f"{identity(optimizer.rules)!r}; use the rules of the checkpoint, or start with fresh state: "
                         "--checkpoint.exclude_from_loading"
                     )
         super().load_state_dict(state_dict)

@@ -114,3 +114,16 @@ def test_the_operator_says_what_it_changes() -> None:
         torch.ops.adam_mini.step_.default,
         (list(group["params"]), grads, states, optimizer._number, 0, list(range(len(grads)))),
     )
+
+
+def test_every_optimizer_of_a_process_can_be_compiled() -> None:
+    """A compiler takes numbers that differ between two optimizers for variables; ours must not be any."""
+    for width in (8, 8, 5):
+        backend, net = Counting(), nn.Linear(4, width)
+        optimizer = AdamMini(net, lr=0.1)
+        before = net.weight.detach().clone()
+        for k in range(3):
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+            torch.compile(optimizer.step, backend=backend, fullgraph=True)()
+        assert backend.graphs == 1 and not torch.equal(net.weight, before)

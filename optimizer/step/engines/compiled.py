@@ -23,21 +23,24 @@ if TYPE_CHECKING:
     from ...interface import Stepper
 
 _NUMBERS = itertools.count(1)
-_LIVE: weakref.WeakValueDictionary[int, Stepper] = weakref.WeakValueDictionary()
+_LIVE: weakref.WeakValueDictionary[str, Stepper] = weakref.WeakValueDictionary()
 _LIBRARY = torch.library.Library("adam_mini", "FRAGMENT")
 _LIBRARY.define(
-    "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, int handle, int group, int[] positions) -> ()"
+    "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, str handle, int group, int[] positions) -> ()"
 )
 
 
-def register(optimizer: Stepper) -> int:
-    """A handle under which compiled code finds the optimizer again, for as long as it lives."""
-    number = next(_NUMBERS)
-    _LIVE[number] = optimizer
-    return number
+def register(optimizer: Stepper) -> str:
+    """A handle under which compiled code finds the optimizer again, for as long as it lives.
+
+    A string, because a compiler takes a number that differs from one optimizer to the next for a variable.
+    """
+    handle = str(next(_NUMBERS))
+    _LIVE[handle] = optimizer
+    return handle
 
 
-def traced_step(optimizer: Stepper, handle: int) -> None:
+def traced_step(optimizer: Stepper, handle: str) -> None:
     """What a compiler sees of a step: one operator per group."""
     _make_state(handle)
     # Through __dict__: a compiler that sees these attributes themselves guards the value of every option of every
@@ -61,11 +64,11 @@ def _uncompiled(optimizer: Stepper) -> None:
     optimizer.step_all()
 
 
-def _flattened(handle: int) -> bool:
+def _flattened(handle: str) -> bool:
     return any(type(layout) is not Layout for own in _LIVE[handle].layouts for layout in own)
 
 
-def _make_state(handle: int) -> bool:
+def _make_state(handle: str) -> bool:
     """Create the state while the step is traced, so that the graph of the first step serves the later ones."""
     _LIVE[handle].init_state()
     return True
@@ -76,7 +79,7 @@ _make_state._dynamo_marked_constant = _flattened._dynamo_marked_constant = True 
 
 
 def _step(
-    params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: int, group: int, positions: list[int]
+    params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: str, group: int, positions: list[int]
 ) -> None:
     """The operator: the tensors given are stepped, the optimizer behind the handle says how."""
     optimizer = _LIVE.get(handle)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from ...adam_mini import AdamMini
-from ...partition import Role, Rules, discover, tag
+from ...partition import Rules, tag
 from ...partition.names import clean
 from ...state import checkpoint, matching
 from ...state.blocks import rebuilt, spreads
+from ...state.grouping import fits, usual
 from ...state.saved import Saved, is_published, read
 from ...step.dtypes import second_moment_dtype
 from .folders import is_folder, mapped_folder
@@ -114,7 +115,10 @@ def converted(
             before, after = before + saved.exp_avg_sq.numel(), after + states[index]["exp_avg_sq"].numel()
     names = {place.name for place in places}
     without = tuple(n for n, p in model.named_parameters() if p.requires_grad and clean(n) not in names)
-    new = {"state": states, "param_groups": [{**group, "rules": optimizer.rules.name} for group in options]}
+    new = {
+        "state": states,
+        "param_groups": [{**group, "rules": checkpoint.identity(optimizer.rules)} for group in options],
+    }
     return new, Report(found, optimizer.rules.name, len(states), rebuilds, without, (before, after))
 
 
@@ -174,8 +178,8 @@ def _named_groups(document: Mapping[str, Any], model: nn.Module) -> list[list[tu
 def _assigned(document: Mapping[str, Any], model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
     """Names for a file without any: the usual ways to make groups, the one whose shapes are the file's."""
     fitting: list[list[list[tuple[str, nn.Parameter]]]] = []
-    for groups in _usual(model, len(document["param_groups"])):
-        if _fits(groups, document) and groups not in fitting:
+    for groups in usual(model, len(document["param_groups"])):
+        if fits(groups, document) and groups not in fitting:
             fitting.append(groups)
     if len(fitting) != 1:
         how = "several ways of grouping" if fitting else "none of the usual ways of grouping"
@@ -185,38 +189,6 @@ def _assigned(document: Mapping[str, Any], model: nn.Module) -> list[list[tuple[
             "names in order into each group of the file as 'param_names'"
         )
     return fitting[0]
-
-
-def _usual(model: nn.Module, count: int) -> Iterator[list[list[tuple[str, nn.Parameter]]]]:
-    """All in one group; or what decays and what does not, by role, by dimension, or as transformers splits them."""
-    trainable = [(clean(name), p) for name, p in model.named_parameters() if p.requires_grad]
-    if count == 1:
-        yield [trainable]
-        return
-    anatomies = {clean(name): anatomy for name, anatomy in discover(model).items()}
-    kept = (Role.NORM, Role.BIAS)
-    for decays in (
-        [anatomies[name].decays for name, _ in trainable],
-        [p.dim() >= 2 for _, p in trainable],
-        [anatomies[name].role not in kept and not name.endswith("bias") for name, _ in trainable],
-    ):
-        halves = [
-            [pair for pair, here in zip(trainable, decays, strict=True) if here is side] for side in (True, False)
-        ]
-        yield from (halves, halves[::-1])
-
-
-def _fits(groups: Sequence[Sequence[tuple[str, nn.Parameter]]], document: Mapping[str, Any]) -> bool:
-    """Whether groups have the sizes of the document's, and their parameters the shapes of its first moments."""
-    saved = [group["params"] for group in document["param_groups"]]
-    if [len(group) for group in groups] != [len(keys) for keys in saved]:
-        return False
-    for group, keys in zip(groups, saved, strict=True):
-        for (_, parameter), key in zip(group, keys, strict=True):
-            moment = document["state"].get(key, {}).get("exp_avg")
-            if moment is not None and tuple(moment.shape) != tuple(parameter.shape):
-                return False
-    return True
 
 
 def _mapped(source: str | os.PathLike[str]) -> Any:
