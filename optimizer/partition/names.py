@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from .roles import Anatomy, Part, Role, whole
 
@@ -59,8 +60,12 @@ def by_name(name: str, shape: tuple[int, ...], head_dim: int | None = None) -> A
     """The anatomy of a parameter of which only its name and shape are known.
 
     Vectors are biases or norms; matrices are taken as (out, in). Anything else, or a matrix with a name that says
-    nothing, is OTHER.
+    nothing, is OTHER. No family declared any of it.
     """
+    return replace(_by_name(name, shape, head_dim), declared=False)
+
+
+def _by_name(name: str, shape: tuple[int, ...], head_dim: int | None) -> Anatomy:
     role = role_of_name(name)
     reason = f"by name {name!r}"
     if len(shape) <= 1:
