@@ -18,7 +18,7 @@ from optimizer.partition import Anatomy, Part, layout_of
 from optimizer.partition.apply import understood
 from optimizer.partition.discover import module_behind, tagged
 from optimizer.partition.layout import Runs
-from optimizer.partition.names import by_name, clean
+from optimizer.partition.names import by_name, clean, is_guessed_vector
 from optimizer.partition.roles import HEAD_ROLES, whole, whole_shape
 from optimizer.sharding.fsdp1 import FlatFacts, facts_of, stamp_bare
 
@@ -169,6 +169,8 @@ class Adam_mini(AdamMini):
         """
         named = self._named_anatomy(name, anatomy)
         layout, theirs = layout_of(named, rules), self._published_layout(name, anatomy.shape)
+        if theirs is not None and is_guessed_vector(named):
+            return theirs
         if theirs is not None and not layout.refines(theirs, anatomy.shape):
             if not named.recognised or not (named.declared or named.role in HEAD_ROLES):
                 return theirs

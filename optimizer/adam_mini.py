@@ -20,7 +20,7 @@ from .options import validate
 from .partition import Anatomy, Layout, Rules, discover, layout_of
 from .partition.apply import understood
 from .partition.discover import module_behind, report_unknown, tagged, tagged_name
-from .partition.names import by_name
+from .partition.names import by_name, is_guessed_vector
 from .partition.roles import Role, whole_shape
 from .sharding import Shards, deepspeed
 from .sharding.fsdp1 import facts_of, stamp, stamp_bare
@@ -149,7 +149,7 @@ class AdamMini(torch.optim.Optimizer):
                 f"parameter of shape {anatomy.shape} has no name; pass the model, model.named_parameters(), "
                 "or tag(model) first"
             )
-        if not understood(anatomy, self.rules, full_name):
+        if not understood(anatomy, self.rules, full_name) or is_guessed_vector(anatomy):
             self._unknown[name or full_name or f"unnamed #{len(self._unknown)}"] = anatomy
         return layout_of(anatomy, self.rules, full_name)
 
