@@ -25,6 +25,9 @@ from .families import (
     stored,
 )
 from .families.adapters import adapter_family
+from .families.attention import SEPARATE
+from .families.fused import FUSED
+from .families.latent import LATENT
 from .families.makers import rows, table_rows
 from .names import by_name, clean, is_guessed_vector, role_of_name
 from .roles import HEAD_ROLES, Anatomy, Role, whole, whole_shape
@@ -133,10 +136,15 @@ def _claim(
             owner, tensor = target
             if owner is not module and tensor.ndim >= 2 and not _is_projection(owner):
                 continue  # the child is something else under the same name (an embedding, a norm)
+            if owner is module and tensor.ndim >= 2 and not family.classes and id(family) in _ATTENTIONS:
+                continue  # a bare tensor, and no class that says which of its axes are heads and units
             try:
                 found[id(tensor)] = make(Place(tensor, owner, modules), family.why)
             except ValueError as error:
                 raise ValueError(f"parameter {names[id(tensor)]!r}: {error}") from error
+
+
+_ATTENTIONS = frozenset(id(family) for family in (*FUSED, *LATENT, *SEPARATE))
 
 
 def _is_projection(module: nn.Module) -> bool:
@@ -245,7 +253,8 @@ def _doubtful(place: Place, name: str) -> Anatomy:
     """A matrix inside an attention nobody declared: its rows might be anything."""
     around = (module for module in place.modules[1:] if not _is_transparent(module))
     kind = type(next(around, place.owner)).__name__
-    return place.plain(Role.OTHER, f"inside {kind}, an attention no family describes ({clean(name)})")
+    why = f"inside {kind}, an attention no family describes ({clean(name)})"
+    return replace(place.plain(Role.OTHER, why), declared=False)
 
 
 # --- without a model in hand --------------------------------------------------------------------------------------

@@ -86,3 +86,24 @@ def test_vectors_that_nobody_names_share_nothing_and_are_said_once(caplog: pytes
         assert found == [5, 1] if known else [5, 5]
         assert sum("may be biases or norms" in text for text in caplog.messages) == 1
         assert caplog.messages[-1].startswith("1 vector(s)" if known else "2 vector(s)")
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (3, 12, 4), (12, 3, 4), (3, 4, 12)])
+@pytest.mark.parametrize(
+    "names", [("wq", "wk", "wv", "wo"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("q", "k", "v", "o")]
+)
+def test_bare_projections_have_axes_that_nobody_knows(names: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    """``x @ wq``, ``wq @ x`` and every einsum keep them differently."""
+    model = nn.Module()
+    model.n_heads = 3  # type: ignore[assignment]
+    for name in names:
+        model.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    assert {anatomy.role for anatomy in discover(model).values()} == {Role.OTHER}
+    with pytest.raises(ValueError, match="4 weight"):
+        AdamMini(model, strict=True)
+
+
+@pytest.mark.parametrize("name", ["query_weight", "token_proj", "latent_kernel", "embed_matrix"])
+def test_a_projection_of_tokens_is_no_table_of_them(name: str) -> None:
+    assert discover(holder(name, (6, 4)))[name].role is Role.OTHER
+    assert discover(holder("query_tokens", (6, 4)))["query_tokens"].role is Role.POSITION_EMBEDDING

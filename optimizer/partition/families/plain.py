@@ -73,7 +73,10 @@ class Bare:
 
 
 _LEARNED = table_rows(Role.POSITION_EMBEDDING)
-_TOKENS = r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
+_TOKENS = (
+    r"(?!\w*(weight|proj|kernel|matrix)(_|\b))"
+    r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
+)
 _SCALE = r"weight|scale|gamma|g|alpha"
 _CONSTANTS = r"A_log|D|A|dt_bias|time_\w+|\w*_sinks?|sinks"
 _EACH_ITS_OWN = "constants of a channel or head: each its own, like biases"
