@@ -6,22 +6,26 @@ optimizer contract are ``optimizer.AdamMini``'s.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
+from math import gcd, prod
 from typing import Any
 
 from torch import Tensor, nn
 
-from optimizer import AdamMini, Layout, Role, Unit
+from optimizer import AdamMini, Layout, Role, Rules, Unit
 from optimizer.groups import Place, Recognition
 from optimizer.interface import whole_shape, wrappers
 from optimizer.partition import Anatomy, Part, layout_of
-from optimizer.partition.discover import module_behind, tagged_or_named
-from optimizer.partition.layout import AnyLayout
-from optimizer.partition.names import clean
-from optimizer.partition.roles import whole
+from optimizer.partition.apply import understood
+from optimizer.partition.discover import module_behind, report_unknown, tagged_or_named
+from optimizer.partition.layout import AnyLayout, Runs
+from optimizer.partition.names import clean, is_guessed_vector
+from optimizer.partition.roles import HEAD_ROLES, whole
 from optimizer.sharding.facts import FlatFacts, facts_of
 
 __all__ = ["Adam_mini"]
+logger = logging.getLogger("optimizer")
 
 _DEFAULTS: dict[str, frozenset[str]] = {
     "embd_names": frozenset({"embed", "embd", "wte"}),
@@ -53,9 +57,12 @@ class Adam_mini(AdamMini):
     until then: an emptied set means one scalar per tensor for its role, an added word claims the parameters whose
     lower-cased names contain it.
 
+    Where neither the model nor the name is certain, blocks are the published package's or finer. A warning at the first
+    step names the parameters whose blocks are coarser, because the model or the number of heads says so.
+
     Args:
-        named_parameters: ``model.named_parameters()`` or a model; parameters without names or group dicts keep the
-            caller's groups and decay.
+        named_parameters: ``model.named_parameters()``, any iterable of (name, parameter), or a model; parameters
+            without names or group dicts keep the caller's groups and decay.
         lr: learning rate.
         betas: decay of the first and second moment.
         eps: added outside the root.
@@ -114,8 +121,8 @@ class Adam_mini(AdamMini):
             params = named_parameters  # torch says what is wrong with it
         elif model is None:
             params = list(named_parameters)  # type: ignore[arg-type]
-            if params and isinstance(params[0], tuple):
-                params = _decay_groups(params, weight_decay)
+            if params and all(_is_pair(item) for item in params):
+                params = _decay_groups([(str(name), p) for name, p in params], weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, rules="adam_mini")
         del self.named_parameters  # a model must not live on in its optimizer
 
@@ -140,9 +147,11 @@ class Adam_mini(AdamMini):
         """Turn names, anatomies and the name sets as they stand into layouts."""
         emptied = [role for key, roles in _ROLES.items() if not getattr(self, key) for role in roles]
         rules = self.rules.replace("adam_mini, name sets changed", dict.fromkeys(emptied, Unit.TENSOR))
+        coarser: list[str] = []
+        unknown: dict[str, Anatomy] = {}
 
         def resolved(anatomy: Anatomy, name: str) -> Layout:
-            return layout_of(self._named_anatomy(clean(name).lower(), anatomy), rules)
+            return self._resolved_layout(clean(name).lower(), anatomy, rules, coarser, unknown)
 
         self.replace_layouts(
             [
@@ -156,6 +165,59 @@ class Adam_mini(AdamMini):
             ]
         )
         self._resolved = True
+        if coarser:
+            logger.warning(
+                "%d parameter(s) share more than in the published package, because of what the model or the number of "
+                "heads says of them: %s", len(coarser), "; ".join(coarser[:8]) + ("; ..." if coarser[8:] else ""),
+            )  # fmt: skip
+        report_unknown(unknown, self.rules[Role.OTHER].value, strict=False)
+
+    def _resolved_layout(
+        self, name: str, anatomy: Anatomy, rules: Rules, coarser: list[str], unknown: dict[str, Anatomy]
+    ) -> Layout:
+        """What is known decides; where nothing certain is, blocks are the published package's or finer.
+
+        Args:
+            name: cleaned and lower-cased.
+            anatomy: what the parameter is, as far as its model, tag or name says.
+            rules: with the units of emptied name sets.
+            coarser: takes the parameters whose blocks are not the published package's or parts of them.
+            unknown: takes the matrices that nobody recognised.
+        """
+        named = self._named_anatomy(name, anatomy)
+        layout, theirs = layout_of(named, rules), self._published_layout(name, anatomy.shape)
+        if theirs is not None and is_guessed_vector(named):
+            return theirs
+        if theirs is not None and not layout.refines(theirs, anatomy.shape):
+            if not named.recognised or not (named.declared or named.role in HEAD_ROLES):
+                return theirs
+            coarser.append(f"{name} {anatomy.shape}: {layout.n_blocks} instead of {theirs.n_blocks} ({named.reason})")
+        elif named is anatomy and not understood(named, rules) and (theirs is None or theirs.n_blocks == 1):
+            unknown[name] = named
+        return layout
+
+    def _published_layout(self, name: str, shape: tuple[int, ...]) -> Layout | None:
+        """The blocks of the published package under the name sets as they stand; None for what it fails on.
+
+        Its query and key blocks are runs of ``dim * dim / n_heads`` elements, whatever the matrix. Where such runs end
+        inside a row, this returns the finest layout along the rows whose blocks lie inside them.
+        """
+        claim = _claimed_by(name, {key: getattr(self, key) for key in _ROLES})
+        if claim is None:
+            return Layout.per_tensor(shape)
+        if claim == "adam_block_names":
+            return Layout.per_element(shape)
+        if claim != "wqk_names":
+            return Layout(0, Runs(((1, shape[0]),))) if len(shape) == 2 else None
+        run, width = (self.dim or 0) ** 2 // (self.n_heads or 1), prod(shape[1:])
+        if self.n_heads is None or not run or not shape or not prod(shape) or prod(shape) % run:
+            return None
+        if run % width == 0:
+            return Layout(0, Runs(((run // width, shape[0] * width // run),)))
+        common = gcd(run, width)
+        return (
+            Layout(1, Runs(((common, width // common),)), shape[:1]) if len(shape) == 2 else Layout.per_element(shape)
+        )
 
     def _named_anatomy(self, name: str, anatomy: Anatomy) -> Anatomy:
         """The anatomy, unless the name sets were changed in a way that touches this parameter."""
@@ -220,6 +282,11 @@ class Adam_mini(AdamMini):
 def _claimed_by(name: str, sets: dict[str, Any]) -> str | None:
     """Which name set claims a parameter: the first, in the published order, of which a word is in the name."""
     return next((key for key in _ROLES if any(word.lower() in name for word in sets[key])), None)
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether this is (name, parameter), as a tuple or a list."""
+    return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
 
 
 def _decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

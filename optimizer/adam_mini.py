@@ -140,7 +140,7 @@ class AdamMini(torch.optim.Optimizer):
         validate({**self.defaults, **param_group}, "parameter group's")
         building = "layouts" not in self.__dict__  # the constructor recognises all groups together
         if not building:
-            self._follow_edits()  # what was there before may have been edited
+            self.follow_edits()  # what was there before may have been edited
         super().add_param_group(param_group)
         try:
             require_initialised(self.param_groups[-1], len(self.param_groups) - 1)
@@ -166,7 +166,7 @@ class AdamMini(torch.optim.Optimizer):
         """The layouts of (parameter, name) pairs that the optimizer has not seen before; for subclasses to replace."""
         return recognition.layouts(pairs)
 
-    def _follow_edits(self) -> None:
+    def follow_edits(self) -> None:
         """Let layouts follow their parameters where the caller edited ``param_groups``, and make those of new ones.
 
         Raises:
@@ -246,7 +246,7 @@ class AdamMini(torch.optim.Optimizer):
     def step_parameter(self, g: int, i: int) -> None:
         """Take the step of one parameter alone."""
         if self._stand is None and not self._arranged.holds_at(self.param_groups, g, i):
-            self._follow_edits()
+            self.follow_edits()
         self._step((g,), i)
 
     def fix_layouts(self) -> None:
@@ -287,7 +287,7 @@ class AdamMini(torch.optim.Optimizer):
         if self._stand is None and any(wrapper.may_stand() for wrapper in wrappers()):
             self._find_stand()
         if self._stand is None:
-            self._follow_edits()
+            self.follow_edits()
             yield [(None, None)]
             return
         with self._stand.whole(self) as calls:

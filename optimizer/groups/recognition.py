@@ -12,6 +12,7 @@ from ..partition import Anatomy, Layout, Role, Rules, discover, layout_of
 from ..partition.apply import understood
 from ..partition.discover import report_unknown, tagged_name, tagged_or_named
 from ..partition.layout import AnyLayout
+from ..partition.names import is_guessed_vector
 from ..sharding.facts import facts_of
 from ..step.labels import named
 
@@ -90,7 +91,7 @@ class Recognition:
                 f"parameter of shape {anatomy.shape} has no name; pass the model, model.named_parameters(), "
                 "or tag(model) first"
             )
-        if not understood(anatomy, self._rules, full_name):
+        if not understood(anatomy, self._rules, full_name) or is_guessed_vector(anatomy):
             self._unknown[name or full_name or f"unnamed #{len(self._unknown)}"] = anatomy
         return layout_of(anatomy, self._rules, full_name)
 

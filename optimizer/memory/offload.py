@@ -96,7 +96,7 @@ class CPUOffload(torch.optim.Optimizer):
             raise TypeError(f"{where} is a DTensor; use AdamMini with fully_shard(offload_policy=CPUOffloadPolicy())")
         if g < len(self._host.param_groups) and i == len(self._host.param_groups[g]["params"]):
             self._host.param_groups[g]["params"].append(parameter)  # appended by hand: the host recognises it now
-            self._host._follow_edits()
+            self._host.follow_edits()
         mine = self._host.param_groups[g]["params"] if g < len(self._host.param_groups) else []
         if i >= len(mine) or mine[i] is not parameter:
             raise RuntimeError(f"{where} was replaced by another tensor; build CPUOffload after the replacement")

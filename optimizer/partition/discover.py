@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,8 +26,11 @@ from .families import (
     stored,
 )
 from .families.adapters import adapter_family
+from .families.attention import SEPARATE
+from .families.fused import FUSED
+from .families.latent import LATENT
 from .families.makers import rows, table_rows
-from .names import by_name, clean, role_of_name
+from .names import by_name, clean, is_guessed_vector, role_of_name
 from .roles import HEAD_ROLES, Anatomy, Role, whole
 
 logger = logging.getLogger("optimizer")
@@ -74,7 +78,7 @@ def _discover(model: nn.Module) -> dict[str, Anatomy]:
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in found:
                 place = Place(parameter, module, _lineage(paths, path))
-                found[id(parameter)] = _leaf(place, names[id(parameter)], leaf)
+                found[id(parameter)] = _leaf(place, names[id(parameter)], leaf, found)
     _say_shared(paths, names, found)
     return {name: found[key] for key, name in names.items()}
 
@@ -131,10 +135,15 @@ def _claim(
             owner, tensor = target
             if owner is not module and tensor.ndim >= 2 and not _is_projection(owner):
                 continue  # the child is something else under the same name (an embedding, a norm)
+            if owner is module and tensor.ndim >= 2 and not family.classes and id(family) in _ATTENTIONS:
+                continue  # a bare tensor, and no class that says which of its axes are heads and units
             try:
                 found[id(tensor)] = make(Place(tensor, owner, modules), family.why)
             except ValueError as error:
                 raise ValueError(f"parameter {names[id(tensor)]!r}: {error}") from error
+
+
+_ATTENTIONS = frozenset(id(family) for family in (*FUSED, *LATENT, *SEPARATE))
 
 
 def _is_projection(module: nn.Module) -> bool:
@@ -165,7 +174,7 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter) and isinstance(output := getter(), nn.Module):
         candidates.append((output, "the model's get_output_embeddings()"))
-    tables = {tuple(m.weight.shape) for m in paths.values() if isinstance(m, nn.Embedding)}
+    tables = {tuple(m.weight.shape) for m in paths.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     for path, module in reversed(paths.items()):
         weight = stored(module) if is_dense(module) else None
         if weight is None or id(weight) in found:
@@ -183,18 +192,19 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
 _FUSED_NAME = re.compile(r"(?i)(^|_)(qkv|wqkv|query_key_value|c_attn|kv|qk|to_kv|in_proj_qkv\w*|kv_proj|qk_proj)(_|$)")
 
 
-def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
+def _leaf(place: Place, name: str, leaf: str, found: dict[int, Anatomy]) -> Anatomy:
     """A parameter no family claimed: by the module that holds it, then by name."""
     tensor, owner = place.tensor, place.owner
     meant, meant_leaf = parametrised(place, leaf)
     if stored(meant, meant_leaf) is tensor and meant_leaf != leaf:  # it stands for another tensor: what that one is
         path = name.removesuffix(f".parametrizations.{meant_leaf}.{leaf}").removesuffix(f".{leaf}")
         around = place.modules[2:] if meant is not owner else place.modules
-        return _leaf(Place(tensor, meant, around), f"{path}.{meant_leaf}", meant_leaf)
+        return _leaf(Place(tensor, meant, around), f"{path}.{meant_leaf}", meant_leaf, found)
     if is_dense(owner) and leaf == "weight" and tensor.ndim >= 2:
         role = role_of_name(name)
-        suspicious = role in HEAD_ROLES or _FUSED_NAME.search(clean(name).split(".")[-2] if "." in name else "")
-        if suspicious or (role is not Role.ATTENTION_OUT and _inside_attention(place)):
+        holder = clean(name).rpartition(".")[0].rpartition(".")[2]  # empty where the model is the layer itself
+        suspicious = role in HEAD_ROLES or _FUSED_NAME.search(holder)
+        if suspicious or (role is not Role.ATTENTION_OUT and _inside_attention(place, found)):
             return _doubtful(place, name)
         chosen = role if role in (Role.ATTENTION_OUT, Role.MLP_OUT) else Role.MLP_IN
         return replace(
@@ -210,23 +220,40 @@ def _leaf(place: Place, name: str, leaf: str) -> Anatomy:
     return whole(Role.OTHER, place.shape, f"{type(owner).__name__}.{leaf} is in no table")
 
 
-def _inside_attention(place: Place) -> bool:
-    """Whether the parameter sits directly in, or one level below, something that calls itself attention.
+def _inside_attention(place: Place, found: dict[int, Anatomy]) -> bool:
+    """Whether the layer belongs to something that calls itself attention and whose projections nobody knows.
 
-    Containers are no level: a list of projections is the attention's own.
+    Containers and modules around a single layer are no level: a list of projections is the attention's own. But where
+    the queries, keys or values are known, what else a container holds is a feed-forward block beside them.
     """
-    levels = [type(module).__name__.lower() for module in place.modules if not isinstance(module, _CONTAINERS)]
-    return any("attention" in name or "attn" in name for name in levels[:2])
+    around = [module for module in place.modules[1:] if not _is_transparent(module)]
+    if _says_attention(place.owner) or (around and around[0] is place.modules[1] and _says_attention(around[0])):
+        return True
+    if not around or not _says_attention(around[0]):
+        return False
+    roles = {part.role for p in around[0].parameters() if id(p) in found for part in found[id(p)].parts}
+    return not roles & HEAD_ROLES
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+def _says_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def _is_transparent(module: nn.Module) -> bool:
+    """Whether a module is a container or wrapper, or has one layer inside and nothing else that learns but vectors."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) or [*module._modules] == ["module"]:
+        return True
+    matrices = (p for p in module.parameters() if p.ndim >= 2)
+    return not _says_attention(module) and len(list(islice(matrices, 2))) == 1
 
 
 def _doubtful(place: Place, name: str) -> Anatomy:
     """A matrix inside an attention nobody declared: its rows might be anything."""
-    around = (module for module in place.modules[1:] if not isinstance(module, _CONTAINERS))
+    around = (module for module in place.modules[1:] if not _is_transparent(module))
     kind = type(next(around, place.owner)).__name__
-    return place.plain(Role.OTHER, f"inside {kind}, an attention no family describes ({clean(name)})")
+    why = f"inside {kind}, an attention no family describes ({clean(name)})"
+    return replace(place.plain(Role.OTHER, why), declared=False)
 
 
 # --- without a model in hand --------------------------------------------------------------------------------------
@@ -281,11 +308,15 @@ def module_behind(params: Any) -> nn.Module | None:
 
 
 def report_unknown(unknown: dict[str, Anatomy], unit: str, *, strict: bool) -> None:
-    """Say once which matrices nobody recognised.
+    """Say once which matrices nobody recognised, and which vectors may be biases or norms.
 
     Raises:
         ValueError: with ``strict``, instead of the warning.
     """
+    if vectors := [name for name, anatomy in unknown.items() if is_guessed_vector(anatomy)]:
+        some = ", ".join(vectors[:8]) + (", ..." if vectors[8:] else "")
+        logger.info("%d vector(s) may be biases or norms and get the unit of biases: %s", len(vectors), some)
+    unknown = {name: anatomy for name, anatomy in unknown.items() if not is_guessed_vector(anatomy)}
     if not unknown:
         return
     listing = "; ".join(f"{name} {anatomy.shape} ({anatomy.reason})" for name, anatomy in list(unknown.items())[:8])

@@ -240,6 +240,32 @@ class Layout:
             yield flat[..., start : start + length * count].unflatten(-1, (count, length))
             start += length * count
 
+    def refines(self, other: Layout, shape: Iterable[int]) -> bool:
+        """Whether every block of this layout lies inside one of the other's.
+
+        Args:
+            other: a layout of the same tensor.
+            shape: the tensor's shape.
+
+        Returns:
+            True only where that is certain: layouts that split axis 0 differently count as not refining each other,
+            unless the other has one block.
+        """
+        shape = tuple(shape)
+        if other.n_blocks <= 1:
+            return True
+        if self.fold != other.fold:
+            return False
+        view = viewed(shape, self.fold)
+        single = len(self.runs) == self.runs.total  # every index of the axis has a block of its own
+        fixed = {*range(len(self.leading)), *((self.axis,) if single else ())}
+        if any(size > 1 and dim not in fixed for dim, size in enumerate(view[: len(other.leading)])):
+            return False
+        if other.axis in fixed or len(other.runs) <= 1:
+            return True
+        ends, others = (layout.runs.lengths().cumsum(0) for layout in (self, other))
+        return self.axis == other.axis and bool(torch.isin(others, ends).all())
+
     def numel_per_index(self, shape: Iterable[int]) -> int:
         """How many elements share one index of the axis (and of the leading axes)."""
         shape = tuple(shape)

@@ -68,6 +68,18 @@ class FlatLayout:
     group: str
     advice: str = field(default="", compare=False)
 
+    def _key(self) -> tuple[object, ...]:
+        return self.ranges, self.numel, self.group
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FlatLayout) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __repr__(self) -> str:
+        return f"FlatLayout(ranges={self.ranges}, numel={self.numel}, group={self.group!r})"
+
     @property
     def n_blocks(self) -> int:
         """Scalars of the tensors it holds ranges of, whole."""

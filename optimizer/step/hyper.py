@@ -36,9 +36,10 @@ class Hyper:
 
     @classmethod
     def of(cls, group: Mapping[str, Any], grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> Hyper:
-        """From a parameter group; one-element tensors become 0-dim."""
-        lr, beta1, beta2, decay = (_scalar(x) for x in (group["lr"], *group["betas"], group["weight_decay"]))
-        return cls(lr, beta1, beta2, group["eps"], decay, group["maximize"], grad_scale, found_inf)
+        """From a parameter group; one-element tensors become 0-dim, numbers of other libraries floats."""
+        values = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        lr, beta1, beta2, eps, decay = (_scalar(x) for x in values)
+        return cls(lr, beta1, beta2, eps, decay, group["maximize"], grad_scale, found_inf)
 
     def skips(self) -> bool:
         """Whether a GradScaler found that this step must not happen; waits for the device of ``found_inf``."""
@@ -66,4 +67,7 @@ def corrections(lr: float | Tensor, beta1: float | Tensor, beta2: float | Tensor
 
 
 def _scalar(value: Any) -> Any:
-    return value.reshape(()) if isinstance(value, Tensor) and value.dim() else value
+    if isinstance(value, Tensor):
+        return value.reshape(()) if value.dim() else value
+    # A number of NumPy keeps its precision in arithmetic: 1 - beta2 would be rounded to 11 bits for a float16.
+    return value if isinstance(value, float | int) else float(value)

@@ -47,6 +47,8 @@ def _require_number(value: Any, what: str, below: float = math.inf) -> None:
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return  # looking at it would wait for the device
         value = value.item()
+    elif getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # an array of NumPy without dimensions
     if not isinstance(value, Real) or not math.isfinite(value) or not 0 <= float(value) < below:
         raise ValueError(
             f"{what}={value!r} must be " + ("a finite number >= 0" if below == math.inf else f"in [0, {below:g})")

@@ -6,7 +6,9 @@ The published 1.1.1 is installed outside the import path (its name is this proje
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -111,6 +113,7 @@ def test_unknown_heads_are_said_and_safe(caplog: pytest.LogCaptureFixture) -> No
     model = Llama()
     opt = Adam_mini(list(model.named_parameters()), dim=None, n_heads=None)
     assert layouts(opt)["layers.0.attention.wq.weight"].n_blocks == 16  # type: ignore[attr-defined]
+    assert "layers.0.attention.wq.weight" in caplog.text
 
 
 @pytest.mark.parametrize("empty", [lambda s: {}, lambda s: s.clear() or s, lambda s: set()])
@@ -192,3 +195,140 @@ def test_nothing_is_printed(capsys: pytest.CaptureFixture[str], caplog: pytest.L
         model = Llama()
         train(model, Adam_mini(model.named_parameters(), dim=16, n_heads=4, verbose=True), 11, 1)
     assert capsys.readouterr() == ("", "")
+
+
+class Blocks(nn.Module):
+    """Names that the published package knows by substring, and no module of which says more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        shapes = {
+            "block_feed_forward_in": (8, 6), "block_mlp_inner": (6, 8), "linear_mix": (6, 6),
+            "adapter_output_mix": (6, 6), "my_wv_matrix": (6, 6), "embed_extra": (6, 6),
+            "odd_bias_table": (6, 6), "odd": (6, 6), "wqkv_all": (6, 6),
+        }  # fmt: skip
+        self.weights = nn.ParameterDict({name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.weights.values():
+            x = torch.tanh(x @ weight.T)
+        return x.square().sum()
+
+
+FORMS = {
+    "named_parameters": lambda model: model.named_parameters(),
+    "model": lambda model: model,
+    "list": lambda model: list(model.named_parameters()),
+    "filtered generator": lambda model: ((name, p) for name, p in model.named_parameters() if p.requires_grad),
+    "iterator": lambda model: iter(list(model.named_parameters())),
+    "items": lambda model: dict(model.named_parameters()).items(),
+    "chain": lambda model: itertools.chain(model.named_parameters(), []),
+    "lists as pairs": lambda model: [[name, p] for name, p in model.named_parameters()],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_published_blocks(published: ModuleType, form: str) -> None:
+    ours, theirs = Blocks(), Blocks()
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "dim": 6, "n_heads": 2}
+    optimizers = [
+        (ours, Adam_mini(FORMS[form](ours), **options)),
+        (theirs, published.Adam_mini(theirs.named_parameters(), verbose=False, **options)),
+    ]
+    for model, opt in optimizers:
+        for step in range(5):
+            model(torch.randn(7, 6, generator=torch.Generator().manual_seed(step))).backward()
+            opt.step()
+            opt.zero_grad()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    found = layouts(optimizers[0][1])
+    assert found["weights.odd_bias_table"].n_blocks == 36 and found["weights.odd"].n_blocks == 1  # type: ignore[attr-defined]
+
+
+PARTS = ["blocks.0.mlp.0.weight", "encoder.feed_forward.dense.weight", "linear.weight", "linears.3.weight", "linear",
+         "self_attn.wv", "values.weight", "embedder.weight", "embeddings.norm.weight", "wte", "final_layer.0.weight",
+         "outputs", "attn.proj.weight", "attention.wo.weight", "attn.to_q.weight", "linear_attn.to_q.weight",
+         "layers.0.mlp.query_proj.weight", "qkv_proj.weight", "wqkv.weight", "query", "key", "keys.weight",
+         "q_proj.lora_A.weight", "rel_bias_table", "bias_scale", "mlp.bias", "rel_bias.weight", "mlp.norm.weight",
+         "ln_f.weight", "scale", "conv.weight", "mlp.wpe.weight", "MLP.Up.Weight", "module.mlp.weight",
+         "mlp_ln.weight"]  # fmt: skip
+SHAPES = [
+    (),
+    (4,),
+    (8,),
+    (16,),
+    (32,),
+    (8, 8),
+    (4, 8),
+    (8, 4),
+    (16, 8),
+    (8, 16),
+    (12, 6),
+    (6, 12),
+    (8, 2, 4),
+    (4, 4, 4),
+]
+CHANGES = {
+    "as they are": {},
+    "added": {
+        "mlp_names": {"feed_forward", "linear", "mlp", "scale", "conv", "ln_f"},
+        "wqk_names": {"wq", "mlp", "conv"},
+    },
+    "emptied": {"mlp_names": set(), "output_names": set(), "embd_names": ()},
+    "biases emptied": {"adam_block_names": set()},
+    "adam for more": {"adam_block_names": {"bias", "scale", "wv", "lora", "linear"}},
+    "replaced": {"wv_names": {"to_q", "qkv"}, "wqk_names": {"linears", "rel"}, "attn_proj_names": ["wte"]},
+}
+
+
+def published_blocks(state: dict, shape: tuple[int, ...]) -> torch.Tensor:
+    """The block of every element, read off the published package's state."""
+    if "v" in state:
+        return torch.arange(math.prod(shape)).reshape(shape)
+    ids = torch.arange(state["vmean"].numel())
+    return ids.repeat_interleave(math.prod(shape) // max(1, len(ids))).reshape(shape)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_names_alone_never_share_more_than_the_published_package_unsaid(
+    published: ModuleType, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every name and shape that it takes a step with; one that fails there has no blocks to compare with."""
+    accepted = said = 0
+    for name, shape in itertools.product(PARTS, SHAPES):
+        ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+        options = {"dim": 8, "n_heads": 4, "n_kv_heads": 2}
+        opts = [Adam_mini([(name, ours)], **options), published.Adam_mini([(name, theirs)], verbose=False, **options)]
+        for opt in opts:
+            for key, value in CHANGES[change].items():
+                setattr(opt, key, value)
+        theirs.grad = torch.ones(shape)
+        try:
+            opts[1].step()
+        except (RuntimeError, IndexError):
+            continue
+        caplog.clear()
+        try:
+            (found,) = layouts(opts[0]).values()
+        except ValueError as error:
+            assert "heads do not divide" in str(error)
+            said += 1
+            continue
+        accepted += 1
+        blocks = found.block_ids(shape).flatten()  # type: ignore[attr-defined]
+        expected = published_blocks(opts[1].state[theirs], shape).flatten()
+        pairs = torch.stack([blocks, expected]).unique(dim=1).shape[1]
+        if pairs != len(blocks.unique()):
+            said += 1
+            assert "share more than in the published package" in caplog.text, (name, shape)
+    assert accepted > 200 and said < accepted / 10
+
+
+def test_what_nobody_knows_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ParameterDict({"odd": torch.ones(4, 4), "mlp": torch.ones(4, 4)})
+    opt = Adam_mini(list(model.named_parameters()), dim=4, n_heads=2)
+    for _ in range(2):
+        opt.state_bytes()
+    assert len(caplog.messages) == 1 and "odd (4, 4)" in caplog.text and "mlp" not in caplog.text

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from optimizer.tools.convert.file import converted
 from torch import nn
 
 from optimizer import AdamMini, Rules
 from optimizer.memory import CPUOffload, gradient_release
+from optimizer.tools.convert.file import converted
 from tests.optimizer.models import GPT, Llama, batch, loss_of
 from tests.optimizer.test_checkpoint import equal, refused, trained
 

@@ -132,3 +132,23 @@ def test_groupvit_assigns_with_one_head() -> None:
     layouts = partition(transformers.GroupViTVisionModel(config))
     assigned = {n: x.n_blocks for n, x in layouts.items() if n.endswith("downsample.assign.q_proj.weight")}
     assert assigned and set(assigned.values()) == {1}
+
+
+class Together(nn.Module):
+    """One projection of a name that stands for several orders, here a head's query, key and value side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads, self.qkv, self.out = 3, nn.Linear(12, 36), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 12)).transpose(1, 2).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_what_was_not_recognised_is_looked_at() -> None:
+    """In a class that does not call itself attention, too."""
+    torch.manual_seed(0)
+    assert [finding.name for finding in verify(Together(), inputs=(torch.randn(2, 5, 12),)).contradicted] == [
+        "qkv.weight"
+    ]

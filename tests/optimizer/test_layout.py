@@ -92,3 +92,18 @@ def test_grouped_transposed_convolutions_by_what_they_do() -> None:
     for channel in range(4):
         (grad,) = torch.autograd.grad(convolution(x)[0, channel].sum(), convolution.weight)
         assert ids[grad != 0].unique().tolist() == [channel] and int((grad != 0).sum()) == int((ids == channel).sum())
+
+
+def test_refines_is_what_the_block_numbers_say() -> None:
+    shape = (4, 6)
+    found = [
+        Layout.per_tensor(shape), Layout.per_element(shape), Layout(0, [1] * 4), Layout(0, [2, 2]),
+        Layout(0, [1, 2, 1]), Layout(1, [1] * 6), Layout(1, [2, 4]), Layout(1, [3, 3], (4,)),
+        Layout(1, [2, 1, 3], (4,)), Layout(1, [6], (4,)), Layout(1, [2], (2,), fold=2), Layout(1, [1, 1], (2,), fold=2),
+    ]  # fmt: skip
+    for one in found:
+        for other in found:
+            ids = torch.stack([layout.block_ids(shape).flatten() for layout in (one, other)])
+            finer = ids.unique(dim=1).shape[1] == one.n_blocks
+            assert one.refines(other, shape) is finer or (not one.refines(other, shape) and one.fold != other.fold)
+    assert Layout.per_tensor(()).refines(Layout.per_element(()), ())

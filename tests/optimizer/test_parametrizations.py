@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from optimizer import AdamMini, Role, partition
 from optimizer.partition import discover
@@ -89,3 +89,85 @@ def test_projections_in_a_container_are_their_attentions(kind: type) -> None:
     assert all(discover(model)[f"layer.linears.{i}.weight"].role is Role.OTHER for i in range(4))
     with pytest.raises(ValueError, match="MultiHeadedAttention"):
         AdamMini(model, strict=True)
+
+
+class Linears(nn.Module):
+    """A projection of its own class: a layer, and a norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+
+class CrossAttn(nn.Module):
+    """Two projections that any module may hold, in whatever wraps them."""
+
+    def __init__(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.second = wrap(nn.Linear(8, 8)), wrap(nn.Linear(8, 8))
+
+
+WRAPS = {
+    "data parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "sequential": lambda layer: nn.Sequential(layer, nn.Dropout(0.1)),
+    "nested": lambda layer: nn.Sequential(nn.ModuleDict({"proj": nn.ModuleList([layer])})),
+    "own class": lambda layer: Linears(),
+    "compiled": torch.compile,
+    "in a sequential, compiled": lambda layer: nn.Sequential(torch.compile(layer)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_projections_in_any_wrapper_are_their_attentions(wrap: str) -> None:
+    model = nn.ModuleDict({"layer": CrossAttn(WRAPS[wrap])})
+    found = {name: anatomy.role for name, anatomy in discover(model).items() if len(anatomy.shape) == 2}
+    assert set(found.values()) == {Role.OTHER}, found
+    with pytest.raises(ValueError, match="inside CrossAttn"):
+        AdamMini(model, strict=True)
+
+
+class AttentionBlock(nn.Module):
+    """An attention that is known, and a feed-forward block in a container beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+def test_a_feed_forward_block_beside_a_known_attention_is_one() -> None:
+    model = nn.Sequential(AttentionBlock())
+    assert discover(model)["0.mlp.0.weight"].role is discover(model)["0.mlp.2.weight"].role is Role.MLP_IN
+    AdamMini(model, strict=True)
+
+
+class LowRank(nn.Module):
+    """A parametrization by two factors."""
+
+    def forward(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return u @ v
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight[:, :2].clone(), weight[:2].clone()
+
+
+def test_factors_of_a_weight_are_no_length() -> None:
+    model = Attention()
+    nn.utils.parametrize.register_parametrization(model.q_proj, "weight", LowRank())
+    found = discover(model)
+    assert {found[f"q_proj.parametrizations.weight.original{i}"].role for i in range(2)} == {Role.OTHER}
+
+
+@pytest.mark.parametrize("leaf", ["orig", "v"])
+def test_other_weights_than_weight(leaf: str) -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    plain = partition(model)["0.in_proj_weight"]
+    if leaf == "orig":
+        prune.identity(model[0], "in_proj_weight")
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            weight_norm(model[0], "in_proj_weight")
+    assert partition(model)[f"0.in_proj_weight_{leaf}"] == plain
+    AdamMini(model, strict=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optimizer import Layout
 from optimizer.partition.layout import Runs
-from optimizer.sharding.flat import Range, flat_geometry
+from optimizer.sharding.flat import FlatLayout, Range, flat_geometry
 from optimizer.sharding.holdings import Edges, local_runs, run_ids
 
 SEGMENTS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3).map(tuple)
@@ -47,3 +47,19 @@ def test_no_element_costs_a_python_object() -> None:
     tracemalloc.stop()
     assert geometry.cut is None and geometry.aligned == (size,)
     assert peak < 4_000_000  # a list of all elements is 128 MB and more
+
+
+def test_flat_layouts_are_equal_only_with_their_ranges() -> None:
+    """Both are one run of 6 along one axis; what they hold differs."""
+    whole = Range((2, 3), Layout.per_element((2, 3)), ((0, 6),), 0)
+    other = Range((2, 3), Layout.per_tensor((2, 3)), ((0, 6),), 0)
+    shifted = Range((2, 3), Layout.per_element((2, 3)), ((0, 3), (3, 6)), 1)
+    found = [
+        FlatLayout((whole,), 6, ""), FlatLayout((other,), 6, ""), FlatLayout((shifted,), 6, ""), FlatLayout((), 6, ""),
+        FlatLayout((whole,), 6, "0"), FlatLayout((whole,), 7, ""),
+    ]  # fmt: skip
+    assert len(set(found)) == len(found)
+    assert [[one == another for another in found] for one in found] == torch.eye(len(found)).bool().tolist()
+    again = FlatLayout((Range((2, 3), Layout.per_element((2, 3)), ((0, 6),), 0),), 6, "")
+    assert again == found[0] and hash(again) == hash(found[0])
+    assert found[0] != Layout(0, [6]) and Layout(0, [6]) != found[0]

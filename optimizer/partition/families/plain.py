@@ -73,7 +73,11 @@ class Bare:
 
 
 _LEARNED = table_rows(Role.POSITION_EMBEDDING)
-_TOKENS = r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
+_TOKENS = (
+    r"(?!\w*(weight|proj|kernel|matrix)(_|\b))"
+    r"\w*(token|embed|_emb\b|encoding|position_enc|query_|latent|probe|pointer|_newline|separator|extensor)\w*"
+)
+_SCALE = r"weight|scale|gamma|g|alpha"
 _CONSTANTS = r"A_log|D|A|dt_bias|time_\w+|\w*_sinks?|sinks"
 _EACH_ITS_OWN = "constants of a channel or head: each its own, like biases"
 BARE: tuple[Bare, ...] = (
@@ -91,14 +95,15 @@ BARE: tuple[Bare, ...] = (
         "a table of learned vectors: one unit per row",
         2,
     ),
-    Bare(r"(?i)norm|grn|l2clip", r"weight|scale|gamma|g|alpha", vector(Role.NORM), "scale of a normalisation"),
+    Bare(r"(?i)(norm(\d?d)?|grn|l2clip\w*)$", _SCALE, vector(Role.NORM), "scale of a normalisation"),
+    Bare(r"(?i)norm", _SCALE, vector(Role.NORM), "scale of a normalisation", vectors=True),
     Bare(r"", r"layer_scale\w*|gamma\w*|\w*scale|temperature|lambda\w*|alpha", vector(Role.NORM), "a scale",
          vectors=True),
     Bare(r"", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN, vectors=True),
     Bare(r"(?i)mamba|mixer|ssm|rwkv|delta|retention", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN),
     Bare(r"HyperConnection|HyperHead", r"\w*fn", rows(Role.MLP_IN), "mixing of streams: one unit per output", 2),
     Bare(r"Indexer", r"\w+_gate", rows(Role.MLP_IN), "gate of an indexer: one unit per output", 2),
-    Bare(r"ParametrizationList", r"original0", vector(Role.NORM), "weight norm: length of the weight"),
-    Bare(r"", r"weight_g", vector(Role.NORM), "weight norm: length of the weight"),
+    Bare(r"ParametrizationList", r"original0", vector(Role.NORM), "weight norm: length of the weight", vectors=True),
+    Bare(r"", r"\w*weight_g|weight_\w+_g", vector(Role.NORM), "weight norm: length of the weight", vectors=True),
 )  # fmt: skip
 """Read from the top; the first row that matches decides."""
