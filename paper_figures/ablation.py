@@ -27,17 +27,19 @@ def loss_curves(runs: pd.DataFrame, out: Path, note: str) -> Path:
     """Validation loss against tokens, each arm at its best learning rate; the baseline subtracted on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
     best = at_best(runs)
+    whole = best[best.state == "finished"]  # a diverged run's curve stops early
     curves = {
         arm: np.array([[point["val_loss"] for point in curve] for curve in group.curve])
-        for arm, group in best[best.state == "finished"].groupby("arm")
+        for arm, group in whole.groupby("arm")
     }
-    tokens = np.array([point["tokens"] for point in best.curve.iloc[0]])
+    seeds = {arm: group.seed.tolist() for arm, group in whole.groupby("arm")}
+    tokens = np.array([point["tokens"] for point in whole.curve.iloc[0]]) if len(whole) else np.array([])
     for arm in sorted(curves, key=lambda a: curves[a][:, -1].mean()):
         label = f"{arm} (lr {best_rates(runs)[arm]:g})"
         values, colour = curves[arm], ARM_COLOURS[arm]
         left.plot(tokens, values.mean(0), color=colour, label=label)
         left.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.12)
-        if arm != BASELINE and len(values) == len(curves[BASELINE]):
+        if arm != BASELINE and seeds[arm] == seeds.get(BASELINE):
             right.plot(tokens, (values - curves[BASELINE]).mean(0), color=colour, label=arm)
     right.axhline(0, color=ARM_COLOURS[BASELINE], lw=1)
     left.set_ylabel("validation loss (nats per byte)")
