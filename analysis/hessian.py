@@ -80,7 +80,9 @@ class HessianReport:
             raise KeyError(f"the study has no stage {stage!r}; it has {sorted(self.report['files'])}")
         path = self.folder / "data" / self.report["files"][stage]
         if not path.is_file():
-            raise ValueError(f"{path} is missing, though {self.folder / 'report.json'} names it; run `make hessian` again")
+            raise ValueError(
+                f"{path} is missing, though {self.folder / 'report.json'} names it; run `make hessian` again"
+            )
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return {key: stored[key] for key in stored.files}

@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"config {path} is not valid JSON ({error}); give DeepSpeed's config") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"config {path} holds a JSON {type(settings).__name__}, not an object; give DeepSpeed's config")
+        raise ValueError(f"config {path} holds a JSON {type(settings).__name__}, not an object")
     return settings
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from analysis.ablation import at_best, best_rates, load_runs, paired_difference, require_complete, summary, with_prediction
+from analysis.ablation import (
+    at_best,
+    best_rates,
+    load_runs,
+    paired_difference,
+    require_complete,
+    summary,
+    with_prediction,
+)
 from tests.analysis.runs import ARMS, write_grid, write_run
 
 
@@ -187,7 +195,7 @@ def test_a_curve_has_every_point_once(tmp_path: Path, points: list[int]) -> None
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"2.0"', "true"])
 def test_a_point_of_a_finished_curve_is_a_number(tmp_path: Path, value: str) -> None:
     run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
-    first, last = (run / "metrics.jsonl").read_text().splitlines()
+    _, last = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(f'{{"step": 10, "tokens": 640, "val_loss": {value}}}\n{last}\n')
     with pytest.raises(ValueError, match=f"{run.name} is damaged .val_loss=.*of step 10"):
         load_runs(tmp_path)

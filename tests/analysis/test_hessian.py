@@ -77,7 +77,7 @@ def test_refusals(tmp_path: Path) -> None:
         (lambda r: r["check"][0].update(loss=[3.0]), "seed=0 has no loss for each step"),
         (lambda r: r["check"][0].update(loss=[3.0, None]), "arm=derived seed=0 has loss=None"),
         (lambda r: r["check"].append({**r["check"][0]}), "a seed twice"),
-        (lambda r: r["check"].append({**r["check"][0], "arm": "adam_mini", "seed": 1}), r"arm=adam_mini have the seeds"),
+        (lambda r: r["check"].append({**r["check"][0], "arm": "adam_mini", "seed": 1}), "have the seeds"),
     ],
 )  # fmt: skip
 def test_a_report_with_a_hole_is_damaged(folder: Path, change: Any, message: str) -> None:

@@ -123,14 +123,19 @@ def test_the_report_is_built_from_the_file(small: dict[str, Any], tmp_path: Path
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def row(results: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = results["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"]
+    return found
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"].update(ratio=float("nan")), "AdamMini fused/ratio=nan"),
-        (lambda r: r["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"].update(ratio=float("-inf")), "ratio=-inf"),
-        (lambda r: r["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"].update(ratio=None), "ratio=None"),
-        (lambda r: r["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"].pop("n"), "'AdamMini fused' of the case .* has no n"),
-        (lambda r: r["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"].pop("others_cores"), "has no others_cores"),
+        (lambda r: row(r).update(ratio=float("nan")), "AdamMini fused/ratio=nan"),
+        (lambda r: row(r).update(ratio=float("-inf")), "ratio=-inf"),
+        (lambda r: row(r).update(ratio=None), "ratio=None"),
+        (lambda r: row(r).pop("n"), "'AdamMini fused' of the case .* has no n"),
+        (lambda r: row(r).pop("others_cores"), "has no others_cores"),
         (lambda r: r["cases"][bars.MAIN_CASE].update(rows={}), "has no rows"),
         (lambda r: r["startup"]["cold"].update(first_s=None), "startup/cold/first_s=None"),
         (lambda r: r["cases"].clear(), "it has no case"),

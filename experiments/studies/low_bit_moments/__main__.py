@@ -12,10 +12,12 @@ import scipy.stats
 import torch
 import tyro
 
-from experiments.storage import environment, read_json, write_json
+from experiments import data
+from experiments.commandline import refusals
+from experiments.storage import environment, read_json, require_writable, write_json
 from experiments.studies.low_bit_moments import stability
 from experiments.studies.low_bit_moments.candidates import FAST, SCREENED
-from experiments.studies.low_bit_moments.runs import Arm, name_of, run
+from experiments.studies.low_bit_moments.runs import CONFIG, Arm, name_of, run
 
 MARGIN = 0.02  # nats: the rule's second condition
 STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
@@ -83,16 +85,16 @@ def stored(path: Path, steps: int, lr: float) -> dict[str, Any]:
     if not isinstance(runs, list):
         raise ValueError(f"{path} is damaged (it has no runs); {mend}")
     seen = set()
-    for run in runs:
-        if not isinstance(run, dict) or not {"arm", "seed", "steps", "lr", "final_val_loss", "curve"} <= run.keys():
+    for one in runs:
+        if not isinstance(one, dict) or not {"arm", "seed", "steps", "lr", "final_val_loss", "curve"} <= one.keys():
             raise ValueError(f"{path} is damaged (it holds a run without one of its keys); {mend}")
-        name, loss = f"the run arm={run['arm']} seed={run['seed']}", run["final_val_loss"]
-        if (run["steps"], run["lr"]) != (steps, lr):
-            raise ValueError(f"{path}: {name} took steps={run['steps']} at lr={run['lr']}, not {steps} at {lr}; {mend}")
-        if (run["arm"], run["seed"]) in seen:
+        name, loss = f"the run arm={one['arm']} seed={one['seed']}", one["final_val_loss"]
+        if (one["steps"], one["lr"]) != (steps, lr):
+            raise ValueError(f"{path}: {name} took steps={one['steps']} at lr={one['lr']}, not {steps} at {lr}; {mend}")
+        if (one["arm"], one["seed"]) in seen:
             raise ValueError(f"{path}: {name} is there twice; {mend}")
-        seen.add((run["arm"], run["seed"]))
-        last = run["curve"][-1] if isinstance(run["curve"], list) and run["curve"] else (None, None)
+        seen.add((one["arm"], one["seed"]))
+        last = one["curve"][-1] if isinstance(one["curve"], list) and one["curve"] else (None, None)
         diverged = loss is None and isinstance(last[1], float) and not math.isfinite(last[1])
         if last[0] != steps or not (diverged or (loss == last[1] and isinstance(loss, float) and math.isfinite(loss))):
             raise ValueError(f"{path}: {name} has final_val_loss={loss!r}, which its curve does not end with; {mend}")
@@ -137,9 +139,17 @@ def main(
         results: folder of screen.json and final.json; finished runs found there are not run again.
     """
     torch.set_num_threads(1)
+    names = [name for name in STAGES if only in (name, "all")]
+    with refusals(ValueError, OSError):  # before hours of work: what is there can be read, what comes can be written
+        require_writable(results, "results")
+        for name in names:
+            stored(results / f"{name}.json", *STAGES[name][2:])
+    if names:
+        with refusals(ValueError, OSError, RuntimeError):
+            data.load(CONFIG.data)
     if only in ("stability", "all"):
         write_json(results / "stability.json", stability.table())
-    for name in STAGES if only == "all" else STAGES.keys() & {only}:
+    for name in names:
         stage(name, results)
 
 
