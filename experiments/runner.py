@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from experiments.commandline import refusals
 from experiments.configs import TrainConfig
 from experiments.interruption import Interruption
 from experiments.storage import read_json, write_json
@@ -154,15 +155,23 @@ def run_one(config_file: Path, root: Path, options: Options = DEFAULTS) -> None:
         SystemExit: another process works on the run, or the run was interrupted.
         ValueError: the file holds no config, or as ``train``.
     """
-    try:
-        config = TrainConfig.from_dict(read_json(config_file))
-    except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from error
-    code = launch(config, root, options, threads=1)
+    code = launch(read_config(config_file), root, options, threads=1)
     if code:
         raise SystemExit(code)
     if finished(config_file.parent):
         (config_file.parent / "stderr.txt").unlink(missing_ok=True)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The config that a file holds.
+
+    Raises:
+        ValueError: none, or one of another format version; naming the file.
+    """
+    try:
+        return TrainConfig.from_dict(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def main(config_file: tyro.conf.Positional[Path], root: tyro.conf.Positional[Path], options: Options) -> None:
@@ -174,6 +183,8 @@ def main(config_file: tyro.conf.Positional[Path], root: tyro.conf.Positional[Pat
         options: how it is run.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with refusals(ValueError):
+        read_config(config_file)
     run_one(config_file, root, options)
 
 
