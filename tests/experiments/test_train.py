@@ -272,7 +272,7 @@ def test_a_config_from_a_file_is_checked(config: TrainConfig, change: Any, messa
 
 def test_data_that_do_not_fit_the_model_are_refused(tmp_path: Path, config: TrainConfig) -> None:
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab=8))
-    with pytest.raises(Refused, match="model.vocab=8 must be at least 256, the tokens of data='python-stdlib'"):
+    with pytest.raises(Refused, match=r"model\.vocab=8 must be at least 256, the tokens of data='python-stdlib'"):
         train(small, tmp_path)
     with pytest.raises(Refused, match="too few for seq_len=1000000000; use a shorter"):
         train(dataclasses.replace(config, seq_len=10**9), tmp_path)
