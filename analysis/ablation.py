@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import scipy.stats
 
+from analysis.documents import is_finite, read_object
+from analysis.runs import RESULTS, config_hash, read_run, state_of
 from analysis.stats import Interval, t_interval
 
-FORMAT_VERSION = 1
-RESULTS = ("finished", "diverged")
-"""States of a run that are results."""
 BASELINE = "elementwise"
 ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
 
@@ -32,89 +28,55 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no runs there.
-        ValueError: a damaged or foreign folder, or a run that is neither finished nor diverged.
+        ValueError: a damaged or foreign folder, a run that is neither finished nor diverged, or runs of two
+            experiments.
     """
     rows, left_out = [], Counter[str]()
-    for path in sorted(folder.glob("*/config.json")):
-        state = _state(path.parent)
+    for run in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
+        state = state_of(run)
         if state in RESULTS:
-            rows.append(_row(path.parent))
+            rows.append(read_run(run))
         elif partial:
             left_out[state] += 1
         else:
-            raise ValueError(
-                f"{path.parent} is not finished: it is {state}; run `make ablation` again, or draw with --partial"
-            )
+            raise ValueError(f"{run} is not finished: it is {state}; run `make ablation` again, or draw with --partial")
     if not rows:
-        raise FileNotFoundError(f"no results under {folder}; run `make ablation` first")
+        without = f" ({_count(left_out)} left out)" if left_out else ""
+        raise FileNotFoundError(f"no results under {folder}{without}; run `make ablation` first")
     table = pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True)
     twice = table[table.duplicated(["arm", "lr", "seed"], keep=False)]
     if len(twice):
-        raise ValueError(f"{folder} holds several runs of {twice[['arm', 'lr', 'seed']].iloc[0].to_dict()}; remove one")
+        raise ValueError(
+            f"{folder} holds several runs of {twice[['arm', 'lr', 'seed']].iloc[0].to_dict()}: "
+            f"{', '.join(config_hash(config) for config in twice.config[:2])}; remove one"
+        )
+    _require_one_experiment(folder, table)
+    table = table.drop(columns="config")
     table.attrs["left_out"] = dict(left_out)
     return table
 
 
-def _state(run: Path) -> str:
-    """The state that a run's status names, or "without a status"."""
-    path = run / "status.json"
-    if not path.is_file():
-        return "without a status"
-    status = _read(path)
-    if not isinstance(status, dict) or not isinstance(status.get("state"), str):
-        raise _damaged(run, "its status.json names no state")
-    if status.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{run} has format_version={status.get('format_version')}; this release reads {FORMAT_VERSION}"
-        )
-    return str(status["state"])
+def _count(states: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in states.items())
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(path.parent, f"{path.name}: {error}") from error
+def _require_one_experiment(folder: Path, table: pd.DataFrame) -> None:
+    """All runs have one config but for arm, rate and seed; of two experiments in one folder no mean means anything.
 
-
-def _damaged(run: Path, why: str) -> ValueError:
-    """A damaged run counts as finished for the runner, so its folder has to go before it is run again."""
-    return ValueError(f"{run} is damaged ({why}); delete the folder and run `make ablation` again")
-
-
-def _curve(run: Path) -> list[dict[str, Any]]:
-    """The points of ``metrics.jsonl``; none where there is no file, as when a run diverges before its first."""
-    path = run / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _damaged(run, f"{path.name}: {error}") from error
-
-
-def _row(run: Path) -> dict[str, Any]:
-    config, status, curve = _read(run / "config.json"), _read(run / "status.json"), _curve(run)
-    needed = {
-        "config.json": (config, ("arm", "lr", "seed", "steps")),
-        "status.json": (status, ("final_val_loss", "second_moment_scalars", "parameters")),
-    }
-    for name, (document, keys) in needed.items():
-        if missing := [key for key in keys if not isinstance(document, dict) or key not in document]:
-            raise _damaged(run, f"{name} lacks {missing[0]}")
-    if status["state"] == "finished":
-        last = curve[-1] if curve else {}
-        if not isinstance(last, dict) or last.get("step") != config["steps"]:
-            raise _damaged(
-                run, f"metrics.jsonl does not reach step {config['steps']}, though status.json says finished"
-            )
-        loss = status["final_val_loss"]
-        if not isinstance(loss, (int, float)) or not math.isfinite(loss):
-            raise _damaged(run, f"final_val_loss={loss!r} in status.json is no finite number, though the run finished")
-    return {
-        "arm": config["arm"], "lr": config["lr"], "seed": config["seed"], "state": status["state"],
-        "final_val_loss": status["final_val_loss"] if status["state"] == "finished" else float("inf"),
-        "second_moment_scalars": status["second_moment_scalars"], "parameters": status["parameters"],
-        "steps": config["steps"], "curve": curve,
-    }  # fmt: skip
+    Raises:
+        ValueError: they have not, naming two runs and the field.
+    """
+    free = {"arm", "lr", "seed", "rules_hash"}  # each arm has its rules: within an arm they are one content
+    for _, group in [("", table), *table.groupby("arm")]:
+        first, *others = group.config
+        for other in others:
+            keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+            kept = free if group is table else free - {"rules_hash"}
+            if odd := [key for key in keys if key not in kept]:
+                raise ValueError(
+                    f"{folder} mixes two experiments: {config_hash(first)} has {odd[0]}={first.get(odd[0])!r}, "
+                    f"{config_hash(other)} has {other.get(odd[0])!r}; move one kind to a folder of its own"
+                )
 
 
 def require_complete(runs: pd.DataFrame, arms: Sequence[str] = ARMS) -> None:
@@ -199,15 +161,18 @@ def with_prediction(runs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, float
 
     Raises:
         FileNotFoundError: no prediction there.
-        ValueError: an arm without a prediction.
+        ValueError: a damaged file, or an arm whose prediction is missing or no finite number.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `python -m experiments.studies.predicted_cost`")
-    costs = json.loads(path.read_text())["cost"]
+    again = "run `python -m experiments.studies.predicted_cost` again"
+    costs = read_object(path, again).get("cost")
+    if not isinstance(costs, dict):
+        raise ValueError(f"{path} has cost={costs!r}, not a number for each arm; {again}")
     table = summary(runs)
     if missing := sorted(set(table.arm) - set(costs)):
-        raise ValueError(
-            f"{path} predicts nothing for {missing}; run `python -m experiments.studies.predicted_cost` again"
-        )
+        raise ValueError(f"{path} predicts nothing for {missing}; {again}")
+    if odd := [arm for arm in table.arm if not is_finite(costs[arm])]:
+        raise ValueError(f"{path} has the cost {costs[odd[0]]!r} for {odd[0]!r}, which is no finite number; {again}")
     table["predicted"] = [costs[arm] for arm in table.arm]
     return table, float(scipy.stats.spearmanr(table.predicted, table.loss).statistic)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
+import zipfile
+import zlib
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.documents import damaged, is_finite, read_object
+
 FORMAT_VERSION = 1
+_MEND = "delete it and run `make hessian` again"
+_NUMBERS = ("n_blocks", "mass_inside", "expected", "z", "mean_ratio", "jensen", "jensen_null", "checkpoint")
+"""Of a row of evidence; a missing one would silently be left out of a median."""
 UNIT_ORDER = ("TENSOR", "ATTENTION_HEAD", "TOKEN", "OUT_NEURON", "IN_NEURON")
 
 
@@ -37,27 +45,49 @@ class HessianReport:
         path = folder / "report.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; run `make hessian` to its end first")
-        try:
-            report = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run `make hessian` again") from error
+        report = read_object(path, _MEND)
         if report.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"{path} has format_version={report.get('format_version')}, this release reads {FORMAT_VERSION}; "
                 "run `make hessian OUT=another/folder`"
             )
+        for key, kind in (("evidence", list), ("check", list), ("files", dict)):
+            if not isinstance(report.get(key), kind):
+                raise damaged(path, f"it has no {key}", _MEND)
+        for why in (_odd_evidence(report["evidence"]), _odd_check(report["check"])):
+            if why:
+                raise damaged(path, why, _MEND)
         return cls(folder, report)
+
+    def require(self, *keys: str) -> None:
+        """Check that the report has these parts.
+
+        Raises:
+            ValueError: it has not; naming the first that is missing.
+        """
+        for key in keys:
+            if not isinstance(self.report.get(key), dict):
+                raise damaged(self.folder / "report.json", f"it has no {key}", _MEND)
 
     def arrays(self, stage: str) -> dict[str, np.ndarray]:
         """The stored arrays of a stage.
 
         Raises:
             KeyError: no such stage.
+            ValueError: its file is missing or damaged.
         """
         if stage not in self.report["files"]:
             raise KeyError(f"the study has no stage {stage!r}; it has {sorted(self.report['files'])}")
-        with np.load(self.folder / "data" / self.report["files"][stage], allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
+        path = self.folder / "data" / self.report["files"][stage]
+        if not path.is_file():
+            raise ValueError(
+                f"{path} is missing, though {self.folder / 'report.json'} names it; run `make hessian` again"
+            )
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files}
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
+            raise damaged(path, str(error), _MEND) from error
 
     @property
     def evidence(self) -> pd.DataFrame:
@@ -91,3 +121,39 @@ class HessianReport:
         table = pd.DataFrame(self.report["check"])
         table["final"] = [losses[-1] for losses in table.loss]
         return table
+
+
+def _odd_evidence(rows: list[Any]) -> str:
+    """What is wrong with the first row of evidence that is not whole, or nothing."""
+    for place, row in enumerate(rows):
+        if not isinstance(row, dict):
+            return f"evidence[{place}] is no object"
+        if missing := [key for key in ("model", "tensor", "role", "unit") if not isinstance(row.get(key), str)]:
+            return f"evidence[{place}] has no {missing[0]}"
+        for key in _NUMBERS:  # mass that lies entirely inside the blocks has an infinite ratio
+            value = row.get(key)
+            if not is_finite(value) and not (key == "mean_ratio" and value == math.inf):
+                return f"evidence[{place}] ({row['tensor']} by {row['unit']}) has {key}={value!r}, no finite number"
+    return ""
+
+
+def _odd_check(runs: list[Any]) -> str:
+    """What is wrong with the training runs that check the rules, or nothing: every arm has the same whole runs."""
+    seeds: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for place, run in enumerate(runs):
+        if not isinstance(run, dict) or not {"model", "arm", "seed", "step", "loss"} <= run.keys():
+            return f"check[{place}] is no training run"
+        name = f"the check run model={run['model']} arm={run['arm']} seed={run['seed']}"
+        steps, losses = run["step"], run["loss"]
+        if not isinstance(losses, list) or not isinstance(steps, list) or not losses or len(losses) != len(steps):
+            return f"{name} has no loss for each step"
+        if odd := [loss for loss in losses if not is_finite(loss)]:
+            return f"{name} has loss={odd[0]!r}, no finite number"
+        seeds[run["model"], run["arm"]].append(run["seed"])
+    for (model, arm), own in seeds.items():
+        if len(set(own)) < len(own):
+            return f"the check runs of model={model} arm={arm} have a seed twice: {own}"
+        wanted = next(other for (kind, _), other in seeds.items() if kind == model)
+        if sorted(own) != sorted(wanted):
+            return f"the check runs of model={model} arm={arm} have the seeds {own}, other arms have {wanted}"
+    return ""

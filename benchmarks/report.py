@@ -6,13 +6,14 @@ python -m benchmarks.report [--results benchmarks/results] [--docs docs/speed.md
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
+from analysis.documents import damaged, is_finite, read_object
 from benchmarks.bars import MAIN_CASE, Verdict, verdicts
 from benchmarks.common import RESULTS, replace
 
@@ -154,13 +155,70 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     plot(results, folder / "optimizer_step.png")
 
 
+TIMING = ("median_s", "q1_s", "q3_s", "ratio", "n", "gb_per_s")
+FACTS = ("parameters", "state_bytes_per_parameter", "largest_temporary_of_largest", "peak_of_largest", "peak_of_group")
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """A run of the bench, every number of it there: a null or a NaN would get a verdict like any other value.
+
+    Raises:
+        FileNotFoundError: nothing was measured yet.
+        ValueError: the file is damaged; naming what is missing.
+    """
+    path = folder / "optimizer_step.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run `make bench`, or give its folder with --results")
+    results = read_object(path, "run `make bench` again")
+    if why := _hole(results) or _odd_number("", results):
+        raise damaged(path, why, "run `make bench` again")
+    return results
+
+
+def _hole(results: dict[str, Any]) -> str:
+    """What the report needs and does not find, or nothing."""
+    for key in ("machine", "machine_after", "cases", "overhead", "startup"):
+        if not isinstance(results.get(key), dict):
+            return f"it has no {key}"
+    if "seconds" not in results or not results["cases"]:
+        return "it has no seconds" if "seconds" not in results else "it has no case"
+    for key in ("processor", "cores", "torch", "python", "load_average"):
+        if key not in results["machine"]:
+            return f"machine has no {key}"
+    for name, case in results["cases"].items():
+        rows = case.get("rows") if isinstance(case, dict) else None
+        if not isinstance(rows, dict) or not rows:
+            return f"the case {name!r} has no rows"
+        for contestant, row in rows.items():
+            wanted = TIMING if contestant == COPY else (*TIMING, *FACTS, "others_cores")
+            if not isinstance(row, dict) or ("error" not in row and (lost := [k for k in wanted if k not in row])):
+                return f"{contestant!r} of the case {name!r} has no {lost[0] if isinstance(row, dict) else 'numbers'}"
+    return ""
+
+
+def _odd_number(where: str, value: Any) -> str:
+    """The first null or number that is not finite, below a value of the document, or nothing."""
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in below:
+        if why := _odd_number(f"{where}/{key}" if where else str(key), one):
+            return why
+    unknown = value is None and where.endswith("others_cores")  # where the system does not say
+    if (value is None or isinstance(value, float)) and not (is_finite(value) or unknown):
+        return f"{where}={value!r} is no finite number"
+    return ""
+
+
 def main() -> None:
     """Build the report again, and, where asked, the page of the documentation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=None)
     arguments = parser.parse_args()
-    results = json.loads((arguments.results / "optimizer_step.json").read_text())
+    try:
+        results = load(arguments.results)
+    except (FileNotFoundError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from error
     write_report(results, arguments.results)
     if arguments.docs is not None:
         figure = "![Step times](../benchmarks/results/optimizer_step.png)"

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiments.commandline import refusals
 from experiments.configs import TrainConfig, byte_llama, smoke
 from experiments.runner import Launch, run_many
 from experiments.slurm import Slurm, submit
+from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
 
 ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
@@ -62,12 +64,16 @@ def main(
         slurm: what is asked of Slurm.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    configs, folder = grid(profile, arms), results / f"ablation_{profile}"
-    if cluster == "slurm":
-        jobs = submit(configs, results, slurm=slurm, workers=workers, each=Launch(processes, options))
-        print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{', ...' * (len(jobs) > 3)}); results in {folder}")
-        return
-    outcome = run_many(configs, results, workers=workers, each=Launch(processes, options))
+    # Runs are processes of their own, so what is raised here is a matter of what was asked for.
+    with refusals(ValueError, OSError, RuntimeError):
+        configs, folder = grid(profile, arms), results / f"ablation_{profile}"
+        each = Launch(processes, options)
+        require_writable(results, "results")
+        if cluster == "slurm":
+            jobs = submit(configs, results, slurm=slurm, workers=workers, each=each)
+            print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{', ...' * (len(jobs) > 3)}); results in {folder}")
+            return
+        outcome = run_many(configs, results, workers=workers, each=each)
     print(
         f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted; "
         f"results in {folder}"
@@ -76,5 +82,11 @@ def main(
         raise SystemExit(1)
 
 
+def command() -> None:
+    """The command line; options are checked while it is parsed."""
+    with refusals(ValueError):
+        tyro.cli(main)
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    command()

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 import secrets
 import shutil
 import warnings
@@ -38,6 +39,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+_NAME = re.compile(r"step-[0-9]+")
 
 
 class State:
@@ -167,7 +169,9 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         """Out of sight first: a folder under a checkpoint's name is whole at every moment."""
-        if path.exists():
+        if path.is_file() or path.is_symlink():
+            path.unlink()
+        elif path.exists():
             gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.tmp-gone")
             if gone is not path:
                 shutil.rmtree(gone, ignore_errors=True)
@@ -182,7 +186,9 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------- reading
 
     def _all(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        """The checkpoints, old ones first; whatever else lies there is nobody's to read or to remove."""
+        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def newest(self) -> Found | None:
         """The newest checkpoint that can be trusted. Damaged ones and unfinished writes are logged and removed.
@@ -200,7 +206,10 @@ class Checkpoints:
         for leftover in self.folder.glob(".step-*.tmp-*"):
             logger.warning("%s was never finished: removed", leftover)
             self._remove(leftover)
-        for path in reversed(self._all()):
+        checkpoints = self._all()
+        for other in sorted(set(self.folder.glob("step-*")) - set(checkpoints)):
+            logger.warning("%s is no checkpoint's name (step- and digits): left alone", other)
+        for path in reversed(checkpoints):
             try:
                 manifest = verified(path)
             except (ValueError, OSError) as error:

@@ -8,7 +8,10 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
 
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
 from experiments.optimizers import ADAMW, CONTROL
@@ -16,6 +19,7 @@ from optimizer import Rules
 
 FORMAT_VERSION = 1
 """Of a results folder; raised whenever the meaning of its files changes."""
+MOST_SEEDS = 2**63
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class TrainConfig:
         batch: sequences per step, over all processes.
         seq_len: tokens per sequence.
         steps: optimizer steps.
-        eval_every: steps between validation losses.
+        eval_every: steps between validation losses; the last step has one, too.
         eval_batches: fixed validation batches of ``batch`` sequences.
         checkpoint_every: steps between checkpoints; 0 for none.
         seed: of the initial weights, the data order and the control's shuffle.
@@ -47,7 +51,7 @@ class TrainConfig:
     model: ModelConfig
     data: str = "python-stdlib"
     arm: str = "adam_mini"
-    rules_hash: str = ""
+    rules_hash: Annotated[str, tyro.conf.Suppress] = ""
     lr: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,24 +65,48 @@ class TrainConfig:
     eval_batches: int = 16
     checkpoint_every: int = 100
     seed: int = 0
-    format_version: int = field(default=FORMAT_VERSION)
+    format_version: Annotated[int, tyro.conf.Suppress] = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
+        if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
+            raise ValueError(f"experiment={self.experiment!r} must be the name of one folder, such as 'smoke'")
         for name in ("batch", "seq_len", "steps", "eval_every", "eval_batches"):
-            if getattr(self, name) < 1:
+            if _whole(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("checkpoint_every", "seed"):
-            if getattr(self, name) < 0:
+            if _whole(name, getattr(self, name)) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.seed >= MOST_SEEDS:
+            raise ValueError(f"seed={self.seed} must be less than 2**63, the most that torch's generators take")
         for name in ("warmup", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= _number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         for name in ("lr", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0")
+        self._require_sizes()
+
+    def _require_sizes(self) -> None:
+        """Check the model's sizes one by one, against each other, and against the length of a sequence."""
         for name, size in vars(self.model).items():
-            if not isinstance(size, bool) and not 0 < size < math.inf:
-                raise ValueError(f"model.{name}={size} must be greater than 0")
+            if isinstance(getattr(type(self.model), name), bool):
+                if not isinstance(size, bool):
+                    raise ValueError(f"model.{name}={size!r} must be true or false")
+            else:
+                check = _number if isinstance(getattr(type(self.model), name), float) else _whole
+                if not 0 < check(f"model.{name}", size) < math.inf:
+                    raise ValueError(f"model.{name}={size} must be greater than 0")
+        try:
+            self.model.require_consistent()
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        if isinstance(self.model, GPTConfig) and self.seq_len > self.model.block_size:
+            raise ValueError(
+                f"seq_len={self.seq_len} must be at most model.block_size={self.model.block_size}, the positions that "
+                "the model knows"
+            )
+        if isinstance(self.model, MLPConfig) and self.seq_len != self.model.context:
+            raise ValueError(f"seq_len={self.seq_len} must be model.context={self.model.context}, what the model sees")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with the model's class."""
@@ -89,16 +117,23 @@ class TrainConfig:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: another format version.
+            ValueError: another format version, a key too many or too few, or a value out of its range.
         """
+        if not isinstance(document, Mapping):
+            raise ValueError(f"a config must be a JSON object, not a {type(document).__name__}")
         if document.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"this config has format_version={document.get('format_version')}, this release writes "
                 f"{FORMAT_VERSION}; use the release that wrote it, or another results folder"
             )
+        _require_keys("config", document, {f.name for f in dataclasses.fields(cls)})
         kinds = {kind.__name__: kind for kind in (GPTConfig, LlamaConfig, MLPConfig)}
-        sizes = dict(document["model"])
-        return cls(**{**document, "model": kinds[sizes.pop("kind")](**sizes)})
+        sizes = document["model"]
+        if not isinstance(sizes, Mapping) or sizes.get("kind") not in kinds:
+            raise ValueError(f"model={sizes!r} must be an object whose kind is one of {sorted(kinds)}")
+        kind = kinds[sizes["kind"]]
+        _require_keys("model", sizes, {"kind", *(f.name for f in dataclasses.fields(kind))})
+        return cls(**{**document, "model": kind(**{name: size for name, size in sizes.items() if name != "kind"})})
 
     @property
     def hash(self) -> str:
@@ -115,6 +150,24 @@ class TrainConfig:
             content["overrides"] = [[override.pattern, override.unit.value] for override in rules.overrides]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         return dataclasses.replace(self, rules_hash=digest)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} must be a number")
+    return value
+
+
+def _require_keys(what: str, document: Mapping[str, Any], wanted: set[str]) -> None:
+    if document.keys() != wanted:
+        unknown, missing = sorted(document.keys() - wanted), sorted(wanted - document.keys())
+        raise ValueError(f"the {what} has the unknown keys {unknown} and lacks {missing}; write it with to_dict")
 
 
 def tiny_gpt() -> TrainConfig:

@@ -7,7 +7,6 @@ crash, a kill or a leak touches nothing else. A lock file per run folder keeps t
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import subprocess
@@ -20,10 +19,11 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from experiments.commandline import refusals
 from experiments.configs import TrainConfig
 from experiments.interruption import Interruption
 from experiments.storage import read_json, write_json
-from experiments.train import DEFAULTS, Options, finished, launch, run_folder
+from experiments.train import DEFAULTS, Options, finished, launch, read_status, run_folder
 
 logger = logging.getLogger("experiments")
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ def run_many(
             for process in [p for p in running if p.poll() is not None]:
                 folder = running.pop(process)
                 if not finished(folder):
-                    state = (read_json(folder / "status.json") or {}).get("state")
+                    state = read_status(folder).get("state")
                     stopped = state == "interrupted" or bool(interruption.signal)
                     (interrupted if stopped else failed).append(folder)
                     how = "interrupted" if stopped else "failed"
@@ -153,12 +153,25 @@ def run_one(config_file: Path, root: Path, options: Options = DEFAULTS) -> None:
 
     Raises:
         SystemExit: another process works on the run, or the run was interrupted.
+        ValueError: the file holds no config, or as ``train``.
     """
-    code = launch(TrainConfig.from_dict(json.loads(config_file.read_text())), root, options, threads=1)
+    code = launch(read_config(config_file), root, options, threads=1)
     if code:
         raise SystemExit(code)
     if finished(config_file.parent):
         (config_file.parent / "stderr.txt").unlink(missing_ok=True)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The config that a file holds.
+
+    Raises:
+        ValueError: none, or one of another format version; naming the file.
+    """
+    try:
+        return TrainConfig.from_dict(read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def main(config_file: tyro.conf.Positional[Path], root: tyro.conf.Positional[Path], options: Options) -> None:
@@ -170,6 +183,8 @@ def main(config_file: tyro.conf.Positional[Path], root: tyro.conf.Positional[Pat
         options: how it is run.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with refusals(ValueError):
+        read_config(config_file)
     run_one(config_file, root, options)
 
 

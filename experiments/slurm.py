@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.configs import TrainConfig
 from experiments.runner import ROOT, SINGLE, Launch, unfinished
-from experiments.storage import read_json
-from experiments.train import run_folder
+from experiments.train import read_status, run_folder
 
 if TYPE_CHECKING:
     import submitit
@@ -100,12 +99,13 @@ class Task:
 
         Raises:
             RuntimeError: the run failed.
+            ValueError: its status is damaged.
         """
         self._process = self.each.start(self.config, self.root, own_session=True)
         while self._process.poll() is None:  # not wait(): it would hold a lock while the signal's handler runs
             time.sleep(0.2)
         folder = run_folder(self.root, self.config)
-        status: dict[str, Any] = read_json(folder / "status.json") or {}
+        status = read_status(folder)
         if status.get("state") not in ("finished", "diverged"):
             raise RuntimeError(
                 f"{folder}: {status.get('state', 'no status')} (exit {self._process.returncode}); see its status.json "

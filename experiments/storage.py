@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from optimizer.partition.documents import parse_json
+
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path``: the old file or the new one, never a part."""
@@ -47,14 +49,35 @@ def read_json(path: Path) -> Any:
     """JSON, or None where there is no such file.
 
     Raises:
-        ValueError: the file is not JSON.
+        ValueError: the file is not JSON, or names a key twice.
     """
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete its folder to run it again") from error
+
+
+def require_writable(folder: Path, argument: str) -> None:
+    """Make a folder that results go to, and check that files can be made in it.
+
+    Args:
+        folder: which.
+        argument: its name on the command line.
+
+    Raises:
+        PermissionError: they cannot.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise PermissionError(
+            f"{argument}={folder} cannot be written ({error}); choose another folder with --{argument}"
+        ) from error
 
 
 @contextmanager

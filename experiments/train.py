@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from experiments import data
 from experiments.checkpoints import Checkpoints, State
+from experiments.commandline import refusals
 from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
 from experiments.interruption import Interruption, exit_code
 from experiments.models import MLPConfig, build, lm_loss
 from experiments.optimizers import make_optimizer, require_coverage, second_moment_scalars
 from experiments.parallel import Device, Parallel, Team, process_group, weights_sha256
-from experiments.storage import environment, locked, read_json, write_atomic, write_json
+from experiments.storage import environment, locked, read_json, require_writable, write_atomic, write_json
 
 logger = logging.getLogger("experiments")
 
@@ -54,21 +55,36 @@ def run_folder(root: Path, config: TrainConfig) -> Path:
     return root / config.experiment / config.hash
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in a folder has come to its end (a divergence is one).
+def read_status(folder: Path) -> dict[str, Any]:
+    """The content of a run's ``status.json``; empty where there is none.
 
     Raises:
         ValueError: the folder was written under another format version, or is damaged.
     """
     status = read_json(folder / "status.json")
     if status is None:
-        return False
+        return {}
+    if not isinstance(status, dict) or not isinstance(status.get("state"), str):
+        raise ValueError(f"{folder / 'status.json'} is damaged (it names no state); delete its folder to run it again")
     if status.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{folder} has format_version={status.get('format_version')}, this release writes {FORMAT_VERSION}; give "
             "another --results folder, or read it with the release that wrote it"
         )
-    return status["state"] in ("finished", "diverged")
+    return status
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in a folder has come to its end (a divergence is one).
+
+    Raises:
+        ValueError: as ``read_status``.
+    """
+    return read_status(folder).get("state") in ("finished", "diverged")
+
+
+class Refused(ValueError):
+    """A run that cannot start as it was asked for; the message names the value and the next action."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +97,10 @@ class Options:
     """Checkpoints kept while the run is under way."""
     device: Device = "cpu"
     """Where to compute."""
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep} must be at least 1: how many checkpoints stay on disk")
 
 
 DEFAULTS = Options()
@@ -95,20 +115,24 @@ def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[
         the content of ``status.json``; its state is ``finished``, ``diverged`` or ``interrupted``.
 
     Raises:
-        ValueError: a batch that does not divide over the processes, or files of another release or run.
+        Refused: a ValueError; a batch that does not divide over the processes, sizes that the data does not fit, or
+            checkpoints of another run.
+        ValueError: files of another release, or damaged ones.
     """
     config = config.with_rules_hash()
     folder = run_folder(root, config)
     if finished(folder):
         logger.info("%s is finished: not run again", folder)
-        status: dict[str, Any] = read_json(folder / "status.json")
-        return status
+        return read_status(folder)
     rank = dist.get_rank() if dist.is_initialized() else 0
     if rank == 0:
         write_json(folder / "config.json", config.to_dict())
     try:
         with Interruption() as interruption, torch.random.fork_rng(devices=[]):
-            run = _Run(config, folder, options, interruption)
+            try:
+                run = _Run(config, folder, options, interruption)
+            except ValueError as error:
+                raise Refused(str(error)) from error
             status = run.go()
     except Exception:
         if rank == 0:
@@ -143,6 +167,11 @@ class _Run:
         )  # fmt: skip
         require_coverage(self.model, self.optimizer)
         self.corpus = data.load(config.data)
+        if self.corpus.vocab > config.model.vocab:
+            raise ValueError(
+                f"model.vocab={config.model.vocab} must be at least {self.corpus.vocab}, the tokens of "
+                f"data={config.data!r}; raise it, or choose other data"
+            )
         batches = data.fixed_batches(self.corpus.validation, config.eval_batches, config.batch, config.seq_len)
         is_mlp = isinstance(config.model, MLPConfig)
         batches = [(x, y[:, -1].contiguous()) for x, y in batches] if is_mlp else batches
@@ -152,10 +181,10 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", identity, team, options.keep)
         self.step, self.seconds, self.stopping = 0, 0.0, False
         self.records: list[dict[str, float]] = []
+        self._resume()
 
     def go(self) -> dict[str, Any]:
         config = self.config
-        self._resume()
         logger.info("config %s", json.dumps(config.to_dict(), sort_keys=True))
         started = time.perf_counter() - self.seconds
         try:
@@ -263,7 +292,10 @@ def launch(config: TrainConfig, root: Path, options: Options, threads: int = 0) 
 
     Raises:
         SystemExit: another process works on the run.
+        ValueError: negative threads, or as ``train``.
     """
+    if threads < 0:
+        raise Refused(f"threads={threads} must be at least 0; 0 leaves torch's choice")
     if threads:
         torch.set_num_threads(threads)
     with process_group(options.device):
@@ -291,12 +323,17 @@ def main() -> None:
     """The command line: a config's name, then overrides of its fields."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in CONFIGS.items()}
-    try:
+    with refusals(ValueError, OSError):  # a value out of its range, an arm that is no rule set, a damaged folder
         job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
-        job.config.with_rules_hash()
-    except (ValueError, FileNotFoundError) as error:  # a value out of its range, or an arm that is no rule set
-        raise SystemExit(f"error: {error}") from error
-    raise SystemExit(launch(job.config, job.results, job.options, job.threads))
+        config = job.config.with_rules_hash()
+        require_writable(job.results, "results")
+        done = finished(run_folder(job.results, config))
+    if not done:
+        with refusals(ValueError, OSError, RuntimeError):  # unknown data, or data that cannot be fetched
+            data.load(config.data)
+    with refusals(Refused, OSError):
+        code = launch(job.config, job.results, job.options, job.threads)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

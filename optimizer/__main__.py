@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from .partition.schema import json_schema
@@ -13,7 +17,7 @@ from .tools.convert import cli as convert
 from .tools.explain import render
 from .tools.explain.rows import compare, explanation
 from .tools.plan import cli as plan
-from .tools.targets import load_target
+from .tools.targets import UserCodeError, load_target
 from .tools.verify import cli as verify
 
 
@@ -64,8 +68,21 @@ def _schema(_: argparse.Namespace) -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+def _ended(message: str, code: int) -> SystemExit:
+    """The end of the command with one line on stderr; the message is the exception's, too, for who calls ``main``."""
+    sys.stderr.write(f"error: {message}\n")
+    ended = SystemExit(message)
+    ended.code = code
+    return ended
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the command."""
+    """Parse the command line and run the command.
+
+    Raises:
+        SystemExit: with code 2 for a value that cannot be used, named in one line; with 1 where a function or module of
+            the user's raised, after its traceback; or with the command's own verdict.
+    """
     parser = argparse.ArgumentParser(prog="python -m optimizer", description=__doc__)
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("explain", help="what every parameter is taken for, and why")
@@ -88,8 +105,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+    except UserCodeError as error:
+        cause = error.__cause__
+        assert cause is not None
+        traceback.print_exception(type(cause), cause, _beyond_ours(cause.__traceback__))
+        raise _ended(str(error), 1) from error
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from error
+        raise _ended(str(error), 2) from error
+
+
+def _beyond_ours(frames: TracebackType | None) -> TracebackType | None:
+    """A traceback from the first frame that is neither of this package nor of the import machinery."""
+    here = str(Path(__file__).parent)
+    while frames is not None and frames.tb_next is not None:
+        name = frames.tb_frame.f_code.co_filename
+        if not (name.startswith((here, "<frozen importlib")) or name == importlib.__file__):
+            break
+        frames = frames.tb_next
+    return frames
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from analysis.ablation import (
     summary,
     with_prediction,
 )
+from paper_figures.commandline import refusals
 from paper_figures.style import ARM_COLOURS, save, setup
 
 
@@ -27,17 +28,19 @@ def loss_curves(runs: pd.DataFrame, out: Path, note: str) -> Path:
     """Validation loss against tokens, each arm at its best learning rate; the baseline subtracted on the right."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
     best = at_best(runs)
+    whole = best[best.state == "finished"]  # a diverged run's curve stops early
     curves = {
         arm: np.array([[point["val_loss"] for point in curve] for curve in group.curve])
-        for arm, group in best[best.state == "finished"].groupby("arm")
+        for arm, group in whole.groupby("arm")
     }
-    tokens = np.array([point["tokens"] for point in best.curve.iloc[0]])
+    seeds = {arm: group.seed.tolist() for arm, group in whole.groupby("arm")}
+    tokens = np.array([point["tokens"] for point in whole.curve.iloc[0]]) if len(whole) else np.array([])
     for arm in sorted(curves, key=lambda a: curves[a][:, -1].mean()):
         label = f"{arm} (lr {best_rates(runs)[arm]:g})"
         values, colour = curves[arm], ARM_COLOURS[arm]
         left.plot(tokens, values.mean(0), color=colour, label=label)
         left.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.12)
-        if arm != BASELINE and len(values) == len(curves[BASELINE]):
+        if arm != BASELINE and seeds[arm] == seeds.get(BASELINE):
             right.plot(tokens, (values - curves[BASELINE]).mean(0), color=colour, label=arm)
     right.axhline(0, color=ARM_COLOURS[BASELINE], lw=1)
     left.set_ylabel("validation loss (nats per byte)")
@@ -147,27 +150,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prediction", type=Path, help="predicted costs, for the figure that compares them")
     parser.add_argument("--partial", action="store_true", help="draw although runs are missing, and say so")
     arguments = parser.parse_args(argv)
-    try:
+    with refusals(FileNotFoundError, ValueError):
         runs = load_runs(arguments.results, partial=arguments.partial)
         if not arguments.partial:
             require_complete(runs)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        if arguments.prediction is not None:
+            with_prediction(runs, arguments.prediction)
+    with refusals(OSError):
+        arguments.out.mkdir(parents=True, exist_ok=True)
     setup()
-    left_out = runs.attrs["left_out"]
+    left_out = ", ".join(f"{number} {state}" for state, number in runs.attrs["left_out"].items())
     note = " (incomplete)" if arguments.partial else ""
-    arguments.out.mkdir(parents=True, exist_ok=True)
     drawn = [f(runs, arguments.out, note) for f in (loss_curves, loss_against_scalars, learning_rates)]
     if arguments.prediction is not None:
-        try:
-            drawn.append(prediction(runs, arguments.out, note, arguments.prediction))
-        except (FileNotFoundError, ValueError) as error:
-            raise SystemExit(str(error)) from error
+        drawn.append(prediction(runs, arguments.out, note, arguments.prediction))
     path = arguments.out / "tables.md"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(tables(runs))
+    partly = f"Incomplete: {len(runs)} runs; left out: {left_out or 'none that has begun'}.\n\n"
+    temporary.write_text((partly if arguments.partial else "") + tables(runs))
     os.replace(temporary, path)
-    said = f" ({', '.join(f'{n} {state}' for state, n in left_out.items())} left out)" if left_out else ""
+    said = f" ({left_out} left out)" if left_out else ""
     print(f"{len(runs)} runs{said}; {', '.join(str(p) for p in drawn)}; {path}")
 
 

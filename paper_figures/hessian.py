@@ -16,6 +16,7 @@ from markupsafe import Markup
 from analysis.hessian import HessianReport
 from analysis.stats import t_interval
 from paper_figures import curves, maps
+from paper_figures.commandline import refusals
 from paper_figures.maps import TITLES, Caption
 from paper_figures.style import setup
 
@@ -162,10 +163,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    try:
+    with refusals(FileNotFoundError, ValueError):
         report = HessianReport.load(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        report.require("settings", "subjects", "js", "rules", "data", "environment")
+        for stage in report.report["files"]:
+            report.arrays(stage)  # before anything is drawn: a missing or damaged file
     setup()
     figures = draw(report, folder / "figures")
     for name, text in (("summary.md", summary(report)), ("index.html", page(report, figures, folder / "figures"))):

@@ -31,6 +31,11 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> Tensor:
     return torch.from_numpy(rows.astype(np.int64))
 
 
+def _require_a_window(tokens: np.ndarray, length: int) -> None:
+    if len(tokens) <= length + 1:
+        raise ValueError(f"the corpus has {len(tokens)} tokens, too few for seq_len={length}; use a shorter seq_len")
+
+
 def batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
     """The batch of one step.
 
@@ -40,8 +45,7 @@ def batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -
     Raises:
         ValueError: the corpus is shorter than one window.
     """
-    if len(tokens) <= length + 1:
-        raise ValueError(f"the corpus has {len(tokens)} tokens, too few for seq_len={length}; use a shorter seq_len")
+    _require_a_window(tokens, length)
     generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
     windows = _windows(tokens, generator.integers(0, len(tokens) - length, size=rows), length + 1)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -54,7 +58,12 @@ def context_batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, contex
 
 
 def fixed_batches(tokens: np.ndarray, count: int, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
-    """``count`` evenly spaced, non-overlapping-as-possible batches: the same for every run."""
+    """``count`` evenly spaced, non-overlapping-as-possible batches: the same for every run.
+
+    Raises:
+        ValueError: the corpus is shorter than one window.
+    """
+    _require_a_window(tokens, length)
     starts = np.linspace(0, len(tokens) - length - 1, count * rows).astype(np.int64)
     windows = _windows(tokens, starts, length + 1)
     return [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows.split(rows)]

@@ -20,6 +20,15 @@ class GPTConfig:
     n_head: int = 4
     tied: bool = False
 
+    def require_consistent(self) -> None:
+        """Check the sizes against each other.
+
+        Raises:
+            ValueError: heads do not divide the width.
+        """
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+
 
 class CausalSelfAttention(nn.Module):
     """Causal attention with [Q|K|V] in one projection."""
@@ -70,8 +79,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} must be a multiple of n_head={config.n_head}")
+        config.require_consistent()
         self.config = config
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab, config.n_embd),

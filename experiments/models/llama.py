@@ -21,6 +21,23 @@ class LlamaConfig:
     hidden: int = 384
     rope_base: float = 10_000.0
 
+    def require_consistent(self) -> None:
+        """Check the sizes against each other.
+
+        Raises:
+            ValueError: heads do not divide the width, key-value heads not the heads, or a head has an odd width, of
+                which rotary positions could not make pairs.
+        """
+        if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, and that of n_kv_heads={self.n_kv_heads}"
+            )
+        if self.dim // self.n_heads % 2:
+            raise ValueError(
+                f"dim={self.dim} / n_heads={self.n_heads} = {self.dim // self.n_heads} must be even: rotary positions "
+                "turn pairs of channels"
+            )
+
 
 def rotary(x: Tensor, base: float) -> Tensor:
     """Rotate pairs (first half, second half) of head channels by position; x is [B, heads, T, head_dim]."""
@@ -101,11 +118,7 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        if config.dim % config.n_heads or config.n_heads % config.n_kv_heads:
-            raise ValueError(
-                f"dim={config.dim} must be a multiple of n_heads={config.n_heads}, and that of "
-                f"n_kv_heads={config.n_kv_heads}"
-            )
+        config.require_consistent()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))

@@ -16,6 +16,9 @@ class MLPConfig:
     context: int = 8
     hidden: int = 8
 
+    def require_consistent(self) -> None:
+        """Nothing: any sizes go together."""
+
 
 class MLPClassifier(nn.Module):
     """Linear, tanh, Linear on the one-hot context."""

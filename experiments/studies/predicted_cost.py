@@ -17,12 +17,20 @@ import tyro
 from torch import nn
 
 from experiments.ablation import ARMS
+from experiments.commandline import refusals
 from experiments.configs import byte_llama
 from experiments.models import build
 from experiments.optimizers import CONTROL
-from experiments.storage import write_json
+from experiments.storage import require_writable, write_json
 from optimizer import Rules, Unit
 from optimizer.partition import discover
+
+
+class MissingEvidence(KeyError):
+    """Rules whose cost was never measured."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> float:
@@ -34,7 +42,7 @@ def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> fl
         choices: the ``choices`` of derived rules' evidence.
 
     Raises:
-        KeyError: the evidence lacks a role or unit the arm uses.
+        MissingEvidence: a KeyError; the evidence lacks a role or unit the arm uses.
     """
     rules = Rules.load("adam_mini" if arm == CONTROL else arm)
     total = weight = 0.0
@@ -47,10 +55,15 @@ def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> fl
             unit = rules[part.role]
             if unit is Unit.ELEMENT:
                 continue
-            candidates = {c["unit"]: c for c in choices[part.role.value]["candidates"]}
+            candidates = {c["unit"]: c for c in choices.get(part.role.value, {}).get("candidates", ())}
             rows = {"OUT_NEURON": "TOKEN"} if "TOKEN" in candidates else {}  # the rows of a table are its tokens
-            found = candidates[rows.get(unit.value, unit.value)]
-            total += size * found["jensen_null" if arm == CONTROL else "jensen"]
+            wanted = rows.get(unit.value, unit.value)
+            if wanted not in candidates:
+                raise MissingEvidence(
+                    f"arm={arm!r} gives {part.role.value} the unit {wanted}, of which the evidence measured nothing "
+                    f"(it has {sorted(candidates)}); run `make hessian`, then experiments.studies.hessian_maps.ship"
+                )
+            total += size * candidates[wanted]["jensen_null" if arm == CONTROL else "jensen"]
     return total / weight
 
 
@@ -60,8 +73,11 @@ def main(out: Path = Path("results/predicted_cost.json")) -> None:
     Args:
         out: where to.
     """
-    model, evidence = build(byte_llama().model, 0), Rules("derived").evidence
-    costs = {arm: round(predicted_cost(model, arm, evidence["choices"]), 4) for arm in ARMS}
+    model = build(byte_llama().model, 0)
+    with refusals(ValueError, OSError, MissingEvidence):
+        require_writable(out.parent, "out")
+        choices = Rules("derived").evidence["choices"]
+        costs = {arm: round(predicted_cost(model, arm, choices), 4) for arm in ARMS}
     write_json(out, {"model": "byte_llama", "unit": "nats", "cost": costs})
     for arm, cost in sorted(costs.items(), key=lambda item: item[1]):
         print(f"{arm:16s} {cost:.3f}")

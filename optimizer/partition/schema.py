@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .documents import parse_json
 from .overrides import Override
 from .roles import HEAD_ROLES, Role, Unit
 
@@ -28,8 +28,8 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: naming the file, the key, its value and what is known.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"rules file {path} is not valid JSON ({error}); write it with Rules.save") from error
     if not isinstance(document, dict) or "schema_version" not in document:
         raise ValueError(f"rules file {path} has no schema_version; write it with Rules.save")

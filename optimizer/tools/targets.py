@@ -12,6 +12,13 @@ from typing import Any
 from torch import nn
 
 
+class UserCodeError(Exception):
+    """Code of the user's raised an error: in a module that was imported, or in a function that was called.
+
+    The error itself is ``__cause__``; its traceback says where, which no message of ours could.
+    """
+
+
 def load_target(target: str) -> nn.Module:
     """The model a command-line target names.
 
@@ -23,6 +30,7 @@ def load_target(target: str) -> nn.Module:
         ValueError: a target of no known form, one that cannot be imported, or one that makes no model.
         FileNotFoundError: a path that does not exist.
         ImportError: a configuration without transformers.
+        UserCodeError: the user's module or function raised.
     """
     if Path(target).exists() or target.endswith(".json") or (":" not in target and os.sep in target):
         from ..wrappers.transformers import model_from_config
@@ -35,16 +43,36 @@ def load_target(target: str) -> nn.Module:
         raise ValueError(
             f"target {target!r} is a {type(found).__name__}, neither a model nor a function that makes one"
         )
-    try:
-        inspect.signature(found).bind()
-    except TypeError as error:
-        raise ValueError(
-            f"target {target!r} cannot be called without arguments ({error}); wrap it in a function"
-        ) from error
-    model = found()
+    model = call(found, target, "target")
     if not isinstance(model, nn.Module):
         raise ValueError(f"target {target!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def call(function: Any, path: str, what: str) -> Any:
+    """What a function of the user's returns, called without arguments.
+
+    Args:
+        function: what was found there.
+        path: as written on the command line.
+        what: the argument's name, for messages.
+
+    Raises:
+        ValueError: it needs arguments.
+        UserCodeError: it raised.
+    """
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{what} {path!r} cannot be called without arguments ({error}); wrap it in a function"
+        ) from error
+    except ValueError:  # some built-in functions have no signature to look at
+        pass
+    try:
+        return function()
+    except Exception as error:
+        raise UserCodeError(f"{what} {path!r} raised {type(error).__name__}: {error}") from error
 
 
 def resolve(path: str, what: str) -> Any:
@@ -56,6 +84,7 @@ def resolve(path: str, what: str) -> Any:
 
     Raises:
         ValueError: another form, or nothing to import there.
+        UserCodeError: the module is there and raised when it was imported.
     """
     name, _, attribute = path.partition(":")
     if not name or not attribute:
@@ -66,6 +95,15 @@ def resolve(path: str, what: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(name), attribute)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(name)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):  # the module itself, not one that it imports
+            raise ValueError(f"{what} {path!r} cannot be imported: {error}; run from the folder it is in") from error
+        raise UserCodeError(
+            f"{what} {path!r} cannot be imported: {name} raised {type(error).__name__}: {error}"
+        ) from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
         raise ValueError(f"{what} {path!r} cannot be imported: {error}; run from the folder it is in") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..partition.documents import parse_json
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 _STORAGE = ("quantization_config", "auto_map", "transformers_version")
@@ -32,8 +33,8 @@ def model_from_config(path: str | os.PathLike[str]) -> nn.Module:
             f"config path {str(path)!r}: {file} does not exist; give a config JSON or its directory"
         )
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"config {file} is not valid JSON ({error}); give a model's config.json") from error
     if not isinstance(document, dict):
         raise ValueError(f"config {file} holds a JSON {type(document).__name__}, not an object; give config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,20 @@ RATES = (0.001, 0.01)
 SEEDS = (0, 1, 2)
 
 
-def write_run(folder: Path, arm: str, lr: float, seed: int, loss: float, **status: Any) -> Path:
-    """One finished run; ``status`` overrides its status."""
-    run = folder / f"{arm}-{lr}-{seed}"
+def write_run(
+    folder: Path, arm: str, lr: float, seed: int, loss: float, config: dict[str, Any] | None = None, **status: Any
+) -> Path:
+    """One finished run; ``config`` and ``status`` override what its files say."""
+    document = {"arm": arm, "lr": lr, "seed": seed, "steps": 20, "eval_every": 10, **(config or {})}
+    name = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
+    run = folder / name
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"arm": arm, "lr": lr, "seed": seed, "steps": 20}))
+    (run / "config.json").write_text(json.dumps(document))
+    (run / "environment.json").write_text(json.dumps({"torch": "2"}))
     facts = {"state": "finished", "format_version": 1, "final_val_loss": loss, "parameters": 1000}
     facts |= {"second_moment_scalars": ARMS.get(arm, 7), **status}
     (run / "status.json").write_text(json.dumps(facts))
-    points = [{"step": step, "tokens": 64 * step, "val_loss": loss + 1 / step} for step in (10, 20)]
+    points = [{"step": step, "tokens": 64 * step, "val_loss": loss + 0.1 * (20 - step)} for step in (10, 20)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     return run
 

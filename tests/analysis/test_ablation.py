@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from analysis.ablation import at_best, best_rates, load_runs, paired_difference, require_complete, summary
+from analysis.ablation import (
+    at_best,
+    best_rates,
+    load_runs,
+    paired_difference,
+    require_complete,
+    summary,
+    with_prediction,
+)
 from tests.analysis.runs import ARMS, write_grid, write_run
 
 
@@ -140,7 +148,101 @@ def test_cut_file_is_damaged_not_missing(tmp_path: Path) -> None:
 
 
 def test_the_same_row_twice_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0).rename(tmp_path / "copy")
-    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
-    with pytest.raises(ValueError, match="several runs"):
+    for steps in (20, 30):
+        write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, {"steps": steps}, state="diverged")
+    with pytest.raises(ValueError, match=r"several runs of .*adam_mini.*remove one"):
         load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_folder_that_is_not_its_configs_is_damaged(tmp_path: Path, partial: bool) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    write_run(tmp_path, "adam_mini", 0.01, 1, 2.0).rename(tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"copy is damaged.*not the folder's name.*delete the folder and run"):
+        load_runs(tmp_path, partial=partial)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+@pytest.mark.parametrize("text", [None, "", "[]", '{"arm": "a", "arm": "b"}'])
+def test_a_result_without_one_of_its_files_is_damaged(
+    tmp_path: Path, name: str, text: str | None, partial: bool
+) -> None:
+    """A folder without a config was not even looked at, so a run was missing without a word."""
+    write_run(tmp_path, "elementwise", 0.01, 0, 2.0)
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    (run / name).unlink()
+    if text is not None:
+        (run / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{run.name} is damaged \(.*{name}.*delete the folder"):
+        load_runs(tmp_path, partial=partial)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [[20], [10, 10, 20], [10, 20, 30], [20, 10]],
+    ids=["a point lost", "one twice", "one too many", "out of order"],
+)
+def test_a_curve_has_every_point_once(tmp_path: Path, points: list[int]) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    by_step = {10: lines[0], 20: lines[1], 30: lines[1].replace("20", "30")}
+    (run / "metrics.jsonl").write_text("".join(by_step[step] + "\n" for step in points))
+    with pytest.raises(ValueError, match=rf"{run.name} is damaged \(metrics.jsonl"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null", '"2.0"', "true"])
+def test_a_point_of_a_finished_curve_is_a_number(tmp_path: Path, value: str) -> None:
+    run = write_run(tmp_path, "adam_mini", 0.01, 0, 2.0)
+    _, last = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(f'{{"step": 10, "tokens": 640, "val_loss": {value}}}\n{last}\n')
+    with pytest.raises(ValueError, match=f"{run.name} is damaged .val_loss=.*of step 10"):
+        load_runs(tmp_path)
+
+
+def test_the_final_loss_is_the_curves_last(tmp_path: Path) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, final_val_loss=1.9)
+    with pytest.raises(ValueError, match=r"final_val_loss=1\.9 .*is not the 2\.0 of its curve"):
+        load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["parameters", "second_moment_scalars"])
+@pytest.mark.parametrize("count", [None, "7", 0, True, 1.5])
+def test_counts_are_counts(tmp_path: Path, key: str, count: object) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, **{key: count})
+    with pytest.raises(ValueError, match=f"{key}="):
+        load_runs(tmp_path)
+
+
+def test_two_experiments_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """No mean may be taken over runs of different lengths or models."""
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, {"batch": 16})
+    write_run(tmp_path, "adam_mini", 0.01, 1, 2.0, {"batch": 32})
+    with pytest.raises(ValueError, match=r"mixes two experiments.*batch="):
+        load_runs(tmp_path)
+
+
+def test_rules_differ_between_arms_and_never_within_one(tmp_path: Path) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, {"rules_hash": "a"})
+    write_run(tmp_path, "derived", 0.01, 0, 2.0, {"rules_hash": "b"})
+    assert len(load_runs(tmp_path)) == 2
+    write_run(tmp_path, "derived", 0.01, 1, 2.0, {"rules_hash": "c"})
+    with pytest.raises(ValueError, match=r"mixes two experiments.*rules_hash="):
+        load_runs(tmp_path)
+
+
+def test_with_nothing_but_interrupted_runs_there_are_no_results(tmp_path: Path) -> None:
+    write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, state="interrupted")
+    with pytest.raises(FileNotFoundError, match=r"no results.*1 interrupted left out.*make ablation"):
+        load_runs(tmp_path, partial=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cost": [1]}', '{"cost": {"adam_mini": NaN, "elementwise": 0}}',
+                                  '{"cost": {"adam_mini": "1", "elementwise": 0}}',
+                                  '{"cost": {"adam_mini": 1, "adam_mini": 2, "elementwise": 0}}'])  # fmt: skip
+def test_a_damaged_prediction_is_named(tmp_path: Path, text: str) -> None:
+    runs, path = load_runs(write_grid(tmp_path / "results")), tmp_path / "cost.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"cost\.json .*run `python -m experiments\.studies\.predicted_cost` again"):
+        with_prediction(runs, path)

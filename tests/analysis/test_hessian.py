@@ -63,3 +63,56 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match="format_version=99"):
         HessianReport.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r["evidence"][0].update(z=None), r"z=None, no finite number"),
+        (lambda r: r["evidence"][0].update(jensen=float("nan")), r"evidence\[0\] .a by IN_NEURON. has jensen=nan"),
+        (lambda r: r["evidence"][0].pop("mass_inside"), r"mass_inside=None"),
+        (lambda r: r["evidence"].append([]), r"evidence\[5\] is no object"),
+        (lambda r: r.pop("check"), "it has no check"),
+        (lambda r: r["check"][0].update(loss=[]), "seed=0 has no loss for each step"),
+        (lambda r: r["check"][0].update(loss=[3.0]), "seed=0 has no loss for each step"),
+        (lambda r: r["check"][0].update(loss=[3.0, None]), "arm=derived seed=0 has loss=None"),
+        (lambda r: r["check"].append({**r["check"][0]}), "a seed twice"),
+        (lambda r: r["check"].append({**r["check"][0], "arm": "adam_mini", "seed": 1}), "have the seeds"),
+    ],
+)  # fmt: skip
+def test_a_report_with_a_hole_is_damaged(folder: Path, change: Any, message: str) -> None:
+    """A null among the evidence was left out of its median, and a lost run made another n."""
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    (folder / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=rf"report\.json is damaged .*{message}.*make hessian"):
+        HessianReport.load(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"format_version": 1, "format_version": 1}'])
+def test_a_report_that_is_no_object_is_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ValueError, match=r"report\.json is damaged"):
+        HessianReport.load(tmp_path)
+
+
+def test_an_infinite_ratio_is_a_measurement(folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    report["evidence"][0]["mean_ratio"] = float("inf")  # all of the mass lies inside the blocks
+    (folder / "report.json").write_text(json.dumps(report))
+    assert HessianReport.load(folder).evidence.mean_ratio[0] == float("inf")
+
+
+def test_the_file_of_a_stage_is_missing_or_cut(folder: Path) -> None:
+    path = folder / "data" / "stage-1.npz"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"stage-1\.npz is damaged.*make hessian"):
+        HessianReport.load(folder).arrays("stage")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"stage-1\.npz is missing.*make hessian"):
+        HessianReport.load(folder).arrays("stage")
+
+
+def test_a_part_that_the_page_needs_is_asked_for_by_name(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"report\.json is damaged .it has no settings"):
+        HessianReport.load(folder).require("settings")

@@ -123,6 +123,59 @@ def test_the_report_is_built_from_the_file(small: dict[str, Any], tmp_path: Path
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def row(results: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = results["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: row(r).update(ratio=float("nan")), "AdamMini fused/ratio=nan"),
+        (lambda r: row(r).update(ratio=float("-inf")), "ratio=-inf"),
+        (lambda r: row(r).update(ratio=None), "ratio=None"),
+        (lambda r: row(r).pop("n"), "'AdamMini fused' of the case .* has no n"),
+        (lambda r: row(r).pop("others_cores"), "has no others_cores"),
+        (lambda r: r["cases"][bars.MAIN_CASE].update(rows={}), "has no rows"),
+        (lambda r: r["startup"]["cold"].update(first_s=None), "startup/cold/first_s=None"),
+        (lambda r: r["cases"].clear(), "it has no case"),
+        (lambda r: r.pop("overhead"), "it has no overhead"),
+        (lambda r: r.pop("seconds"), "it has no seconds"),
+    ],
+)  # fmt: skip
+def test_a_run_with_a_hole_gets_no_verdicts(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    change: Any, message: str,
+) -> None:  # fmt: skip
+    """A ratio of minus infinity passed its bar, and a row without its number of rounds counted as enough of them."""
+    results = copy.deepcopy(small)
+    change(results)
+    replace(tmp_path / "optimizer_step.json", json.dumps(results))
+    with pytest.raises(ValueError, match=rf"optimizer_step\.json is damaged .*{message}.*run `make bench` again"):
+        report.load(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        report.main()
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["optimizer_step.json"]
+
+
+def test_no_run_or_a_cut_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"optimizer_step\.json does not exist; run `make bench`"):
+        report.load(tmp_path)
+    for text in ("", "[]", '{"cases": {', '{"seconds": 1, "seconds": 2}'):
+        replace(tmp_path / "optimizer_step.json", text)
+        with pytest.raises(ValueError, match=r"optimizer_step\.json is damaged .*run `make bench` again"):
+            report.load(tmp_path)
+
+
+def test_a_system_that_does_not_say_who_else_ran_is_no_damage(small: dict[str, Any], tmp_path: Path) -> None:
+    results = copy.deepcopy(small)
+    results["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"]["others_cores"] = None
+    replace(tmp_path / "optimizer_step.json", json.dumps(results))
+    assert report.load(tmp_path) == results
+
+
 def test_peers_that_are_not_installed_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"torchao is missing: `make bench`"):
         add_peers(tmp_path)

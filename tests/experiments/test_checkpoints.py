@@ -135,6 +135,23 @@ def test_checkpoint_of_an_older_release_is_said_to_be_ignored(
     assert "checkpoint.pt is of an older release" in caplog.text and not (folder / "checkpoint.pt").exists()
 
 
+def test_what_only_looks_like_a_checkpoint_is_left_alone(
+    tmp_path: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder ``step-abc`` ended the run with "invalid literal for int()"."""
+    folder = two_checkpoints(config, tmp_path / "a")
+    for name in ("step-abc", "step-", "step--5", "step-000010.bak", "step-000013 (copy)"):
+        (folder / "checkpoints" / name).mkdir()
+    (folder / "checkpoints" / "step-000099").write_text("a file, no folder")
+    with caplog.at_level(logging.INFO), sigterm_at(14):
+        assert train(config, tmp_path / "a")["steps"] == 14
+    assert "step-abc is no checkpoint's name (step- and digits): left alone" in caplog.text
+    assert "step-000099 is torn or damaged (no manifest)" in caplog.text and "at step 13" in caplog.text
+    left = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"step-abc", "step-000010.bak", "step-000014"} <= left
+    assert not [name for name in left if "000099" in name]
+
+
 # ------------------------------------------------------------------------------------------------------ writing
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from optimizer import AdamMini
 from optimizer.__main__ import main
@@ -186,3 +188,38 @@ def test_frozen_and_unknown_parameters(tmp_path: Path) -> None:
     assert converted(document, GPT())[1].without == ("transformer.wpe.weight",)
     with pytest.raises(ValueError, match=r"has no parameter transformer\.wte\.weight, .*of the file's"):
         converted(document, llama())
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_file_that_was_cut_is_named(tmp_path: Path, kept: float) -> None:
+    """Cut in the middle, all that the system said was "[Errno 22] Invalid argument"."""
+    file = broken(tmp_path, "fine")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(SystemExit, match=r"in\.pt.*(damaged or cut|cannot be mapped)"):
+        main(["convert", str(file), str(tmp_path / "out.pt"), "--model", "tests.optimizer.test_convert_file:usual"])
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-2000]), r"__0_0\.distcp' is cut: \d+ bytes, at least \d+ are needed"),
+        (lambda p: p.write_bytes(b""), r"__0_0\.distcp' is cut: 0 bytes"),
+        (Path.unlink, r"__0_0\.distcp' is missing, though \.metadata names it"),
+        (lambda p: p.write_bytes(bytes(p.stat().st_size)), r"folder' cannot be read .*take an earlier checkpoint"),
+        (lambda p: p.with_name(".metadata").write_bytes(b"x"), r"folder' has a \.metadata that cannot be read"),
+        (lambda p: p.with_name(".metadata").unlink(), r"folder' is a folder without \.metadata"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_is_named(tmp_path: Path, damage: Any, words: str) -> None:
+    """torch's own error for these is no Exception, so it went past every handler as a traceback."""
+    model = GPT()
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw)
+    folder = tmp_path / "folder"
+    dcp.save({"optimizer": get_optimizer_state_dict(model, adamw)}, checkpoint_id=folder, no_dist=True)
+    damage(folder / "__0_0.distcp")
+    with pytest.raises(ValueError, match=words):
+        convert_file(folder, tmp_path / "out.pt", GPT())
+    assert list(tmp_path.iterdir()) == [folder]

@@ -424,6 +424,7 @@ def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
     [
         ("{", r"is not valid JSON.*config\.json"),
         ("[1]", r"holds a JSON list, not an object"),
+        ('{"model_type": "llama", "vocab_size": 8, "vocab_size": 9}', r"bad\.json.*'vocab_size' is there 2 times"),
         ("{}", r"model_type=None and architectures=None.*set model_type"),
         ('{"model_type": "unheard_of"}', r"model_type='unheard_of'.*unknown to transformers"),
         ('{"model_type": "llama", "hidden_size": "wide"}', r"cannot build a 'llama' model.*hidden_size"),

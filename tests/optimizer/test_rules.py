@@ -81,6 +81,22 @@ def test_bad_files_are_named(tmp_path: Path, changes: dict[str, Any], words: lis
     assert [word for word in [*words, str(path)] if word not in str(error.value)] == []
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"schema_version": 2, "name": "mine", "units": {"QUERY": "TENSOR", "QUERY": "ELEMENT"}}', "QUERY"),
+        ('{"schema_version": 2, "name": "mine", "units": {}, "units": {"QUERY": "ELEMENT"}}', "units"),
+        ('{"schema_version": 2, "name": "mine", "units": {}, "evidence": {"a": [{"z": 1, "z": 2}]}}', "z"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str, key: str) -> None:
+    """The last one won without a word, so a file could say one thing to its reader and another to the optimizer."""
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"r\.json is not valid JSON \(the key '{key}' is there 2 times: keep one"):
+        Rules.load(path)
+
+
 SCHEMA = jsonschema.Draft202012Validator(json_schema())
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from optimizer.verify import verify
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -15,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from adam_mini import Adam_mini
 from optimizer import AdamMini, explain, partition
 from optimizer.__main__ import main
+from optimizer.tools.verify import verify
 
 
 @pytest.fixture(scope="module", autouse=True)

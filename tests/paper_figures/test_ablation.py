@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from analysis.ablation import ARMS, load_runs, summary, with_prediction
-from paper_figures.ablation import main, tables
+from paper_figures.ablation import loss_curves, main, tables
 from tests.analysis.runs import write_grid, write_run
 
 
@@ -90,3 +90,53 @@ def test_diverged_cells_are_words(tmp_path: Path) -> None:
 def test_no_results_names_the_next_action(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="make ablation"):
         main(["--results", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_partial_counts_what_it_leaves_out_in_the_table_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results, out = write_grid(tmp_path / "results"), tmp_path / "out"
+    write_run(results, "adam_mini", 0.1, 0, 2.0, state="interrupted")
+    main(["--results", str(results), "--out", str(out), "--partial"])
+    assert "12 runs (1 interrupted left out)" in capsys.readouterr().out
+    assert (out / "tables.md").read_text().startswith("Incomplete: 12 runs; left out: 1 interrupted.")
+
+
+def test_an_interrupted_run_ends_the_command_with_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, out = write_grid(tmp_path / "results"), tmp_path / "out"
+    run = write_run(results, "adam_mini", 0.1, 0, 2.0, state="interrupted")
+    with pytest.raises(SystemExit) as ended:
+        main(["--results", str(results), "--out", str(out)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and not out.exists()
+    assert str(run) in said and "it is interrupted; run `make ablation` again" in said
+
+
+def test_a_bad_prediction_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    results, out = write_grid(tmp_path / "results"), tmp_path / "out"
+    (tmp_path / "cost.json").write_text("[]")
+    arguments = ["--results", str(results), "--out", str(out), "--prediction", str(tmp_path / "cost.json"), "--partial"]
+    with pytest.raises(SystemExit, match=r"cost\.json is damaged"):
+        main(arguments)
+    assert not out.exists()
+
+
+def test_an_arm_is_subtracted_only_where_the_seeds_are_the_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one seed diverged here and another one there, two curves of two seeds were subtracted from each other."""
+    for seed in (0, 1, 2):
+        for arm, diverged in (("elementwise", 0), ("adam_mini", 1), ("slim_adam", 0)):
+            state = "diverged" if seed == diverged else "finished"
+            write_run(tmp_path, arm, 0.01, seed, 2.0 + seed, state=state)
+    lines = []
+    monkeypatch.setattr("paper_figures.ablation.save", lambda figure, *_: lines.extend(figure.axes[1].lines))
+    loss_curves(load_runs(tmp_path), tmp_path, "")
+    assert [line.get_label() for line in lines if not line.get_label().startswith("_")] == ["slim_adam"]
+
+
+def test_curves_without_the_baseline_or_with_a_diverged_first_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "results", "adam_mini", 0.01, 0, 2.0, state="diverged", final_val_loss=None)
+    (run / "metrics.jsonl").unlink()
+    write_run(tmp_path / "results", "adam_mini", 0.01, 1, 2.0)
+    assert loss_curves(load_runs(tmp_path / "results"), tmp_path, "").stat().st_size > 1000

@@ -16,6 +16,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from experiments.commandline import refusals
 from experiments.data import load
 from experiments.storage import environment, write_json
 from experiments.studies.hessian_maps.cache import FORMAT_VERSION, Arrays, StageCache
@@ -154,10 +155,10 @@ def main(out: Path = Path("out/hessian"), profile: Literal["full", "smoke"] = "f
         profile: full, or smoke (seconds, for tests).
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        report = run(out, profile)
-    except (PermissionError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    with refusals(ValueError, OSError):  # the folder and the text; what fails later is no matter of arguments
+        StageCache(out)
+        load("python-stdlib-8")
+    report = run(out, profile)
     print(f"measured in {report['seconds']} s, peak memory {report['peak_rss_mib']} MiB; rules in {out / 'rules.json'}")
 
 

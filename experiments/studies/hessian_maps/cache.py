@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import sys
 import zipfile
 import zlib
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.storage import read_json, write_atomic, write_json
+from experiments.storage import read_json, require_writable, write_atomic, write_json
 
 logger = logging.getLogger("experiments")
 FORMAT_VERSION = 1
@@ -50,13 +49,8 @@ class StageCache:
         self.folder = out / "data"
         self.used: dict[str, str] = {}
         self._code = code_fingerprint()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".probe.{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as error:
-            raise PermissionError(f"out={out} cannot be written ({error}); choose another folder with --out") from error
+        require_writable(out, "out")
+        require_writable(self.folder, "out")
         version = read_json(self.folder / "format.json")
         if version is not None and version != {"format_version": FORMAT_VERSION}:
             raise ValueError(

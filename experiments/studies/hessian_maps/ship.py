@@ -5,20 +5,48 @@ The shipped file keeps the choices and the candidates behind them, not the raw t
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import tyro
+
+from experiments.commandline import refusals
+from experiments.storage import read_json
 from optimizer import Rules
 
 SHIPPED = Path(__file__).resolve().parents[3] / "optimizer" / "partition" / "rules" / "derived.json"
 
 
 def ship(study: Path, target: Path = SHIPPED) -> Path:
-    """Write the rules of a finished study to ``target``, without their raw table."""
-    rules = Rules.load(study / "rules.json")
+    """Write the rules of a finished study to ``target``, without their raw table.
+
+    Raises:
+        FileNotFoundError: no rules there.
+        ValueError: the study was not finished, or its report is of other rules.
+    """
+    rules, path = Rules.load(study / "rules.json"), study / "report.json"
+    report = read_json(path)
+    if report is None:
+        raise ValueError(f"study={study} is not finished: {path} does not exist; run `make hessian` to its end first")
+    derived = report.get("rules") if isinstance(report, dict) else None
+    units = derived.get("units") if isinstance(derived, dict) else None
+    if units != {role.value: unit.value for role, unit in rules.units.items()}:
+        raise ValueError(f"study={study}: {path} is of other rules than its rules.json; run `make hessian` to its end")
+    if not isinstance(rules.evidence, dict):
+        raise ValueError(f"study={study}: rules.json has no evidence; run `make hessian` to its end")
     rules.evidence = {key: value for key, value in rules.evidence.items() if key != "table"}
     return rules.save(target)
 
 
+def main(study: tyro.conf.Positional[Path]) -> None:
+    """Ship a study's rules.
+
+    Args:
+        study: the folder of a finished study.
+    """
+    with refusals(ValueError, OSError):
+        written = ship(study)
+    print(written)
+
+
 if __name__ == "__main__":
-    print(ship(Path(sys.argv[1])))
+    tyro.cli(main)

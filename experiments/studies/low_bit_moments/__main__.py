@@ -12,10 +12,12 @@ import scipy.stats
 import torch
 import tyro
 
-from experiments.storage import environment, read_json, write_json
+from experiments import data
+from experiments.commandline import refusals
+from experiments.storage import environment, read_json, require_writable, write_json
 from experiments.studies.low_bit_moments import stability
 from experiments.studies.low_bit_moments.candidates import FAST, SCREENED
-from experiments.studies.low_bit_moments.runs import Arm, name_of, run
+from experiments.studies.low_bit_moments.runs import CONFIG, Arm, name_of, run
 
 MARGIN = 0.02  # nats: the rule's second condition
 STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
@@ -26,25 +28,42 @@ STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
 """Arms, seeds, steps and learning rate of each stage."""
 
 
-def compare(runs: Sequence[dict[str, Any]], arm: str) -> dict[str, Any]:
+def compare(runs: Sequence[dict[str, Any]], arm: str, wanted: Sequence[int]) -> dict[str, Any]:
     """Paired differences of an arm's final losses to fp32's, over the seeds both have finished.
 
+    Args:
+        runs: every run of the stage so far.
+        arm: the arm.
+        wanted: the stage's seeds. The rule counts all of them, so nothing passes before they are there.
+
     Returns:
-        JSON-able: mean, standard error, 95 % t-interval, n, whether the rule is met; in nats.
+        JSON-able: mean, standard error, 95 % t-interval, n, of how many, whether the rule is met; in nats.
     """
     losses = {(r["arm"], r["seed"]): r["final_val_loss"] for r in runs}
     seeds = sorted(seed for name, seed in losses if name == arm and ("fp32", seed) in losses)
-    if any(losses[arm, seed] is None for seed in seeds):
-        return {"arm": arm, "n": len(seeds), "diverged": True, "passes": False}
+    row: dict[str, Any] = {"arm": arm, "n": len(seeds), "of": len(wanted), "passes": False}
+    if any(losses[name, seed] is None for name in (arm, "fp32") for seed in seeds):
+        return {**row, "diverged": True}
+    if not seeds:
+        return row
     differences = np.array([losses[arm, seed] - losses["fp32", seed] for seed in seeds])
     mean, n = float(differences.mean()), len(differences)
     error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     half = float(scipy.stats.t.ppf(0.975, n - 1)) * error if n > 1 else math.inf
     return {
-        "arm": arm, "n": n, "mean_difference": mean, "standard_error": error, "interval_95": [mean - half, mean + half],
+        **row, "mean_difference": mean, "standard_error": error, "interval_95": [mean - half, mean + half],
         "mean_loss": float(np.mean([losses[arm, seed] for seed in seeds])), "differences": differences.tolist(),
-        "passes": abs(mean) <= 2 * error and mean + half < MARGIN,
+        "passes": seeds == sorted(wanted) and abs(mean) <= 2 * error and mean + half < MARGIN,
     }  # fmt: skip
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """A comparison in words."""
+    if row.get("diverged"):
+        return "diverged: fails"
+    if row["n"] < row["of"]:
+        return f"no verdict: {row['n']} of {row['of']} seeds"
+    return "passes" if row["passes"] else "fails"
 
 
 def _finished(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -52,28 +71,62 @@ def _finished(runs: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(r["arm"] for r in runs if r["arm"] != "fp32"))
 
 
+def stored(path: Path, steps: int, lr: float) -> dict[str, Any]:
+    """What a stage has left so far; an empty document where it has not begun.
+
+    Raises:
+        ValueError: the file is damaged, or its runs are not this stage's: naming the file and the run.
+    """
+    document = read_json(path)
+    if document is None:
+        return {"environment": environment(), "runs": [], "comparison": []}
+    mend = "move the file away to run its stage again"
+    runs = document.get("runs") if isinstance(document, dict) else None
+    if not isinstance(runs, list):
+        raise ValueError(f"{path} is damaged (it has no runs); {mend}")
+    seen = set()
+    for one in runs:
+        if not isinstance(one, dict) or not {"arm", "seed", "steps", "lr", "final_val_loss", "curve"} <= one.keys():
+            raise ValueError(f"{path} is damaged (it holds a run without one of its keys); {mend}")
+        name, loss = f"the run arm={one['arm']} seed={one['seed']}", one["final_val_loss"]
+        if (one["steps"], one["lr"]) != (steps, lr):
+            raise ValueError(f"{path}: {name} took steps={one['steps']} at lr={one['lr']}, not {steps} at {lr}; {mend}")
+        if (one["arm"], one["seed"]) in seen:
+            raise ValueError(f"{path}: {name} is there twice; {mend}")
+        seen.add((one["arm"], one["seed"]))
+        last = one["curve"][-1] if isinstance(one["curve"], list) and one["curve"] else (None, None)
+        diverged = loss is None and isinstance(last[1], float) and not math.isfinite(last[1])
+        if last[0] != steps or not (diverged or (loss == last[1] and isinstance(loss, float) and math.isfinite(loss))):
+            raise ValueError(f"{path}: {name} has final_val_loss={loss!r}, which its curve does not end with; {mend}")
+    return document
+
+
 def stage(name: str, folder: Path) -> None:
-    """Run what is missing of a stage, seed by seed, and write and print the comparison."""
+    """Run what is missing of a stage, seed by seed, and write and print the comparison.
+
+    Raises:
+        ValueError: as ``stored``.
+    """
     arms, seeds, steps, lr = STAGES[name]
     path = folder / f"{name}.json"
-    document = read_json(path) or {"environment": environment(), "runs": [], "comparison": []}
-    done = {(r["arm"], r["seed"], r["steps"]) for r in document["runs"]}
+    document = stored(path, steps, lr)
+    done = {(r["arm"], r["seed"]) for r in document["runs"]}
     for seed in seeds:
         for arm in arms:
-            if (name_of(arm), seed, steps) in done:
+            if (name_of(arm), seed) in done:
                 continue
             result = run(arm, seed, steps, lr)
             print(f"{name} seed {seed} {result['arm']}: {result['final_val_loss']} ({result['seconds']} s)", flush=True)
             document["runs"].append(result)
-            document["comparison"] = [compare(document["runs"], name) for name in _finished(document["runs"])]
+            document["comparison"] = [compare(document["runs"], name, seeds) for name in _finished(document["runs"])]
             write_json(path, document)
-    for row in document["comparison"]:
+    for row in (compare(document["runs"], name, seeds) for name in _finished(document["runs"])):
         if "mean_difference" in row:
             low, high = row["interval_95"]
             print("{arm:46s} n={n} {mean_difference:+.4f} ± {standard_error:.4f}".format(**row), end=" ")
-            print(f"[{low:+.4f}, {high:+.4f}] {'passes' if row['passes'] else 'fails'}")
+            print(f"[{low:+.4f}, {high:+.4f}] {verdict(row)}")
         else:
-            print(f"{row['arm']:46s} n={row['n']} diverged")
+            print(f"{row['arm']:46s} n={row['n']} {verdict(row)}")
 
 
 def main(
@@ -86,9 +139,17 @@ def main(
         results: folder of screen.json and final.json; finished runs found there are not run again.
     """
     torch.set_num_threads(1)
+    names = [name for name in STAGES if only in (name, "all")]
+    with refusals(ValueError, OSError):  # before hours of work: what is there can be read, what comes can be written
+        require_writable(results, "results")
+        for name in names:
+            stored(results / f"{name}.json", *STAGES[name][2:])
+    if names:
+        with refusals(ValueError, OSError, RuntimeError):
+            data.load(CONFIG.data)
     if only in ("stability", "all"):
         write_json(results / "stability.json", stability.table())
-    for name in STAGES if only == "all" else STAGES.keys() & {only}:
+    for name in names:
         stage(name, results)
 
 

@@ -193,12 +193,25 @@ def _assigned(document: Mapping[str, Any], model: nn.Module) -> list[list[tuple[
 
 def _mapped(source: str | os.PathLike[str]) -> Any:
     """The file's contents, tensors still in the file."""
+    if Path(source).is_dir():
+        raise ValueError(
+            f"{os.fspath(source)!r} is a folder without .metadata, so torch.distributed.checkpoint did not finish it; "
+            "give a folder that it finished, or a file of torch.save"
+        )
     try:
         return torch.load(source, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{os.fspath(source)!r} cannot be mapped ({str(error).splitlines()[0]}); save plain tensors, numbers and "
             "dictionaries with torch.save of torch 1.6 or later"
+        ) from error
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A file that was cut: its own table of contents points beyond its end, and the system names no file.
+        raise ValueError(
+            f"{os.fspath(source)!r} is damaged or cut, {Path(source).stat().st_size} bytes long ({error}); copy it "
+            "again, or take an earlier checkpoint"
         ) from error
 
 

@@ -32,21 +32,47 @@ def mapped_folder(source: str | os.PathLike[str], scratch: Path) -> Any:
         ValueError: the folder is damaged.
     """
     from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         metadata = dcp.FileSystemReader(source).read_metadata()
     except Exception as error:  # whatever its pickle raises
-        raise ValueError(f"{os.fspath(source)!r} has a .metadata that cannot be read ({error})") from error
+        raise ValueError(
+            f"{os.fspath(source)!r} has a .metadata that cannot be read ({error}); take an earlier checkpoint"
+        ) from error
+    _require_files(Path(source), metadata)
     flat: dict[str, Any] = {}
     for number, (key, stored) in enumerate(metadata.state_dict_metadata.items()):
         is_tensor = hasattr(stored, "properties")
         flat[key] = _mapped(scratch / str(number), stored) if is_tensor else 0
-    dcp.load(flat, storage_reader=dcp.FileSystemReader(source), no_dist=True)
+    try:
+        dcp.load(flat, storage_reader=dcp.FileSystemReader(source), no_dist=True)
+    except CheckpointException as error:  # no Exception: it would pass every handler above
+        failure = next(iter(error.failures.values()))[0]
+        why = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        raise ValueError(f"{os.fspath(source)!r} cannot be read ({why}); take an earlier checkpoint") from error
     paths = metadata.planner_data or {}
     document: dict[Any, Any] = {}
     for key, value in flat.items():
         _put(document, paths.get(key, (key,)), value)
     return _nested(document)
+
+
+def _require_files(folder: Path, metadata: Any) -> None:
+    """Every file that the metadata names is there, as long as it has to be.
+
+    Raises:
+        ValueError: one is missing or cut, by its name.
+    """
+    for stored in (metadata.storage_data or {}).values():
+        path, least = folder / stored.relative_path, stored.offset + stored.length
+        if not path.is_file():
+            raise ValueError(f"{str(path)!r} is missing, though .metadata names it; copy the whole folder again")
+        if path.stat().st_size < least:
+            raise ValueError(
+                f"{str(path)!r} is cut: {path.stat().st_size} bytes, at least {least} are needed; copy it again, or "
+                "take an earlier checkpoint"
+            )
 
 
 def _mapped(path: Path, stored: Any) -> Tensor:

@@ -47,12 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         ValueError, FileNotFoundError: as ``load_target``, ``Setup``, ``make_plan`` and ``estimate``.
-        SystemExit: transformers is needed and missing.
+        ImportError: transformers is needed and missing.
+        UserCodeError: the target is a function of the user's, and it raised.
     """
-    try:
-        sys.stdout.write(_answer(arguments) + "\n")
-    except ImportError as error:
-        raise SystemExit(str(error)) from error
+    sys.stdout.write(_answer(arguments) + "\n")
 
 
 def _answer(arguments: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from ..targets import load_target, resolve
+from ..targets import call, load_target, resolve
 from .run import verify
 
 
@@ -28,11 +28,15 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Verify and print; exit status 1 where gradients contradict a layout."""
+    """Verify and print; exit status 1 where gradients contradict a layout.
+
+    Raises:
+        ValueError, UserCodeError: as ``load_target``, for the target and for the inputs.
+    """
     given = None
     if arguments.inputs:
         given = resolve(arguments.inputs, "inputs")
-        given = given() if callable(given) else given
+        given = call(given, arguments.inputs, "inputs") if callable(given) else given
     model = load_target(arguments.target)
     report = verify(model, given, seed=arguments.seed, every_layer=arguments.every_layer)
     if arguments.json:

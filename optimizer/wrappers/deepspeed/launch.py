@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ...adam_mini import AdamMini
+from ...partition.documents import parse_json
 
 _NAMES = ("adammini", "adam_mini", "adam-mini")
 
@@ -68,7 +68,7 @@ def config_for_adam_mini(config: Mapping[str, Any] | str | os.PathLike[str] | No
     """
     if config is None:
         raise ValueError("argument config=None; give DeepSpeed's config as a dictionary or the path of a JSON file")
-    settings = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else json.loads(Path(config).read_text())
+    settings = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else _read(Path(config))
     settings.setdefault("zero_allow_untested_optimizer", True)
     offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and settings.setdefault("zero_force_ds_cpu_optimizer", False):
@@ -76,6 +76,17 @@ def config_for_adam_mini(config: Mapping[str, Any] | str | os.PathLike[str] | No
             'config has "zero_force_ds_cpu_optimizer": true, with which DeepSpeed takes no optimizer but its own '
             "DeepSpeedCPUAdam, which keeps a second moment per element; set it to false or leave it out"
         )
+    return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A config's file; DeepSpeed refuses keys that are there twice, and so does this."""
+    try:
+        settings = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config {path} is not valid JSON ({error}); give DeepSpeed's config") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config {path} holds a JSON {type(settings).__name__}, not an object")
     return settings
 
 
