@@ -7,10 +7,10 @@ known.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,9 +18,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checks
+from . import checks, symmetry
+from .second_order import twice_differentiable
+from .weights import Weighing, counted
 
 logger = logging.getLogger("hessian")
 LINEARISE_AFTER = 128
@@ -47,11 +48,21 @@ class LinearMap(Protocol):
 
 
 class MatrixOperator:
-    """A symmetric matrix as an operator."""
+    """A symmetric matrix as an operator.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not square, empty, not finite or not symmetric.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; it must be square")
+        checks.square(matrix)
+        off, allowed = float((matrix - matrix.T).abs().max()), symmetry.tolerance(matrix.dtype)
+        if off > allowed * float(matrix.abs().max()):
+            raise ValueError(
+                f"matrix is not symmetric: it differs from its transpose by {off:.2g}; every algorithm here takes it "
+                "to be: pass (matrix + matrix.T) / 2 if that is what is meant"
+            )
         self.matrix = matrix
         self.shape = (len(matrix), len(matrix))
         self.dtype, self.device = matrix.dtype, matrix.device
@@ -73,25 +84,18 @@ class _LossModule(nn.Module):
         return self.loss(self.model, batch)
 
 
-@contextlib.contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Only attention kernels with second derivatives, for as long as it lasts."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
 class HessianOperator:
     """The Hessian of the mean loss over all examples of all batches.
 
     ``H @ v`` and ``H.matmat(V)`` are exact products (forward-over-reverse, Pearlmutter 1994, under ``vmap``); no matrix
     is formed. The model is read only: weights, buffers, ``.grad`` and ``requires_grad`` stay as they are. The Hessian
     is that of the weights at construction; leave the model alone while the operator is in use. torch's fused attention
-    kernels have no second derivative, so the math kernel takes their place inside.
+    kernels have no second derivative, so the math kernel takes their place inside; so do plain operations for
+    ``mse_loss``, ``huber_loss`` and weight normalisation, whose second derivatives torch lacks or gets wrong.
+
+    Construction costs two products per batch, which show whether the Hessian is symmetric, a few forward passes, which
+    show whether the loss is a mean and the same each time, and, with several batches, up to two products of two batches
+    together, which show what the loss is a mean over: the weights of batches follow from that.
 
     After ``LINEARISE_AFTER`` columns each batch's product is traced once into a straight-line linear program (one
     gradient's intermediates are kept), which spares every later chunk the gradient itself and its dispatch.
@@ -102,7 +106,13 @@ class HessianOperator:
         params: name -> tensor (the model's own, or other values to take the Hessian at); None for all trainable ones.
             The vector order is this order, each tensor flattened row-major.
         batches: batches of one structure; they may differ in size.
-        count: examples in a batch, which weight its mean; default: rows of its first tensor.
+        count: what a batch's loss is a mean over, as a function of the batch: its number of examples, or of predicted
+            tokens (labels other than -100, the first of each row left out for a causal language model). It weights the
+            batch, and is taken as given. Default: found from the batches (rows, entries, labels, masks) and the loss;
+            refused where that leaves a doubt.
+        mean_check: False for losses that compare the examples of a batch with each other (contrastive ones): the loss
+            of the same examples twice is not asked to be the same, nor that of two batches together to be their mean.
+            The operator is then the Hessian of the weighted mean of the batches' losses.
         chunk: vectors per pass in ``matmat``; small chunks stay in cache and bound memory.
 
     Raises:
@@ -121,34 +131,35 @@ class HessianOperator:
         params: dict[str, Tensor] | None = None,
         batches: Sequence[Any] | None = None,
         *,
-        count: Callable[[Any], int] | None = None,
+        count: Callable[[Any], float] | None = None,
+        mean_check: bool = True,
         chunk: int = 16,
     ) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk={chunk} must be at least 1")
+        checks.at_least("chunk", chunk, 1)
         own = checks.own_parameters(model, params)
         checks.deterministic(model)
         self._batches = checks.usable_batches(batches)
-        counts = [(count or checks.example_count)(batch) for batch in self._batches]
-        if min(counts) <= 0:
-            raise ValueError(f"count gave {counts}; every batch must hold at least one example")
-        self._weights = [c / sum(counts) for c in counts]
         self._module = _LossModule(model, loss)
         self._theta = {name: tensor.detach().clone() for name, tensor in own.items()}
         self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in own.values()]
         self._chunk = chunk
-        self._forward_mode = True
+        self._forward_mode, self._plain = True, False
         self._columns_asked = 0
         self._programs: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
         first = next(iter(own.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shape = (sum(self._sizes), sum(self._sizes))
-        with _twice_differentiable(), torch.inference_mode(False), torch.enable_grad():
+        with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
             with torch.no_grad():
-                checks.mean_loss(lambda batch: self._value(self._theta, batch), self._batches)
+                checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
             checks.dependence(self._reverse_gradients, list(own), self._batches)
-            self._probe_second_derivative()
+        self._choose_mode()
+        with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
+            self._weights = self._weigh(model, count, mean_check)
+
+    def _differentiable(self) -> AbstractContextManager[set[Any]]:
+        return twice_differentiable(plain=self._plain)
 
     @property
     def names(self) -> list[str]:
@@ -162,28 +173,84 @@ class HessianOperator:
     def _reverse_gradients(self, batch: Any, names: list[str]) -> dict[str, Tensor | None]:
         """Plain gradients, None where the loss does not depend on a parameter."""
         theta = {name: tensor.clone().requires_grad_(name in names) for name, tensor in self._theta.items()}
-        value = self._value(theta, batch)
-        if not value.requires_grad:
-            return dict.fromkeys(names)
-        found = torch.autograd.grad(value, [theta[name] for name in names], allow_unused=True)
+        try:
+            value = self._value(theta, batch)
+            if not value.requires_grad:
+                return dict.fromkeys(names)
+            found = torch.autograd.grad(value, [theta[name] for name in names], allow_unused=True)
+        except RuntimeError as error:
+            if checks.checkpointed(error):
+                raise checks.second_derivative(error) from error
+            raise
         return dict(zip(names, found, strict=True))
 
-    def _probe_second_derivative(self) -> None:
-        """One product, to choose forward mode where it exists and to fail now rather than an hour from now."""
+    def _choose_mode(self) -> None:
+        """One product, to choose forward mode where it exists and to fail now rather than an hour from now.
+
+        Tried in this order: forward over reverse; the same with plain operations for functions torch lacks the
+        derivatives of; reverse over reverse.
+        """
         tangent = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
-        try:
-            self._product(tangent, self._batches[0])
-        except (RuntimeError, NotImplementedError) as forward_error:
-            self._forward_mode = False
+        errors: list[Exception] = []
+        used = False
+        for self._forward_mode, self._plain in ((True, False), (True, True), (False, False)):
+            if not self._forward_mode:
+                self._plain = used
+            with self._differentiable() as swapped, torch.inference_mode(False), torch.enable_grad():
+                try:
+                    self._product(tangent, self._batches[0])
+                    break
+                except (RuntimeError, NotImplementedError) as error:
+                    errors.append(error)
+            used = bool(swapped)
+        else:
+            raise checks.second_derivative(errors[-1]) from errors[-1]
+        if not self._forward_mode:
+            warnings.warn(
+                f"the loss has no forward-mode second derivative ({errors[-1]}): products are taken reverse over "
+                "reverse and cannot be traced, so that each of them computes the gradient again; plain torch "
+                "operations in place of the one named make them faster",
+                stacklevel=3,
+            )
+
+    def _weigh(
+        self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool
+    ) -> list[float]:
+        """The share of each batch in the mean; on the way every batch's product is checked."""
+        if count is None and len(self._batches) > 1:
+            weighing = Weighing(model, self._batches, self._first_product, ask=mean_check)
+            return weighing.shares(self._checked_products())
+        weights = [1.0] if count is None else counted(count, self._batches)
+        for _ in self._checked_products():
+            pass
+        return weights
+
+    def _first_product(self, batch: Any) -> Tensor:
+        return self._flat(self._product(symmetry.directions(self._theta)[0], batch))
+
+    def _flat(self, by_name: dict[str, Tensor]) -> Tensor:
+        return torch.cat([by_name[name].flatten() for name in self._theta])
+
+    def _checked_products(self) -> Iterator[Tensor]:
+        """Each batch's product with one fixed vector, once it is known to be finite and symmetric."""
+        u, v = symmetry.directions(self._theta)
+        for i, batch in enumerate(self._batches):
             try:
-                self._product(tangent, self._batches[0])
-                logger.info("no forward-mode derivative here (%s); using reverse over reverse", forward_error)
+                Hu, Hv = (self._flat(self._product(direction, batch)) for direction in (u, v))
             except (RuntimeError, NotImplementedError) as error:
-                raise RuntimeError(
-                    f"the loss has no second derivative: {error}. An operation in the model cannot be differentiated "
-                    "twice; replace it (a custom autograd function, flex or flash attention) by plain torch "
-                    "operations, for attention by torch.nn.functional.scaled_dot_product_attention"
-                ) from error
+                raise checks.second_derivative(error) from error
+            checks.finite(f"the Hessian of batches[{i}] (its product with a vector of signs)", Hu + Hv)
+            off = symmetry.asymmetry(self._flat(u), self._flat(v), Hu, Hv)
+            if off > symmetry.tolerance(self.dtype):
+                raise ValueError(self._why_asymmetric(i, off))
+            yield Hu
+
+    def _why_asymmetric(self, i: int, off: float) -> str:
+        batch = self._batches[i]
+        theta = {name: tensor.clone().requires_grad_() for name, tensor in self._theta.items()}
+        operations = symmetry.custom_functions(self._value(theta, batch))
+        names = symmetry.asymmetric_parameters(self._theta, lambda tangent: self._product(tangent, batch))
+        return symmetry.message(i, off, symmetry.tolerance(self.dtype), operations, names)
 
     def _product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
         """Hessian-vector product of one batch's loss."""
@@ -220,7 +287,7 @@ class HessianOperator:
             raise ValueError(f"vectors has shape {tuple(vectors.shape)}; this operator takes [{self.shape[0]}, k]")
         columns = vectors.to(self.device, self.dtype).T
         out = torch.empty_like(columns, memory_format=torch.contiguous_format)
-        with torch.no_grad(), _twice_differentiable():
+        with torch.no_grad(), self._differentiable():
             for start in range(0, len(columns), self._chunk):
                 chunk = columns[start : start + self._chunk]
                 self._columns_asked += len(chunk)
@@ -274,7 +341,7 @@ class HessianOperator:
     def gradient(self) -> Tensor:
         """Gradient of the mean loss, [n]."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        with torch.no_grad(), _twice_differentiable():
+        with torch.no_grad(), self._differentiable():
             for weight, batch in zip(self._weights, self._batches, strict=True):
                 one = grad(self._value)(self._theta, batch)
                 total.add_(torch.cat([one[name].flatten() for name in self._theta]), alpha=weight)
