@@ -16,6 +16,11 @@ from torch.utils._pytree import tree_flatten
 from .weights import doubled
 
 logger = logging.getLogger("hessian")
+CHECKPOINTING = (
+    "gradient checkpointing is on, and torch cannot differentiate through it twice. Switch it off: "
+    "model.gradient_checkpointing_disable() for Hugging Face models (or model.eval(), where it is used in training "
+    "only), elsewhere call the module instead of torch.utils.checkpoint.checkpoint"
+)
 
 
 def own_parameters(model: nn.Module, params: dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -170,11 +175,7 @@ def _is_mean(value_of: Callable[[Any], Any], batches: Sequence[Any], i: int, onc
 def second_derivative(error: Exception) -> RuntimeError:
     """torch's complaint about something it cannot differentiate twice, with what to do about it."""
     if checkpointed(error):
-        return RuntimeError(
-            f"gradient checkpointing is on, and torch cannot differentiate through it twice: {error}. Switch it off: "
-            "model.gradient_checkpointing_disable() for Hugging Face models (or model.eval(), where it is used in "
-            "training only), elsewhere call the module instead of torch.utils.checkpoint.checkpoint"
-        )
+        return RuntimeError(f"{CHECKPOINTING} ({error})")
     if "saved tensor hooks" in str(error):
         return RuntimeError(
             f"saved-tensor hooks are active (torch.autograd.graph.save_on_cpu and its like): {error}. Leave their "

@@ -144,7 +144,7 @@ class HessianOperator:
         self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in own.values()]
         self._chunk = chunk
-        self._forward_mode, self._plain = True, False
+        self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
         self._columns_asked = 0
         self._programs: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
         first = next(iter(own.values()))
@@ -154,11 +154,17 @@ class HessianOperator:
             with torch.no_grad():
                 checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
             checks.dependence(self._reverse_gradients, list(own), self._batches)
-        self._choose_mode()
-        with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
-            self._weights = self._weigh(model, count, mean_check)
+        self._choose_mode(self._batches[0])
+        self._weights = self._weigh(model, count, mean_check)
+        if not self._forward_mode:
+            warnings.warn(
+                f"the loss has no forward-mode second derivative ({self._no_forward_mode}): products are taken reverse "
+                "over reverse and cannot be traced, so that each of them computes the gradient again; plain torch "
+                "operations in place of the one named make them faster",
+                stacklevel=2,
+            )
 
-    def _differentiable(self) -> AbstractContextManager[set[Any]]:
+    def _differentiable(self) -> AbstractContextManager[None]:
         return twice_differentiable(plain=self._plain)
 
     @property
@@ -182,74 +188,79 @@ class HessianOperator:
             if checks.checkpointed(error):
                 raise checks.second_derivative(error) from error
             raise
+        reentrant = "CheckpointFunctionBackward"  # hides what the module inside it depends on
+        if None in found and any(node.name() == reentrant for node in symmetry.graph_of(value)):
+            raise RuntimeError(checks.CHECKPOINTING)
         return dict(zip(names, found, strict=True))
 
-    def _choose_mode(self) -> None:
+    def _choose_mode(self, batch: Any) -> None:
         """One product, to choose forward mode where it exists and to fail now rather than an hour from now.
 
         Tried in this order: forward over reverse; the same with plain operations for functions torch lacks the
         derivatives of; reverse over reverse.
         """
-        tangent = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
+        ones = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
         errors: list[Exception] = []
-        used = False
-        for self._forward_mode, self._plain in ((True, False), (True, True), (False, False)):
-            if not self._forward_mode:
-                self._plain = used
-            with self._differentiable() as swapped, torch.inference_mode(False), torch.enable_grad():
-                try:
-                    self._product(tangent, self._batches[0])
-                    break
-                except (RuntimeError, NotImplementedError) as error:
-                    errors.append(error)
-            used = bool(swapped)
-        else:
-            raise checks.second_derivative(errors[-1]) from errors[-1]
-        if not self._forward_mode:
-            warnings.warn(
-                f"the loss has no forward-mode second derivative ({errors[-1]}): products are taken reverse over "
-                "reverse and cannot be traced, so that each of them computes the gradient again; plain torch "
-                "operations in place of the one named make them faster",
-                stacklevel=3,
-            )
+        for self._forward_mode, self._plain in ((True, False), (True, True), (False, self._plain)):
+            try:
+                self._alone(ones, batch)
+                return
+            except (RuntimeError, NotImplementedError) as error:
+                errors.append(error)
+                self._no_forward_mode = str(errors[0]).splitlines()[0]
+        raise checks.second_derivative(errors[-1]) from errors[-1]
 
-    def _weigh(
-        self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool
-    ) -> list[float]:
+    def _alone(self, tangent: dict[str, Tensor], batch: Any) -> Tensor:
+        """Product of one vector with the Hessian of one batch, flat."""
+        with self._differentiable(), torch.inference_mode(False), torch.no_grad():
+            return self._flat(self._product(tangent, batch))
+
+    def _flat(self, by_name: dict[str, Tensor]) -> Tensor:
+        return torch.cat([by_name[name].flatten() for name in self._theta])
+
+    def _weigh(self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool) -> list[float]:
         """The share of each batch in the mean; on the way every batch's product is checked."""
         if count is None and len(self._batches) > 1:
-            weighing = Weighing(model, self._batches, self._first_product, ask=mean_check)
+            signs = symmetry.directions(self._theta)[0]
+            weighing = Weighing(model, self._batches, lambda batch: self._alone(signs, batch), ask=mean_check)
             return weighing.shares(self._checked_products())
         weights = [1.0] if count is None else counted(count, self._batches)
         for _ in self._checked_products():
             pass
         return weights
 
-    def _first_product(self, batch: Any) -> Tensor:
-        return self._flat(self._product(symmetry.directions(self._theta)[0], batch))
-
-    def _flat(self, by_name: dict[str, Tensor]) -> Tensor:
-        return torch.cat([by_name[name].flatten() for name in self._theta])
-
     def _checked_products(self) -> Iterator[Tensor]:
         """Each batch's product with one fixed vector, once it is known to be finite and symmetric."""
         u, v = symmetry.directions(self._theta)
         for i, batch in enumerate(self._batches):
             try:
-                Hu, Hv = (self._flat(self._product(direction, batch)) for direction in (u, v))
-            except (RuntimeError, NotImplementedError) as error:
-                raise checks.second_derivative(error) from error
-            checks.finite(f"the Hessian of batches[{i}] (its product with a vector of signs)", Hu + Hv)
-            off = symmetry.asymmetry(self._flat(u), self._flat(v), Hu, Hv)
+                Hu, off = self._symmetric_product(u, v, batch, i)
+            except (RuntimeError, NotImplementedError):  # this batch takes a way through the loss that others did not
+                self._choose_mode(batch)
+                Hu, off = self._symmetric_product(u, v, batch, i)
+            if off > symmetry.tolerance(self.dtype) and not self._plain:
+                self._plain = True
+                Hu, off = self._symmetric_product(u, v, batch, i)
             if off > symmetry.tolerance(self.dtype):
                 raise ValueError(self._why_asymmetric(i, off))
             yield Hu
 
+    def _symmetric_product(
+        self, u: dict[str, Tensor], v: dict[str, Tensor], batch: Any, i: int
+    ) -> tuple[Tensor, float]:
+        """H u for one batch, and how far its Hessian is from symmetric."""
+        Hu, Hv = self._alone(u, batch), self._alone(v, batch)
+        checks.finite(f"the Hessian of batches[{i}] (its product with a vector of signs)", Hu + Hv)
+        return Hu, symmetry.asymmetry(self._flat(u), self._flat(v), Hu, Hv)
+
     def _why_asymmetric(self, i: int, off: float) -> str:
         batch = self._batches[i]
         theta = {name: tensor.clone().requires_grad_() for name, tensor in self._theta.items()}
-        operations = symmetry.custom_functions(self._value(theta, batch))
-        names = symmetry.asymmetric_parameters(self._theta, lambda tangent: self._product(tangent, batch))
+        with self._differentiable(), torch.inference_mode(False):
+            with torch.enable_grad():
+                operations = symmetry.suspects(self._module.model, self._value(theta, batch))
+            with torch.no_grad():
+                names = symmetry.asymmetric_parameters(self._theta, lambda tangent: self._product(tangent, batch))
         return symmetry.message(i, off, symmetry.tolerance(self.dtype), operations, names)
 
     def _product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
@@ -296,7 +307,9 @@ class HessianOperator:
                 total = torch.zeros_like(chunk, memory_format=torch.contiguous_format)
                 for i, weight in enumerate(self._weights):
                     product = self._chunk_product(self._unflatten(chunk), i)
-                    total.add_(torch.cat([product[n].flatten(1) for n in self._theta], dim=1), alpha=weight)
+                    total.add_(
+                        torch.cat([product[n].reshape(len(chunk), -1) for n in self._theta], dim=1), alpha=weight
+                    )
                 out[start : start + self._chunk] = total
         return out.T
 

@@ -44,15 +44,7 @@ PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class _PlainOperations(TorchFunctionMode):
-    """Calls of the functions in ``PLAIN`` go to their replacements; arguments those do not know go to the original.
-
-    Args:
-        used: receives the functions that were replaced.
-    """
-
-    def __init__(self, used: set[Any]) -> None:
-        super().__init__()
-        self._used = used
+    """Calls of the functions in ``PLAIN`` go to their replacements; arguments those do not know go to the original."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -63,24 +55,19 @@ class _PlainOperations(TorchFunctionMode):
         # size_average and reduce, the third and fourth arguments of mse_loss, are deprecated spellings of reduction.
         if (plain is _mse_loss and len(args) > 2) or not set(known) <= set(plain.__annotations__):
             return func(*args, **kwargs)
-        self._used.add(func)
         return plain(*args, **known)
 
 
 @contextlib.contextmanager
-def twice_differentiable(*, plain: bool = False) -> Iterator[set[Any]]:
+def twice_differentiable(*, plain: bool = False) -> Iterator[None]:
     """Only attention kernels with second derivatives, for as long as it lasts; with ``plain`` also plain losses.
 
     Replacing functions costs a call in Python for every operation, so it is asked for only where it is needed.
-
-    Yields:
-        The functions that were replaced, filled while the context lasts.
     """
-    used: set[Any] = set()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _PlainOperations(used) if plain else contextlib.nullcontext():
-            yield used
+        with sdpa_kernel(SDPBackend.MATH), _PlainOperations() if plain else contextlib.nullcontext():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -67,10 +67,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _packed(tensors: dict[str, Tensor]) -> bool:
     """Whether a tensor holds the bounds of sequences in another (``cu_seqlens``): such batches do not concatenate."""
     for t in tensors.values():
-        whole = t.dim() == 1 and len(t) > 1 and not t.is_floating_point() and t.dtype != torch.bool
-        if whole and int(t[0]) == 0 and bool((t[1:] >= t[:-1]).all()):
-            if any(int(t[-1]) in other.shape and len(other) != len(t) for other in tensors.values() if other.dim()):
-                return True
+        if t.dim() != 1 or len(t) < 2 or t.is_floating_point() or t.dtype == torch.bool:
+            continue
+        unlike = {size for other in tensors.values() if other.dim() and len(other) != len(t) for size in other.shape}
+        if int(t[0]) == 0 and int(t[-1]) in unlike and bool((t[1:] >= t[:-1]).all()):
+            return True
     return False
 
 
@@ -96,7 +97,7 @@ def doubled(batch: Any, batches: Sequence[Any]) -> Any:
     if rows is None:
         sizes = Counter(len(t) for t in tensors.values() if t.dim())
         rows = sizes.most_common(1)[0][0] if sizes else None
-    if rows is None or _packed(tensors):
+    if rows is None or any(_packed(tensors_of(each)) for each in batches):
         return None
     return _rebuilt(batch, lambda t: torch.cat([t, t]) if t.dim() and len(t) == rows else t)
 
@@ -104,7 +105,7 @@ def doubled(batch: Any, batches: Sequence[Any]) -> Any:
 def _joined(first: Any, second: Any, fixed: set[str]) -> Any:
     """Both batches as one; None where their tensors do not concatenate."""
     rows = _rows(first, fixed), _rows(second, fixed)
-    if None in rows or _packed(tensors_of(first)) or _packed(tensors_of(second)):
+    if None in rows:
         return None
     leaves, spec = tree_flatten(first)
     together = []
@@ -121,7 +122,7 @@ def _joined(first: Any, second: Any, fixed: set[str]) -> Any:
 def _halves(batch: Any, fixed: set[str]) -> tuple[Any, Any] | None:
     """A batch cut in two along its examples; None where it cannot be."""
     rows = _rows(batch, fixed)
-    if rows is None or rows < 2 or _packed(tensors_of(batch)):
+    if rows is None or rows < 2:
         return None
     cut = rows // 2
     return (
@@ -226,7 +227,8 @@ class Weighing:
     def __init__(
         self, model: nn.Module, batches: Sequence[Any], product_of: Callable[[Any], Tensor], *, ask: bool
     ) -> None:
-        self._model, self._batches, self._product_of, self._ask = model, batches, product_of, ask
+        self._model, self._batches, self._product_of = model, batches, product_of
+        self._ask = ask and not any(_packed(tensors_of(batch)) for batch in batches)
         self._fixed = _fixed(batches)
         self._misfit = dict.fromkeys(measures(batches), 0.0)
 
