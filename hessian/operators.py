@@ -201,7 +201,8 @@ class HessianOperator:
         """
         ones = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
         errors: list[Exception] = []
-        for self._forward_mode, self._plain in ((True, False), (True, True), (False, self._plain)):
+        for forward_mode, plain in ((True, False), (True, True), (False, self._plain)):
+            self._forward_mode, self._plain = forward_mode, plain
             try:
                 self._alone(ones, batch)
                 return

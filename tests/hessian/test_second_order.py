@@ -1,4 +1,4 @@
-"""Products are symmetric, or refused: weight normalisation, losses without forward mode, functions of the user's own."""
+"""Products are symmetric, or refused: weight normalisation, losses without forward mode, custom functions."""
 
 from __future__ import annotations
 
