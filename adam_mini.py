@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from optimizer import AdamMini, Layout, Role, Rules, Unit
-from optimizer.groups import Place, Recognition
-from optimizer.interface import whole_shape, wrappers
+from optimizer.groups import Recognition
+from optimizer.interface import Position, whole_shape, wrappers
 from optimizer.partition import Anatomy, Part, layout_of
 from optimizer.partition.apply import understood
 from optimizer.partition.discover import module_behind, report_unknown, tagged_or_named
@@ -136,10 +136,10 @@ class Adam_mini(AdamMini):
         self._resolved = False
         return [Layout.per_tensor(tuple(p.shape) if facts_of(p) else whole_shape(p)) for p, _ in pairs]
 
-    def rearrange(self, places: Sequence[Sequence[Place]], new: list[AnyLayout]) -> None:
+    def rearrange(self, positions: Sequence[Sequence[Position]], new: list[AnyLayout]) -> None:
         """Let what parameters are follow them, too; how they fall into blocks is decided anew."""
-        super().rearrange(places, new)
-        self._anatomies = [[self._anatomies[g][i] for g, i in row] for row in places]
+        super().rearrange(positions, new)
+        self._anatomies = [[self._anatomies[g][i] for g, i in row] for row in positions]
         self._resolve()
         self._resolved = False  # the name sets may still be changed before the next step
 

@@ -16,6 +16,7 @@ pay for their scalars. It was fixed before the training runs that test it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from optimizer.partition import Role, Rules, Unit
 
+from .checks import at_least
 from .probing import check_block_ids
 
 Z_GATE = 6.0
@@ -106,9 +108,13 @@ def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int =
         (gap, mean gap of the null), both in nats and >= 0.
 
     Raises:
-        ValueError: shapes differ; a second moment is negative or not finite, or all are zero; ids that are not int64
-            or leave out a number.
+        TypeError: v or block_ids is no tensor, permutations no integer.
+        ValueError: sizes differ; a second moment is negative or not finite, or all are zero; ids that are not int64
+            or leave out a number; no permutation.
     """
+    if not isinstance(v, Tensor) or not isinstance(block_ids, Tensor):
+        raise TypeError(f"v is a {type(v).__name__}, block_ids a {type(block_ids).__name__}; both must be tensors")
+    at_least("permutations", permutations, 1, "the null is a mean over them")
     flat, ids = v.detach().reshape(-1).to(torch.float64), block_ids.reshape(-1)
     if flat.numel() != ids.numel():
         raise ValueError(f"v has {flat.numel()} elements but block_ids has {ids.numel()}; give one id per element")
@@ -125,7 +131,7 @@ def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int =
 
     generator = torch.Generator().manual_seed(seed)
     null = [gap(ids[torch.randperm(len(ids), generator=generator)]) for _ in range(permutations)]
-    return gap(ids), sum(null) / max(1, len(null))
+    return gap(ids), sum(null) / len(null)
 
 
 def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: Any = None) -> Rules:
@@ -145,10 +151,11 @@ def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: A
         Rules whose ``evidence`` holds the candidates, the choice and its reason for every role, and the raw table.
 
     Raises:
-        ValueError: no evidence.
+        ValueError: no evidence, or a row of it with an unknown role or unit, without elements or blocks, or with a NaN.
     """
     if not evidence:
         raise ValueError("derive needs at least one Evidence row; `make hessian` measures them")
+    _check(evidence)
     trained = [row for row in evidence if row.checkpoint > 0] or list(evidence)
     units: dict[Role | str, Unit | str] = {}
     choices: dict[str, Any] = {}
@@ -168,6 +175,21 @@ def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: A
                   "table": [asdict(row) for row in evidence]},
         provenance=provenance,
     )  # fmt: skip
+
+
+def _check(evidence: Sequence[Evidence]) -> None:
+    """Raise ValueError, naming the row and the field, for evidence that no rule can be derived from."""
+    roles, units = {role.name for role in Role}, {unit.name for unit in Unit}
+    for i, row in enumerate(evidence):
+        where = f"evidence[{i}] ({row.model}, {row.tensor}, {row.unit})"
+        for field, value, known in (("role", row.role, roles), ("unit", row.unit, units)):
+            if value not in known:
+                raise ValueError(f"{where} has {field}={value!r}; it must be one of {sorted(known)}")
+        if row.n_params < 1 or row.n_blocks < 1:
+            raise ValueError(f"{where} has n_params={row.n_params}, n_blocks={row.n_blocks}; both must be at least 1")
+        for field in ("z", "mass_inside", "expected", "jensen", "jensen_null", "checkpoint"):
+            if not math.isfinite(getattr(row, field)):
+                raise ValueError(f"{where} has {field}={getattr(row, field)}; leave the row out or measure it again")
 
 
 def _candidates(rows: Sequence[Evidence]) -> list[Candidate]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import require_chunk
+from .checks import at_least
 from .operators import LinearMap
 
 DEFAULT_MAX_BYTES = 4 * 2**30
@@ -34,9 +34,10 @@ def dense(
         [n, n], column j the product with the j-th unit vector; symmetric up to rounding.
 
     Raises:
+        TypeError: a chunk that is no integer.
         ValueError: the result would be larger than ``max_bytes``, or a chunk below 1.
     """
-    require_chunk(chunk)
+    at_least("chunk", chunk, 1, "how many products are asked for at a time")
     n = operator.shape[0]
     needed = n * n * operator.dtype.itemsize
     if needed > max_bytes:

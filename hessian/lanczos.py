@@ -9,8 +9,9 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from .checks import at_least, finite
 from .operators import LinearMap, as_scipy
-from .results import SpectralDensity
+from .results import SpectralDensity, positive_sigma
 
 
 def slq(
@@ -39,10 +40,11 @@ def slq(
         ``SpectralDensity``. Where a probe's Krylov space ends early, its remaining nodes have weight 0.
 
     Raises:
-        ValueError: steps or probes < 1.
+        TypeError: steps or probes that are no integers.
+        ValueError: steps or probes < 1, or products with NaN or infinite entries.
     """
-    if steps < 1 or probes < 1:
-        raise ValueError(f"steps={steps} and probes={probes} must be at least 1")
+    at_least("steps", steps, 1)
+    at_least("probes", probes, 1)
     n = operator.shape[0]
     asked, steps = steps, min(steps, n)
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +57,7 @@ def slq(
     for step in range(steps):
         basis[step] = current
         product = operator.matmat(current.to(operator.dtype)).to(torch.float64)
+        finite("a product of the operator", product)
         alpha[step] = (product * current).sum(0)
         known = basis[: step + 1]
         for _ in range(2):
@@ -89,7 +92,18 @@ def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed: int = 0) -> Tensor:
-    """The k eigenvalues scipy's ``eigsh`` calls ``which`` ("LM", "LA", "SA", ...), in descending order, float64 [k]."""
+    """The k eigenvalues scipy's ``eigsh`` calls ``which`` ("LM", "LA", "SA", ...), in descending order, float64 [k].
+
+    Raises:
+        TypeError: k is no integer.
+        ValueError: k < 1, or k >= n, where Lanczos has no room: take ``torch.linalg.eigvalsh(dense(operator))``.
+    """
+    at_least("k", k, 1)
+    if k >= operator.shape[0]:
+        raise ValueError(
+            f"k={k} must be below the operator's order {operator.shape[0]}; for all eigenvalues take "
+            "torch.linalg.eigvalsh(dense(operator))"
+        )
     start = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     values = scipy.sparse.linalg.eigsh(
         as_scipy(operator), k=k, which=which, v0=start.numpy(), return_eigenvectors=False
@@ -114,8 +128,11 @@ def js_distance(first: Tensor, second: Tensor, *, sigma: float = 0.2, points: in
         The square root of the Jensen-Shannon divergence in bits, 0 (equal) to 1 (disjoint).
 
     Raises:
-        ValueError: no eigenvalues, or NaN or infinite ones.
+        TypeError: points that are no integer.
+        ValueError: no eigenvalues, or NaN or infinite ones; sigma that is not positive, fewer than two points.
     """
+    positive_sigma(sigma)
+    at_least("points", points, 2, "a density needs a grid")
     for name, values in (("first", first), ("second", second)):
         if values.numel() == 0 or not bool(torch.isfinite(values).all()):
             raise ValueError(

@@ -7,10 +7,10 @@ known.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,9 +18,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checks
+from . import checks, symmetry
+from .second_order import twice_differentiable
+from .weights import Weighing, counted
 
 logger = logging.getLogger("hessian")
 LINEARISE_AFTER = 128
@@ -47,11 +48,21 @@ class LinearMap(Protocol):
 
 
 class MatrixOperator:
-    """A symmetric matrix as an operator."""
+    """A symmetric matrix as an operator.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not square, empty, not finite or not symmetric.
+    """
 
     def __init__(self, matrix: Tensor) -> None:
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ValueError(f"matrix has shape {tuple(matrix.shape)}; it must be square")
+        checks.square(matrix)
+        off, allowed = float((matrix - matrix.T).abs().max()), symmetry.tolerance(matrix.dtype)
+        if off > allowed * float(matrix.abs().max()):
+            raise ValueError(
+                f"matrix is not symmetric: it differs from its transpose by {off:.2g}; every algorithm here takes it "
+                "to be: pass (matrix + matrix.T) / 2 if that is what is meant"
+            )
         self.matrix = matrix
         self.shape = (len(matrix), len(matrix))
         self.dtype, self.device = matrix.dtype, matrix.device
@@ -73,25 +84,18 @@ class _LossModule(nn.Module):
         return self.loss(self.model, batch)
 
 
-@contextlib.contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """Only attention kernels with second derivatives, for as long as it lasts."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-
-
 class HessianOperator:
     """The Hessian of the mean loss over all examples of all batches.
 
     ``H @ v`` and ``H.matmat(V)`` are exact products (forward-over-reverse, Pearlmutter 1994, under ``vmap``); no matrix
     is formed. The model is read only: weights, buffers, ``.grad`` and ``requires_grad`` stay as they are. The Hessian
     is that of the weights at construction; leave the model alone while the operator is in use. torch's fused attention
-    kernels have no second derivative, so the math kernel takes their place inside.
+    kernels have no second derivative, so the math kernel takes their place inside; so do plain operations for
+    ``mse_loss``, ``huber_loss`` and weight normalisation, whose second derivatives torch lacks or gets wrong.
+
+    Construction costs two products per batch, which show whether the Hessian is symmetric, a few forward passes, which
+    show whether the loss is a mean and the same each time, and, with several batches, up to two products of two batches
+    together, which show what the loss is a mean over: the weights of batches follow from that.
 
     After ``LINEARISE_AFTER`` columns each batch's product is traced once into a straight-line linear program (one
     gradient's intermediates are kept), which spares every later chunk the gradient itself and its dispatch.
@@ -102,7 +106,13 @@ class HessianOperator:
         params: name -> tensor (the model's own, or other values to take the Hessian at); None for all trainable ones.
             The vector order is this order, each tensor flattened row-major.
         batches: batches of one structure; they may differ in size.
-        count: examples in a batch, which weight its mean; default: rows of its first tensor.
+        count: what a batch's loss is a mean over, as a function of the batch: its number of examples, or of predicted
+            tokens (labels other than -100, the first of each row left out for a causal language model). It weights the
+            batch, and is taken as given. Default: found from the batches (rows, entries, labels, masks) and the loss;
+            refused where that leaves a doubt.
+        mean_check: False for losses that compare the examples of a batch with each other (contrastive ones): the loss
+            of the same examples twice is not asked to be the same, nor that of two batches together to be their mean.
+            The operator is then the Hessian of the weighted mean of the batches' losses.
         chunk: vectors per pass in ``matmat``; small chunks stay in cache and bound memory.
 
     Raises:
@@ -121,34 +131,41 @@ class HessianOperator:
         params: dict[str, Tensor] | None = None,
         batches: Sequence[Any] | None = None,
         *,
-        count: Callable[[Any], int] | None = None,
+        count: Callable[[Any], float] | None = None,
+        mean_check: bool = True,
         chunk: int = 16,
     ) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk={chunk} must be at least 1")
+        checks.at_least("chunk", chunk, 1)
         own = checks.own_parameters(model, params)
         checks.deterministic(model)
         self._batches = checks.usable_batches(batches)
-        counts = [(count or checks.example_count)(batch) for batch in self._batches]
-        if min(counts) <= 0:
-            raise ValueError(f"count gave {counts}; every batch must hold at least one example")
-        self._weights = [c / sum(counts) for c in counts]
         self._module = _LossModule(model, loss)
         self._theta = {name: tensor.detach().clone() for name, tensor in own.items()}
         self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in own.values()]
         self._chunk = chunk
-        self._forward_mode = True
+        self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
         self._columns_asked = 0
         self._programs: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
         first = next(iter(own.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shape = (sum(self._sizes), sum(self._sizes))
-        with _twice_differentiable(), torch.inference_mode(False), torch.enable_grad():
+        with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
             with torch.no_grad():
-                checks.mean_loss(lambda batch: self._value(self._theta, batch), self._batches)
+                checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
             checks.dependence(self._reverse_gradients, list(own), self._batches)
-            self._probe_second_derivative()
+        self._choose_mode(self._batches[0])
+        self._weights = self._weigh(model, count, mean_check)
+        if not self._forward_mode:
+            warnings.warn(
+                f"the loss has no forward-mode second derivative ({self._no_forward_mode}): products are taken reverse "
+                "over reverse and cannot be traced, so that each of them computes the gradient again; plain torch "
+                "operations in place of the one named make them faster",
+                stacklevel=2,
+            )
+
+    def _differentiable(self) -> AbstractContextManager[None]:
+        return twice_differentiable(plain=self._plain)
 
     @property
     def names(self) -> list[str]:
@@ -162,28 +179,90 @@ class HessianOperator:
     def _reverse_gradients(self, batch: Any, names: list[str]) -> dict[str, Tensor | None]:
         """Plain gradients, None where the loss does not depend on a parameter."""
         theta = {name: tensor.clone().requires_grad_(name in names) for name, tensor in self._theta.items()}
-        value = self._value(theta, batch)
-        if not value.requires_grad:
-            return dict.fromkeys(names)
-        found = torch.autograd.grad(value, [theta[name] for name in names], allow_unused=True)
+        try:
+            value = self._value(theta, batch)
+            if not value.requires_grad:
+                return dict.fromkeys(names)
+            found = torch.autograd.grad(value, [theta[name] for name in names], allow_unused=True)
+        except RuntimeError as error:
+            if checks.checkpointed(error):
+                raise checks.second_derivative(error) from error
+            raise
+        reentrant = "CheckpointFunctionBackward"  # hides what the module inside it depends on
+        if None in found and any(node.name() == reentrant for node in symmetry.graph_of(value)):
+            raise RuntimeError(checks.CHECKPOINTING)
         return dict(zip(names, found, strict=True))
 
-    def _probe_second_derivative(self) -> None:
-        """One product, to choose forward mode where it exists and to fail now rather than an hour from now."""
-        tangent = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
-        try:
-            self._product(tangent, self._batches[0])
-        except (RuntimeError, NotImplementedError) as forward_error:
-            self._forward_mode = False
+    def _choose_mode(self, batch: Any) -> None:
+        """One product, to choose forward mode where it exists and to fail now rather than an hour from now.
+
+        Tried in this order: forward over reverse; the same with plain operations for functions torch lacks the
+        derivatives of; reverse over reverse.
+        """
+        ones = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
+        errors: list[Exception] = []
+        for forward_mode, plain in ((True, False), (True, True), (False, self._plain)):
+            self._forward_mode, self._plain = forward_mode, plain
             try:
-                self._product(tangent, self._batches[0])
-                logger.info("no forward-mode derivative here (%s); using reverse over reverse", forward_error)
+                self._alone(ones, batch)
+                return
             except (RuntimeError, NotImplementedError) as error:
-                raise RuntimeError(
-                    f"the loss has no second derivative: {error}. An operation in the model cannot be differentiated "
-                    "twice; replace it (a custom autograd function, flex or flash attention) by plain torch "
-                    "operations, for attention by torch.nn.functional.scaled_dot_product_attention"
-                ) from error
+                errors.append(error)
+                self._no_forward_mode = str(errors[0]).splitlines()[0]
+        raise checks.second_derivative(errors[-1]) from errors[-1]
+
+    def _alone(self, tangent: dict[str, Tensor], batch: Any) -> Tensor:
+        """Product of one vector with the Hessian of one batch, flat."""
+        with self._differentiable(), torch.inference_mode(False), torch.no_grad():
+            return self._flat(self._product(tangent, batch))
+
+    def _flat(self, by_name: dict[str, Tensor]) -> Tensor:
+        return torch.cat([by_name[name].flatten() for name in self._theta])
+
+    def _weigh(self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool) -> list[float]:
+        """The share of each batch in the mean; on the way every batch's product is checked."""
+        if count is None and len(self._batches) > 1:
+            signs = symmetry.directions(self._theta)[0]
+            weighing = Weighing(model, self._batches, lambda batch: self._alone(signs, batch), ask=mean_check)
+            return weighing.shares(self._checked_products())
+        weights = [1.0] if count is None else counted(count, self._batches)
+        for _ in self._checked_products():
+            pass
+        return weights
+
+    def _checked_products(self) -> Iterator[Tensor]:
+        """Each batch's product with one fixed vector, once it is known to be finite and symmetric."""
+        u, v = symmetry.directions(self._theta)
+        for i, batch in enumerate(self._batches):
+            try:
+                Hu, off = self._symmetric_product(u, v, batch, i)
+            except (RuntimeError, NotImplementedError):  # this batch takes a way through the loss that others did not
+                self._choose_mode(batch)
+                Hu, off = self._symmetric_product(u, v, batch, i)
+            if off > symmetry.tolerance(self.dtype) and not self._plain:
+                self._plain = True
+                Hu, off = self._symmetric_product(u, v, batch, i)
+            if off > symmetry.tolerance(self.dtype):
+                raise ValueError(self._why_asymmetric(i, off))
+            yield Hu
+
+    def _symmetric_product(
+        self, u: dict[str, Tensor], v: dict[str, Tensor], batch: Any, i: int
+    ) -> tuple[Tensor, float]:
+        """H u for one batch, and how far its Hessian is from symmetric."""
+        Hu, Hv = self._alone(u, batch), self._alone(v, batch)
+        checks.finite(f"the Hessian of batches[{i}] (its product with a vector of signs)", Hu + Hv)
+        return Hu, symmetry.asymmetry(self._flat(u), self._flat(v), Hu, Hv)
+
+    def _why_asymmetric(self, i: int, off: float) -> str:
+        batch = self._batches[i]
+        theta = {name: tensor.clone().requires_grad_() for name, tensor in self._theta.items()}
+        with self._differentiable(), torch.inference_mode(False):
+            with torch.enable_grad():
+                operations = symmetry.suspects(self._module.model, self._value(theta, batch))
+            with torch.no_grad():
+                names = symmetry.asymmetric_parameters(self._theta, lambda tangent: self._product(tangent, batch))
+        return symmetry.message(i, off, symmetry.tolerance(self.dtype), operations, names)
 
     def _product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
         """Hessian-vector product of one batch's loss."""
@@ -220,7 +299,7 @@ class HessianOperator:
             raise ValueError(f"vectors has shape {tuple(vectors.shape)}; this operator takes [{self.shape[0]}, k]")
         columns = vectors.to(self.device, self.dtype).T
         out = torch.empty_like(columns, memory_format=torch.contiguous_format)
-        with torch.no_grad(), _twice_differentiable():
+        with torch.no_grad(), self._differentiable():
             for start in range(0, len(columns), self._chunk):
                 chunk = columns[start : start + self._chunk]
                 self._columns_asked += len(chunk)
@@ -229,7 +308,9 @@ class HessianOperator:
                 total = torch.zeros_like(chunk, memory_format=torch.contiguous_format)
                 for i, weight in enumerate(self._weights):
                     product = self._chunk_product(self._unflatten(chunk), i)
-                    total.add_(torch.cat([product[n].flatten(1) for n in self._theta], dim=1), alpha=weight)
+                    total.add_(
+                        torch.cat([product[n].reshape(len(chunk), -1) for n in self._theta], dim=1), alpha=weight
+                    )
                 out[start : start + self._chunk] = total
         return out.T
 
@@ -274,7 +355,7 @@ class HessianOperator:
     def gradient(self) -> Tensor:
         """Gradient of the mean loss, [n]."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        with torch.no_grad(), _twice_differentiable():
+        with torch.no_grad(), self._differentiable():
             for weight, batch in zip(self._weights, self._batches, strict=True):
                 one = grad(self._value)(self._theta, batch)
                 total.add_(torch.cat([one[name].flatten() for name in self._theta]), alpha=weight)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import require_chunk
+from .checks import at_least, finite
 from .operators import LinearMap
 from .results import BlockNorms
 
@@ -16,8 +16,13 @@ def check_block_ids(block_ids: Tensor, n: int) -> int:
     """The number of blocks.
 
     Raises:
-        ValueError: another length than n, not integers, or numbers that are not 0, 1, ..., B - 1.
+        TypeError: not a tensor.
+        ValueError: none, another length than n, not int64, or numbers that are not 0, 1, ..., B - 1.
     """
+    if not isinstance(block_ids, Tensor):
+        raise TypeError(f"block_ids is a {type(block_ids).__name__}; it must be an int64 tensor: torch.as_tensor(ids)")
+    if not n:
+        raise ValueError("block_ids is empty: there is nothing to partition")
     if block_ids.dim() != 1 or len(block_ids) != n:
         raise ValueError(f"block_ids has shape {tuple(block_ids.shape)}; give one id for each of the {n} parameters")
     if block_ids.dtype != torch.int64:
@@ -58,13 +63,14 @@ def block_norms(
         ``BlockNorms`` with mean and standard error, [B, B] each.
 
     Raises:
-        ValueError: ids that do not cover the parameters, fewer than two probes, or a chunk below 1.
+        TypeError: ids that are no tensor; probes or a chunk that are no integers.
+        ValueError: ids that do not cover the parameters, fewer than two probes, a chunk below 1, or products with NaN
+            or infinite entries.
     """
     n = operator.shape[0]
     blocks = check_block_ids(block_ids, n)
-    if probes < 2:
-        raise ValueError(f"probes={probes} must be at least 2: a standard error needs two")
-    require_chunk(chunk)
+    at_least("probes", probes, 2, "a standard error needs two")
+    at_least("chunk", chunk, 1, "how many products are asked for at a time")
     ids = block_ids.to(operator.device)
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(ids, minlength=blocks)
@@ -75,7 +81,9 @@ def block_norms(
         signs = torch.randint(0, 2, (n, len(part)), generator=generator).mul_(2).sub_(1)
         support = ids.cpu().unsqueeze(1) == torch.tensor([b for b, _ in part])
         vectors = (signs * support).to(operator.device, operator.dtype)
-        squares = operator.matmat(vectors).to(torch.float64).square()
+        products = operator.matmat(vectors)
+        finite("a product of the operator", products)
+        squares = products.to(torch.float64).square()
         sums = torch.zeros(blocks, len(part), dtype=torch.float64, device=ids.device).index_add_(0, ids, squares).cpu()
         for column, (b, p) in enumerate(part):
             samples[b, p] = sums[:, column]

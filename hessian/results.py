@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def positive_sigma(sigma: float) -> None:
+    """Raise ValueError unless ``sigma``, the width of a Gaussian, is positive and finite."""
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ValueError(f"sigma={sigma} must be positive: the width of the Gaussian, in units of the eigenvalues")
+
+
 @dataclass(frozen=True)
 class SpectralDensity:
     """Stochastic Lanczos quadrature of a symmetric operator's spectral density.
@@ -25,8 +31,7 @@ class SpectralDensity:
 
     def per_probe(self, grid: Tensor, sigma: float) -> Tensor:
         """Density on a grid for each probe, [probes, len(grid)], smoothed by Gaussians of standard deviation sigma."""
-        if sigma <= 0:
-            raise ValueError(f"sigma={sigma} must be positive: the width of the Gaussian, in units of the eigenvalues")
+        positive_sigma(sigma)
         gap = (grid.to(self.nodes)[None, None, :] - self.nodes[:, :, None]) / sigma
         kernel = torch.exp(-0.5 * gap.square()) / (sigma * math.sqrt(2 * math.pi))
         return (self.weights[:, :, None] * kernel).sum(1)

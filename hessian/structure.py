@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import at_least, finite, square
 from .probing import check_block_ids
 from .results import BlockStructure
 
@@ -27,14 +28,11 @@ def block_structure(matrix: Tensor, block_ids: Tensor, permutations: int = 200, 
         ``BlockStructure``.
 
     Raises:
-        ValueError: not square, NaN or infinite, ids that do not cover it, or fewer than two permutations.
+        TypeError: a matrix that is no floating-point tensor, ids that are no tensor, permutations that are no integer.
+        ValueError: not square, empty, NaN or infinite, ids that do not cover it, or fewer than two permutations.
     """
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"matrix has shape {tuple(matrix.shape)}; it must be square")
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError("matrix has NaN or infinite entries; find the batch or weight that causes them first")
-    if permutations < 2:
-        raise ValueError(f"permutations={permutations} must be at least 2: the null needs a spread")
+    square(matrix)
+    at_least("permutations", permutations, 2, "the null needs a spread")
     blocks = check_block_ids(block_ids, len(matrix))
     magnitude = matrix.abs().to(torch.float64)
     magnitude.fill_diagonal_(0)
@@ -74,7 +72,13 @@ def _mass(magnitude: Tensor, ids: Tensor, sizes: Tensor) -> float:
 
 
 def tau(matrix: Tensor) -> float:
-    """Share of |A| on the diagonal, 1 for a diagonal matrix, also of zeros (the Adam-mini paper's tau, 2406.16793)."""
+    """Share of |A| on the diagonal, 1 for a diagonal matrix, also of zeros (the Adam-mini paper's tau, 2406.16793).
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: not square, empty, NaN or infinite.
+    """
+    square(matrix)
     magnitude = matrix.abs()
     total = float(magnitude.sum())
     return float(magnitude.diagonal().sum()) / total if total else 1.0
@@ -87,8 +91,10 @@ def preconditioned_ratio(matrix: Tensor) -> float:
     stand in, as a saddle-free method would see.
 
     Raises:
-        ValueError: a zero on the diagonal, or a singular matrix.
+        TypeError: not a floating-point tensor.
+        ValueError: not square, empty, NaN or infinite; a zero on the diagonal, or a singular matrix.
     """
+    square(matrix)
     diagonal = matrix.diagonal().abs()
     if bool((diagonal == 0).any()):
         raise ValueError("matrix has a zero on its diagonal; leave those rows out: no diagonal scaling exists there")
@@ -107,7 +113,18 @@ def snr(v: Tensor, axis: int) -> float:
     Args:
         v: second moments, [..., K, ...], non-negative.
         axis: K.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: empty, negative, NaN or infinite; an axis that v does not have.
     """
+    if not isinstance(v, Tensor):
+        raise TypeError(f"v is a {type(v).__name__}; it must be a tensor of second moments")
+    if not v.numel() or bool((v < 0).any()):
+        raise ValueError(f"v of shape {tuple(v.shape)} is empty or has negative entries; second moments are at least 0")
+    finite("v", v)
+    if not -v.dim() <= axis < v.dim():
+        raise ValueError(f"axis={axis} is none of the {v.dim()} axes of v")
     mean = v.to(torch.float64).mean(axis)
     variance = v.to(torch.float64).var(axis, unbiased=False)
     return float((mean.square() / variance.clamp_min(1e-300)).clamp_max(1e12).mean())

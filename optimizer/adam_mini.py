@@ -12,8 +12,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .groups import Arrangement, Frozen, Place, Recognition, groups_of, require_groups, require_initialised
-from .interface import Calls, Stand, whole_shape, wrappers
+from .groups import Arrangement, Frozen, Recognition, groups_of, require_groups, require_initialised
+from .interface import Calls, Position, Stand, whole_shape, wrappers
 from .partition import Layout, Rules, discover
 from .partition.discover import module_behind
 from .partition.layout import AnyLayout
@@ -180,22 +180,22 @@ class AdamMini(torch.optim.Optimizer):
         edit = self._arranged.edit(self.param_groups, self.layouts, recognition.full_name)
         new = self.recognised(recognition, edit.fresh) if edit.fresh else []
         recognition.report(strict=self._strict)
-        self.rearrange(edit.places, new)
+        self.rearrange(edit.positions, new)
         for group, names in zip(self.param_groups, edit.names, strict=True):
             if names:
                 group["param_names"] = names
         self._arranged = Arrangement(self.param_groups)
         self._engines, self._shards = Engines(), Shards()
 
-    def rearrange(self, places: Sequence[Sequence[Place]], new: list[AnyLayout]) -> None:
+    def rearrange(self, positions: Sequence[Sequence[Position]], new: list[AnyLayout]) -> None:
         """Put what is kept by group position into another order; for subclasses to extend.
 
         Args:
-            places: for every parameter of the groups, where its layout is; behind the last group are the new ones.
+            positions: for every parameter of the groups, where its layout is; behind the last group are the new ones.
             new: layouts of parameters that were not there before.
         """
         rows = [*self.layouts, new]
-        self.layouts = [[rows[g][i] for g, i in row] for row in places]
+        self.layouts = [[rows[g][i] for g, i in row] for row in positions]
 
     def replace_layouts(self, layouts: list[list[AnyLayout]]) -> None:
         """Step with other blocks from now on; for subclasses that decide on blocks late."""
@@ -306,9 +306,9 @@ class AdamMini(torch.optim.Optimizer):
             self.layouts = self._stand.layouts
             self._engines, self._shards = Engines(), Shards()
 
-    def _layout_at(self, place: Place | None, parameter: Tensor) -> Layout | None:
-        """The layout of a parameter that was at ``place``; None where it is not the parameter's."""
-        layout = None if place is None else self.layouts[place[0]][place[1]]
+    def _layout_at(self, position: Position | None, parameter: Tensor) -> Layout | None:
+        """The layout of a parameter that was at ``position``; None where it is not the parameter's."""
+        layout = None if position is None else self.layouts[position[0]][position[1]]
         return layout if isinstance(layout, Layout) and layout.fits(whole_shape(parameter)) else None
 
     def shard_of(self, g: int, i: int) -> Shard | None:

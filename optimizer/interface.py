@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Discover = Callable[[nn.Module], "dict[str, Anatomy]"]
 AnatomyOf = Callable[[Tensor, str, "tuple[int, ...]"], "Anatomy"]
 LayoutOf = Callable[[Tensor], "Layout | None"]
+Position = tuple[int, int]
+"""A parameter: its group, and its place within the group."""
 Calls = list[tuple["Iterable[int] | None", "int | None"]]
 """What one ``step()`` takes, in order: positions of groups (None: all), and of the one parameter if it is not all."""
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..checks import example_count, usable_batches
+from ..checks import usable_batches
+from ..weights import counted, plain
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,12 @@ class _Whole(nn.Module):
 class _Batch:
     """A batch of any structure, with the two methods PyHessian calls on inputs and targets."""
 
-    def __init__(self, content: Any) -> None:
+    def __init__(self, content: Any, share: float = 0.0) -> None:
         self.content = content
+        self.share = share
 
-    def size(self, _: int) -> int:
-        return example_count(self.content)
+    def size(self, _: int) -> float:
+        return self.share
 
     def to(self, _: str) -> _Batch:
         return self
@@ -95,6 +97,7 @@ def pyhessian_answer(
     steps: int = 20,
     probes: int = 4,
     seed: int = 0,
+    count: Callable[[Any], float] | None = None,
 ) -> PyHessianAnswer:
     """Ask PyHessian about the Hessian of the mean loss over all batches.
 
@@ -108,6 +111,7 @@ def pyhessian_answer(
         steps: Lanczos steps.
         probes: Lanczos start vectors.
         seed: of everything random.
+        count: as ``HessianOperator``; without it, batches whose weights are in doubt are refused.
 
     Raises:
         ImportError: PyHessian is not installed.
@@ -118,7 +122,9 @@ def pyhessian_answer(
         raise ImportError("pyhessian is not installed; pip install --no-deps pyhessian==0.1") from error
     wrapped = _Whole(copy.deepcopy(model), loss)
     dtype = next(wrapped.parameters()).dtype
-    loader = [(_Batch(batch), _Batch(None)) for batch in usable_batches(batches)]
+    batches = usable_batches(batches)
+    weights = plain(batches) if count is None else counted(count, batches)
+    loader = [(_Batch(batch, share), _Batch(None)) for batch, share in zip(batches, weights, strict=True)]
     with _its_world(dtype, seed):
         asked = PyHessian(wrapped, lambda value, _: value, dataloader=loader, cuda=False)
         values, _ = asked.eigenvalues(maxIter=iterations, tol=1e-12, top_n=top)

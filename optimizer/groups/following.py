@@ -18,15 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..interface import whole_shape
+from ..interface import Position, whole_shape
 from ..partition.layout import AnyLayout
 from ..sharding.facts import facts_of
 from ..step.options import validate
 
 logger = logging.getLogger("optimizer")
 
-Place = tuple[int, int]
-"""Group, and parameter within the group."""
 _STAMP = "_adam_mini_serial"
 _PROCESS, _NUMBERS = uuid.uuid4().hex, itertools.count()
 _LOOKS = 64
@@ -56,22 +54,22 @@ class Arrangement:
         """Whether one parameter is where it was."""
         return g < len(self._ids) and i < len(self._ids[g]) and self._ids[g][i] == id(groups[g]["params"][i])
 
-    def finder(self) -> Callable[[Tensor], Place | None]:
+    def finder(self) -> Callable[[Tensor], Position | None]:
         """Where a parameter was that somebody has kept alive ever since; None for another one."""
         by_serial = self._by_serial()
         by_id = {n: (g, i) for g, own in enumerate(self._ids) for i, n in enumerate(own)}
         return lambda parameter: by_serial.get(getattr(parameter, _STAMP, ""), by_id.get(id(parameter)))
 
-    def _by_serial(self) -> dict[str, Place]:
+    def _by_serial(self) -> dict[str, Position]:
         return {serial: (g, i) for g, own in enumerate(self._serials) for i, serial in enumerate(own)}
 
-    def places(self, groups: Sequence[Mapping[str, Any]]) -> list[list[Place | None]]:
+    def positions(self, groups: Sequence[Mapping[str, Any]]) -> list[list[Position | None]]:
         """Where each parameter of the groups was; None for one that is new, or cannot be told from a new one."""
         by_serial = self._by_serial()
 
-        def was(parameter: Tensor, g: int, i: int) -> Place | None:
-            place = by_serial.get(getattr(parameter, _STAMP, ""))
-            return (g, i) if place is None and self.holds_at(groups, g, i) else place
+        def was(parameter: Tensor, g: int, i: int) -> Position | None:
+            position = by_serial.get(getattr(parameter, _STAMP, ""))
+            return (g, i) if position is None and self.holds_at(groups, g, i) else position
 
         return [[was(p, g, i) for i, p in enumerate(group["params"])] for g, group in enumerate(groups)]
 
@@ -89,21 +87,21 @@ class Arrangement:
             found: the name of a parameter of the model or with a tag; empty for one that nobody knows.
         """
         fresh: list[tuple[Tensor, str]] = []
-        places, names = [], []
-        for g, (group, was) in enumerate(zip(groups, self.places(groups), strict=True)):
-            known = [found(p) if place is None else "" for p, place in zip(group["params"], was, strict=True)]
+        positions, names = [], []
+        for g, (group, was) in enumerate(zip(groups, self.positions(groups), strict=True)):
+            known = [found(p) if position is None else "" for p, position in zip(group["params"], was, strict=True)]
             own = self._names_of(group, g, was, known)
             row = []
-            for i, (parameter, place) in enumerate(zip(group["params"], was, strict=True)):
-                if place is None and not known[i] and self._stands_in(parameter, group, g, i, layouts):
-                    place = (g, i)
-                if place is None:
-                    place = len(layouts), len(fresh)
+            for i, (parameter, position) in enumerate(zip(group["params"], was, strict=True)):
+                if position is None and not known[i] and self._stands_in(parameter, group, g, i, layouts):
+                    position = (g, i)
+                if position is None:
+                    position = len(layouts), len(fresh)
                     fresh.append((parameter, own[i] if own else ""))
-                row.append(place)
-            places.append(row)
+                row.append(position)
+            positions.append(row)
             names.append([name or f"unnamed.{g}.{i}" for i, name in enumerate(own)] if own else None)
-        return Edit(places, fresh, names)
+        return Edit(positions, fresh, names)
 
     def _stands_in(
         self, parameter: Tensor, group: Mapping[str, Any], g: int, i: int, layouts: Sequence[Sequence[AnyLayout]]
@@ -117,7 +115,7 @@ class Arrangement:
         )
 
     def _names_of(
-        self, group: Mapping[str, Any], g: int, was: Sequence[Place | None], known: Sequence[str]
+        self, group: Mapping[str, Any], g: int, was: Sequence[Position | None], known: Sequence[str]
     ) -> list[str]:
         """The names of a group's parameters as they lie now, empty where there is none; none for a group without.
 
@@ -129,11 +127,11 @@ class Arrangement:
         if not given or (in_place and given != before):
             return given
         names = []
-        for i, place in enumerate(was):
-            if place is None:
+        for i, position in enumerate(was):
+            if position is None:
                 names.append(known[i] or (before[i] if in_place else ""))
             else:
-                names.append(self._names[place[0]][place[1]] if self._names[place[0]] else "")
+                names.append(self._names[position[0]][position[1]] if self._names[position[0]] else "")
         return names
 
 
@@ -142,12 +140,13 @@ class Edit:
     """What became of the parameters of all groups.
 
     Attributes:
-        places: for each parameter, where it was; behind the last group that there was, its place among the new ones.
+        positions: for each parameter, where it was; behind the last group that there was, its index among
+            the new ones.
         fresh: the new ones, with their names.
         names: by group, None where it has none.
     """
 
-    places: list[list[Place]]
+    positions: list[list[Position]]
     fresh: list[tuple[Tensor, str]]
     names: list[list[str] | None]
 

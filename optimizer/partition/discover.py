@@ -16,8 +16,8 @@ from .families import (
     BARE,
     FAMILIES,
     LAYERS,
+    Context,
     Family,
-    Place,
     is_convolution,
     is_dense,
     is_wrapper,
@@ -77,8 +77,8 @@ def _discover(model: nn.Module) -> dict[str, Anatomy]:
     for path, module in paths.items():
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in found:
-                place = Place(parameter, module, _lineage(paths, path))
-                found[id(parameter)] = _leaf(place, names[id(parameter)], leaf, found)
+                context = Context(parameter, module, _lineage(paths, path))
+                found[id(parameter)] = _leaf(context, names[id(parameter)], leaf, found)
     _say_shared(paths, names, found)
     return {name: found[key] for key, name in names.items()}
 
@@ -138,7 +138,7 @@ def _claim(
             if owner is module and tensor.ndim >= 2 and not family.classes and id(family) in _ATTENTIONS:
                 continue  # a bare tensor, and no class that says which of its axes are heads and units
             try:
-                found[id(tensor)] = make(Place(tensor, owner, modules), family.why)
+                found[id(tensor)] = make(Context(tensor, owner, modules), family.why)
             except ValueError as error:
                 raise ValueError(f"parameter {names[id(tensor)]!r}: {error}") from error
 
@@ -186,48 +186,48 @@ def _output_layer(model: nn.Module, paths: dict[str, nn.Module], found: dict[int
     for module, why in candidates:
         weight = stored(module)
         if weight is not None and weight.ndim == 2 and id(weight) not in found:
-            found[id(weight)] = rows(Role.HEAD)(Place(weight, module, [module]), f"output layer: {why}")
+            found[id(weight)] = rows(Role.HEAD)(Context(weight, module, [module]), f"output layer: {why}")
 
 
 _FUSED_NAME = re.compile(r"(?i)(^|_)(qkv|wqkv|query_key_value|c_attn|kv|qk|to_kv|in_proj_qkv\w*|kv_proj|qk_proj)(_|$)")
 
 
-def _leaf(place: Place, name: str, leaf: str, found: dict[int, Anatomy]) -> Anatomy:
+def _leaf(context: Context, name: str, leaf: str, found: dict[int, Anatomy]) -> Anatomy:
     """A parameter no family claimed: by the module that holds it, then by name."""
-    tensor, owner = place.tensor, place.owner
-    meant, meant_leaf = parametrised(place, leaf)
+    tensor, owner = context.tensor, context.owner
+    meant, meant_leaf = parametrised(context, leaf)
     if stored(meant, meant_leaf) is tensor and meant_leaf != leaf:  # it stands for another tensor: what that one is
         path = name.removesuffix(f".parametrizations.{meant_leaf}.{leaf}").removesuffix(f".{leaf}")
-        around = place.modules[2:] if meant is not owner else place.modules
-        return _leaf(Place(tensor, meant, around), f"{path}.{meant_leaf}", meant_leaf, found)
+        around = context.modules[2:] if meant is not owner else context.modules
+        return _leaf(Context(tensor, meant, around), f"{path}.{meant_leaf}", meant_leaf, found)
     if is_dense(owner) and leaf == "weight" and tensor.ndim >= 2:
         role = role_of_name(name)
         holder = clean(name).rpartition(".")[0].rpartition(".")[2]  # empty where the model is the layer itself
         suspicious = role in HEAD_ROLES or _FUSED_NAME.search(holder)
-        if suspicious or (role is not Role.ATTENTION_OUT and _inside_attention(place, found)):
-            return _doubtful(place, name)
+        if suspicious or (role is not Role.ATTENTION_OUT and _inside_attention(context, found)):
+            return _doubtful(context, name)
         chosen = role if role in (Role.ATTENTION_OUT, Role.MLP_OUT) else Role.MLP_IN
         return replace(
-            rows(chosen)(place, f"a dense layer ({type(owner).__name__}): units are its outputs"), declared=False
+            rows(chosen)(context, f"a dense layer ({type(owner).__name__}): units are its outputs"), declared=False
         )
-    bare = next((row for row in BARE if row.matches(place, leaf)), None)
+    bare = next((row for row in BARE if row.matches(context, leaf)), None)
     if bare is not None:
-        return bare.make(place, bare.why)
+        return bare.make(context, bare.why)
     if tensor.ndim >= 2 and role_of_name(name) is Role.POSITION_EMBEDDING:
-        return table_rows(Role.POSITION_EMBEDDING)(place, f"a position table by name {name!r}")
+        return table_rows(Role.POSITION_EMBEDDING)(context, f"a position table by name {name!r}")
     if tensor.ndim <= 1:
-        return by_name(name, place.shape)
-    return whole(Role.OTHER, place.shape, f"{type(owner).__name__}.{leaf} is in no table")
+        return by_name(name, context.shape)
+    return whole(Role.OTHER, context.shape, f"{type(owner).__name__}.{leaf} is in no table")
 
 
-def _inside_attention(place: Place, found: dict[int, Anatomy]) -> bool:
+def _inside_attention(context: Context, found: dict[int, Anatomy]) -> bool:
     """Whether the layer belongs to something that calls itself attention and whose projections nobody knows.
 
     Containers and modules around a single layer are no level: a list of projections is the attention's own. But where
     the queries, keys or values are known, what else a container holds is a feed-forward block beside them.
     """
-    around = [module for module in place.modules[1:] if not _is_transparent(module)]
-    if _says_attention(place.owner) or (around and around[0] is place.modules[1] and _says_attention(around[0])):
+    around = [module for module in context.modules[1:] if not _is_transparent(module)]
+    if _says_attention(context.owner) or (around and around[0] is context.modules[1] and _says_attention(around[0])):
         return True
     if not around or not _says_attention(around[0]):
         return False
@@ -248,12 +248,12 @@ def _is_transparent(module: nn.Module) -> bool:
     return not _says_attention(module) and len(list(islice(matrices, 2))) == 1
 
 
-def _doubtful(place: Place, name: str) -> Anatomy:
+def _doubtful(context: Context, name: str) -> Anatomy:
     """A matrix inside an attention nobody declared: its rows might be anything."""
-    around = (module for module in place.modules[1:] if not _is_transparent(module))
-    kind = type(next(around, place.owner)).__name__
+    around = (module for module in context.modules[1:] if not _is_transparent(module))
+    kind = type(next(around, context.owner)).__name__
     why = f"inside {kind}, an attention no family describes ({clean(name)})"
-    return replace(place.plain(Role.OTHER, why), declared=False)
+    return replace(context.plain(Role.OTHER, why), declared=False)
 
 
 # --- without a model in hand --------------------------------------------------------------------------------------

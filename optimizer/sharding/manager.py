@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..interface import wrappers
+from ..interface import Position, wrappers
 from ..partition.layout import AnyLayout, Layout
 from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
 from ..step.engines.checks import require_takeable
@@ -22,7 +22,7 @@ from .flat import FlatLayout, flat_geometry
 from .geometry import Box, Geometry
 from .kinds import is_dtensor, local_of
 from .shard import Shard
-from .step_view import Position, Stepping
+from .step_view import StepView
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -159,7 +159,7 @@ class Shards:
         states: Mapping[Tensor, Any],
         which: Iterable[int],
         only: int | None = None,
-    ) -> Stepping:
+    ) -> StepView:
         """Look at every parameter that takes part in a step.
 
         Raises:
@@ -167,22 +167,22 @@ class Shards:
                 that does not fit; nothing has been stepped then.
             ValueError: a parameter that cannot be stepped as it is placed.
         """
-        stepping = Stepping(groups, layouts, states)
+        view = StepView(groups, layouts, states)
         try:
             for g in which:
                 if any(map(is_sharded, groups[g]["params"], layouts[g])):
-                    self._localise(stepping, g, groups[g], layouts[g], states, only)
+                    self._localise(view, g, groups[g], layouts[g], states, only)
             if self._fresh:
                 self._agree(groups, layouts)
                 self._fresh = False
         except BaseException:
-            stepping.end()
+            view.end()
             raise
-        return stepping
+        return view
 
     def _localise(
         self,
-        stepping: Stepping,
+        view: StepView,
         g: int,
         group: dict[str, Any],
         layouts: list[AnyLayout],
@@ -217,18 +217,18 @@ class Shards:
                 if grad is not None:
                     plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
                     require_takeable(shard.view, grad, state, plain, label(group, g, i))
-                stepping.cut[g, i] = (shard, grad)
+                view.cut[g, i] = (shard, grad)
                 for k, free in enumerate(shard.free if grad is not None else ()):
-                    stepping.free[g, first + k] = (i, free)
-                    stepping.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
+                    view.free[g, first + k] = (i, free)
+                    view.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
                     own_states[free.view] = free.state(state) if state else {}
             elif grad is not None and geometry.boxes:
-                stepping.lend(shard.view, shard.gradient(grad))
+                view.lend(shard.view, shard.gradient(grad))
                 own_states[shard.view] = state
             elif grad is not None:
-                stepping.empty.append((g, i))
-        stepping.groups[g] = {**group, "params": params, "param_names": names}
-        stepping.layouts[g], stepping.states[g] = own_layouts, own_states
+                view.empty.append((g, i))
+        view.groups[g] = {**group, "params": params, "param_names": names}
+        view.layouts[g], view.states[g] = own_layouts, own_states
 
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
         """Ask every group that shards something whether its ranks hold the same."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from ..interface import Position
 from ..partition.layout import AnyLayout, Layout
 from ..step.dtypes import second_moment_dtype
 from ..step.hyper import Hyper
@@ -14,11 +15,8 @@ from .cut_update import cut_update
 from .exchange import block_means
 from .shard import Free, Shard
 
-Position = tuple[int, int]
-"""Group, and parameter within the group."""
 
-
-class Stepping:
+class StepView:
     """One step's view of the groups: local tensors where parameters are sharded.
 
     Attributes:

@@ -103,8 +103,8 @@ def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, con
         prepared, states = checkpoint.checked(
             virtual, layouts, optimizer.rules, document, convert=convert, exempt=optimizer.undecayed
         )
-        for place, state in states:
-            member, k = taker[id(place.parameter)]
+        for slot, state in states:
+            member, k = taker[id(slot.parameter)]
             member.take(k, state)
         for member in members:
             if member.state:

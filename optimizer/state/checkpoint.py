@@ -26,7 +26,7 @@ from ..partition.rules import shipped
 from ..step.dtypes import second_moment_dtype
 from . import first_moments as moment
 from .blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
-from .matching import Place, matched, options_of, places_of, rules_named, written_by_published
+from .matching import Slot, matched, options_of, rules_named, slots_of, written_by_published
 from .saved import Saved, read
 from .specification import step_counter
 
@@ -61,7 +61,7 @@ def loading(
     """While this is open, ``Optimizer.load_state_dict`` loads what ``prepare`` makes of the document.
 
     Torch keeps its part: its hooks run as ever. The document is prepared after the last of the caller's pre-hooks, so
-    that it is what they made of it; the state is in place before the first of the caller's post-hooks.
+    that it is what they made of it; the state is in slot before the first of the caller's post-hooks.
 
     Args:
         optimizer: whose ``load_state_dict`` is about to be called.
@@ -136,7 +136,7 @@ def prepare(
             partition's, without ``convert``.
     """
     prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt)
-    prepared.state.update({place.parameter: state for place, state in states})
+    prepared.state.update({slot.parameter: state for slot, state in states})
     keys = {key for group in document["param_groups"] for key in group["params"]}
     others = {key: value for key, value in document["state"].items() if key not in keys}
     prepared.state.update(copy.deepcopy(others))
@@ -151,7 +151,7 @@ def checked(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
-) -> tuple[Prepared, Iterator[tuple[Place, dict[str, Any]]]]:
+) -> tuple[Prepared, Iterator[tuple[Slot, dict[str, Any]]]]:
     """``prepare`` up to the states, which are made one by one as they are asked for.
 
     Args and errors: as of ``prepare``.
@@ -159,14 +159,14 @@ def checked(
     Returns:
         what will be set, without states; each parameter that has one and its state.
     """
-    places = places_of(param_groups, layouts)
-    sources = matched(param_groups, places, document)
+    slots = slots_of(param_groups, layouts)
+    sources = matched(param_groups, slots, document)
     states = document["state"]
-    saved = [(place, read(states[source.key], place.parameter.shape, place.where))
-             for place, source in zip(places, sources, strict=True) if states.get(source.key)]  # fmt: skip
-    for place, one in saved:
-        _require_alike(place, one)
-    groups, disagreements = options_of(param_groups, places, sources, document, exempt)
+    saved = [(slot, read(states[source.key], slot.parameter.shape, slot.where))
+             for slot, source in zip(slots, sources, strict=True) if states.get(source.key)]  # fmt: skip
+    for slot, one in saved:
+        _require_alike(slot, one)
+    groups, disagreements = options_of(param_groups, slots, sources, document, exempt)
     prepared = Prepared(groups, notes=Counter(disagreements))
     others = _of_another_partition(saved, rules, document, convert=convert)
     saved_groups = document["param_groups"]
@@ -176,13 +176,13 @@ def checked(
             "set it anew"
         )
     return prepared, (
-        (place, _state(place, one, id(place.parameter) in others, prepared.notes, seed))
-        for seed, (place, one) in enumerate(saved)
+        (slot, _state(slot, one, id(slot.parameter) in others, prepared.notes, seed))
+        for seed, (slot, one) in enumerate(saved)
     )
 
 
 def _of_another_partition(
-    saved: Iterable[tuple[Place, Saved]], rules: Rules, document: Mapping[str, Any], *, convert: bool
+    saved: Iterable[tuple[Slot, Saved]], rules: Rules, document: Mapping[str, Any], *, convert: bool
 ) -> set[int]:
     """Parameters, by id, whose second moment was kept for other blocks.
 
@@ -191,7 +191,7 @@ def _of_another_partition(
     """
     named = rules_named(document)
     others = named is not None and not same_rules(named, rules)
-    offences = [(place, offence) for place, one in saved if (offence := offence_of(place, one, others))]
+    offences = [(slot, offence) for slot, one in saved if (offence := offence_of(slot, one, others))]
     if offences and not convert:
         saved_under, advice = f"rules {named!r}", "with the rules of the checkpoint"
         if written_by_published(document):
@@ -201,21 +201,21 @@ def _of_another_partition(
         elif same_rules(named, rules):
             saved_under += ", but knew its parameters otherwise"
             advice = "from the model, as that of the checkpoint was"
-        (place, offence), more = offences[0], len(offences) - 1
+        (slot, offence), more = offences[0], len(offences) - 1
         raise ValueError(
             f"the checkpoint was saved under {saved_under}, this optimizer has rules {identity(rules)!r}: "
-            f"exp_avg_sq of {place.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the "
+            f"exp_avg_sq of {slot.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the "
             f"optimizer {advice}, or pass convert=True to rebuild the second moments from block means"
         )
-    return {id(place.parameter) for place, _ in offences}
+    return {id(slot.parameter) for slot, _ in offences}
 
 
-def _require_alike(place: Place, saved: Saved) -> None:
+def _require_alike(slot: Slot, saved: Saved) -> None:
     """Raise where one of parameter and state is sharded and the other is not."""
-    if hasattr(place.parameter, "to_local") != hasattr(saved.exp_avg, "to_local"):
-        one, other = ("sharded", "whole") if hasattr(place.parameter, "to_local") else ("whole", "sharded")
+    if hasattr(slot.parameter, "to_local") != hasattr(saved.exp_avg, "to_local"):
+        one, other = ("sharded", "whole") if hasattr(slot.parameter, "to_local") else ("whole", "sharded")
         raise ValueError(
-            f"{place.where} is {one}, but its state in the checkpoint is {other}; load it with "
+            f"{slot.where} is {one}, but its state in the checkpoint is {other}; load it with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which distributes or gathers it"
         )
 
@@ -239,13 +239,13 @@ def same_rules(named: str, rules: Rules) -> bool:
     return named == rules.name and named not in shipped() and not rules.overrides
 
 
-def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
+def offence_of(slot: Slot, saved: Saved, other_rules: bool) -> str | None:
     """What is wrong with a saved second moment under the parameter's layout, in words; None where nothing is."""
-    shape, v = tuple(place.parameter.shape), saved.exp_avg_sq
-    wanted = place.aligned
+    shape, v = tuple(slot.parameter.shape), saved.exp_avg_sq
+    wanted = slot.aligned
     if wanted is None:
         return None
-    layout = place.blocks
+    layout = slot.blocks
     if layout is not None and (saved.axes is not None or saved.blocks.startswith("vmean")):
         if saved.axes == axes_of(layout, shape):
             return None
@@ -264,13 +264,13 @@ def offence_of(place: Place, saved: Saved, other_rules: bool) -> str | None:
     return None
 
 
-def _state(place: Place, saved: Saved, other_blocks: bool, notes: Counter[str], seed: int) -> dict[str, Any]:
+def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], seed: int) -> dict[str, Any]:
     """The state of one parameter, as the running optimizer keeps it."""
-    parameter, group = place.parameter, place.group
+    parameter, group = slot.parameter, slot.group
     shape, v = tuple(parameter.shape), saved.exp_avg_sq
     dtype = second_moment_dtype(parameter)
-    if other_blocks or place.aligned not in (None, tuple(v.shape)):
-        v = rebuilt(v, _whole_layout(place, v), shape, dtype).to(parameter.device)
+    if other_blocks or slot.aligned not in (None, tuple(v.shape)):
+        v = rebuilt(v, _whole_layout(slot, v), shape, dtype).to(parameter.device)
         if other_blocks:
             notes["exp_avg_sq rebuilt from block means"] += 1
     else:
@@ -298,17 +298,17 @@ def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tenso
     return zeros.copy_(saved.compensation)
 
 
-def _whole_layout(place: Place, v: Tensor) -> Layout:
+def _whole_layout(slot: Slot, v: Tensor) -> Layout:
     """The blocks to rebuild a second moment for; raises where that cannot be done from what is at hand."""
-    shape, layout = tuple(place.parameter.shape), place.blocks
-    if layout is None or hasattr(v, "to_local") or hasattr(place.parameter, "to_local"):
+    shape, layout = tuple(slot.parameter.shape), slot.blocks
+    if layout is None or hasattr(v, "to_local") or hasattr(slot.parameter, "to_local"):
         raise ValueError(
-            f"exp_avg_sq of {place.where} is sharded, and rebuilding it would need the whole tensor; convert the "
+            f"exp_avg_sq of {slot.where} is sharded, and rebuilding it would need the whole tensor; convert the "
             "checkpoint once, on one process: python -m optimizer convert"
         )
     if not spreads(v.shape, shape):
         raise ValueError(
-            f"exp_avg_sq of {place.where} has shape {tuple(v.shape)} in the checkpoint, which no partition of a "
+            f"exp_avg_sq of {slot.where} has shape {tuple(v.shape)} in the checkpoint, which no partition of a "
             f"parameter of shape {shape} has; is it a checkpoint of another model?"
         )
     return layout

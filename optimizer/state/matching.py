@@ -35,7 +35,7 @@ _ELSEWHERE = {
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """A parameter of the running optimizer.
 
     Attributes:
@@ -75,20 +75,20 @@ class Source:
     g: int
 
 
-def places_of(param_groups: Sequence[Mapping[str, Any]], layouts: Sequence[Sequence[AnyLayout]]) -> list[Place]:
+def slots_of(param_groups: Sequence[Mapping[str, Any]], layouts: Sequence[Sequence[AnyLayout]]) -> list[Slot]:
     """The parameters of an optimizer, in its order."""
-    places = []
+    slots = []
     for g, (group, row) in enumerate(zip(param_groups, layouts, strict=True)):
         for i, ((parameter, name), layout) in enumerate(zip(named(group), row, strict=True)):
             known = clean(name or tagged_name(parameter))
-            places.append(Place(label(group, g, i), known, parameter, layout, group, g))
-    return places
+            slots.append(Slot(label(group, g, i), known, parameter, layout, group, g))
+    return slots
 
 
 def matched(
-    param_groups: Sequence[Mapping[str, Any]], places: Sequence[Place], document: Mapping[str, Any]
+    param_groups: Sequence[Mapping[str, Any]], slots: Sequence[Slot], document: Mapping[str, Any]
 ) -> list[Source]:
-    """The saved parameter of each place: by name where both sides have names, else by position as torch does.
+    """The saved parameter of each slot: by name where both sides have names, else by position as torch does.
 
     Raises:
         ValueError: no state dict of an optimizer; names missing or left over; other numbers of groups or parameters.
@@ -101,7 +101,7 @@ def matched(
     _require_adam(document["param_groups"])
     sources = [Source(key, g) for g, group in enumerate(document["param_groups"]) for key in group["params"]]
     published = written_by_published(document)
-    own, theirs = [place.name for place in places], saved_names(document)
+    own, theirs = [slot.name for slot in slots], saved_names(document)
     if published:  # its names are lower-case
         own, theirs = [name.lower() for name in own], [name.lower() for name in theirs]
     if _identify(own) and _identify(theirs):
@@ -115,9 +115,9 @@ def matched(
             return [found[name] for name in own]
     if not published:
         _require_same_sizes(param_groups, document["param_groups"])
-    elif len(sources) != len(places):
+    elif len(sources) != len(slots):
         raise ValueError(
-            f"the checkpoint has {len(sources)} parameters, the optimizer {len(places)} without names; build it from "
+            f"the checkpoint has {len(sources)} parameters, the optimizer {len(slots)} without names; build it from "
             "the model or model.named_parameters() to match them by name"
         )
     return sources
@@ -207,7 +207,7 @@ def _require_same_sizes(own: Sequence[Mapping[str, Any]], theirs: Sequence[Mappi
 
 def options_of(
     param_groups: Sequence[Mapping[str, Any]],
-    places: Sequence[Place],
+    slots: Sequence[Slot],
     sources: Sequence[Source],
     document: Mapping[str, Any],
     exempt: Container[str] = (),
@@ -220,7 +220,7 @@ def options_of(
 
     Args:
         param_groups: of the running optimizer.
-        places: its parameters.
+        slots: its parameters.
         sources: where each of them is in the document.
         document: the state dict.
         exempt: names of parameters that do not decay whatever the other group's weight decay is.
@@ -234,11 +234,11 @@ def options_of(
     saved = [_options(group, published) for group in document["param_groups"]]
     for g, own in enumerate(param_groups):
         count = len(own["params"])
-        of = sorted({source.g for place, source in zip(places, sources, strict=True) if place.g == g})
+        of = sorted({source.g for slot, source in zip(slots, sources, strict=True) if slot.g == g})
         if not count and len(saved) == len(param_groups):
             of = [g]
         agreed, differing = _agreed([saved[s] for s in of])
-        if agreed.get("weight_decay") and _keeps_no_decay(g, param_groups, places, sources, exempt):
+        if agreed.get("weight_decay") and _keeps_no_decay(g, param_groups, slots, sources, exempt):
             kept_decay = f"group {g} keeps its weight_decay of 0: its saved group, of {agreed.pop('weight_decay')}, "
             disagreements.append(kept_decay + "did not tell norms and biases from weights")
         options = {key: value for key, value in own.items() if key not in {"params", *agreed}}
@@ -257,7 +257,7 @@ def options_of(
 def _keeps_no_decay(
     g: int,
     param_groups: Sequence[Mapping[str, Any]],
-    places: Sequence[Place],
+    slots: Sequence[Slot],
     sources: Sequence[Source],
     exempt: Container[str],
 ) -> bool:
@@ -265,9 +265,9 @@ def _keeps_no_decay(
     own = param_groups[g].get("weight_decay")
     if isinstance(own, Tensor) or own != 0:
         return False
-    of = {source.g for place, source in zip(places, sources, strict=True) if place.g == g}
-    beside = {place.g for place, source in zip(places, sources, strict=True) if source.g in of} - {g}
-    apart = all(place.name in exempt for place in places if place.g == g)
+    of = {source.g for slot, source in zip(slots, sources, strict=True) if slot.g == g}
+    beside = {slot.g for slot, source in zip(slots, sources, strict=True) if source.g in of} - {g}
+    apart = all(slot.name in exempt for slot in slots if slot.g == g)
     return bool(beside) and (apart or any(param_groups[other].get("weight_decay") for other in beside))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,6 +36,35 @@ def test_jensen_gap_refuses_ids_with_holes(ids: list[int]) -> None:
 def test_jensen_gap_refuses_ids_of_another_dtype() -> None:
     with pytest.raises(ValueError, match=r"int32.*long\(\)"):
         jensen_gap(torch.ones(2), torch.zeros(2, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("permutations", [0, -1])
+def test_jensen_gap_needs_a_null(permutations: int) -> None:
+    with pytest.raises(ValueError, match=f"permutations={permutations}"):
+        jensen_gap(torch.ones(2), torch.zeros(2, dtype=torch.int64), permutations=permutations)
+
+
+def test_jensen_gap_takes_tensors() -> None:
+    with pytest.raises(TypeError, match="block_ids a list"):
+        jensen_gap(torch.ones(2), [0, 0])
+    with pytest.raises(ValueError, match="not all zero"):
+        jensen_gap(torch.ones(0), torch.ones(0, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"jensen": float("nan")}, r"evidence\[1\].*jensen=nan"),
+        ({"z": float("nan")}, r"evidence\[1\].*z=nan"),
+        ({"n_params": 0}, "n_params=0"),
+        ({"role": "QUERRY"}, "role='QUERRY'"),
+        ({"unit": "HEAD"}, "unit='HEAD'"),
+    ],
+)
+def test_evidence_that_is_none_is_refused(change: dict[str, object], words: str) -> None:
+    table = [row("TENSOR", 1.0, 0.0, blocks=1), dataclasses.replace(row("OUT_NEURON", 0.3, blocks=16), **change)]
+    with pytest.raises(ValueError, match=words):
+        derive(table)
 
 
 def test_jensen_gap_against_its_null() -> None:

@@ -131,6 +131,61 @@ def test_bad_block_ids_are_refused(ids: Tensor, words: str) -> None:
             ask()
 
 
+OPERATOR = MatrixOperator(torch.eye(4))
+IDS = torch.tensor([0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        (lambda: block_norms(OPERATOR, [0, 0, 1, 1]), TypeError, "block_ids is a list.*as_tensor"),
+        (lambda: block_structure(torch.eye(4), [0, 0, 1, 1]), TypeError, "block_ids is a list"),
+        (lambda: block_norms(OPERATOR, IDS, probes=0), ValueError, "probes=0"),
+        (lambda: block_norms(OPERATOR, IDS, probes=2.5), TypeError, r"probes=2\.5.*integer"),
+        (lambda: block_norms(OPERATOR, IDS, chunk=1.5), TypeError, r"chunk=1\.5.*integer"),
+        (lambda: dense(OPERATOR, chunk=True), TypeError, "chunk=True"),
+        (lambda: slq(OPERATOR, steps=-1), ValueError, "steps=-1"),
+        (lambda: slq(OPERATOR, probes=0), ValueError, "probes=0"),
+        (lambda: extreme_eigenvalues(OPERATOR, k=0), ValueError, "k=0"),
+        (lambda: extreme_eigenvalues(OPERATOR, k=4), ValueError, "k=4.*order 4.*eigvalsh"),
+        (lambda: block_structure(torch.eye(4), IDS, permutations=-1), ValueError, "permutations=-1"),
+        (lambda: block_structure(torch.eye(0), IDS[:0]), ValueError, "empty"),
+        (lambda: block_structure(torch.eye(4).long(), IDS), TypeError, "int64.*double"),
+        (lambda: block_structure([[1.0]], IDS), TypeError, "matrix is a list"),
+        (lambda: tau(torch.eye(3) * math.nan), ValueError, "NaN"),
+        (lambda: tau(torch.ones(2, 3)), ValueError, "square"),
+        (lambda: tau(torch.ones(0, 0)), ValueError, "empty"),
+        (lambda: preconditioned_ratio(torch.ones(2, 3)), ValueError, "square"),
+        (lambda: preconditioned_ratio(torch.eye(3) * math.nan), ValueError, "NaN"),
+        (lambda: snr(torch.tensor([[1.0, math.nan]]), 1), ValueError, "NaN"),
+        (lambda: snr(torch.tensor([[1.0, -1.0]]), 1), ValueError, "negative"),
+        (lambda: snr(torch.ones(0, 2), 0), ValueError, "empty"),
+        (lambda: snr(torch.ones(2, 2), 2), ValueError, "axis=2"),
+        (lambda: js_distance(torch.ones(3), torch.ones(3), sigma=0.0), ValueError, "sigma=0"),
+        (lambda: js_distance(torch.ones(3), torch.ones(3), sigma=math.nan), ValueError, "sigma=nan"),
+        (lambda: js_distance(torch.ones(3), torch.ones(3), points=1), ValueError, "points=1"),
+    ],
+)
+def test_numbers_and_matrices_out_of_range_are_refused(ask, error, words: str) -> None:
+    with pytest.raises(error, match=words):
+        ask()
+
+
+class Broken:
+    """An operator whose products are NaN."""
+
+    shape, dtype, device = (4, 4), torch.float64, torch.device("cpu")
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        return vectors * math.nan
+
+
+def test_products_that_are_nan_are_refused() -> None:
+    for ask in (lambda: slq(Broken(), steps=2), lambda: block_norms(Broken(), IDS)):
+        with pytest.raises(ValueError, match="product of the operator has NaN"):
+            ask()
+
+
 def planted(sizes: list[int], strength: float, seed: int) -> tuple[Tensor, Tensor]:
     ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     noise = torch.randn(len(ids), len(ids), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import UserDict
+from collections import OrderedDict, UserDict
 
 import pytest
 import scipy.sparse.linalg
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.models import lm_loss
 from hessian import HessianOperator, dense
-from tests.hessian.subjects import batches_for, gpt, joined, llama, mlp
+from tests.hessian.subjects import batches_for, double_backward, gpt, joined, llama, mlp
 
 
 def test_products_agree_with_the_matrix() -> None:
@@ -159,6 +159,43 @@ def test_bad_params_are_refused(params, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (lambda m: list(m.parameters()), r"params is a list.*dict\(model.named_parameters\(\)\)"),
+        (lambda m: m.named_parameters(), "params is a generator.*dict name -> tensor"),
+        (lambda m: {"weight": [1.0]}, r"params\['weight'\] is a list"),
+    ],
+)
+def test_params_that_are_no_dict_of_tensors_are_refused(params, words: str) -> None:
+    model, batches = regression()
+    with pytest.raises(TypeError, match=words):
+        HessianOperator(model, mse, params(model), batches)
+
+
+class Output(OrderedDict):
+    """What Hugging Face models return: an ordered dict with attributes, whose repr shows every tensor."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        return self[name]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [
+        (lambda value, logits: Output(loss=value, logits=logits), r"an? Output, which holds the loss.*\.loss"),
+        (lambda value, logits: {"loss": value, "logits": logits}, r"a dict, which holds the loss.*\['loss'\]"),
+        (lambda value, logits: (value, logits), "a tuple of 2.*the one element that is the loss"),
+        (lambda value, logits: None, "None"),
+    ],
+)
+def test_what_a_model_returns_beside_its_loss_is_not_printed(wrap, words: str) -> None:
+    model, batches = regression()
+    with pytest.raises(TypeError, match=words) as caught:
+        HessianOperator(model, lambda m, b: wrap(mse(m, b), m(b[0])), None, batches)
+    assert "tensor([" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda b: [], "batches is empty"),
@@ -231,3 +268,26 @@ def test_a_batch_type_unknown_to_torch_is_named() -> None:
     model, batches = regression()
     with pytest.raises(ValueError, match=r"batches\[0\] is a UserDict.*dict\(batch\)"):
         HessianOperator(model, mse, None, [UserDict(x=batches[0][0])])
+
+
+def test_parameters_without_axes() -> None:
+    """A learned temperature is one number."""
+    model, batches = regression()
+    model.register_parameter("scale", nn.Parameter(torch.tensor(1.5, dtype=torch.float64)))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (model.scale * model(batch[0]) - batch[1]).square().mean()
+
+    found = dense(HessianOperator(model, loss, None, batches))
+    torch.testing.assert_close(found, double_backward(model, batches[0], dict(model.named_parameters()), loss))
+
+
+def test_a_later_batch_may_need_another_mode() -> None:
+    model, (batch,) = regression()
+    second = (batch[0], batch[1] + 1)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return mse(model, batch) if torch.equal(batch[1], second[1]) else (model(batch[0]) - batch[1]).square().mean()
+
+    operator = HessianOperator(model, loss, None, [batch, second], count=len)
+    torch.testing.assert_close(dense(operator), dense(HessianOperator(model, mse, None, [batch])))

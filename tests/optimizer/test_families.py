@@ -17,7 +17,7 @@ from torch import nn
 
 from optimizer import partition
 from optimizer.partition import Anatomy, Part, Role, discover
-from optimizer.partition.families import Family, Place
+from optimizer.partition.families import Context, Family
 from optimizer.tools.verify import Verdict, verify
 from optimizer.tools.verify.run import is_target
 from tests.optimizer.zoo import IMAGES, TEXT, cross_attention_inputs
@@ -89,12 +89,12 @@ def blocks_by_hand(module: nn.Module, leaf: str, parameter: torch.Tensor) -> int
 
 
 def _wrong(
-    monkeypatch: pytest.MonkeyPatch, cls: str, leaf: str, parts: Callable[[Place], tuple[int, list[Part]]]
+    monkeypatch: pytest.MonkeyPatch, cls: str, leaf: str, parts: Callable[[Context], tuple[int, list[Part]]]
 ) -> None:
     """Put a wrong row on top of the table."""
     module = sys.modules["optimizer.partition.discover"]  # the package has a function of the same name
 
-    def make(place: Place, why: str) -> Anatomy:
+    def make(place: Context, why: str) -> Anatomy:
         repeat, made = parts(place)
         return place.anatomy(made, why, repeat=repeat)
 
@@ -102,7 +102,7 @@ def _wrong(
     monkeypatch.setattr(module, "FAMILIES", (row, *module.FAMILIES))
 
 
-def _thirds(*roles: Role) -> Callable[[Place], tuple[int, list[Part]]]:
+def _thirds(*roles: Role) -> Callable[[Context], tuple[int, list[Part]]]:
     return lambda place: (1, [Part(role, place.outputs // 3, 6) for role in roles])
 
 

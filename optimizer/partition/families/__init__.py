@@ -12,9 +12,22 @@ from .fused import FUSED
 from .latent import LATENT
 from .mixers import MIXERS
 from .plain import BARE, LAYERS, Bare
-from .table import Family, Maker, Place, is_convolution, is_dense, is_wrapper, parametrised, resolve, stored
+from .table import Context, Family, Maker, is_convolution, is_dense, is_wrapper, parametrised, resolve, stored
 
 FAMILIES: tuple[Family, ...] = (*FUSED, *LATENT, *SEPARATE, *MIXERS, *FEEDFORWARD)
 
-__all__ = ["BARE", "FAMILIES", "LAYERS", "Bare", "Family", "Maker", "Place", "is_convolution", "is_dense", "is_wrapper",
-           "parametrised", "resolve", "stored"]  # fmt: skip
+__all__ = [
+           "BARE",
+           "FAMILIES",
+           "LAYERS",
+           "Bare",
+           "Context",
+           "Family",
+           "Maker",
+           "is_convolution",
+           "is_dense",
+           "is_wrapper",
+           "parametrised",
+           "resolve",
+           "stored",
+]  # fmt: skip

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from ..roles import Anatomy, Part, Role
 from .makers import rows, vector
-from .table import Family, Maker, Place
+from .table import Context, Family, Maker
 
 
-def _embedding_a(place: Place, why: str) -> Anatomy:
+def _embedding_a(context: Context, why: str) -> Anatomy:
     """(rank, vocabulary), looked up transposed: one unit per token."""
-    return Anatomy(place.shape, (Part(Role.LORA_A, place.shape[1]),), f"{why}; columns are tokens", axis=1, in_axis=0)
+    return Anatomy(
+        context.shape, (Part(Role.LORA_A, context.shape[1]),), f"{why}; columns are tokens", axis=1, in_axis=0
+    )
 
 
 def _adapters(suffixes: tuple[str, ...]) -> dict[str, Maker]:

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 from ..roles import Anatomy, Part, Role
 from .makers import rows
-from .table import Family, Maker, Place
+from .table import Context, Family, Maker
 
 
-def into(place: Place, why: str) -> Anatomy:
+def into(context: Context, why: str) -> Anatomy:
     """A matrix up to the hidden neurons; with three axes, one per expert."""
-    return _dense_or_expert(place, why, Role.MLP_IN, Role.EXPERT_IN)
+    return _dense_or_expert(context, why, Role.MLP_IN, Role.EXPERT_IN)
 
 
-def back(place: Place, why: str) -> Anatomy:
+def back(context: Context, why: str) -> Anatomy:
     """The matrix back from the hidden neurons; with three axes, one per expert."""
-    return _dense_or_expert(place, why, Role.MLP_OUT, Role.EXPERT_OUT)
+    return _dense_or_expert(context, why, Role.MLP_OUT, Role.EXPERT_OUT)
 
 
-def _dense_or_expert(place: Place, why: str, dense: Role, expert: Role) -> Anatomy:
-    shape = place.shape
+def _dense_or_expert(context: Context, why: str, dense: Role, expert: Role) -> Anatomy:
+    shape = context.shape
     if len(shape) != 3:
-        return place.plain(dense, why)
-    if _keeps_inputs_first(place):
+        return context.plain(dense, why)
+    if _keeps_inputs_first(context):
         why = f"{why}; experts keep (expert, in, out)"
         return Anatomy(shape, (Part(expert, shape[2]),), why, axis=2, in_axis=1, leading=1)
     return Anatomy(shape, (Part(expert, shape[1]),), f"{why}; experts keep (expert, out, in)", axis=1, in_axis=2,
                    leading=1)  # fmt: skip
 
 
-def _keeps_inputs_first(place: Place) -> bool:
+def _keeps_inputs_first(context: Context) -> bool:
     """Whether experts keep (expert, in, out): as the module says, else as its bias, one per output, shows."""
-    if place.flag("is_transposed") or type(place.owner).__name__ in _TRANSPOSED:
+    if context.flag("is_transposed") or type(context.owner).__name__ in _TRANSPOSED:
         return True
-    own = dict(place.owner.named_parameters(recurse=False))
-    leaf = next((name for name, tensor in own.items() if tensor is place.tensor), "")
+    own = dict(context.owner.named_parameters(recurse=False))
+    leaf = next((name for name, tensor in own.items() if tensor is context.tensor), "")
     bias = next((own[n] for n in (f"{leaf}_bias", leaf.replace("weight", "bias")) if n in own and n != leaf), None)
-    _, first, second = place.shape
+    _, first, second = context.shape
     return bias is not None and first != second and bias.shape[-1] == second
 
 
@@ -46,13 +46,13 @@ _TRANSPOSED = ("Llama4TextExperts", "GptOssExperts")
 def folded(role: Role, *, transposed: bool) -> Maker:
     """DBRX: (experts x ffn, hidden) in one matrix; w2 is used transposed, so that its outputs are the columns."""
 
-    def make(place: Place, why: str) -> Anatomy:
-        experts = place.ask("moe_num_experts", "num_experts")
-        if place.shape[0] % experts:
-            raise ValueError(f"{experts} experts do not divide {place.shape[0]} rows")
+    def make(context: Context, why: str) -> Anatomy:
+        experts = context.ask("moe_num_experts", "num_experts")
+        if context.shape[0] % experts:
+            raise ValueError(f"{experts} experts do not divide {context.shape[0]} rows")
         axis = 2 if transposed else 1
-        units = place.shape[1] if transposed else place.shape[0] // experts
-        return Anatomy(place.shape, (Part(role, units),), why, axis=axis, in_axis=3 - axis, leading=1, fold=experts)
+        units = context.shape[1] if transposed else context.shape[0] // experts
+        return Anatomy(context.shape, (Part(role, units),), why, axis=axis, in_axis=3 - axis, leading=1, fold=experts)
 
     return make
 
@@ -109,7 +109,7 @@ FEEDFORWARD: tuple[Family, ...] = (
     _mlp(("net.0.proj",), "net.2", "diffusers feed-forward; GEGLU's projection is [hidden|gate]"),
     _mlp(("key",), "value", "RWKV's channel mixing", classes=("RwkvFeedForward",)),
 )
-"""The place where hidden neurons begin and end matters to rule sets that share along inputs."""
+"""The context where hidden neurons begin and end matters to rule sets that share along inputs."""
 
 ROUTER = rows(Role.MLP_IN)
 """Routers: one row per expert."""

@@ -4,78 +4,78 @@ from __future__ import annotations
 
 from ..roles import Anatomy, Part, Role
 from .makers import K, Q, V, heads, per_group, per_head, rows, segments, stacked, thirds_per_head, vector
-from .table import Family, Place
+from .table import Context, Family
 
 
-def gpt2_c_attn(place: Place, why: str) -> Anatomy:
+def gpt2_c_attn(context: Context, why: str) -> Anatomy:
     """[Q|K|V] in self attention, [K|V] in cross attention."""
-    return (stacked(K, V) if place.flag("is_cross_attention") else stacked(Q, K, V))(place, why)
+    return (stacked(K, V) if context.flag("is_cross_attention") else stacked(Q, K, V))(context, why)
 
 
-def bigcode_c_attn(place: Place, why: str) -> Anatomy:
+def bigcode_c_attn(context: Context, why: str) -> Anatomy:
     """GPTBigCode: [Q|K|V] with one key head; (head, 3, head_dim) without multi-query; [K|V] in cross attention."""
-    if place.flag("is_cross_attention"):
-        return stacked(K, V)(place, f"{why}; [K|V] under cross attention")
-    if place.flag("multi_query"):
-        return stacked(Q, K, V)(place, f"{why}; multi-query: [Q|K|V] with one key head")
-    return thirds_per_head(Q, K, V)(place, f"{why}; (head, 3, head_dim)")
+    if context.flag("is_cross_attention"):
+        return stacked(K, V)(context, f"{why}; [K|V] under cross attention")
+    if context.flag("multi_query"):
+        return stacked(Q, K, V)(context, f"{why}; multi-query: [Q|K|V] with one key head")
+    return thirds_per_head(Q, K, V)(context, f"{why}; (head, 3, head_dim)")
 
 
-def falcon_query_key_value(place: Place, why: str) -> Anatomy:
+def falcon_query_key_value(context: Context, why: str) -> Anatomy:
     """Falcon's three layouts, by the flags of its attention module."""
-    if place.flag("new_decoder_architecture"):
-        return per_group(place, f"{why}; 40B: (kv group, queries + 2, head_dim)")
-    if place.flag("multi_query"):
-        head_dim = place.ask("head_dim")
+    if context.flag("new_decoder_architecture"):
+        return per_group(context, f"{why}; 40B: (kv group, queries + 2, head_dim)")
+    if context.flag("multi_query"):
+        head_dim = context.ask("head_dim")
         layout = segments((Q, "...", "head_dim"), (K, head_dim, head_dim), (V, head_dim, head_dim))
-        return layout(place, f"{why}; 7B: [Q heads|one K|one V]")
-    return thirds_per_head(Q, K, V)(place, f"{why}; RW: (head, 3, head_dim)")
+        return layout(context, f"{why}; 7B: [Q heads|one K|one V]")
+    return thirds_per_head(Q, K, V)(context, f"{why}; RW: (head, 3, head_dim)")
 
 
-def codegen_qkv(place: Place, why: str) -> Anatomy:
+def codegen_qkv(context: Context, why: str) -> Anatomy:
     """CodeGen: four chunks, each [Q|V|K]."""
     chunks = 4
-    size, n_heads = place.outputs, place.ask("num_attention_heads", "n_head")
+    size, n_heads = context.outputs, context.ask("num_attention_heads", "n_head")
     if size % (3 * n_heads) or n_heads % chunks:
         raise ValueError(f"{n_heads} heads in {chunks} chunks do not divide {size} units")
     local, head_dim = size // (3 * chunks), size // (3 * n_heads)
-    layout = per_head((Q, local), (V, local), (K, local))(place, why)
+    layout = per_head((Q, local), (V, local), (K, local))(context, why)
     parts = [Part(part.role, part.size, head_dim) for part in layout.parts]
-    return place.anatomy(parts, why, repeat=chunks)
+    return context.anatomy(parts, why, repeat=chunks)
 
 
-def levit_qkv(place: Place, why: str) -> Anatomy:
+def levit_qkv(context: Context, why: str) -> Anatomy:
     """LeViT: per head a query and a key of key_dim, a value of attention_ratio * key_dim."""
-    dim = place.ask("key_dim")
-    return per_head((Q, dim), (K, dim), (V, place.ask("attention_ratio") * dim))(place, why)
+    dim = context.ask("key_dim")
+    return per_head((Q, dim), (K, dim), (V, context.ask("attention_ratio") * dim))(context, why)
 
 
-def levit_kv(place: Place, why: str) -> Anatomy:
+def levit_kv(context: Context, why: str) -> Anatomy:
     """LeViT's subsampling attention: per head a key and a value."""
-    dim = place.ask("key_dim")
-    return per_head((K, dim), (V, place.ask("attention_ratio") * dim))(place, why)
+    dim = context.ask("key_dim")
+    return per_head((K, dim), (V, context.ask("attention_ratio") * dim))(context, why)
 
 
-def channel_groups(place: Place, why: str) -> Anatomy:
+def channel_groups(context: Context, why: str) -> Anatomy:
     """[Q|K|V], where channels attend to channels of their group."""
-    size = place.outputs // 3
-    width = size // place.ask("groups")
-    return place.anatomy([Part(role, size, width) for role in (Q, K, V)], why)
+    size = context.outputs // 3
+    width = size // context.ask("groups")
+    return context.anatomy([Part(role, size, width) for role in (Q, K, V)], why)
 
 
-def transformer_engine_qkv(place: Place, why: str) -> Anatomy:
+def transformer_engine_qkv(context: Context, why: str) -> Anatomy:
     """Interleaved by group, or all queries, then keys, then values: the module's flag says which."""
-    if place.flag("qkv_weight_interleaved"):
-        return per_group(place, f"{why}; (kv group, queries + 2, head_dim)")
-    return stacked(Q, K, V)(place, f"{why}; [Q|K|V]")
+    if context.flag("qkv_weight_interleaved"):
+        return per_group(context, f"{why}; (kv group, queries + 2, head_dim)")
+    return stacked(Q, K, V)(context, f"{why}; [Q|K|V]")
 
 
-def qwen_qkvz(place: Place, why: str) -> Anatomy:
+def qwen_qkvz(context: Context, why: str) -> Anatomy:
     """Qwen3-Next: per key head [q | k | v of its value heads | z of its value heads]."""
-    k_dim, v_dim = place.ask("head_k_dim"), place.ask("head_v_dim")
-    ratio = place.ask("num_v_heads") // place.ask("num_k_heads")
+    k_dim, v_dim = context.ask("head_k_dim"), context.ask("head_v_dim")
+    ratio = context.ask("num_v_heads") // context.ask("num_k_heads")
     parts = ((Q, k_dim), (K, k_dim), (V, ratio * v_dim), (Role.MLP_IN, ratio * v_dim))
-    return per_head(*parts, heads=("num_k_heads",))(place, why)
+    return per_head(*parts, heads=("num_k_heads",))(context, why)
 
 
 # fmt: off

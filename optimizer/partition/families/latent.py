@@ -4,52 +4,52 @@ from __future__ import annotations
 
 from ..roles import Anatomy, Part, Role
 from .makers import K, Q, V, heads, one_head, rows
-from .table import Family, Maker, Place
+from .table import Context, Family, Maker
 
 
-def _dims(place: Place) -> tuple[int, int, int, int]:
+def _dims(context: Context) -> tuple[int, int, int, int]:
     """(heads, nope, rope, value) units of a head."""
     return (
-        place.ask("num_heads", "n_heads", "num_attention_heads", "n_head"),
-        place.number("qk_nope_head_dim"),
-        place.number("qk_rope_head_dim"),  # zero in layers without rotary positions
-        place.number("v_head_dim"),
+        context.ask("num_heads", "n_heads", "num_attention_heads", "n_head"),
+        context.number("qk_nope_head_dim"),
+        context.number("qk_rope_head_dim"),  # zero in layers without rotary positions
+        context.number("v_head_dim"),
     )
 
 
-def queries(place: Place, why: str) -> Anatomy:
+def queries(context: Context, why: str) -> Anatomy:
     """(head, [nope|rope]): one head is both."""
-    n_heads, nope, rope, _ = _dims(place)
-    return _checked(place, why, (Part(Q, nope + rope, nope + rope),), n_heads)
+    n_heads, nope, rope, _ = _dims(context)
+    return _checked(context, why, (Part(Q, nope + rope, nope + rope),), n_heads)
 
 
-def gated_queries(place: Place, why: str) -> Anatomy:
+def gated_queries(context: Context, why: str) -> Anatomy:
     """(head, [nope|rope|gate])."""
-    n_heads, nope, rope, value = _dims(place)
-    return _checked(place, why, (Part(Q, nope + rope, nope + rope), Part(Role.MLP_IN, value)), n_heads)
+    n_heads, nope, rope, value = _dims(context)
+    return _checked(context, why, (Part(Q, nope + rope, nope + rope), Part(Role.MLP_IN, value)), n_heads)
 
 
-def keys_values(place: Place, why: str) -> Anatomy:
+def keys_values(context: Context, why: str) -> Anatomy:
     """(head, [k_nope|v])."""
-    n_heads, nope, _, value = _dims(place)
-    return _checked(place, why, (Part(K, nope, nope), Part(V, value, value)), n_heads)
+    n_heads, nope, _, value = _dims(context)
+    return _checked(context, why, (Part(K, nope, nope), Part(V, value, value)), n_heads)
 
 
-def latent_and_rope(place: Place, why: str) -> Anatomy:
+def latent_and_rope(context: Context, why: str) -> Anatomy:
     """[latent|rope]: latent units stand for themselves, the rotary ones are a key that all heads share."""
-    rope = place.number("qk_rope_head_dim")
-    latent = Part(Role.MLP_IN, place.outputs - rope)
-    return place.anatomy((latent, Part(K, rope, rope)) if rope else (latent,), why)
+    rope = context.number("qk_rope_head_dim")
+    latent = Part(Role.MLP_IN, context.outputs - rope)
+    return context.anatomy((latent, Part(K, rope, rope)) if rope else (latent,), why)
 
 
-def _checked(place: Place, why: str, parts: tuple[Part, ...], n_heads: int) -> Anatomy:
+def _checked(context: Context, why: str, parts: tuple[Part, ...], n_heads: int) -> Anatomy:
     size = sum(part.size for part in parts)
-    if size * n_heads != place.outputs:
+    if size * n_heads != context.outputs:
         raise ValueError(
-            f"{type(place.modules[0]).__name__} says {n_heads} heads of {size} units ({n_heads * size}), but the "
-            f"weight has {place.outputs}"
+            f"{type(context.modules[0]).__name__} says {n_heads} heads of {size} units ({n_heads * size}), but the "
+            f"weight has {context.outputs}"
         )
-    return place.anatomy(parts, why, repeat=n_heads)
+    return context.anatomy(parts, why, repeat=n_heads)
 
 
 _WHY = "multi-head latent attention"

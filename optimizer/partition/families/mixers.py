@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from ..roles import Anatomy, Part, Role
 from .makers import rows, vector
-from .table import Family, Maker, Place
+from .table import Context, Family, Maker
 
 
 def transposed(role: Role) -> Maker:
     """A bare matrix used as x @ W: (in, out), any axes in front standing for themselves."""
 
-    def make(place: Place, why: str) -> Anatomy:
-        ndim = place.tensor.ndim
-        return Anatomy(place.shape, (Part(role, place.shape[-1]),), why, axis=ndim - 1, in_axis=ndim - 2,
+    def make(context: Context, why: str) -> Anatomy:
+        ndim = context.tensor.ndim
+        return Anatomy(context.shape, (Part(role, context.shape[-1]),), why, axis=ndim - 1, in_axis=ndim - 2,
                        leading=ndim - 2)  # fmt: skip
 
     return make

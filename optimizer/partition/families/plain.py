@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..roles import Role, whole
 from .makers import kernel, rows, table_rows, vector
-from .table import Family, Maker, Place
+from .table import Context, Family, Maker
 
 LAYERS: tuple[Family, ...] = (
     Family(
@@ -35,7 +35,7 @@ LAYERS: tuple[Family, ...] = (
         classes=("Bilinear",),
         library="torch",
         why="bilinear layer: one unit per output",
-        params={"weight": lambda place, why: whole(Role.MLP_IN, place.shape, why)},
+        params={"weight": lambda context, why: whole(Role.MLP_IN, context.shape, why)},
     ),
 )
 """Embedding and Linear are in ``discover``, for they depend on where they stand."""
@@ -62,12 +62,12 @@ class Bare:
     least: int = 1
     vectors: bool = False
 
-    def matches(self, place: Place, leaf: str) -> bool:
+    def matches(self, context: Context, leaf: str) -> bool:
         """Whether this row speaks of the parameter."""
         return (
-            place.tensor.ndim >= self.least
-            and not (self.vectors and sum(size > 1 for size in place.shape) > 1)
-            and re.search(self.owner, type(place.owner).__name__) is not None
+            context.tensor.ndim >= self.least
+            and not (self.vectors and sum(size > 1 for size in context.shape) > 1)
+            and re.search(self.owner, type(context.owner).__name__) is not None
             and re.fullmatch(self.leaf, leaf) is not None
         )
 

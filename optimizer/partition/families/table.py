@@ -13,7 +13,7 @@ from ..roles import Anatomy, Part, Role
 
 
 @dataclass(frozen=True)
-class Place:
+class Context:
     """Where a parameter was found: all that a maker may look at.
 
     Attributes:
@@ -92,11 +92,11 @@ class Place:
             found = resolve(self.modules[0], path)
             if found is not None:
                 owner, tensor = found
-                return Place(tensor, owner, self.modules).outputs
+                return Context(tensor, owner, self.modules).outputs
         return None
 
 
-Maker = Callable[[Place, str], Anatomy]
+Maker = Callable[[Context, str], Anatomy]
 
 
 @dataclass(frozen=True)
@@ -183,17 +183,17 @@ def stored(module: nn.Module, leaf: str = "weight") -> nn.Parameter | None:
     return next((p for p in candidates if p is not None and p.shape == tensor.shape), None)
 
 
-def parametrised(place: Place, leaf: str) -> tuple[nn.Module, str]:
+def parametrised(context: Context, leaf: str) -> tuple[nn.Module, str]:
     """The module and the name of the tensor that a parameter stands for: its own, unless a parametrization holds it."""
-    modules = place.modules
-    if len(modules) > 2 and isinstance(place.owner, ParametrizationList):
-        names = (name for name, module in modules[1].named_children() if module is place.owner)
+    modules = context.modules
+    if len(modules) > 2 and isinstance(context.owner, ParametrizationList):
+        names = (name for name, module in modules[1].named_children() if module is context.owner)
         return modules[2], next(names, leaf)
     for suffix in ("_v", "_orig"):
         base = leaf.removesuffix(suffix)
-        if base != leaf and stored(place.owner, base) is place.tensor:
-            return place.owner, base
-    return place.owner, leaf
+        if base != leaf and stored(context.owner, base) is context.tensor:
+            return context.owner, base
+    return context.owner, leaf
 
 
 _WRAPPED = ("base_layer", "linear", "original_module", "base_module", "module", "_orig_mod",

@@ -101,19 +101,19 @@ def converted(
     tag(model)
     groups = _named_groups(document, model)
     optimizer = AdamMini([{"params": pairs} for pairs in groups], rules=rules)
-    places = matching.places_of(optimizer.param_groups, optimizer.layouts)
-    sources = matching.matched(optimizer.param_groups, places, document)
-    options, _ = matching.options_of(optimizer.param_groups, places, sources, document)
+    slots = matching.slots_of(optimizer.param_groups, optimizer.layouts)
+    sources = matching.matched(optimizer.param_groups, slots, document)
+    options, _ = matching.options_of(optimizer.param_groups, slots, sources, document)
     named = matching.rules_named(document)
     others = named is not None and not checkpoint.same_rules(named, optimizer.rules)
     states, rebuilds, before, after = {}, 0, 0, 0
-    for index, (place, origin) in enumerate(zip(places, sources, strict=True)):
+    for index, (slot, origin) in enumerate(zip(slots, sources, strict=True)):
         if document["state"].get(origin.key):
-            saved = read(document["state"][origin.key], place.parameter.shape, place.where)
-            states[index], changed = _state(place, saved, others)
+            saved = read(document["state"][origin.key], slot.parameter.shape, slot.where)
+            states[index], changed = _state(slot, saved, others)
             rebuilds += changed
             before, after = before + saved.exp_avg_sq.numel(), after + states[index]["exp_avg_sq"].numel()
-    names = {place.name for place in places}
+    names = {slot.name for slot in slots}
     without = tuple(n for n, p in model.named_parameters() if p.requires_grad and clean(n) not in names)
     new = {
         "state": states,
@@ -129,18 +129,18 @@ def kind_of(document: Mapping[str, Any]) -> str:
     return "ours" if matching.rules_named(document) else "adam"
 
 
-def _state(place: matching.Place, saved: Saved, others: bool) -> tuple[dict[str, Any], bool]:
+def _state(slot: matching.Slot, saved: Saved, others: bool) -> tuple[dict[str, Any], bool]:
     """The new state of one parameter, and whether its second moment had to be rebuilt."""
-    shape, v = tuple(place.parameter.shape), saved.exp_avg_sq
+    shape, v = tuple(slot.parameter.shape), saved.exp_avg_sq
     if not spreads(v.shape, shape):
         raise ValueError(
-            f"exp_avg_sq of {place.where} has shape {tuple(v.shape)} in the file, which no partition of a parameter of "
+            f"exp_avg_sq of {slot.where} has shape {tuple(v.shape)} in the file, which no partition of a parameter of "
             f"shape {shape} has; is it a checkpoint of another model?"
         )
-    other_blocks = checkpoint.offence_of(place, saved, others) is not None
-    if other_blocks or tuple(v.shape) != place.aligned:
-        assert place.blocks is not None  # the optimizer was built from whole parameters above
-        v = rebuilt(v, place.blocks, shape, second_moment_dtype(place.parameter))
+    other_blocks = checkpoint.offence_of(slot, saved, others) is not None
+    if other_blocks or tuple(v.shape) != slot.aligned:
+        assert slot.blocks is not None  # the optimizer was built from whole parameters above
+        v = rebuilt(v, slot.blocks, shape, second_moment_dtype(slot.parameter))
     state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, "exp_avg_sq": v, **saved.others}
     if saved.scale is not None:
         state["exp_avg_scale"] = saved.scale
@@ -228,11 +228,11 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _find(document: Any, key: str | None, source: Any) -> tuple[Any, ...]:
     """Where the optimizer's state is: at the top, or up to two levels down."""
-    places: dict[tuple[Any, ...], Any] = {(): document}
+    slots: dict[tuple[Any, ...], Any] = {(): document}
     for _ in range(2):
-        places |= {(*path, k): child for path, value in places.items() if not _is_state(value)
+        slots |= {(*path, k): child for path, value in slots.items() if not _is_state(value)
                    for k, child in _children(value)}  # fmt: skip
-    found = [path for path, value in places.items() if _is_state(value)]
+    found = [path for path, value in slots.items() if _is_state(value)]
     shown = {".".join(map(str, path)): path for path in found}
     if key is not None:
         if key not in shown:
@@ -262,7 +262,7 @@ def _replaced(document: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def _write(document: Any, target: Path) -> None:
-    """Write beside the target, then put it in place at once."""
+    """Write beside the target, then put it in slot at once."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         torch.save(document, name)  # by its name: a file object would get each tensor as a copy

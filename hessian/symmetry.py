@@ -1,0 +1,112 @@
+"""Is the product symmetric? Some double backward passes drop terms, and nothing else in a result shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""Of |u.Hv - v.Hu| over the products' norms; float64 models that compute in float32 inside stay within it."""
+COARSE = 5e-2
+"""The same for 16-bit types."""
+MOST_TENSORS = 64
+"""Parameters up to which those that take part are looked for: two products each."""
+
+
+def directions(theta: Mapping[str, Tensor], k: int = 2) -> list[dict[str, Tensor]]:
+    """k fixed vectors of random signs, by parameter name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def signs(like: Tensor) -> Tensor:
+        return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like.device, like.dtype)
+
+    return [{name: signs(tensor) for name, tensor in theta.items()} for _ in range(k)]
+
+
+def rounding(product: Tensor) -> float:
+    """Norm of what is left of a product when the Hessian is zero but for rounding (of losses and weights near 1)."""
+    return 64 * torch.finfo(product.dtype).eps * math.sqrt(product.numel())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How asymmetric rounding alone may make a product."""
+    return TOLERANCE.get(dtype, COARSE)
+
+
+def asymmetry(u: Tensor, v: Tensor, Hu: Tensor, Hv: Tensor) -> float:
+    """|u.Hv - v.Hu| over |Hu| + |Hv|: for random signs about the share of ||H - H^T|| in ||H||."""
+    noise = rounding(Hu) / tolerance(Hu.dtype)
+    u, v, Hu, Hv = (x.to(torch.float64) for x in (u, v, Hu, Hv))
+    return float((u @ Hv - v @ Hu).abs()) / (float(Hu.norm() + Hv.norm()) + noise)
+
+
+def asymmetric_parameters(
+    theta: Mapping[str, Tensor], product: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> list[str]:
+    """The parameters between whose blocks the asymmetry lies, most of it first; empty where there are too many."""
+    names = list(theta)
+    if len(names) > MOST_TENSORS:
+        return []
+    u, v = directions(theta)
+    left = {name: product(_only(name, v)) for name in names}  # H v_a
+    right = {name: product(_only(name, u)) for name in names}  # H u_a
+    off = torch.tensor(
+        [[float(abs((u[b] * left[a][b]).sum() - (v[a] * right[b][a]).sum())) for b in names] for a in names]
+    )
+    each = off.sum(0) + off.sum(1)
+    order = each.argsort(descending=True).tolist()
+    return [names[i] for i in order if float(each[i]) > 0.1 * float(each.max())]
+
+
+def _only(name: str, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {other: x if other == name else torch.zeros_like(x) for other, x in vector.items()}
+
+
+def graph_of(value: Tensor) -> Iterator[Any]:
+    """The nodes of a value's autograd graph, each once."""
+    seen: set[Any] = set()
+    stack: list[Any] = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def suspects(model: nn.Module, value: Tensor) -> list[str]:
+    """What may have a wrong second derivative: autograd functions that somebody wrote, and known cases of torch.
+
+    Args:
+        model: the model.
+        value: its loss, with a graph.
+    """
+    found: set[str] = set()
+    for node in graph_of(value):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            found.add(f"the autograd function {type(node).__name__.removesuffix('Backward')}")
+        elif "WeightNorm" in node.name():
+            found.add("torch's weight_norm")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            found.add(
+                f"the embedding {name!r}, whose gradient leaves row {module.padding_idx} out although the loss depends "
+                "on it (set its padding_idx to None)"
+            )
+    return sorted(found)
+
+
+def message(i: int, off: float, allowed: float, operations: Sequence[str], names: Sequence[str]) -> str:
+    """Why a product was refused."""
+    where = f"; it lies in parameters {list(names[:5])}" if names else ""
+    who = f"; suspect {', '.join(operations)}" if operations else ""
+    return (
+        f"the Hessian of batches[{i}] is not symmetric: |u.Hv - v.Hu| is {off:.2g} of the products' norms, rounding "
+        f"allows {allowed:.0e}{where}{who}. Some operation has a wrong second derivative: replace it by plain torch "
+        "operations, or leave those parameters out of params"
+    )
