@@ -215,8 +215,8 @@ def options_of(
     """The groups to load, and what the saved ones disagree on.
 
     A group takes each option that all saved groups of its parameters agree on, and keeps its own where they do not or
-    have none: a checkpoint with one group per decay loads into one group, and the other way round. Where another
-    optimizer's group is divided here into what decays and what does not, the latter keeps its weight decay of 0.
+    have none: a checkpoint with one group per decay loads into one group, and the other way round. Where a saved
+    group is divided here into what decays and what does not, the latter keeps its weight decay of 0.
 
     Args:
         param_groups: of the running optimizer.
@@ -238,11 +238,7 @@ def options_of(
         if not count and len(saved) == len(param_groups):
             of = [g]
         agreed, differing = _agreed([saved[s] for s in of])
-        if (
-            agreed.get("weight_decay")
-            and rules_named(document) is None
-            and _keeps_no_decay(g, param_groups, slots, sources, exempt)
-        ):
+        if agreed.get("weight_decay") and _keeps_no_decay(g, param_groups, slots, sources, exempt):
             kept_decay = f"group {g} keeps its weight_decay of 0: its saved group, of {agreed.pop('weight_decay')}, "
             disagreements.append(kept_decay + "did not tell norms and biases from weights")
         options = {key: value for key, value in own.items() if key not in {"params", *agreed}}
