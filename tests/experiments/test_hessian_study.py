@@ -21,6 +21,8 @@ from experiments.studies.hessian_maps import cache as cache_module
 from experiments.studies.hessian_maps.__main__ import run
 from experiments.studies.hessian_maps.cache import StageCache
 from experiments.studies.hessian_maps.measure import coarse_blocks, pieces
+from experiments.studies.hessian_maps.progress import StageBar
+from experiments.studies.hessian_maps.settings import subjects
 from optimizer import AdamMini, Rules
 
 LLAMA = LlamaConfig(vocab=8, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, hidden=8)
@@ -224,3 +226,32 @@ def test_other_format_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data" / "format.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match=r"99.*choose another --out"):
         StageCache(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_names_the_model_its_state_and_every_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that only says "hessian-gpt-50" leaves minutes unexplained."""
+    shown: list[str] = []
+
+    class Recording(StageBar):
+        def __call__(self, done: int, total: int, what: str) -> None:
+            super().__call__(done, total, what)
+            assert 0 <= done <= total == self.bar.total and done == self.bar.n
+            shown.append(self.bar.desc.strip())
+
+    monkeypatch.setattr("experiments.studies.hessian_maps.progress.StageBar", Recording)
+    threads = torch.get_num_threads()
+    run(tmp_path, "smoke")
+    torch.set_num_threads(threads)
+    for name, config in subjects("smoke").items():
+        assert f"{name}: training" in shown
+        for percent in ("0%", "50%", "100%"):
+            where = f"{name} at {percent} of training"
+            assert f"{where}: exact Hessian, by columns" in shown
+            for piece in pieces(build(config, 0)):
+                size = f"{piece.shape[0]} x {piece.shape[1]}"
+                assert f"{where}: structure of {piece.name} {size}" in shown
+        assert f"{name} at 100% of training: whole model, block norms from probes" in shown
+    assert "llama with rules derived, seed 1: training" in shown
