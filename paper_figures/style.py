@@ -52,10 +52,10 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     return folder / f"{name}.png"
 
 
-def webp(path: Path, *, quality: int = 70) -> bytes:
+def webp(path: Path, *, quality: int = 60) -> bytes:
     """A saved picture as lossy WebP of the same size.
 
-    Pictures of |H| are close to noise, which PNG cannot compress: WebP takes about a fifth of its bytes.
+    Pictures of |H| are close to noise, which PNG cannot compress; WebP needs about a quarter of the bytes.
     """
     buffer = io.BytesIO()
     with Image.open(path) as picture:
