@@ -26,7 +26,8 @@ def test_a_forbidden_import_would_be_found(tmp_path: Path) -> None:
         (tmp_path / package / "__init__.py").write_text("")
     (tmp_path / "hessian" / "bad.py").write_text("import experiments\n")
     (tmp_path / "analysis" / "bad.py").write_text("import torch\n")
-    for name in ("adam_mini", "update", "reference"):
+    (tmp_path / "optimizer" / "step").mkdir()
+    for name in ("adam_mini", "step/__init__", "step/update", "step/reference"):
         (tmp_path / "optimizer" / f"{name}.py").write_text("")
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     result = run(str(Path(sys.executable).with_name("lint-imports")), cwd=tmp_path)
