@@ -98,8 +98,8 @@ def test_page_is_whole_and_needs_no_network(study: Path) -> None:
     assert "QUERY" in (study / "summary.md").read_text().upper()
 
 
-def test_a_picture_of_noise_is_small_in_the_page(tmp_path: Path) -> None:
-    """A picture of twelve matrices takes PNG over 1 MB; eleven pictures must leave the page below 3 MB."""
+def test_a_picture_of_noise_takes_a_quarter_of_its_png(tmp_path: Path) -> None:
+    """Noise is the worst case: the eleven pictures of the full study take 2 MB, and 8.6 MB as PNG."""
     setup()
     generator = np.random.default_rng(0)
     figure, grid = plt.subplots(4, 3, figsize=(8.6, 11.2))
@@ -107,9 +107,9 @@ def test_a_picture_of_noise_is_small_in_the_page(tmp_path: Path) -> None:
         draw_matrix(axes, np.abs(generator.standard_normal((256, 256))) ** 3, [64, 128, 192], "noise")
     path = save(figure, tmp_path, "noise")
     small = webp(path)
-    assert len(small) < 400_000 < 1_000_000 < path.stat().st_size
+    assert len(small) < path.stat().st_size / 4
     before, after = (np.asarray(Image.open(f).convert("L"), float) for f in (path, io.BytesIO(small)))
-    assert np.abs(before - after).mean() < 12  # of 255
+    assert np.abs(before - after).mean() < 8  # of 255
 
 
 # --------------------------------------------------------------------------------------------------- pieces
