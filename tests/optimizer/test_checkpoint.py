@@ -324,7 +324,7 @@ def test_another_kind_of_weight_decay_is_said(kind, decay: float, said: bool, ca
     adam = kind(model.parameters(), weight_decay=decay)
     train(model, adam, range(1))
     AdamMini(model.parameters(), rules="elementwise").load_state_dict(adam.state_dict())
-    assert ("here it is decoupled" in caplog.text) == said
+    assert ("as AdamW does (decoupled)" in caplog.text) == said
 
 
 @pytest.mark.parametrize("rules", SHARED)
