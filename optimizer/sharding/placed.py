@@ -52,13 +52,14 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     }
     slab = _Slab(layout, shape, axes, coordinate)
     aligned = layout.aligned_shape(shape)
-    kept = {d for d in range(len(shape)) if aligned[d] == shape[d] or (d == 0 and folded and not slab.splits)}
+    # The axes along which the second moment is as long as the parameter, or as its folded matrices.
+    full_axes = {d for d in range(len(shape)) if aligned[d] == shape[d] or (d == 0 and folded and not slab.splits)}
     second = tuple(
-        p if isinstance(p, Replicate) or p.dim in kept else Replicate()  # type: ignore[attr-defined]
+        p if isinstance(p, Replicate) or p.dim in full_axes else Replicate()  # type: ignore[attr-defined]
         for p in placements
     )
     local_aligned = tuple(
-        local[d] * aligned[d] // shape[d] if d in kept and shape[d] else aligned[d] for d in range(len(shape))
+        local[d] * aligned[d] // shape[d] if d in full_axes and shape[d] else aligned[d] for d in range(len(shape))
     )
     try:
         groups = {m: mesh.get_group(m) for m in sorted({m for ms in dims.values() for m in ms})}
@@ -81,7 +82,7 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     held_second = {
         d: tuple((a * aligned[d] // shape[d], b * aligned[d] // shape[d]) for a, b in ranges)
         for d, ranges in held.items()
-        if d in kept
+        if d in full_axes
     }
     placed = Placed(mesh, second, aligned, held, held_second)
     return Geometry(local, boxes, local_aligned, cut, placed, signature, tuple(groups.values()))
