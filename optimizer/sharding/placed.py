@@ -52,7 +52,7 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     }
     slab = _Slab(layout, shape, axes, coordinate)
     aligned = layout.aligned_shape(shape)
-    # The axes along which the second moment is as long as the parameter, or as its folded matrices.
+    # Axes along which the second moment has one value per index, or per folded matrix.
     full_axes = {d for d in range(len(shape)) if aligned[d] == shape[d] or (d == 0 and folded and not slab.splits)}
     second = tuple(
         p if isinstance(p, Replicate) or p.dim in full_axes else Replicate()  # type: ignore[attr-defined]

@@ -75,10 +75,9 @@ def model_from_document(document: Mapping[str, Any], name: str) -> nn.Module:
     named = next((candidate for candidate in classes if isinstance(candidate, type)), None)
     kind = keys.get("model_type")
     config_classes = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    config_class: Any = getattr(named, "config_class", None)
     if isinstance(kind, str) and kind in config_classes:
         config_class = config_classes[kind]
-    else:
-        config_class = getattr(named, "config_class", None)
     if config_class is None:
         raise ValueError(
             f"config {name}: model_type={kind!r} and architectures={keys.get('architectures')!r} are unknown to "

@@ -171,9 +171,8 @@ def _stage3(wrapper: Any, make: _Maker) -> list[list[Flat]]:
     for k, params in enumerate(wrapper.fp16_groups):
         process_groups = getattr(wrapper, "sub_group_process_groups", None)
         group = process_groups[k] if process_groups else wrapper.dp_process_group
-        out[wrapper.sub_group_to_group_id[k]].append(
-            make.partitioned(params, wrapper.fp32_partitioned_groups_flat[k], group)
-        )
+        flat = make.partitioned(params, wrapper.fp32_partitioned_groups_flat[k], group)
+        out[wrapper.sub_group_to_group_id[k]].append(flat)
     return out
 
 
