@@ -101,7 +101,7 @@ class FlatLayout:
             )
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """Return the shape of the local second moment."""
+        """Values of the local second moment."""
         return (sum(len(_Held(r, "a flattened tensor").spread) for r in self.ranges),)
 
 
