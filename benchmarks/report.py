@@ -28,16 +28,22 @@ INTRO = """# Speed of a step
 Written by `python -m benchmarks.report --docs docs/speed.md` from `benchmarks/results/optimizer_step.json`, which
 `make bench` measures; `make bench-quick` takes 75 seconds and writes to `out/bench/`.
 
-Contestants of one heat take their steps in turn, round after round, so that what disturbs one disturbs all; "x fused
-AdamW" is the median over rounds of the time divided by that of torch's fused AdamW in the same round and heat. A step
-has to move the parameter twice, the gradient once and the state twice (28 bytes per fp32 parameter for AdamW, 20 for
-Adam-mini); GB/s is this least traffic divided by the time, to be held against a plain copy of 256 MiB in the same
-rounds. Temporaries are what torch's CPU allocator hands out during one step (its profiler's events, those inside
-operations too; what C++ code takes from malloc, kilobytes in the native loop, is not in them): the largest single one
-and the most alive at one time, as shares of the largest tensor, then that peak as a share of all parameters.
+Optimizers are measured in heats. The optimizers of one heat step in turns, round after round, so that a disturbance
+hits all of them. "x fused AdamW" is the median over rounds of the time divided by the time of torch's fused AdamW
+in the same round and heat.
 
-A time counts only on a quiet machine. Where other processes took more than a tenth of a core meanwhile, the bars say so
-instead of passing or failing: two threads on two busy cores wait for each other, and whoever waits worse loses.
+A step has to move the parameter twice, the gradient once and the state twice: 28 bytes per fp32 parameter for
+AdamW, 20 for Adam-mini. GB/s is this least traffic divided by the time. Compare it with the plain copy of 256 MiB
+in the same rounds.
+
+Temporaries are what torch's CPU allocator hands out during one step, inside operations too (events of its
+profiler). Memory that C++ code takes from malloc, kilobytes in the native loop, is not included. The columns give
+the largest single temporary and the peak of all that are alive at one time, as shares of the largest tensor, and
+then that peak as a share of all parameters.
+
+A time counts only on a quiet machine. If other processes used more than a tenth of a core meanwhile, the bars say
+so instead of passing or failing: two threads on two busy cores wait for each other, and the one that waits worse
+loses.
 """
 
 
@@ -96,7 +102,7 @@ def _startup_text(results: dict[str, Any]) -> str:
             for name in ("AdamMini fused", "AdamW fused")
         ),
     ]
-    return "### Beside the arithmetic\n\n" + _table(("what", "median", "n"), rows)
+    return "### Import, first step and Python overhead\n\n" + _table(("what", "median", "n"), rows)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -143,7 +143,6 @@ def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[
         write_json(folder / "status.json", status)
         if status["state"] != "interrupted":
             run.checkpoints.clear()
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
     return status
 
 
@@ -257,8 +256,6 @@ class _Run:
     def _resume(self) -> None:
         found = self.checkpoints.newest()
         if found is None:
-            if (self.folder / "checkpoint.pt").exists():
-                logger.warning("%s/checkpoint.pt is of an older release: starting from the beginning", self.folder)
             return
         self.checkpoints.load(found, State(self.model, self.optimizer))
         progress = found.manifest["progress"]

@@ -18,7 +18,7 @@ from analysis.stats import t_interval
 from paper_figures import curves, maps
 from paper_figures.commandline import refusals
 from paper_figures.maps import TITLES, Caption
-from paper_figures.style import setup
+from paper_figures.style import setup, webp
 
 VOTERS = ("gpt", "llama")
 PAPER = {
@@ -117,10 +117,10 @@ def page(report: HessianReport, figures: list[Caption], folder: Path) -> str:
     tokens = used["hessian_batches"] * used["batch"] * used["seq_len"]
 
     def show(caption: Caption) -> Markup:
-        data = base64.b64encode((folder / f"{caption.name}.png").read_bytes()).decode()
+        data = base64.b64encode(webp(folder / f"{caption.name}.png")).decode()
         text = html.escape(caption.text)
         return Markup(  # everything inside is our own or escaped
-            f'<figure id="{caption.name}"><img alt="{html.escape(caption.title)}" src="data:image/png;base64,{data}">'
+            f'<figure id="{caption.name}"><img alt="{html.escape(caption.title)}" src="data:image/webp;base64,{data}">'
             f"<figcaption><b>{html.escape(caption.title)}.</b> {text} n = one model a "
             f"style, its Hessian over {tokens} tokens; seed {used['seed']}.</figcaption></figure>"
         )

@@ -43,6 +43,7 @@ class Arrangement:
         self._ids = [list(map(id, group["params"])) for group in groups]
         self._serials = [list(map(_serial, group["params"])) for group in groups]
         self._names = [list(group.get("param_names") or ()) for group in groups]
+        self._dims = [[len(whole_shape(p)) for p in group["params"]] for group in groups]
 
     def holds(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether every group has the same parameters as then, in the same order."""
@@ -106,13 +107,14 @@ class Arrangement:
     def _stands_in(
         self, parameter: Tensor, group: Mapping[str, Any], g: int, i: int, layouts: Sequence[Sequence[AnyLayout]]
     ) -> bool:
-        """Whether a new parameter was put in the place of another one of the same form, as FSDP2 does."""
-        return (
-            g < len(self._ids)
-            and len(group["params"]) == len(self._ids[g])
-            and facts_of(parameter) is None
-            and layouts[g][i].fits(whole_shape(parameter))
-        )
+        """Whether a new parameter was put in the place of another one of the same form, as FSDP2 does.
+
+        Or a flat piece of it, as other libraries do: its state can be saved and loaded, a step refuses it by name.
+        """
+        if g >= len(self._ids) or len(group["params"]) != len(self._ids[g]) or facts_of(parameter) is not None:
+            return False
+        shape = whole_shape(parameter)
+        return layouts[g][i].fits(shape) or (len(shape) == 1 and self._dims[g][i] > 1)
 
     def _names_of(
         self, group: Mapping[str, Any], g: int, was: Sequence[Position | None], known: Sequence[str]

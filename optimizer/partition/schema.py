@@ -12,10 +12,8 @@ from .overrides import Override
 from .roles import HEAD_ROLES, Role, Unit
 
 SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
 SCHEMA_FILE = Path(__file__).with_name("rules") / "schema" / "rules.schema.json"
 _KEYS = ("schema_version", "name", "description", "units", "overrides", "evidence", "provenance")
-_SINCE_2 = frozenset({"overrides"})
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -34,15 +32,13 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or "schema_version" not in document:
         raise ValueError(f"rules file {path} has no schema_version; write it with Rules.save")
     version = document["schema_version"]
-    if type(version) is not int or version not in READABLE_VERSIONS:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise ValueError(
-            f"rules file {path} has schema_version={version!r}; this release reads versions {list(READABLE_VERSIONS)}: "
+            f"rules file {path} has schema_version={version!r}; this release reads version {SCHEMA_VERSION}: "
             "write the file again with this release, or upgrade"
         )
-    known = [key for key in _KEYS if version > 1 or key not in _SINCE_2]
-    if unknown := [key for key in document if key not in known]:
-        hint = "".join(f"; {key!r} needs schema_version 2" for key in unknown if key in _SINCE_2)
-        raise ValueError(f"rules file {path}: unknown keys {unknown}; version {version} knows {known}{hint}")
+    if unknown := [key for key in document if key not in _KEYS]:
+        raise ValueError(f"rules file {path}: unknown keys {unknown}; version {version} has {list(_KEYS)}")
     if missing := [key for key in ("name", "units") if key not in document]:
         raise ValueError(f"rules file {path}: missing keys {missing}; write it with Rules.save")
     for key, kind, word in (
@@ -131,7 +127,7 @@ def json_schema() -> dict[str, Any]:
         "additionalProperties": False,
     }
     properties: dict[str, Any] = {
-        "schema_version": {"enum": list(READABLE_VERSIONS)},
+        "schema_version": {"const": SCHEMA_VERSION},
         "name": {"type": "string"},
         "description": {"type": "string", "description": "What the set is and where it comes from."},
         "units": {
@@ -142,7 +138,7 @@ def json_schema() -> dict[str, Any]:
             },
             "additionalProperties": False,
         },
-        "overrides": {"type": "array", "items": override, "description": "Since version 2."},
+        "overrides": {"type": "array", "items": override},
         "evidence": {"description": "Measurements that justify the set; null for sets taken from a paper."},
         "provenance": {"description": "How the set was made."},
     }  # fmt: skip
@@ -153,6 +149,4 @@ def json_schema() -> dict[str, Any]:
         "properties": properties,
         "required": ["schema_version", "name", "units"],
         "additionalProperties": False,
-        "if": {"properties": {"schema_version": {"const": 1}}},
-        "then": {"properties": {"overrides": False}},
     }

@@ -124,17 +124,6 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path, key: str) -> None:
         Checkpoints(tmp_path, {**IDENTITY, key: "another"}, ALONE).newest()
 
 
-def test_checkpoint_of_an_older_release_is_said_to_be_ignored(
-    tmp_path: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = run_folder(tmp_path, config.with_rules_hash())
-    folder.mkdir(parents=True)
-    (folder / "checkpoint.pt").write_bytes(b"older")
-    with caplog.at_level(logging.WARNING):
-        assert train(config, tmp_path)["state"] == "finished"
-    assert "checkpoint.pt is of an older release" in caplog.text and not (folder / "checkpoint.pt").exists()
-
-
 def test_what_only_looks_like_a_checkpoint_is_left_alone(
     tmp_path: Path, config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,6 +6,8 @@ place, a stage that is served although its inputs changed, a page that still nee
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -15,13 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from experiments.models import GPTConfig, LlamaConfig, build
 from experiments.studies.hessian_maps import cache as cache_module
 from experiments.studies.hessian_maps.__main__ import run
 from experiments.studies.hessian_maps.cache import StageCache
 from experiments.studies.hessian_maps.measure import coarse_blocks, pieces
+from experiments.studies.hessian_maps.progress import StageBar
+from experiments.studies.hessian_maps.settings import subjects
 from optimizer import AdamMini, Rules
+from paper_figures.style import draw_matrix, plt, save, setup, webp
 
 LLAMA = LlamaConfig(vocab=8, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, hidden=8)
 GPT = GPTConfig(vocab=8, block_size=8, n_embd=16, n_layer=1, n_head=4)
@@ -83,10 +89,27 @@ def test_page_is_whole_and_needs_no_network(study: Path) -> None:
     drawn = {path.stem for path in (study / "figures").glob("*.png")}
     assert len(drawn) >= 8 and drawn == {path.stem for path in (study / "figures").glob("*.pdf")}
     page = (study / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == len(drawn)
+    pictures = re.findall(r"data:image/(\w+);base64,([^\"]+)\"", page)
+    assert [kind for kind, _ in pictures] == ["webp"] * len(drawn)
+    sizes = {Image.open(path).size for path in (study / "figures").glob("*.png")}
+    assert {Image.open(io.BytesIO(base64.b64decode(data))).size for _, data in pictures} == sizes
     outside = re.findall(r"(?:src|href)=\"(?!data:|#)([^\"]*)\"", page)
     assert not [link for link in outside if link.startswith(("http", "//"))]
     assert "QUERY" in (study / "summary.md").read_text().upper()
+
+
+def test_a_picture_of_noise_is_small_in_the_page(tmp_path: Path) -> None:
+    """A picture of twelve matrices takes PNG over 1 MB; eleven pictures must leave the page below 3 MB."""
+    setup()
+    generator = np.random.default_rng(0)
+    figure, grid = plt.subplots(4, 3, figsize=(8.6, 11.2))
+    for axes in grid.flat:
+        draw_matrix(axes, np.abs(generator.standard_normal((256, 256))) ** 3, [64, 128, 192], "noise")
+    path = save(figure, tmp_path, "noise")
+    small = webp(path)
+    assert len(small) < 400_000 < 1_000_000 < path.stat().st_size
+    before, after = (np.asarray(Image.open(f).convert("L"), float) for f in (path, io.BytesIO(small)))
+    assert np.abs(before - after).mean() < 12  # of 255
 
 
 # --------------------------------------------------------------------------------------------------- pieces
@@ -224,3 +247,32 @@ def test_other_format_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data" / "format.json").write_text('{"format_version": 99}')
     with pytest.raises(ValueError, match=r"99.*choose another --out"):
         StageCache(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_names_the_model_its_state_and_every_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that only says "hessian-gpt-50" leaves minutes unexplained."""
+    shown: list[str] = []
+
+    class Recording(StageBar):
+        def __call__(self, done: int, total: int, what: str) -> None:
+            super().__call__(done, total, what)
+            assert 0 <= done <= total == self.bar.total and done == self.bar.n
+            shown.append(self.bar.desc.strip())
+
+    monkeypatch.setattr("experiments.studies.hessian_maps.progress.StageBar", Recording)
+    threads = torch.get_num_threads()
+    run(tmp_path, "smoke")
+    torch.set_num_threads(threads)
+    for name, config in subjects("smoke").items():
+        assert f"{name}: training" in shown
+        for percent in ("0%", "50%", "100%"):
+            where = f"{name} at {percent} of training"
+            assert f"{where}: exact Hessian, by columns" in shown
+            for piece in pieces(build(config, 0)):
+                size = f"{piece.shape[0]} x {piece.shape[1]}"
+                assert f"{where}: structure of {piece.name} {size}" in shown
+        assert f"{name} at 100% of training: whole model, block norms from probes" in shown
+    assert "llama with rules derived, seed 1: training" in shown

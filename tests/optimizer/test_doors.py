@@ -110,13 +110,14 @@ def test_wrapped_models(name: str, wrapper: str, door: str, one_process: None) -
 
 
 def test_without_a_name_or_a_tag(caplog: pytest.LogCaptureFixture) -> None:
-    """The unit of OTHER, said once, by shape, with the way to do better."""
+    """Matrices get the unit of OTHER, said once, by shape, with the way to do better; vectors share nothing."""
     model = MODELS["llama grouped"]()
     with caplog.at_level(logging.WARNING, logger="optimizer"):
         optimizer = AdamMini(list(model.parameters()))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and "tag(model)" in messages[0] and "(80, 48)" in messages[0]
-    assert all(layout.n_blocks == 1 for layout in optimizer.layouts[0])
+    for p, layout in zip(model.parameters(), optimizer.layouts[0], strict=True):
+        assert layout.n_blocks == (1 if p.ndim > 1 else len(p))
 
 
 def test_a_parameter_in_two_groups() -> None:

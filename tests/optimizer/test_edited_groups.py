@@ -170,6 +170,20 @@ def test_a_parameter_that_took_the_place_of_a_freed_one_is_not_taken_for_it() ->
     assert optimizer.layouts[0] == before
 
 
+def test_a_flat_piece_in_the_place_of_a_matrix_is_refused_when_it_is_stepped() -> None:
+    optimizer = AdamMini(
+        [("mlp.w1.weight", nn.Parameter(torch.ones(4, 3))), ("norm.weight", nn.Parameter(torch.ones(4)))]
+    )
+    params = optimizer.param_groups[0]["params"]
+    params[1] = nn.Parameter(torch.ones(6))  # a vector for a vector is another parameter
+    give(params, 0)
+    optimizer.step()
+    params[0] = nn.Parameter(torch.ones(7))
+    give(params, 0)
+    with pytest.raises(ValueError, match=r"mlp.w1.weight.* has shape \(7,\)"):
+        optimizer.step()
+
+
 def test_gradient_release_steps_what_was_appended() -> None:
     model, more = Llama(), nn.Parameter(torch.ones(3, 2))
     optimizer = AdamMini(model)

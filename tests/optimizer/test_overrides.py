@@ -124,6 +124,12 @@ def test_another_partition_s_state_is_refused() -> None:
     optimizer = AdamMini(model, rules=RULES)
     loss_of(model, batch(11, 0)).backward()
     optimizer.step()
+    wv = r"adam_mini#.*layers\.1\.attention\.wv\.weight.* kept for blocks larger than"
+    with pytest.raises(ValueError, match=wv):
+        AdamMini(Llama(), rules="adam_mini").load_state_dict(optimizer.state_dict())
+    head = Rules("adam_mini").override({"*.output.weight": Unit.ELEMENT})
+    optimizer = AdamMini(model, rules=head)
+    optimizer.step()
     with pytest.raises(ValueError, match=r"output\.weight.*\(11, 16\).*\(11, 1\)"):
         AdamMini(Llama(), rules="adam_mini").load_state_dict(optimizer.state_dict())
 

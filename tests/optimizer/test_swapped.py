@@ -55,7 +55,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> 
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("make", [AdamMini, lambda m, **o: AdamMini(m.parameters(), **o), Adam_mini], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [AdamMini, lambda m, **o: AdamMini(m.parameters(), **o), Adam_mini],
+    ids=["model", "parameters", "Adam_mini"],
+)
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_model_is_converted_by_swapping(swapping: None, make: Callable[..., Any], steps: int, engine: str) -> None:
@@ -135,7 +139,11 @@ class Wrapper:
                 at += p.numel()
 
 
-@pytest.mark.parametrize("make", [AdamMini, lambda m: AdamMini(list(m.named_parameters())), Adam_mini], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [AdamMini, lambda m: AdamMini(list(m.named_parameters())), Adam_mini],
+    ids=["model", "named list", "Adam_mini"],
+)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_flat_tensors_in_the_place_of_parameters(
     one_rank: None, monkeypatch: pytest.MonkeyPatch, make: Callable[[nn.Module], AdamMini], swapped: bool

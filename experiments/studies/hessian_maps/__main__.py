@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from experiments.commandline import refusals
 from experiments.data import load
 from experiments.storage import environment, write_json
 from experiments.studies.hessian_maps.cache import FORMAT_VERSION, Arrays, StageCache
-from experiments.studies.hessian_maps.measure import Progress, measure
+from experiments.studies.hessian_maps.measure import measure
+from experiments.studies.hessian_maps.progress import Stages
 from experiments.studies.hessian_maps.settings import CHECKPOINTS, PROFILES, Settings, subjects
 from experiments.studies.hessian_maps.subjects import Subject
 from hessian import Evidence, derive, js_distance
@@ -32,33 +31,6 @@ CHECK_ARMS = ("elementwise", "adam_mini", "derived")
 _FIELDS = {field.name for field in dataclasses.fields(Evidence)}
 
 
-class _Stages:
-    """A counter over all stages, and a bar with an estimate of the time left inside the running one."""
-
-    def __init__(self, total: int) -> None:
-        self.bar = tqdm(total=total, desc="stages", unit="stage", file=sys.stderr)
-
-    def inner(self, title: str) -> tuple[tqdm[Any], Progress]:
-        """A bar for one stage and the callback that moves it."""
-        self.bar.set_postfix_str(title)
-        bar = tqdm(desc=f"  {title}", leave=False, file=sys.stderr)
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return bar, progress
-
-    def run(self, cache: StageCache, name: str, inputs: Any, compute: Any) -> Arrays:
-        """One stage through the cache; ``compute`` takes the progress callback."""
-        bar, progress = self.inner(name)
-        try:
-            return cache.get(name, inputs, lambda: compute(progress))
-        finally:
-            bar.close()
-            self.bar.update()
-
-
 def run(out: Path, profile: str) -> dict[str, Any]:
     """Run the study into a folder; returns the content of ``report.json``."""
     torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it brings
@@ -66,7 +38,7 @@ def run(out: Path, profile: str) -> dict[str, Any]:
     cache, corpus = StageCache(out), load("python-stdlib-8")
     people = {name: Subject(name, config, corpus, settings) for name, config in subjects(profile).items()}
     checks = [(name, arm, seed) for name in VOTERS for arm in CHECK_ARMS for seed in settings.check_seeds]
-    stages = _Stages(len(people) * (1 + len(CHECKPOINTS)) + len(checks))
+    stages = Stages(len(people) * (1 + len(CHECKPOINTS)) + len(checks))
     base = [dataclasses.asdict(settings), corpus.fingerprint]
     report: dict[str, Any] = {"subjects": {}, "evidence": [], "js": {}, "check": []}
     for subject in people.values():
@@ -77,12 +49,13 @@ def run(out: Path, profile: str) -> dict[str, Any]:
         rules = rules_path if arm == "derived" else arm
         units = {role.value: unit.value for role, unit in Rules.load(rules).units.items()}
         arrays = stages.run(
-            cache, f"check-{name}-{arm}-{seed}", [*base, dataclasses.asdict(subject.config), units, seed],
+            cache, f"check-{name}-{arm}-{seed}", f"{name} with rules {arm}, seed {seed}",
+            [*base, dataclasses.asdict(subject.config), units, seed],
             lambda progress, s=subject, r=rules, k=seed: s.train(r, settings.check_steps, k, progress=progress),
         )  # fmt: skip
         curve = {"step": arrays["loss_step"].tolist(), "loss": arrays["loss"].tolist()}
         report["check"].append({"model": name, "arm": arm, "seed": seed, **curve})
-    stages.bar.close()
+    stages.close()
     report |= {
         "format_version": FORMAT_VERSION, "profile": profile, "settings": dataclasses.asdict(settings),
         "files": cache.used,
@@ -95,11 +68,11 @@ def run(out: Path, profile: str) -> dict[str, Any]:
     return report
 
 
-def _study_one(subject: Subject, cache: StageCache, stages: _Stages, inputs: list[Any], report: dict[str, Any]) -> None:
+def _study_one(subject: Subject, cache: StageCache, stages: Stages, inputs: list[Any], report: dict[str, Any]) -> None:
     """Train one subject and measure it at every checkpoint."""
     settings, name = subject.settings, subject.name
     trained = stages.run(
-        cache, f"train-{name}", inputs,
+        cache, f"train-{name}", name, inputs,
         lambda progress: subject.train("elementwise", settings.steps, settings.seed, progress=progress, snapshots=True),
     )  # fmt: skip
     report["subjects"][name] = {
@@ -109,7 +82,8 @@ def _study_one(subject: Subject, cache: StageCache, stages: _Stages, inputs: lis
     for theta, checkpoint in zip(trained["theta"], CHECKPOINTS, strict=True):
         final = checkpoint == CHECKPOINTS[-1]
         arrays = stages.run(
-            cache, f"hessian-{name}-{round(100 * checkpoint)}", [*inputs, checkpoint],
+            cache, f"hessian-{name}-{round(100 * checkpoint)}", f"{name} at {checkpoint:.0%} of training",
+            [*inputs, checkpoint],
             lambda progress, t=theta, c=checkpoint, f=final: measure(subject, t, c, final=f, progress=progress),
         )  # fmt: skip
         rows = json.loads(str(arrays["rows"]))

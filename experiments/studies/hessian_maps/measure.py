@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 
 from experiments.models import lm_loss
 from experiments.studies.hessian_maps.cache import Arrays
+from experiments.studies.hessian_maps.progress import Progress
 from experiments.studies.hessian_maps.subjects import Subject
 from hessian import Evidence, HessianOperator, block_norms, block_structure, dense, jensen_gap, slq, snr
 from optimizer import Role, Rules, Unit
 from optimizer.partition import Anatomy, Part, discover, layout_of
 
-Progress = Callable[[int, int], None]
 _EMBEDDED = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.HEAD}
 
 
@@ -96,19 +95,22 @@ def measure(subject: Subject, theta: np.ndarray, checkpoint: float, *, final: bo
     """
     settings, model = subject.settings, subject.model_at(theta)
     operator = HessianOperator(model, lm_loss, None, subject.fixed(settings.hessian_batches))
-    matrix = dense(operator, progress=progress)
+    matrix = dense(operator, progress=lambda done, total: progress(done, total, "exact Hessian, by columns"))
+    progress(0, settings.gradient_batches, "mean squared gradients")
     second_moments = subject.mean_square_gradients(model)
     v = torch.cat([second_moments[name].flatten() for name in operator.names])
     out: Arrays = {"asymmetry": np.array(float((matrix - matrix.T).abs().max() / matrix.abs().max()))}
     rows: list[dict[str, object]] = []
-    for piece in pieces(model):
+    weights = pieces(model)
+    for number, piece in enumerate(weights):
+        progress(number, len(weights), f"structure of {piece.name} {piece.shape[0]} x {piece.shape[1]}")
         inner = matrix[piece.span, piece.span]
         out[f"block/{piece.name}"] = inner.abs().numpy().astype(np.float32)
         out[f"eig/{piece.name}"] = torch.linalg.eigvalsh(inner).numpy()
         rows += _evidence(subject, piece, inner, v[piece.span], checkpoint)
     out["rows"] = np.array(json.dumps(rows))
     if final:
-        out |= _whole(subject, model, operator, matrix)
+        out |= _whole(subject, model, operator, matrix, progress)
     return out
 
 
@@ -128,13 +130,19 @@ def _evidence(subject: Subject, piece: Piece, inner: Tensor, v: Tensor, checkpoi
     return rows
 
 
-def _whole(subject: Subject, model: nn.Module, operator: HessianOperator, matrix: Tensor) -> Arrays:
+def _whole(subject: Subject, model: nn.Module, operator: HessianOperator, matrix: Tensor, progress: Progress) -> Arrays:
     """Maps and spectra of the whole model, exact and probed."""
     settings = subject.settings
     ids, labels = coarse_blocks(model)
     indicator = torch.nn.functional.one_hot(ids, len(labels)).to(matrix.dtype)
-    probed = block_norms(operator, ids, settings.norm_probes, settings.seed)
-    density = slq(operator, settings.slq_steps, settings.slq_probes, settings.seed)
+    probed = block_norms(
+        operator, ids, settings.norm_probes, settings.seed,
+        progress=lambda done, total: progress(done, total, "whole model, block norms from probes"),
+    )  # fmt: skip
+    density = slq(
+        operator, settings.slq_steps, settings.slq_probes, settings.seed,
+        progress=lambda done, total: progress(done, total, "whole model, spectrum by Lanczos"),
+    )  # fmt: skip
     picture = torch.nn.functional.adaptive_avg_pool2d(matrix.abs()[None, None], min(len(matrix), 400))[0, 0]
     return {
         "labels": np.array(labels),

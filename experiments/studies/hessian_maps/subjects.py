@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from experiments.data import Corpus, batch_at, context_batch_at, fixed_batches
 from experiments.models import MLPConfig, ModelConfig, build, lm_loss
 from experiments.studies.hessian_maps.cache import Arrays
+from experiments.studies.hessian_maps.progress import Progress
 from experiments.studies.hessian_maps.settings import CHECKPOINTS, Settings
 from optimizer import AdamMini
 
 Batch = tuple[Tensor, Tensor]
-Progress = Callable[[int, int], None]
 
 
 class Subject:
@@ -67,7 +66,7 @@ class Subject:
                     losses.append(sum(lm_loss(model, b).item() for b in held_out) / len(held_out))
                 at.append(step + 1)
             if progress is not None and (step + 1) % 20 == 0:
-                progress(step + 1, steps)
+                progress(step + 1, steps, "training")
         out: Arrays = {"loss_step": np.array(at), "loss": np.array(losses)}
         return {**out, "theta": np.stack(kept)} if snapshots else out
 

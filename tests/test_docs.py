@@ -1,0 +1,260 @@
+"""Every code block of README.md and docs/*.md runs, and every link, path, module and make target in them exists.
+
+A block that cannot run here is in ``NOT_RUN`` with the reason; a block that is in no list and fails, fails the test.
+Numbers that a page repeats from another are compared with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from optimizer import AdamMini
+from tests.documents import PAGES, ROOT, Block, all_blocks, blocks_of, prelude, trainer_prelude, without_blocks
+
+NOT_RUN = {
+    # Python blocks, by a line that only they have
+    "import deepspeed": "DeepSpeed is built by make interop, whose tests/interop/check_deepspeed.py does the same",
+    "from lightning import": "Lightning is installed by make interop; tests/interop/check_lightning.py",
+    "from torchtitan.models": "torchtitan is installed by make interop; tests/interop/check_torchtitan.py",
+    # command lines, by their beginning
+    "pip install .": "tests/test_wheel.py installs the wheel, without the registry",
+    "pip wheel": "tests/test_wheel.py builds it, and compares the file's name",
+    "make hessian": "minutes; tests/experiments/test_hessian_study.py does it with tiny sizes",
+    "make test": "it is this suite",
+    "python -m experiments.train byte-llama": "minutes to hours; tests/experiments/test_train.py runs a smaller config",
+    "torchrun --nproc-per-node 2 --max-restarts 3 -m experiments.train": "minutes; tests/experiments/test_survival.py",
+    "python -m experiments.ablation": "an hour, or a Slurm cluster; tests/experiments/test_runner.py, test_slurm.py",
+    "python -m pytest tests/experiments": "it is a part of this suite",
+    "python -m tests.experiments.kills": "minutes; tests/experiments/test_survival.py kills runs",
+    "python -m tests.sharding.matrix": "minutes; tests/sharding/test_training.py trains on 2 and 3 ranks",
+    "python -m benchmarks.scaling": "minutes; tests/benchmarks/test_scaling.py checks 2 and 3 ranks",
+    "pip uninstall adam-mini": "changes the environment; make interop does it in one of its own",
+    "llamafactory-cli train": "LLaMA-Factory is installed by make interop; tests/interop/check_llamafactory.py",
+}
+BLOCKS = all_blocks()
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+COMMANDS = [
+    (block, command) for block in BLOCKS if block.language == "bash" for command in block.commands()
+]  # fmt: skip
+PARTS = ("optimizer", "hessian", "experiments", "analysis", "paper_figures", "benchmarks", "tests", "examples", "docs",
+         "results")  # fmt: skip
+
+
+def reason(text: str) -> str | None:
+    """Why a block or a command line is not run."""
+    return next((why for key, why in NOT_RUN.items() if any(line.startswith(key) for line in text.splitlines())), None)
+
+
+def run_block(block: Block, names: dict[str, Any]) -> None:
+    """Execute a Python block among the given names; its lines are those of the page in a traceback."""
+    exec(compile("\n" * (block.line - 1) + block.text, block.page, "exec"), names)
+
+
+@pytest.fixture
+def names(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A fresh namespace with the page's prelude; the current directory is a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    generator, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    if request.param == "docs/integrations.md":
+        yield from trainer_prelude(tmp_path)
+    else:
+        yield prelude(tmp_path)
+    torch.set_num_threads(threads)
+    torch.set_rng_state(generator)
+
+
+def _python_cases() -> list[Any]:
+    return [pytest.param(b.page, b, id=str(b)) for b in PYTHON if reason(b.text) is None]
+
+
+@pytest.mark.parametrize(("names", "block"), _python_cases(), indirect=["names"])
+def test_python_block_runs(names: dict[str, Any], block: Block) -> None:
+    run_block(block, names)
+
+
+def test_a_block_that_is_wrong_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks_of("text\n\n```python\nfrom hessian import slq\n\nslq(H).density(grid, sigma)\n```\n", "page.md")
+    with pytest.raises(NameError, match="'H'") as error:
+        run_block(block, prelude(tmp_path))
+    assert (str(error.traceback[-1].path), error.traceback[-1].lineno + 1) == ("page.md", 6)
+    assert reason(block.text) is None
+
+
+# ------------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of the prelude."""
+    folder = tmp_path_factory.mktemp("shell")
+    prelude(folder)
+    return folder
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command line in a folder; ``python`` is this one, and the repository can be imported."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    return subprocess.run(
+        ["bash", "-euc", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+@functools.cache
+def help_of(module: str, *subcommand: str) -> str:
+    """What a module's command line says of itself."""
+    return shell(shlex.join(["python", "-m", module, *subcommand, "--help"]), ROOT).stdout
+
+
+def _shell_cases(*, run: bool) -> list[Any]:
+    cases = {command: block for block, command in COMMANDS if (reason(command) is None) == run}
+    return [pytest.param(command, id=f"{block} {command[:60]}") for command, block in cases.items()]
+
+
+@pytest.mark.parametrize("command", _shell_cases(run=True))
+def test_command_line_runs(command: str, workplace: Path) -> None:
+    done = shell(command, workplace)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() or (workplace / "converted.pt").is_file()
+
+
+@pytest.mark.parametrize("command", [c for c in _shell_cases(run=False) if " -m " in str(c.values[0])])
+def test_long_command_line_has_only_options_that_exist(command: str) -> None:
+    """What would take too long to run is compared with its ``--help``."""
+    words = shlex.split(command)
+    module, rest = words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+    if module == "pytest":
+        assert all((ROOT / word).exists() for word in rest)
+        return
+    subcommand = [word for word in rest[:1] if word[0] != "-"]
+    text = help_of(module, *subcommand)
+    assert text
+    for option in (word for word in rest if word.startswith("--")):
+        assert re.search(rf"{re.escape(option)}\b", text), f"{module} has no {option}"
+
+
+def test_no_entry_of_the_list_is_stale() -> None:
+    lines = [line for block in PYTHON for line in block.text.splitlines()] + [command for _, command in COMMANDS]
+    assert [key for key in NOT_RUN if not any(line.startswith(key) for line in lines)] == []
+    named = [path for why in NOT_RUN.values() for path in re.findall(r"tests/\S+\.py", why)]
+    assert named and [path for path in named if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_code_is_in_fenced_blocks_of_a_known_language(path: Path) -> None:
+    """An indented command line, or a fence without a language, would be run by nobody."""
+    text = path.read_text(encoding="utf-8")
+    assert {block.language for block in blocks_of(text, path.name)} <= {"python", "bash", "text", "json"}
+    assert re.findall(r"^(?: {4,}|\t)(?:make|python|pip|torchrun|from|import)\b.*", without_blocks(text), re.M) == []
+
+
+# ------------------------------------------------------------------------------------------- what the pages name
+
+
+def _anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)", without_blocks(path.read_text(encoding="utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(path.read_text(encoding="utf-8"))):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not file.startswith("http") and (not target.exists() or (anchor and anchor not in _anchors(target))):
+            missing.append(link)
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_paths_modules_and_targets_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    text = path.read_text(encoding="utf-8")
+    missing = [f"make {name}" for name in re.findall(r"`make ([a-z-]+)", text) if name not in targets]
+    for file in re.findall(rf"`((?:{'|'.join(PARTS)})/[\w./*-]+)`", without_blocks(text)):
+        missing += [] if any(ROOT.glob(file.rstrip("/"))) else [file]
+    for module in re.findall(rf"\b-m ((?:{'|'.join(PARTS)})[\w.]*)", text):
+        missing += [] if importlib.util.find_spec(module.rstrip(".")) else [module]
+    for name in re.findall(rf"`((?:{'|'.join(PARTS[:2])})(?:\.\w+)+)", without_blocks(text)):
+        missing += [] if _resolves(name) else [name]
+    assert missing == []
+
+
+def _resolves(name: str) -> bool:
+    """Whether a dotted name is a module, something in one, or an attribute of the variable ``optimizer``."""
+    module, _, attribute = name.rpartition(".")
+    if module == "optimizer" and (hasattr(AdamMini, attribute) or attribute == "param_groups"):
+        return True
+    try:
+        return importlib.util.find_spec(name) is not None or hasattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        return hasattr(importlib.import_module(module), attribute)
+
+
+# ------------------------------------------------------------------------------------------------------- numbers
+
+
+def _rows(path: Path, heading: str = "") -> dict[str, list[str]]:
+    """First cell -> other cells of every table row below a heading."""
+    text = path.read_text(encoding="utf-8")
+    section = text[text.index(heading) :]
+    rows = re.findall(r"^\| ([^|]+) \|(.*)\|$", section, re.M)
+    return {first.strip(): [cell.strip() for cell in rest.split("|")] for first, rest in rows}
+
+
+def test_the_memory_table_of_the_readme_is_that_of_its_page() -> None:
+    readme, page = _rows(ROOT / "README.md", "## Memory"), _rows(ROOT / "docs/memory.md", "## Whole state")
+    models = [name for name in readme if name in page and name != "model"]
+    assert len(models) >= 4
+    for model in models:
+        adamw, _, _, *ours = page[model]
+        assert readme[model] == [adamw, *ours]
+
+
+def test_the_result_of_the_readme_is_that_of_its_page() -> None:
+    readme, page = ROOT / "README.md", ROOT / "docs/training_results.md"
+    elsewhere = _rows(page, "## Independent")
+    ablation = {row.split("|")[1].strip(): row.split("|")[2:-1] for row in _table(page, "| rules | scalars")}
+    for name in ("derived", "adam_mini"):
+        row = next(cells for first, cells in _rows(readme).items() if first.startswith(f"`{name}`"))
+        assert row[0] == ablation[name][0].strip()
+        mean, half = (float(number) for number in ablation[name][3].split("±"))
+        assert row[1].strip("*") == f"{mean:+.3f} ± {half:.3f}"
+        assert row[2].strip("*") == elsewhere[name][0]
+
+
+def _table(path: Path, header: str) -> list[str]:
+    """The rows of the table that begins with a header."""
+    text = path.read_text(encoding="utf-8")
+    return text[text.index(header) :].split("\n\n")[0].splitlines()[2:]
+
+
+def test_the_ablation_tables_are_those_of_the_runs() -> None:
+    from analysis.ablation import load_runs
+    from paper_figures.ablation import tables
+
+    page = (ROOT / "docs/training_results.md").read_text(encoding="utf-8")
+    rows = [row for row in tables(load_runs(ROOT / "results/ablation_cpu")).splitlines() if "±" in row]
+    assert len(rows) == 13 and [row for row in rows if row not in page] == []
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
