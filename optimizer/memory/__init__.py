@@ -1,4 +1,4 @@
-"""Ways to hold less memory while training: step inside the backward pass, or keep copies and state on the host."""
+"""Ways to train with less device memory: step inside the backward pass, or keep the optimizer's state on the host."""
 
 from .offload import CPUOffload
 from .release import GradientRelease, gradient_release

@@ -1,4 +1,4 @@
-"""Optimizer in backward: a parameter is stepped, and its gradient freed, as soon as the gradient is whole."""
+"""Optimizer in backward: a parameter is stepped and its gradient is freed as soon as the gradient is complete."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _RELEASED: weakref.WeakSet[AdamMini] = weakref.WeakSet()
 
 
 def reduced_later(parameter: Tensor) -> bool:
-    """Whether other processes may still have to add to a gradient that autograd has finished with.
+    """Return whether a gradient that autograd has completed may still have to be reduced over processes.
 
-    DDP and FSDP1 reduce plain tensors after accumulation and leave no mark on them; FSDP2's DTensors are only given
-    their gradient once it is reduced.
+    DDP and FSDP1 reduce the gradients of plain tensors after accumulation and do not mark those tensors. FSDP2 sets the
+    gradient of a DTensor only after it is reduced.
     """
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return False
@@ -28,18 +28,21 @@ def reduced_later(parameter: Tensor) -> bool:
 
 
 def without_owning(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """A hook that ends with its object: cycles through a tensor's hooks are never collected."""
-    known = weakref.WeakMethod(method)
+    """Return a hook that calls a method but does not keep its object alive.
+
+    A strong reference would be a cycle through the tensor's hooks, which Python never collects.
+    """
+    reference = weakref.WeakMethod(method)
 
     def hook(parameter: Tensor) -> None:
-        if (alive := known()) is not None:
-            alive(parameter)
+        if (bound := reference()) is not None:
+            bound(parameter)
 
     return hook
 
 
 class GradientRelease:
-    """What ``gradient_release`` returns: the hooks on an optimizer's parameters."""
+    """The hooks that ``gradient_release`` registers on an optimizer's parameters."""
 
     def __init__(self, optimizer: AdamMini) -> None:
         if not isinstance(optimizer, AdamMini):
@@ -56,25 +59,28 @@ class GradientRelease:
                 "differentiable=False"
             )
         self.optimizer = optimizer
-        self._places: dict[Tensor, tuple[int, int]] = {}
+        self._positions: dict[Tensor, tuple[int, int]] = {}
         self._handles: dict[Tensor, Any] = {}
         self._stepped: set[Tensor] = set()
-        self._waiting = 0
+        self._accumulating = 0  # open ``accumulate`` contexts
         self._follow()
-        self._before = optimizer.register_step_pre_hook(self._before_step)  # and so the optimizer owns the release
+        self._before = optimizer.register_step_pre_hook(self._before_step)  # this keeps the release alive
         _RELEASED.add(optimizer)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within, backward passes only add to ``p.grad``: for all passes but the last one of an accumulation."""
-        self._waiting += 1
+        """Open a context in which backward passes only accumulate into ``p.grad``.
+
+        Use it for all backward passes of a gradient accumulation except the last one.
+        """
+        self._accumulating += 1
         try:
             yield
         finally:
-            self._waiting -= 1
+            self._accumulating -= 1
 
     def remove(self) -> None:
-        """Take the hooks away: the optimizer steps in ``step()`` again."""
+        """Remove the hooks, so that the optimizer steps in ``step()`` again."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
@@ -82,17 +88,18 @@ class GradientRelease:
         _RELEASED.discard(self.optimizer)
 
     def _follow(self) -> None:
-        """Hook what is new in the groups, or trainable now; unhook what has left them."""
+        """Register hooks on new and newly trainable parameters, and remove those of parameters that left the groups."""
         groups = self.optimizer.param_groups
-        self._places = {p: (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
-        for gone in self._handles.keys() - self._places.keys():
-            self._handles.pop(gone).remove()
-        for parameter in self._places:
+        self._positions = {p: (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
+        for removed in self._handles.keys() - self._positions.keys():
+            self._handles.pop(removed).remove()
+        for parameter in self._positions:
             if parameter.requires_grad and parameter not in self._handles:
-                self._require_whole(parameter)
-                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(without_owning(self._take))
+                self._require_reduced(parameter)
+                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(without_owning(self._step))
 
-    def _require_whole(self, parameter: Tensor) -> None:
+    def _require_reduced(self, parameter: Tensor) -> None:
+        """Raise RuntimeError if the gradient may still have to be reduced over processes."""
         if reduced_later(parameter):
             raise RuntimeError(
                 f"gradient release steps before gradients are reduced over {distributed.get_world_size()} processes "
@@ -100,34 +107,34 @@ class GradientRelease:
             )
 
     @torch.no_grad()
-    def _take(self, parameter: Tensor) -> None:
-        """One parameter's step, from within the backward pass."""
-        if self._waiting or parameter.grad is None:
+    def _step(self, parameter: Tensor) -> None:
+        """Step one parameter from within the backward pass, and free its gradient."""
+        if self._accumulating or parameter.grad is None:
             return
-        g, i = self._places[parameter]
+        g, i = self._positions[parameter]
         group = self.optimizer.param_groups[g]
         if i >= len(group["params"]) or group["params"][i] is not parameter:  # groups were edited since the last step
             self._follow()
-            if parameter not in self._places:
+            if parameter not in self._positions:
                 return
-            g, i = self._places[parameter]
+            g, i = self._positions[parameter]
         if parameter in self._stepped:
             raise RuntimeError(
                 f"{label(self.optimizer.param_groups[g], g, i)} got a second gradient since the last "
                 "optimizer.step(): call step() after every backward pass, wrap all backward passes of an accumulation "
                 "but the last in release.accumulate(), and checkpoint shared weights with use_reentrant=False"
             )
-        self._require_whole(parameter)
+        self._require_reduced(parameter)
         self.optimizer.step_parameter(g, i)
         self._stepped.add(parameter)
         parameter.grad = None
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """``step()`` closes one iteration; it takes parameters that were added since the last one in the usual way."""
+        """End an iteration: forget which parameters were stepped, and follow changes of the groups."""
         if hasattr(optimizer, "found_inf"):
             raise RuntimeError(
-                "a GradScaler unscales after the backward pass, when released gradients have been stepped with; train "
-                "in bf16 without a scaler, or call release.remove()"
+                "a GradScaler unscales gradients after the backward pass, but released gradients are gone by then; "
+                "train in bf16 without a scaler, or call release.remove()"
             )
         self._stepped.clear()
         self._follow()
@@ -136,25 +143,27 @@ class GradientRelease:
 def gradient_release(optimizer: AdamMini) -> GradientRelease:
     """Step every parameter inside the backward pass and free its gradient at once.
 
-    The peak holds one gradient at a time instead of all of them. The result equals ``backward(); step()`` bit for bit.
-    Keep calling ``step()`` after every backward pass: it ends the iteration (hooks, schedulers, closures), steps
-    parameters that were added or thawed since, and is where a second, undeclared backward pass is told from a new
-    iteration. Learning rates and options are read from the groups when a gradient arrives.
+    Memory peaks with one gradient at a time instead of all of them. The result equals ``backward(); step()`` bit for
+    bit. Keep calling ``step()`` after every backward pass. It ends the iteration (hooks, schedulers, closures), steps
+    parameters that were added or unfrozen since the last call, and lets the release distinguish a second, undeclared
+    backward pass from a new iteration. Learning rates and options are read from the groups when a gradient arrives.
 
-    What needs all gradients at once cannot work: ``clip_grad_norm_`` finds none and does nothing, a ``GradScaler``
-    is refused (at its first ``step``, after one unusable iteration), and so are DDP and FSDP1, which reduce gradients
-    later. An error inside a hook (a sparse gradient, say) leaves earlier parameters stepped.
+    Methods that need all gradients at once do not work. ``clip_grad_norm_`` finds no gradients and does nothing. A
+    ``GradScaler`` is refused at its first ``step``, after one unusable iteration. DDP and FSDP1 are refused because
+    they reduce gradients later. If a hook raises an error (for a sparse gradient, for example), the parameters before
+    it have already been stepped.
 
     Args:
-        optimizer: steps its own parameters from now on, until ``remove()``.
+        optimizer: the optimizer whose parameters are stepped in the backward pass, until ``remove()`` is called.
 
     Returns:
-        The release: ``accumulate()`` for gradient accumulation, ``remove()`` to undo.
+        The release, with ``accumulate()`` for gradient accumulation and ``remove()`` to undo it.
 
     Raises:
-        TypeError: no AdamMini.
-        RuntimeError: released already; more than one process with parameters that are no DTensors.
-        ValueError: ``differentiable=True``.
+        TypeError: the optimizer is no AdamMini.
+        RuntimeError: the optimizer's gradients are released already, or there are several processes and parameters
+            that are no DTensors.
+        ValueError: the optimizer has ``differentiable=True``.
 
     Example:
         >>> release = gradient_release(optimizer)

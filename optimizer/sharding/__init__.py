@@ -1,4 +1,4 @@
-"""Exact steps on parts of tensors: which box a rank holds, which blocks it shares, and with whom."""
+"""Exact steps of sharded tensors: which boxes a rank stores, and which blocks it shares with which ranks."""
 
 from .manager import Shards
 from .step_view import StepView

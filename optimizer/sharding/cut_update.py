@@ -1,4 +1,4 @@
-"""One step of a tensor whose blocks other ranks share, once the blocks' mean squares are known."""
+"""The update of a tensor that shares blocks with other ranks, once the mean squares of its blocks are known."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from .kinds import is_dtensor, local_of
 
 
 def local_gradient(param: Tensor, where: Callable[[], str]) -> Tensor | None:
-    """This rank's part of the gradient, placed as the parameter is.
+    """Return this rank's shard of the gradient, with the parameter's placements; None if there is no gradient.
 
-    Sequence parallelism may leave a replicated parameter with a gradient that is still partial. It is summed here,
-    as any optimizer has to: that message is the gradient's, not the optimizer's.
+    Sequence parallelism may leave a replicated parameter with a partial gradient. Such a gradient is summed over its
+    ranks first. Every optimizer needs this message, so it does not count as communication of Adam-mini.
+
+    Args:
+        param: a parameter, sharded or not.
+        where: returns a description of the parameter for the error message.
 
     Raises:
         RuntimeError: only one of parameter and gradient is a DTensor.
@@ -50,48 +54,55 @@ def cut_update(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    """One Adam-mini step of a geometry, in place, on local tensors.
+    """Take one Adam-mini step of this rank's shard of a parameter, in place.
 
-    Source: arXiv 2406.16793, Algorithm 1; the equations as in ``optimizer.step.update.adam_mini_update``.
+    Source: arXiv 2406.16793, Algorithm 1, with the equations of ``optimizer.step.update.adam_mini_update``.
 
     Args:
-        geometry: what is held here.
-        param: changed.
-        grad: read only; None counts as zeros (another rank has a gradient for a block it shares with this one).
-        exp_avg: changed.
-        exp_avg_sq: ``geometry.aligned``, changed.
-        means: mean squares of the local blocks.
-        step, lr, beta1, beta2, eps, weight_decay, maximize: as in ``adam_mini_update``.
+        geometry: the boxes and blocks of this rank's shard.
+        param: the local parameter, shape ``geometry.shape``, updated in place.
+        grad: the local gradient, same shape, read only. None counts as zeros: then only another rank has a gradient
+            for a block that it shares with this rank.
+        exp_avg: first moment, same shape, updated in place.
+        exp_avg_sq: second moment, shape ``geometry.aligned``, updated in place.
+        means: mean squared gradient of each local block over all ranks, [number of local blocks].
+        step: number of steps taken, this one included.
+        lr: learning rate.
+        beta1: decay rate of the first moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1).
+        eps: added to the square root of the bias-corrected second moment.
+        weight_decay: decoupled weight decay.
+        maximize: ascend instead of descend.
     """
     assert geometry.cut is not None
     if exp_avg_sq.numel() == 0:
-        return  # nothing is held here, not even a value that others' elements share
-    # Without a gradient of its own even a free part takes its step of zeros here.
+        return  # this rank stores no element of the tensor and no value of its second moment
+    # If this rank has no gradient, no engine steps its free boxes, so they are stepped here with a gradient of zeros.
     values = None if grad is None or geometry.cut.values is None else geometry.cut.values.to(exp_avg_sq.device)
-    kept = exp_avg_sq if values is None else exp_avg_sq[values]
+    second = exp_avg_sq if values is None else exp_avg_sq[values]
     slots = geometry.cut.blocks.at(values)
     fresh = means if slots is None else means[slots.to(means.device)]
-    kept.mul_(beta2).add_(fresh.view(kept.shape).to(kept.device), alpha=1 - beta2)
-    scale = step_sizes(kept, *corrections(lr, beta1, beta2, step), eps).neg_()
+    second.mul_(beta2).add_(fresh.view(second.shape).to(second.device), alpha=1 - beta2)
+    scale = step_sizes(second, *corrections(lr, beta1, beta2, step), eps).neg_()
     if values is not None:
-        exp_avg_sq[values] = kept
+        exp_avg_sq[values] = second
         rates, scale = scale, torch.empty_like(exp_avg_sq)
         scale[values] = rates
     if param.numel() == 0:
         return
-    for part in geometry.boxes:
-        if part.free and grad is not None:
+    for box in geometry.boxes:
+        if box.free and grad is not None:
             continue
-        p, m = part.of(param), part.of(exp_avg)
-        s = part.of_second(scale, tuple(p.shape))
+        p, m = box.of(param), box.of(exp_avg)
+        s = box.of_second(scale, tuple(p.shape))
         if grad is None:
             m.mul_(beta1)
         elif m.dtype == grad.dtype and not maximize:
-            m.lerp_(part.of(grad), 1 - beta1)
+            m.lerp_(box.of(grad), 1 - beta1)
         else:
-            m.mul_(beta1).add_(part.of(grad), alpha=(beta1 - 1) if maximize else (1 - beta1))
-        p, m, s = part.layout.unfold(p, m, s)
-        if weight_decay and part.decays:
+            m.mul_(beta1).add_(box.of(grad), alpha=(beta1 - 1) if maximize else (1 - beta1))
+        p, m, s = box.layout.unfold(p, m, s)
+        if weight_decay and box.decays:
             p.mul_(1 - lr * weight_decay)
         if p.dtype == m.dtype == s.dtype:
             p.addcmul_(m, s)

@@ -1,4 +1,4 @@
-"""Second moments with one value per element: the form in which some libraries gather and deal out state."""
+"""Second moments with one value per element, the form in which some libraries gather and scatter state."""
 
 from __future__ import annotations
 
@@ -12,51 +12,69 @@ from .geometry import Geometry
 
 
 def widen(geometry: Geometry, second: Tensor) -> Tensor:
-    """The local second moment with one value per element: the form in which FSDP1 gathers and deals out state."""
-    out = torch.zeros(geometry.shape, dtype=second.dtype, device=second.device)
-    for part in geometry.boxes:
-        box = part.of(out)
-        box, own = part.layout.unfold(box, part.of_second(second, tuple(box.shape)))
-        box.copy_(own.expand_as(box))
-    return out
+    """Return the local second moment with one value per element of the local tensor.
+
+    Args:
+        geometry: the boxes of this rank's shard.
+        second: local second moment, shape ``geometry.aligned``.
+
+    Returns:
+        A new tensor of shape ``geometry.shape`` with the dtype of ``second``. Padding becomes zero.
+    """
+    elements = torch.zeros(geometry.shape, dtype=second.dtype, device=second.device)
+    for box in geometry.boxes:
+        view = box.of(elements)
+        view, aligned = box.layout.unfold(view, box.of_second(second, tuple(view.shape)))
+        view.copy_(aligned.expand_as(view))
+    return elements
 
 
 def is_blockwise(geometry: Geometry, elements: Tensor) -> bool:
-    """Whether values per element are equal inside every block, as far as the block lies here."""
-    for part in geometry.boxes:
-        (box,) = part.layout.unfold(part.of(elements))
-        layout = part.layout.unfolded()
-        kept = layout.aligned_shape(box.shape)
-        shared = [d for d, size in enumerate(kept) if size != box.shape[d]]
-        high = box.amax(shared, keepdim=True) if shared and box.numel() else box
-        low = box.amin(shared, keepdim=True) if shared and box.numel() else box
+    """Return whether values per element are equal inside every block, compared within each local box."""
+    for box in geometry.boxes:
+        (view,) = box.layout.unfold(box.of(elements))
+        layout = box.layout.unfolded()
+        aligned = layout.aligned_shape(view.shape)
+        shared = [d for d, size in enumerate(aligned) if size != view.shape[d]]
+        high = view.amax(shared, keepdim=True) if shared and view.numel() else view
+        low = view.amin(shared, keepdim=True) if shared and view.numel() else view
         if not torch.allclose(low, high, rtol=LEVEL, atol=0) or not is_level(high, layout, LEVEL):
             return False
     return True
 
 
 def narrow(geometry: Geometry, elements: Tensor) -> Tensor:
-    """The inverse of ``widen``; values whose elements are all elsewhere become zero, and are not used."""
+    """Return the local second moment from one value per element. This is the inverse of ``widen``.
+
+    A value of the second moment without any element on this rank becomes zero; no step uses it.
+
+    Args:
+        geometry: the boxes of this rank's shard.
+        elements: one value per element, shape ``geometry.shape``, equal inside every block.
+
+    Returns:
+        A new tensor of shape ``geometry.aligned`` with the dtype of ``elements``.
+    """
     second = torch.zeros(geometry.aligned, dtype=elements.dtype, device=elements.device)
-    for part in geometry.boxes:
-        box = part.of(elements)
-        box, own = part.layout.unfold(box, part.of_second(second, tuple(box.shape)))
-        shared = [d for d, size in enumerate(own.shape) if size != box.shape[d]]
-        own.copy_(box.amax(shared, keepdim=True) if shared else box)
+    for box in geometry.boxes:
+        view = box.of(elements)
+        view, aligned = box.layout.unfold(view, box.of_second(second, tuple(view.shape)))
+        shared = [d for d, size in enumerate(aligned.shape) if size != view.shape[d]]
+        aligned.copy_(view.amax(shared, keepdim=True) if shared else view)
     return second
 
 
 def settle(state: dict[str, Any], geometry: Geometry, dtype: torch.dtype, steps: set[int]) -> None:
-    """Bring state that a universal checkpoint wrote element by element into its own form.
+    """Convert state that a library wrote element by element to the form that the optimizer stores.
 
     Args:
-        state: of a flat tensor; changed.
-        geometry: what the tensor holds.
-        dtype: of the first moment.
-        steps: identities of the counters of other parameters; added to.
+        state: state of a flat tensor, changed in place.
+        geometry: the boxes and blocks of the flat tensor.
+        dtype: dtype of the first moment.
+        steps: ``id`` of the step counter of every parameter converted before; this parameter's is added.
     """
     if "step" in state and (not isinstance(state["step"], Tensor) or id(state["step"]) in steps):
-        # ZeRO-3 gives one counter to all: a step of theirs would count several times.
+        # A library may store one counter for all parameters; each of their steps would then increment it again.
         state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
     steps.add(id(state.get("step")))
     second = state.get("exp_avg_sq")

@@ -1,4 +1,4 @@
-"""Mean squares of blocks that ranks share: one all-reduce per process group and step, for all tensors together."""
+"""Mean squares of blocks that ranks share, with one all-reduce per process group and step for all tensors together."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1024)
 def ranks_of(group: ProcessGroup) -> tuple[int, ...]:
-    """Global ranks of a group; groups of the same ranks count as one."""
+    """Return the global ranks of a group. They identify it: groups of the same ranks count as one."""
     return tuple(dist.get_process_group_ranks(group))
 
 
 def destroyed(what: str) -> RuntimeError:
-    """The error for a process group that is gone."""
+    """Return the error for a process group that no longer exists; ``what`` names the group."""
     return RuntimeError(
         f"{what} was destroyed; nothing has been stepped. Shard the model and build the optimizer anew, over groups "
         "that exist"
@@ -32,7 +32,10 @@ def destroyed(what: str) -> RuntimeError:
 
 
 def _require_alive(ranks: tuple[int, ...], group: ProcessGroup) -> None:
-    """Raise RuntimeError where a group has been destroyed: gloo would go on sending, NCCL fail in its own words."""
+    """Raise RuntimeError if a group has been destroyed.
+
+    Without this check gloo would continue to send, and NCCL would fail with a message that does not name the cause.
+    """
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError) as error:
@@ -40,38 +43,40 @@ def _require_alive(ranks: tuple[int, ...], group: ProcessGroup) -> None:
 
 
 def _words(ranks: tuple[int, ...]) -> str:
+    """Return ranks as text, abbreviated if there are many."""
     return ", ".join(map(str, ranks)) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]} ({len(ranks)})"
 
 
 def groups_in_order(geometries: Sequence[Geometry]) -> dict[tuple[int, ...], ProcessGroup]:
-    """The groups that cut blocks, in the order of their first appearance.
+    """Return the process groups over which blocks are cut, by their ranks, in the order of their first appearance.
 
-    Every rank of a group holds the same tensors in the same order, so that any two ranks which share two groups
-    meet them in the same order: nobody waits in a circle.
+    Every rank of a group has the same tensors in the same order. Two ranks that share two groups therefore use them in
+    the same order, and no deadlock can occur.
     """
-    found: dict[tuple[int, ...], ProcessGroup] = {}
+    groups: dict[tuple[int, ...], ProcessGroup] = {}
     for geometry in geometries:
         for group in geometry.cut.groups if geometry.cut is not None else ():
-            found.setdefault(ranks_of(group), group)
-    return found
+            groups.setdefault(ranks_of(group), group)
+    return groups
 
 
 def block_means(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) -> list[Tensor | None]:
-    """Mean of the squared gradient over every block of every tensor, whichever ranks hold its elements.
+    """Return the mean squared gradient of every block of every tensor, over the elements of all ranks.
 
-    A rank without a gradient takes part with zeros: who takes part follows from layouts and placements alone, which
-    are the same on all ranks, so nobody is waited for in vain. A count of gradients travels with the sums: where any
-    rank that shares blocks of a tensor has one, the tensor steps on all of them, as it would in one process.
+    A rank without a gradient sends zeros. Which ranks send therefore follows from layouts and placements alone, which
+    are the same on all ranks, so no rank waits for a message that never comes. Each tensor's message also counts the
+    gradients: if any rank that shares blocks of a tensor has a gradient, all of them step the tensor, as one process
+    would.
 
     Args:
-        works: (geometry with a cut, local gradient, accumulation dtype); the same tensors in the same order on every
-            rank of a group.
+        works: for each tensor: (geometry with a cut, local gradient or None, accumulation dtype). Every rank of a
+            group must pass the same tensors in the same order.
 
     Returns:
-        For each, [number of local blocks], or None where no rank has a gradient.
+        For each tensor, the means as [number of local blocks], or None if no rank has a gradient.
 
     Raises:
-        RuntimeError: a process group was destroyed, or (torch's words) a rank is gone or came too late.
+        RuntimeError: a process group was destroyed; or, with torch's own message, a rank failed or timed out.
     """
     groups = groups_in_order([geometry for geometry, _, _ in works])
     for key, group in groups.items():
@@ -80,7 +85,7 @@ def block_means(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) ->
     local: list[Tensor] = []
     for geometry, grad, dtype in works:
         assert geometry.cut is not None
-        means = _own_share(geometry, grad, dtype)
+        means = _local_share(geometry, grad, dtype)
         send = torch.zeros(geometry.cut.size + 1, dtype=dtype, device=geometry.cut.device)
         send[geometry.cut.positions] = means[geometry.cut.slots].to(send.device)
         send[-1] = grad is not None
@@ -98,30 +103,39 @@ def block_means(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) ->
 
 
 def second_moments(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) -> list[Tensor]:
-    """What ``block_means`` finds, for geometries with shared blocks and others, as local second moments."""
+    """Return block means in the shape of local second moments, for tensors with and without shared blocks.
+
+    Args:
+        works: for each tensor: (geometry, local gradient or None, dtype). Every rank of a group must pass the same
+            tensors in the same order.
+
+    Returns:
+        For each tensor, the mean squared gradient of its blocks, shape ``geometry.aligned``; zeros if there is no
+        gradient.
+    """
     cut = [i for i, (geometry, _, _) in enumerate(works) if geometry.cut is not None]
     means = dict(zip(cut, block_means([works[i] for i in cut]), strict=True))
     out = []
     for i, (geometry, grad, dtype) in enumerate(works):
-        found = means.get(i)
-        if found is not None and geometry.cut is not None:
+        second = means.get(i)
+        if second is not None and geometry.cut is not None:
             spread = geometry.cut.blocks.spread
-            found = (found if spread is None else found[spread.to(found.device)]).reshape(geometry.aligned)
-            for part in geometry.free if grad is not None else ():
-                box = part.of(grad)  # type: ignore[arg-type]
-                own = part.of_second(found, tuple(box.shape))
-                own.copy_(block_mean_square(box, part.layout))
+            second = (second if spread is None else second[spread.to(second.device)]).reshape(geometry.aligned)
+            for box in geometry.free if grad is not None else ():
+                view = box.of(grad)  # type: ignore[arg-type]
+                aligned = box.of_second(second, tuple(view.shape))
+                aligned.copy_(block_mean_square(view, box.layout))
         elif grad is not None and geometry.boxes:
-            part = geometry.boxes[0]
-            found = block_mean_square(part.of(grad), part.layout)
+            box = geometry.boxes[0]
+            second = block_mean_square(box.of(grad), box.layout)
         else:
-            found = torch.zeros(geometry.aligned, dtype=dtype)
-        out.append(found.reshape(geometry.aligned))
+            second = torch.zeros(geometry.aligned, dtype=dtype)
+        out.append(second.reshape(geometry.aligned))
     return out
 
 
 def _all_reduce(shared: list[Tensor], members: list[int], group: ProcessGroup) -> None:
-    """Sum the members' vectors over a group, in one message."""
+    """Sum the vectors at the indices ``members`` over a group, in place and in one message."""
     dtype = max((shared[i].dtype for i in members), key=lambda dtype: dtype.itemsize)
     message = torch.cat([shared[i].to(dtype) for i in members])
     dist.all_reduce(message, group=group)
@@ -129,31 +143,35 @@ def _all_reduce(shared: list[Tensor], members: list[int], group: ProcessGroup) -
         shared[i] = summed.to(shared[i].dtype)
 
 
-def _own_share(geometry: Geometry, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """This rank's share of each local block's mean square, [number of local blocks]."""
+def _local_share(geometry: Geometry, grad: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return this rank's share of the mean square of each local block, [number of local blocks].
+
+    The share is the sum of squares over the rank's elements, divided by the number of elements on all ranks.
+    """
     assert geometry.cut is not None
     blocks = geometry.cut.blocks
     sums = torch.zeros(len(blocks.counts), dtype=dtype, device=geometry.cut.device if grad is None else grad.device)
     if grad is None:
         return sums
-    for part in geometry.boxes:
-        if part.free:
-            continue  # the engine that takes it finds its means
-        box = part.of(grad)
-        layout = part.layout
-        (box,), layout = layout.unfold(box), layout.unfolded()
-        shape = layout.aligned_shape(box.shape)
-        reduced = [d for d, (kept, full) in enumerate(zip(shape, box.shape, strict=True)) if kept != full]
-        norm = torch.linalg.vector_norm(box, 2, dim=reduced, keepdim=True, dtype=dtype) if reduced else box.to(dtype)
+    for box in geometry.boxes:
+        if box.free:
+            continue  # the engine that steps the box computes its means
+        view = box.of(grad)
+        layout = box.layout
+        (view,), layout = layout.unfold(view), layout.unfolded()
+        shape = layout.aligned_shape(view.shape)
+        reduced = [d for d, (aligned, full) in enumerate(zip(shape, view.shape, strict=True)) if aligned != full]
+        norm = torch.linalg.vector_norm(view, 2, dim=reduced, keepdim=True, dtype=dtype) if reduced else view.to(dtype)
         squares = norm.square().flatten()
-        to = blocks.spread if part.slots is None else part.slots
-        if to is None:
+        slots = blocks.spread if box.slots is None else box.slots
+        if slots is None:
             sums += squares
         else:
-            sums.index_add_(0, to.to(sums.device), squares)
-    own = None if geometry.cut.values is None else blocks.at(geometry.cut.values)
-    if own is None:
+            sums.index_add_(0, slots.to(sums.device), squares)
+    divided = None if geometry.cut.values is None else blocks.at(geometry.cut.values)
+    if divided is None:
         return sums.div_(blocks.counts.to(sums.device, dtype))
-    own, counts = own.to(sums.device), blocks.counts[own]
-    sums[own] /= counts.to(sums.device, dtype)  # one block may stand there several times: its quotient is the same
+    divided, counts = divided.to(sums.device), blocks.counts[divided]
+    # A block may occur several times in the index; each occurrence writes the same quotient.
+    sums[divided] /= counts.to(sums.device, dtype)
     return sums

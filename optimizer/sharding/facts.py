@@ -1,4 +1,4 @@
-"""What a flattened parameter holds: left on it by the wrapper of the library that flattened it."""
+"""Descriptions of flattened parameters, which the wrapper of the library that flattened them attaches to them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _FACTS = "_adam_mini_flat"
 
 @dataclass(frozen=True)
 class FlatFacts:
-    """What a parameter that was flattened and cut over ranks holds.
+    """Which elements of which tensors a flattened and sharded parameter consists of.
 
     Attributes:
-        names: of the tensors it holds ranges of; one, where every tensor is flattened by itself.
-        anatomies: of those tensors, whole.
-        bounds: for each, [start, stop) of every rank.
-        offsets: for each, where its elements begin in this rank's box.
-        rank: this rank's place in the group.
-        numel: elements of this rank's box.
-        group: name of the process group that the parameter is dealt out over; empty where no other rank holds any.
-        mixed: whether tensors were joined into one parameter.
-        advice: for messages: what to do where the parameter no longer has ``numel`` elements.
+        names: names of the tensors whose ranges it contains; a single name if every tensor is flattened separately.
+        anatomies: anatomy of each whole tensor.
+        bounds: for each tensor, the [start, stop) of every rank.
+        offsets: for each tensor, the index of its first local element in the local parameter.
+        rank: this rank's position in the process group.
+        numel: number of elements of the local parameter.
+        group: name of the process group that shares the parameter; empty if this rank has all of it.
+        mixed: whether several tensors were joined into one parameter.
+        advice: the next action for error messages, if the parameter no longer has ``numel`` elements.
     """
 
     names: tuple[str, ...]
@@ -41,21 +41,34 @@ class FlatFacts:
     advice: str = ""
 
     def layout(self, layout_of: Callable[[Anatomy, str], Layout], *, exempt: bool) -> FlatLayout:
-        """Of the local box; ``exempt``: norms and biases that were joined with what decays do not decay."""
+        """Return the layout of the local parameter.
+
+        Args:
+            layout_of: returns the layout of a whole tensor from its anatomy and name.
+            exempt: whether norms and biases do not decay although they were joined with weights that decay.
+        """
+        tensors = zip(self.names, self.anatomies, self.bounds, self.offsets, strict=True)
         ranges = tuple(
-            Range(anatomy.shape, layout_of(anatomy, name), bounds, self.rank, offset,
-                  anatomy.decays or not (exempt and self.mixed), name)
-            for name, anatomy, bounds, offset in zip(self.names, self.anatomies, self.bounds, self.offsets, strict=True)
-        )  # fmt: skip
+            Range(
+                anatomy.shape,
+                layout_of(anatomy, name),
+                bounds,
+                self.rank,
+                offset,
+                anatomy.decays or not (exempt and self.mixed),
+                name,
+            )
+            for name, anatomy, bounds, offset in tensors
+        )
         return FlatLayout(ranges, self.numel, self.group, self.advice)
 
 
 def leave_facts(parameter: Tensor, facts: FlatFacts) -> None:
-    """Stamp a parameter."""
+    """Attach the description to a parameter."""
     setattr(parameter, _FACTS, facts)
 
 
 def facts_of(parameter: Tensor) -> FlatFacts | None:
-    """What was left on a parameter, if it still has as many elements."""
+    """Return the description attached to a parameter; None if there is none or the number of elements has changed."""
     facts = getattr(parameter, _FACTS, None)
     return facts if isinstance(facts, FlatFacts) and parameter.shape == (facts.numel,) else None

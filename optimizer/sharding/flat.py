@@ -1,4 +1,4 @@
-"""From ranges of flattened tensors (FSDP1, ZeRO) to the local geometry of their layouts."""
+"""The local geometry of 1-D tensors that contain ranges of flattened tensors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Range:
-    """Elements of one flattened (row-major) tensor, as ranks share them out.
+    """The elements of one flattened (row-major) tensor that each rank stores.
 
     Attributes:
-        shape: of the whole tensor.
-        layout: of the whole tensor.
-        bounds: [start, stop) of every rank of the group, in the group's order; empty where start == stop.
-        rank: this rank's place in the group.
-        offset: where the local elements begin in the local (1-D) tensor.
-        decays: whether weight decay applies; False only where a flat parameter mixes what decays with what does not.
-        name: of the tensor, empty where unknown.
+        shape: shape of the whole tensor.
+        layout: layout of the whole tensor.
+        bounds: [start, stop) of every rank of the group, in the group's order; a rank with start == stop has none.
+        rank: this rank's position in the group.
+        offset: index of this rank's first element in the local 1-D tensor.
+        decays: whether weight decay applies. False only for a tensor that is exempt from decay and was joined with
+            tensors that decay.
+        name: name of the tensor; empty if unknown.
     """
 
     shape: tuple[int, ...]
@@ -43,24 +44,26 @@ class Range:
 
     @property
     def start(self) -> int:
-        """First element held here."""
+        """Index of this rank's first element in the flattened tensor."""
         return self.bounds[self.rank][0]
 
     @property
     def stop(self) -> int:
-        """One behind the last element held here."""
+        """Index after this rank's last element in the flattened tensor."""
         return self.bounds[self.rank][1]
 
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """The layout of a 1-D tensor that holds ranges of flattened tensors; a sibling of ``Layout`` (``AnyLayout``).
+    """The layout of a 1-D tensor that contains ranges of flattened tensors.
+
+    It has the methods of ``Layout`` that the optimizer calls; ``AnyLayout`` is either of the two.
 
     Attributes:
-        ranges: what it holds.
-        numel: its elements.
-        group: name of the process group whose ranks hold the rest; empty where no other rank holds any.
-        advice: for messages: what to do where the tensor no longer has ``numel`` elements.
+        ranges: the ranges that the tensor contains.
+        numel: number of elements of the local tensor.
+        group: name of the process group whose ranks store the other elements; empty if this rank has all of them.
+        advice: the next action for error messages, if the tensor no longer has ``numel`` elements.
     """
 
     ranges: tuple[Range, ...]
@@ -82,15 +85,15 @@ class FlatLayout:
 
     @property
     def n_blocks(self) -> int:
-        """Scalars of the tensors it holds ranges of, whole."""
+        """Number of blocks of all whole tensors that the ranges belong to."""
         return sum(r.layout.n_blocks for r in self.ranges)
 
     def fits(self, shape: Iterable[int]) -> bool:
-        """Whether a tensor of this shape can have this layout."""
+        """Return whether a tensor of this shape can have this layout."""
         return tuple(shape) == (self.numel,)
 
     def require(self, shape: Iterable[int], what: str = "tensor") -> None:
-        """Raise ValueError, with both numbers, when ``shape`` cannot have this layout."""
+        """Raise ValueError, with both sizes, if a tensor of this shape cannot have this layout."""
         if not self.fits(shape):
             advice = f"; {self.advice}" if self.advice else ""
             raise ValueError(
@@ -105,102 +108,131 @@ class FlatLayout:
 def flat_geometry(
     ranges: Sequence[Range], numel: int, group: ProcessGroup | None, device: torch.device, where: str = "parameter"
 ) -> Geometry:
-    """The local geometry of a 1-D tensor that holds ranges of flattened tensors one behind the other.
+    """Return the local geometry of a 1-D tensor that contains ranges of flattened tensors, one after another.
 
     Args:
-        ranges: what the local tensor holds; elements that no range covers are padding, and are not stepped.
-        numel: of the local tensor.
-        group: whose ranks hold the other elements; None where nobody else does.
-        device: where the group communicates.
-        where: the parameter in words, for messages.
+        ranges: the ranges that the local tensor contains. Elements outside all ranges are padding and are not stepped.
+        numel: number of elements of the local tensor.
+        group: process group whose ranks store the other elements; None if this rank has all of them.
+        device: device on which the group communicates.
+        where: description of the parameter for error messages.
 
     Raises:
-        ValueError: a layout does not fit its shape, or a range its tensor.
+        ValueError: a layout does not fit its shape, or a range does not lie in its tensor.
     """
     held = [_Held(r, where) for r in ranges]
-    parts: list[Box] = []
+    boxes: list[Box] = []
     counts, spreads, slots, positions = [], [], [], []
     blocks = values = shared = 0
-    for one in held:
-        parts += [part for part in one.boxes(values, blocks) if part is not None]
-        counts.append(one.counts)
-        spreads.append(one.spread + blocks)
-        slots.append(one.cut_slots + blocks)
-        positions.append(one.cut_positions + shared)
-        blocks, values, shared = blocks + len(one.counts), values + len(one.spread), shared + one.shared
+    for local in held:
+        boxes += [box for box in local.boxes(values, blocks) if box is not None]
+        counts.append(local.counts)
+        spreads.append(local.spread + blocks)
+        slots.append(local.cut_slots + blocks)
+        positions.append(local.cut_positions + shared)
+        blocks, values, shared = blocks + len(local.counts), values + len(local.spread), shared + local.shared
     signature = repr(
         [(r.shape, r.layout.axis, r.layout.leading, r.layout.fold, r.layout.runs, r.bounds) for r in ranges]
     )
     groups = () if group is None else (group,)
     single = (
-        parts[0] if len(parts) == 1 and parts[0].stop == numel and parts[0].start == 0 and parts[0].decays else None
+        boxes[0] if len(boxes) == 1 and boxes[0].stop == numel and boxes[0].start == 0 and boxes[0].decays else None
     )
-    if not shared and (single is not None or not parts):
-        return Geometry((numel,), tuple(parts), (values,), signature=signature, sharding_groups=groups)
+    if not shared and (single is not None or not boxes):
+        return Geometry((numel,), tuple(boxes), (values,), signature=signature, sharding_groups=groups)
     joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
-    parts = _freed(parts, joined[2], blocks)
-    rest = [torch.arange(*part.second) for part in parts if part.second is not None and not part.free]
-    others = torch.cat(rest).unique() if rest else torch.zeros(0, dtype=torch.int64)
+    boxes = _with_free_boxes(boxes, joined[2], blocks)
+    rest = [torch.arange(*box.second) for box in boxes if box.second is not None and not box.free]
+    not_free = torch.cat(rest).unique() if rest else torch.zeros(0, dtype=torch.int64)
     cut = Cut(
-        groups if shared else (), shared, joined[2], joined[3], Blocks(joined[0].double(), joined[1]), device,
-        others if len(others) < values else None,
-    )  # fmt: skip
-    return Geometry((numel,), tuple(parts), (values,), cut, None, signature, groups)
+        groups=groups if shared else (),
+        size=shared,
+        slots=joined[2],
+        positions=joined[3],
+        blocks=Blocks(joined[0].double(), joined[1]),
+        device=device,
+        values=not_free if len(not_free) < values else None,
+    )
+    return Geometry((numel,), tuple(boxes), (values,), cut, None, signature, groups)
 
 
-def _freed(parts: list[Box], cut_slots: Tensor, blocks: int) -> list[Box]:
-    """The same elements, with what has no block in common with other ranks or other parts in parts of its own."""
-    held = torch.zeros(blocks, dtype=torch.int64)
-    for part in parts:
-        assert part.slots is not None
-        held[part.slots.unique()] += 1
-    bound = held > 1
-    bound[cut_slots] = True
+def _with_free_boxes(boxes: list[Box], cut_slots: Tensor, blocks: int) -> list[Box]:
+    """Return boxes of the same elements, with free boxes split off.
+
+    Args:
+        boxes: the boxes of a local tensor.
+        cut_slots: local blocks that are shared with other ranks, int64.
+        blocks: number of local blocks.
+    """
+    boxes_per_block = torch.zeros(blocks, dtype=torch.int64)
+    for box in boxes:
+        assert box.slots is not None
+        boxes_per_block[box.slots.unique()] += 1
+    shared = boxes_per_block > 1
+    shared[cut_slots] = True
     out: list[Box] = []
-    for part in parts:
-        out += split(part, bound[part.slots])
+    for box in boxes:
+        out += split(box, shared[box.slots])
     return out
 
 
-def split(part: Box, bound: Tensor) -> list[Box]:
-    """A part in up to three along its axis; ``bound``: which of its values' blocks lie elsewhere, too."""
-    if not part.decays or bool(bound.all()):
-        return [part]
-    if not bool(bound.any()):
-        return [replace(part, free=True)]
-    first, last = int((~bound).nonzero()[0]), int((~bound).nonzero()[-1]) + 1
-    simple = part.shape is None or part.shape[:2] == (1, 1)  # its values follow each other as its elements do
-    if not simple or bool(bound[first:last].any()):
-        return [part]
-    ends = ((0, first, False), (first, last, True), (last, len(bound), False))
-    return [_along(part, start, stop, free) for start, stop, free in ends if start < stop]
+def split(box: Box, shared: Tensor) -> list[Box]:
+    """Split a box along its axis into up to three boxes, the middle one free.
+
+    Args:
+        box: the box to split.
+        shared: for each aligned value of the box, whether its block has elements outside the box; bool.
+
+    Returns:
+        The boxes in order; a single free box if no block has elements outside it. The unchanged box if all its blocks
+        have elements outside it, or the values of those that have none are not contiguous.
+    """
+    if not box.decays or bool(shared.all()):
+        return [box]
+    if not bool(shared.any()):
+        return [replace(box, free=True)]
+    first, last = int((~shared).nonzero()[0]), int((~shared).nonzero()[-1]) + 1
+    contiguous = box.shape is None or box.shape[:2] == (1, 1)  # the elements of successive values are adjacent
+    if not contiguous or bool(shared[first:last].any()):
+        return [box]
+    ends = ((0, first, False), (first, last, True), (last, len(shared), False))
+    return [_along(box, start, stop, free) for start, stop, free in ends if start < stop]
 
 
-def _along(part: Box, start: int, stop: int, free: bool) -> Box:
-    """Indices [start, stop) of a part whose values follow each other as its elements do."""
-    assert part.start is not None and part.second is not None and part.slots is not None
-    inner = 1 if part.shape is None else part.shape[3]  # rows of a part that keeps its shape are not unrolled
-    edges = Edges(part.layout.runs)
+def _along(box: Box, start: int, stop: int, free: bool) -> Box:
+    """Return the aligned values [start, stop) of a box in which the elements of successive values are adjacent."""
+    assert box.start is not None and box.second is not None and box.slots is not None
+    inner = 1 if box.shape is None else box.shape[3]  # a box without a new shape is sliced along its own first axis
+    edges = Edges(box.layout.runs)
     return replace(
-        part,
-        layout=Layout(part.layout.axis, local_runs(part.layout.runs, edges, ((start, stop),)), part.layout.leading),
-        start=part.start + start * inner,
-        stop=part.start + stop * inner,
-        shape=None if part.shape is None else (1, 1, stop - start, inner),
-        second=(part.second[0] + start, part.second[0] + stop),
-        slots=part.slots[start:stop],
+        box,
+        layout=Layout(box.layout.axis, local_runs(box.layout.runs, edges, ((start, stop),)), box.layout.leading),
+        start=box.start + start * inner,
+        stop=box.start + stop * inner,
+        shape=None if box.shape is None else (1, 1, stop - start, inner),
+        second=(box.second[0] + start, box.second[0] + stop),
+        slots=box.slots[start:stop],
         free=free,
     )
 
 
 def within(start: int, stop: int, low: int, high: int) -> tuple[int, int]:
-    """The part of [start, stop) in [low, high), counted from ``start``."""
+    """Return the intersection of [start, stop) and [low, high), counted from ``start``; (0, 0) if it is empty."""
     first, last = max(start, low), min(stop, high)
     return (first - start, last - start) if first < last else (0, 0)
 
 
 def box_shapes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements [start, stop) of a row-major tensor as few boxes, in order: (first index, shape) of each."""
+    """Cover elements [start, stop) of a row-major tensor with few boxes.
+
+    Args:
+        start: first element of the flattened tensor.
+        stop: end of the elements, exclusive.
+        dims: shape of the tensor.
+
+    Yields:
+        (index of the first element, shape) of each box, in order.
+    """
     if start >= stop:
         return
     if len(dims) == 1:
@@ -208,7 +240,7 @@ def box_shapes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[t
         return
     inner = prod(dims[1:])
     first, last = -(-start // inner), stop // inner
-    if start % inner and first > last:  # inside one slice
+    if start % inner and first > last:  # all elements lie inside one index of the first axis
         for index, shape in box_shapes(start % inner, stop - start + start % inner, dims[1:]):
             yield (first - 1, *index), (1, *shape)
         return
@@ -222,17 +254,18 @@ def box_shapes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[t
 
 
 class _Held:
-    """One range in the terms of a geometry; local numbering starts at zero.
+    """This rank's blocks, second moments and boxes of one range. Local blocks are numbered from zero.
 
-    The tensor is seen as [leads, between, axis, inner]. Where nothing lies between, the leading indices continue the
-    axis: a block is then an interval of elements, and only the blocks at a range's two ends can be cut. Otherwise
-    (columns) a range that ends inside a leading index cuts all of that index's blocks.
+    The tensor is viewed as [leads, between, axis, inner]. If ``between`` is 1, the leading indices continue the axis: a
+    block is then an interval of elements, and only the blocks at the two ends of a range can be cut. Otherwise, for
+    example for columns, a range that ends inside a leading index cuts all blocks of that index.
 
     Attributes:
-        counts: global elements of each local block.
+        counts: number of elements of each local block on all ranks together.
         spread: the local block of each value of the local second moment.
-        shared: blocks that several ranks hold parts of, on all ranks together.
-        cut_slots, cut_positions: local blocks among them, and their places.
+        shared: number of blocks that are cut anywhere, on all ranks together.
+        cut_slots: the local blocks among these.
+        cut_positions: the positions of ``cut_slots`` among all cut blocks.
     """
 
     def __init__(self, held: Range, where: str) -> None:
@@ -275,40 +308,48 @@ class _Held:
         self.counts = (self.edges.lengths(self.run_ids) * between * inner).repeat(self.leads)
 
     def _find_cut(self) -> None:
-        """Blocks that a boundary between two ranks goes through."""
+        """Find the blocks that a boundary between two ranks divides."""
         _, between, size, inner = self.dims
         per_lead = between * size * inner
         bounds = {x for start, stop in self.held.bounds if start < stop for x in (start, stop)}
         if between == 1:
-            # A boundary inside a row cuts the row's block; one between rows a block that holds both.
-            cut = sorted({
-                self.edges.run_of(x // inner) for x in bounds
+            # A boundary inside a row cuts the row's block. A boundary between rows cuts a block that contains both.
+            cut = {
+                self.edges.run_of(x // inner)
+                for x in bounds
                 if 0 < x < prod(self.dims) and (x % inner or self.edges.inside(x // inner))
-            })  # fmt: skip
-            runs = torch.tensor(cut, dtype=torch.int64)
+            }
+            runs = torch.tensor(sorted(cut), dtype=torch.int64)
         else:
             leads = sorted({x // per_lead for x in bounds if x % per_lead})
             many = self.edges.many
             runs = torch.tensor([lead * many + run for lead in leads for run in range(many)], dtype=torch.int64)
-        mine = ((torch.arange(self.leads).unsqueeze(1) + self.first_lead) * self.edges.many + self.run_ids).flatten()
+        local = ((torch.arange(self.leads).unsqueeze(1) + self.first_lead) * self.edges.many + self.run_ids).flatten()
         self.shared = len(runs)
-        self.cut_positions = torch.isin(runs, mine).nonzero().squeeze(1)
-        self.cut_slots = torch.searchsorted(mine, runs[self.cut_positions])
+        self.cut_positions = torch.isin(runs, local).nonzero().squeeze(1)
+        self.cut_slots = torch.searchsorted(local, runs[self.cut_positions])
 
     def boxes(self, values: int, blocks: int) -> Iterable[Box]:
-        """Boxes of the local tensor; ``values`` and ``blocks`` are what earlier ranges take up."""
-        at = self.held.offset
-        whole = self.axis_range[1] - self.axis_range[0]
+        """Yield the boxes of this range in the local tensor.
+
+        Args:
+            values: number of second-moment values of earlier ranges.
+            blocks: number of local blocks of earlier ranges.
+        """
+        stop = self.held.offset
+        values_per_lead = self.axis_range[1] - self.axis_range[0]
         for index, shape in box_shapes(self.held.start, self.held.stop, self.dims):
-            first = (index[0] - self.first_lead) * whole + index[2] - self.axis_range[0]
+            first = (index[0] - self.first_lead) * values_per_lead + index[2] - self.axis_range[0]
             many = shape[0] * shape[2]
-            start, at = at, at + prod(shape)
-            if shape[3] == 1 and shape[1] == 1 and shape[0] == 1:
-                box, layout = None, Layout(0, local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),)))
-            else:
-                box = shape
-                layout = Layout(2, local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),)), shape[:1])
+            start, stop = stop, stop + prod(shape)
+            runs = local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),))
+            one_axis = shape[0] == shape[1] == shape[3] == 1
             yield Box(
-                layout, start, at, box, (values + first, values + first + many),
-                self.spread[first : first + many] + blocks, self.held.decays,
-            )  # fmt: skip
+                layout=Layout(0, runs) if one_axis else Layout(2, runs, shape[:1]),
+                start=start,
+                stop=stop,
+                shape=None if one_axis else shape,
+                second=(values + first, values + first + many),
+                slots=self.spread[first : first + many] + blocks,
+                decays=self.held.decays,
+            )

@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor, as the step needs it: boxes, their layouts, and the blocks that others share."""
+"""The shard of a tensor that one rank stores: its boxes, their layouts, and the blocks it shares with other ranks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Box:
-    """A box of the local elements: a slice of the local tensor's first axis, split into ``shape``.
+    """A box of the local elements: a slice of the local tensor's first axis, reshaped to ``shape``.
 
     Attributes:
-        start, stop: the slice; None for the whole local tensor as it is.
-        shape: what the sliced axis is split into; None leaves it.
-        layout: of the box.
-        second: slice of the local second moment's first axis that belongs to the box; None for all of it.
-        slots: the local block of each of the box's aligned values, int64; None for the whole local tensor.
+        layout: the layout of the box.
+        start: first index of the slice; None if the box is the whole local tensor.
+        stop: end of the slice, exclusive; None if the box is the whole local tensor.
+        shape: the axes into which the sliced axis is split; None if it stays one axis.
+        second: the box's slice [start, stop) of the local second moment's first axis; None for all of it.
+        slots: the local block of each aligned value of the box, int64; None for the whole local tensor.
         decays: whether weight decay applies.
-        free: whether its blocks lie in it whole, so that an ordinary engine can take it, whatever the other boxes need.
+        free: whether no block of the box has elements outside it. An ordinary engine can step such a box, even if
+            other boxes of the tensor share blocks.
     """
 
     layout: Layout
@@ -42,14 +44,14 @@ class Box:
     free: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The box as a view of the local tensor."""
+        """Return the box as a view of a local tensor."""
         if self.start is None:
             return tensor
-        box = tensor[self.start : self.stop]
-        return box if self.shape is None else box.unflatten(0, self.shape)
+        view = tensor[self.start : self.stop]
+        return view if self.shape is None else view.unflatten(0, self.shape)
 
     def of_second(self, second: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The box's values of the local second moment, aligned with a box of this shape."""
+        """Return the box's values of the local second moment, in the aligned shape of a box of shape ``shape``."""
         if self.second is None:
             return second
         return second[self.second[0] : self.second[1]].view(self.layout.aligned_shape(shape))
@@ -57,18 +59,18 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """The blocks that a tensor with cut blocks has here.
+    """The blocks with elements on this rank, for a tensor some of whose blocks are shared.
 
     Attributes:
-        counts: elements of each block on all ranks together, float64 [n].
-        spread: the block of every value of the local second moment, int64 [numel]; None: value i is block i.
+        counts: number of elements of each block on all ranks together, float64 [number of local blocks].
+        spread: the block of every value of the local second moment, int64 [numel]. None if value i is block i.
     """
 
     counts: Tensor
     spread: Tensor | None
 
     def at(self, values: Tensor | None) -> Tensor | None:
-        """The blocks of these values of the local second moment; None: value i is block i."""
+        """Return the blocks of the local second moment's values at these indices; None if value i is block i."""
         if values is None:
             return self.spread
         return values if self.spread is None else self.spread[values.to(self.spread.device)]
@@ -76,16 +78,17 @@ class Blocks:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """The blocks that ranks share, and with whom.
+    """The blocks that this rank shares with other ranks, and the process groups to sum them over.
 
     Attributes:
-        groups: process groups to sum over, one after another, in the same order on all of their ranks; may be empty.
-        size: shared blocks: what one rank sends for the tensor.
-        slots: local blocks that are shared, int64 [k], k <= size.
-        positions: their places among the shared ones, int64 [k].
+        groups: process groups to sum over, one after another, in the same order on all of their ranks. Empty if no
+            block is shared with another rank.
+        size: number of shared blocks, which is the number of values that a rank sends for the tensor.
+        slots: indices of the shared blocks among the local blocks, int64 [k], k <= size.
+        positions: indices of the same blocks in the message, int64 [k].
         blocks: all local blocks.
-        device: where the groups communicate.
-        values: indices of the local second moment's values outside free boxes, int64; None for all.
+        device: device on which the groups communicate.
+        values: indices of the local second moment's values outside free boxes, int64; None for all values.
     """
 
     groups: tuple[ProcessGroup, ...]
@@ -99,12 +102,14 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """How the second moment of a DTensor parameter is placed, and what of either a rank holds.
+    """The placement of a DTensor parameter's second moment, and the indices of both tensors on this rank.
 
     Attributes:
-        mesh, placements, shape: of the second moment.
-        held: the parameter's indices here, by axis that is dealt out.
-        held_second: the second moment's likewise.
+        mesh: device mesh of the second moment.
+        placements: placements of the second moment.
+        shape: global shape of the second moment.
+        held: for each sharded axis of the parameter, the indices that this rank stores.
+        held_second: for each sharded axis of the second moment, the indices that this rank stores.
     """
 
     mesh: DeviceMesh
@@ -114,7 +119,7 @@ class Placed:
     held_second: Mapping[int, Ranges]
 
     def wrap(self, local: Tensor) -> DTensor:
-        """A DTensor of this rank's local tensor."""
+        """Return the second moment as a DTensor, from this rank's local tensor."""
         from torch.distributed.tensor import DTensor
 
         strides = torch.empty(self.shape, device="meta").stride()
@@ -125,17 +130,17 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """What a rank holds of one parameter, as the step needs it.
+    """The shard of one parameter that a rank stores.
 
     Attributes:
-        shape: of the local tensor.
-        boxes: boxes the local elements consist of; one that is all of it wherever that is possible.
+        shape: shape of the local tensor.
+        boxes: the boxes that the local elements consist of; a single box for the whole tensor wherever possible.
         aligned: shape of the local second moment.
-        cut: how blocks are stepped that are shared with other ranks, or spread over several boxes; None where an
-            ordinary engine can take it: there is one box, or none.
-        placed: how the second moment of a DTensor parameter is placed; None for plain tensors.
+        cut: how to step blocks that are shared with other ranks or spread over several boxes. None if an ordinary
+            engine can step the shard: it has one box or none.
+        placed: the placement of a DTensor parameter's second moment; None for plain tensors.
         signature: everything that ranks must agree on, as text.
-        sharding_groups: all groups that the tensor is dealt out over, whether they cut a block or not.
+        sharding_groups: all process groups that the tensor is sharded over, whether they cut a block or not.
     """
 
     shape: tuple[int, ...]
@@ -148,9 +153,9 @@ class Geometry:
 
     @property
     def free(self) -> tuple[Box, ...]:
-        """Parts that ordinary engines take beside those that share blocks."""
+        """The boxes that ordinary engines step although other boxes of the tensor share blocks."""
         return tuple(box for box in self.boxes if box.free)
 
     def second_moment(self, values: Tensor) -> Tensor:
-        """The state tensor around local values: a DTensor where the parameter is one."""
+        """Return the state tensor for local values: a DTensor if the parameter is one, else the values themselves."""
         return values if self.placed is None else self.placed.wrap(values)

@@ -1,4 +1,4 @@
-"""Which indices of one axis each rank holds, from how the axis is dealt out over a mesh."""
+"""Which indices of one axis each rank stores, from how the axis is sharded over a device mesh."""
 
 from __future__ import annotations
 
@@ -14,39 +14,40 @@ import torch
 from ..partition.layout import Runs
 
 Ranges = tuple[tuple[int, int], ...]
-"""Ascending, disjoint, non-empty [start, stop)."""
+"""Index ranges [start, stop), ascending, disjoint and non-empty."""
 
 
 @dataclass(frozen=True)
-class Deal:
-    """One mesh dimension's share in cutting an axis.
+class MeshSharding:
+    """How one mesh dimension shards an axis.
 
     Attributes:
-        ways: ranks along the mesh dimension.
-        split: split factor of a strided shard, 1 for an ordinary one.
+        ranks: number of ranks along the mesh dimension.
+        split_factor: split factor of a strided shard; 1 for an ordinary shard.
     """
 
-    ways: int
-    split: int = 1
+    ranks: int
+    split_factor: int = 1
 
 
 def length(ranges: Ranges) -> int:
-    """Indices covered."""
+    """Return the number of indices that the ranges cover."""
     return sum(stop - start for start, stop in ranges)
 
 
 def _take(ranges: Ranges, start: int, stop: int) -> Ranges:
-    """Elements [start, stop) of the sequence that the ranges spell out."""
-    out, passed = [], 0
+    """Return elements [start, stop) of the concatenated ranges, as ranges."""
+    out, offset = [], 0
     for low, high in ranges:
-        a, b = max(low, low + start - passed), min(high, low + stop - passed)
-        if a < b:
-            out.append((a, b))
-        passed += high - low
+        first, last = max(low, low + start - offset), min(high, low + stop - offset)
+        if first < last:
+            out.append((first, last))
+        offset += high - low
     return tuple(out)
 
 
 def _joined(parts: list[Ranges]) -> Ranges:
+    """Concatenate ranges, merging those that touch."""
     out: list[tuple[int, int]] = []
     for low, high in itertools.chain(*parts):
         if out and out[-1][1] == low:
@@ -56,78 +57,94 @@ def _joined(parts: list[Ranges]) -> Ranges:
     return tuple(out)
 
 
-def chunks(ranges: Ranges, ways: int) -> list[Ranges]:
-    """As ``torch.chunk`` cuts: equal geometries rounded up, the last ones shorter or empty."""
-    size = -(-length(ranges) // ways)
-    return [_take(ranges, i * size, (i + 1) * size) for i in range(ways)]
+def chunks(ranges: Ranges, count: int) -> list[Ranges]:
+    """Cut ranges into ``count`` chunks as ``torch.chunk`` does: equal sizes rounded up, the last shorter or empty."""
+    size = -(-length(ranges) // count)
+    return [_take(ranges, i * size, (i + 1) * size) for i in range(count)]
 
 
-def _strided(ranges: Ranges, deal: Deal) -> list[Ranges]:
-    """As a strided shard cuts: ``split`` chunks first, each dealt out, then everybody's shares joined."""
-    shares = [chunks(chunk, deal.ways) for chunk in chunks(ranges, deal.split)]
-    return [_joined([share[i] for share in shares]) for i in range(deal.ways)]
+def _strided(ranges: Ranges, sharding: MeshSharding) -> list[Ranges]:
+    """Cut ranges as a strided shard does.
+
+    The ranges are cut into ``split_factor`` chunks, each chunk is sharded over the ranks, and each rank's shards are
+    concatenated.
+    """
+    shards = [chunks(chunk, sharding.ranks) for chunk in chunks(ranges, sharding.split_factor)]
+    return [_joined([shard[i] for shard in shards]) for i in range(sharding.ranks)]
 
 
 @lru_cache(maxsize=4096)
-def holdings(size: int, deals: tuple[Deal, ...], inner_first: bool = True) -> dict[tuple[int, ...], Ranges]:
-    """What every coordinate holds of an axis.
+def holdings(size: int, shardings: tuple[MeshSharding, ...], inner_first: bool = True) -> dict[tuple[int, ...], Ranges]:
+    """Return the indices of an axis that each mesh coordinate stores.
 
     Args:
-        size: the axis's global size.
-        deals: the mesh dimensions that cut it, in the mesh's order.
-        inner_first: FSDP2 over tensor parallelism writes strided shards, but cuts the inner mesh dimensions' shards.
-            The two differ where sizes do not divide. True: as FSDP2 cuts. False: as the placement says by itself.
+        size: global size of the axis.
+        shardings: the mesh dimensions that shard the axis, in the mesh's order.
+        inner_first: ``fully_shard`` over tensor parallelism declares strided shards, but shards what the inner mesh
+            dimensions leave. The two differ if sizes do not divide. True follows ``fully_shard``, False follows the
+            declared placements.
 
     Returns:
-        coordinate along ``deals`` -> its ranges.
+        For each coordinate along ``shardings``, its index ranges.
     """
-    order = list(range(len(deals)))
+    order = list(range(len(shardings)))
     if inner_first:
-        late = {k for k in order if deals[k].split > 1 and deals[k].split == prod(d.ways for d in deals[k + 1 :])}
+        late = {
+            k
+            for k in order
+            if shardings[k].split_factor > 1 and shardings[k].split_factor == prod(s.ranks for s in shardings[k + 1 :])
+        }
         order = [k for k in order if k not in late] + sorted(late, reverse=True)
     else:
         late = set()
     held: dict[tuple[tuple[int, int], ...], Ranges] = {(): ((0, size),) if size else ()}
     for k in order:
-        deal = Deal(deals[k].ways) if k in late else deals[k]
+        dim = MeshSharding(shardings[k].ranks) if k in late else shardings[k]
         held = {
-            (*coordinate, (k, i)): share
+            (*coordinate, (k, i)): shard
             for coordinate, ranges in held.items()
-            for i, share in enumerate(_strided(ranges, deal) if deal.split > 1 else chunks(ranges, deal.ways))
+            for i, shard in enumerate(_strided(ranges, dim) if dim.split_factor > 1 else chunks(ranges, dim.ranks))
         }
     return {tuple(i for _, i in sorted(coordinate)): ranges for coordinate, ranges in held.items()}
 
 
 class Edges:
-    """Where the runs of an axis begin and end, by arithmetic: elementwise, there are as many runs as elements."""
+    """The edges of an axis's runs, computed from the compressed runs.
+
+    Nothing here is as long as the list of runs, because an elementwise layout has as many runs as elements.
+
+    Attributes:
+        many: number of runs.
+    """
 
     def __init__(self, runs: Runs) -> None:
         self.many, self._total, self._period = len(runs), runs.total, runs.total // runs.repeat
         self._sizes = [size for size, _ in runs.segments]
-        self._starts, self._firsts = [0], [0]  # of segments within a period: indices, and runs
+        # For each segment of a period: its first index, and its first run.
+        self._starts, self._firsts = [0], [0]
         for size, count in runs.segments:
             self._starts.append(self._starts[-1] + size * count)
             self._firsts.append(self._firsts[-1] + count)
 
     def _at(self, index: int) -> tuple[int, int]:
-        """The run that holds an index, and how far into it the index is."""
+        """Return the run that contains an index, and the index's offset in that run."""
         if index >= self._total:
             return self.many, 0
-        turn, rest = divmod(index, self._period)
+        period, rest = divmod(index, self._period)
         k = bisect_right(self._starts, rest) - 1
         run, inside = divmod(rest - self._starts[k], self._sizes[k])
-        return turn * self._firsts[-1] + self._firsts[k] + run, inside
+        return period * self._firsts[-1] + self._firsts[k] + run, inside
 
     def run_of(self, index: int) -> int:
-        """The run that holds an index; the number of runs behind the last one."""
+        """Return the run that contains an index; the number of runs if the index is past the end."""
         return self._at(index)[0]
 
     def inside(self, index: int) -> bool:
-        """Whether a cut in front of this index goes through a run."""
+        """Return whether a cut before this index divides a run."""
         return index > 0 and self._at(index)[1] > 0
 
     def lengths(self, run: torch.Tensor) -> torch.Tensor:
-        """Lengths of the runs of these numbers, int64."""
+        """Return the lengths of these runs, int64."""
         if not self.many:
             return torch.zeros_like(run)
         segment = torch.searchsorted(torch.tensor(self._firsts[1:]), run % self._firsts[-1], right=True)
@@ -135,7 +152,7 @@ class Edges:
 
 
 def run_ids(edges: Edges, ranges: Ranges) -> torch.Tensor:
-    """The runs that the ranges touch, ascending, int64."""
+    """Return the runs with indices in the ranges, ascending, int64."""
     spans = [torch.arange(edges.run_of(a), edges.run_of(b - 1) + 1) for a, b in ranges]
     if len(spans) == 1:
         return spans[0]
@@ -143,7 +160,7 @@ def run_ids(edges: Edges, ranges: Ranges) -> torch.Tensor:
 
 
 def cut_runs(edges: Edges, held: dict[tuple[int, ...], Ranges]) -> dict[int, set[tuple[int, ...]]]:
-    """The runs that several coordinates hold parts of, with those coordinates."""
+    """Return the runs that are divided among several mesh coordinates, each with those coordinates."""
     through = {edges.run_of(x) for ranges in held.values() for span in ranges for x in span if edges.inside(x)}
     holders: dict[int, set[tuple[int, ...]]] = {run: set() for run in sorted(through)}
     for coordinate, ranges in held.items():
@@ -154,7 +171,7 @@ def cut_runs(edges: Edges, held: dict[tuple[int, ...], Ranges]) -> dict[int, set
 
 
 def local_runs(runs: Runs, edges: Edges, ranges: Ranges) -> Runs:
-    """The runs of what the ranges cover; parts of one run that become neighbours are one run."""
+    """Return the runs of the indices in the ranges. Parts of one run that become neighbours form one run."""
     if len(ranges) == 1:
         return _slice(runs, *ranges[0])
     held: Counter[int] = Counter()
@@ -166,23 +183,23 @@ def local_runs(runs: Runs, edges: Edges, ranges: Ranges) -> Runs:
 
 
 def _slice(runs: Runs, start: int, stop: int) -> Runs:
-    """Runs of the indices [start, stop), without spelling out what is compressed."""
+    """Return the runs of the indices [start, stop), still compressed."""
     period = runs.total // runs.repeat
     if period and start % period == 0 and stop % period == 0 and stop > start:
         return Runs(runs.segments, (stop - start) // period)
     out: list[tuple[int, int]] = []
-    for turn in range(start // period if period else 0, runs.repeat):
-        at = turn * period
-        if at >= stop:
+    for k in range(start // period if period else 0, runs.repeat):
+        offset = k * period
+        if offset >= stop:
             break
         for size, count in runs.segments:
-            out += _slice_segment(size, count, max(start - at, 0), min(stop - at, size * count))
-            at += size * count
+            out += _slice_segment(size, count, max(start - offset, 0), min(stop - offset, size * count))
+            offset += size * count
     return Runs(tuple(out))
 
 
 def _slice_segment(size: int, count: int, start: int, stop: int) -> list[tuple[int, int]]:
-    """(length, count) pairs of indices [start, stop) of ``count`` runs of one length."""
+    """Return (length, count) pairs for the indices [start, stop) of ``count`` runs of length ``size``."""
     if stop <= start:
         return []
     first, last = start // size, (stop - 1) // size

@@ -1,4 +1,7 @@
-"""DTensors told apart without importing what makes them: that import takes longer than all of torch's others."""
+"""DTensor checks that do not import ``torch.distributed.tensor``.
+
+That import takes longer than all other imports of torch together.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from torch import Tensor
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether this is a DTensor; where nobody has imported them there are none."""
+    """Return whether a value is a DTensor. There are none as long as nothing has imported their module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """This rank's box of a DTensor; any other tensor as it is."""
+    """Return this rank's shard of a DTensor; return any other tensor unchanged."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

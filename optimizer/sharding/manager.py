@@ -1,4 +1,4 @@
-"""The sharded parameters of one optimizer, as its step sees them."""
+"""The sharded parameters of one optimizer: their shards, their step, and the form of their state."""
 
 from __future__ import annotations
 
@@ -29,34 +29,47 @@ if TYPE_CHECKING:
 
 
 class Shards:
-    """Which parameters of an optimizer are sharded, by group position, and how their step is taken.
+    """The shards of an optimizer's parameters, by position.
 
-    The parameters' local tensors are shown to the engines as a group of ordinary tensors; only tensors with a block
-    that other ranks share are stepped here.
+    Engines step the local tensors of sharded parameters as if they were ordinary tensors. Only tensors that share
+    blocks with other ranks are stepped in this room.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Position, Shard] = {}
-        self._agreed: dict[tuple[int, ...], int] = {}
-        self._fresh = False
+        self._shards: dict[Position, Shard] = {}
+        self._agreed: dict[tuple[int, ...], int] = {}  # ranks of a group -> hash of what they agreed on
+        self._must_agree = False  # whether shards were made since the last check
 
     def of(self, g: int, i: int, group: Mapping[str, Any], layout: AnyLayout) -> Shard | None:
-        """What is held of a parameter; None for an ordinary one."""
+        """Return the shard of a parameter, or None if the parameter is not sharded.
+
+        Args:
+            g: position of the group.
+            i: position of the parameter in the group.
+            group: the group.
+            layout: layout of the parameter.
+        """
         parameter = group["params"][i]
-        known = self._known.get((g, i))
-        if known is not None and known.spec is not None and known.fits(parameter):
-            return known
+        shard = self._shards.get((g, i))
+        if shard is not None and shard.spec is not None and shard.fits(parameter):
+            return shard
         if not is_sharded(parameter, layout):
             return None
-        if known is None or not known.fits(parameter):
-            known = self._known[g, i] = Shard(parameter, _geometry_of(parameter, layout, label(group, g, i)))
-            self._fresh = True
-        return known
+        if shard is None or not shard.fits(parameter):
+            shard = self._shards[g, i] = Shard(parameter, _geometry_of(parameter, layout, label(group, g, i)))
+            self._must_agree = True
+        return shard
 
     def settle(
         self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]], states: Mapping[Tensor, Any]
     ) -> None:
-        """Bring state that others wrote element by element into its own form."""
+        """Convert state that a library wrote element by element to the form that the optimizer stores, in place.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            layouts: the layouts of their parameters, by group.
+            states: the state of every parameter that has one.
+        """
         steps: set[int] = set()
         for g, group in enumerate(groups):
             for i, parameter in enumerate(group["params"]):
@@ -68,12 +81,19 @@ class Shards:
     def widened(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
     ) -> dict[str, Any]:
-        """A state dict in which second moments of flattened parameters have one value per element."""
-        return _changed(document, {
+        """Return a state dict in which second moments of flattened parameters have one value per element.
+
+        Args:
+            document: the optimizer's state dict; not changed.
+            groups: the optimizer's parameter groups.
+            layouts: the layouts of their parameters, by group.
+        """
+        seconds = {
             key: widen(geometry, document["state"][key]["exp_avg_sq"])
             for key, geometry, _ in self._second_moments(document, groups, layouts, flattened=True)
             if "exp_avg_sq" in document["state"].get(key, {})
-        })  # fmt: skip
+        }
+        return _with_second_moments(document, seconds)
 
     def narrowed(
         self,
@@ -83,23 +103,25 @@ class Shards:
         *,
         convert: bool,
     ) -> dict[str, Any]:
-        """A state dict in which second moments of sharded parameters have the form they are kept in.
+        """Return a state dict in which second moments of sharded parameters have the form that the optimizer stores.
 
         Args:
-            document: second moments of flattened parameters have one value per element.
-            groups, layouts: the optimizer's.
-            convert: values that differ inside a block become the block's mean, over all ranks that share it; all of
-                them load together.
+            document: a state dict in which second moments of flattened parameters have one value per element; not
+                changed.
+            groups: the optimizer's parameter groups.
+            layouts: the layouts of their parameters, by group.
+            convert: replace values that differ inside a block by the block's mean over all ranks that share it. All of
+                these ranks must make this call.
 
         Raises:
-            ValueError: values that differ inside a block, without ``convert``.
+            ValueError: values differ inside a block and ``convert`` is not set.
         """
-        new: dict[Any, Tensor] = {}
+        seconds: dict[Any, Tensor] = {}
         works: dict[Any, tuple[Geometry, Tensor | None, torch.dtype]] = {}
         for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
             values = document["state"].get(key, {}).get("exp_avg_sq")
             if convert and (values is not None or geometry.cut is not None):
-                # A rank that holds nothing of a tensor has no state of it, and takes part nevertheless.
+                # A rank without elements of a tensor has no state of it, but must still join the all-reduce.
                 dtype = second_moment_dtype(groups[g]["params"][i])
                 works[key] = geometry, None if values is None else values.to(dtype).sqrt(), dtype
             elif values is None:
@@ -107,22 +129,22 @@ class Shards:
             elif not is_blockwise(geometry, values):
                 raise ValueError(
                     f"exp_avg_sq of {label(groups[g], g, i)} differs inside a block: it was kept for other blocks "
-                    "(Adam's and AdamW's are one element each); pass convert=True on every rank, or use the rules it "
-                    "was kept under"
+                    "(those of Adam and AdamW are one element each); pass convert=True on every rank, or use the rules "
+                    "of the checkpoint"
                 )
             else:
-                new[key] = narrow(geometry, values)
+                seconds[key] = narrow(geometry, values)
         if convert:
             for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
                 values = document["state"].get(key, {}).get("exp_avg_sq")
                 parameter = groups[g]["params"][i]
-                alike = values is not None and getattr(values, "placements", None) == parameter.placements
-                if alike and values.shape == parameter.shape:
+                same_placements = values is not None and getattr(values, "placements", None) == parameter.placements
+                if same_placements and values.shape == parameter.shape:
                     works[key] = geometry, local_of(values).sqrt(), values.dtype
             for key, second in zip(works, second_moments(list(works.values())), strict=True):
                 if works[key][1] is not None:
-                    new[key] = works[key][0].second_moment(second)
-        return _changed(document, new)
+                    seconds[key] = works[key][0].second_moment(second)
+        return _with_second_moments(document, seconds)
 
     def _second_moments(
         self,
@@ -132,20 +154,31 @@ class Shards:
         *,
         flattened: bool,
     ) -> Iterator[tuple[Any, Geometry, Position]]:
-        """Keys of a document's states of flattened parameters or else of DTensors, whether they are there or not."""
-        places = [(g, i) for g, own in enumerate(layouts) for i in range(len(own))]
-        sharded = any(is_sharded(groups[g]["params"][i], layouts[g][i]) or _saves_elements(groups[g]["params"][i])
-                      for g, i in places)  # fmt: skip
+        """Find the sharded parameters of a state dict, with and without state.
+
+        Args:
+            document: a state dict.
+            groups: the optimizer's parameter groups.
+            layouts: the layouts of their parameters, by group.
+            flattened: find flattened parameters; otherwise DTensors.
+
+        Yields:
+            (key of the parameter's state in the document, its geometry, its position in the optimizer).
+        """
+        positions = [(g, i) for g, group_layouts in enumerate(layouts) for i in range(len(group_layouts))]
+        sharded = any(
+            is_sharded(groups[g]["params"][i], layouts[g][i]) or _saves_elements(groups[g]["params"][i])
+            for g, i in positions
+        )
         if not sharded or not isinstance(document.get("state"), Mapping) or "param_groups" not in document:
-            return  # what is no state dict is refused elsewhere
+            return  # load_state_dict refuses a document that is no state dict
         keys = [key for saved in document["param_groups"] for key in saved["params"]]
-        for (g, i), key in zip(places, keys, strict=False):
+        for (g, i), key in zip(positions, keys, strict=False):
             group, layout = groups[g], layouts[g][i]
             parameter = group["params"][i]
-            # Where FSDP has nothing to shard (one rank) it must save what it saves on several.
+            # On a single rank such a parameter is not flattened, but must be saved in the form it has on several ranks.
             is_flat = isinstance(layout, FlatLayout) or _saves_elements(parameter)
-            wanted = is_flat if flattened else is_dtensor(parameter)
-            if wanted:
+            if is_flat if flattened else is_dtensor(parameter):
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
                 if shard is not None:
                     yield key, shard.geometry, (g, i)
@@ -160,21 +193,28 @@ class Shards:
         which: Iterable[int],
         only: int | None = None,
     ) -> StepView:
-        """Look at every parameter that takes part in a step.
+        """Check every parameter of a step and return the step's view of the groups. Nothing is stepped yet.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            layouts: the layouts of their parameters, by group.
+            states: the state of every parameter that has one.
+            which: positions of the groups to step.
+            only: position of the only parameter to step within the group; None for all parameters.
 
         Raises:
-            RuntimeError: ranks hold different things (asked before the first step, and after a change), or a gradient
-                that does not fit; nothing has been stepped then.
-            ValueError: a parameter that cannot be stepped as it is placed.
+            RuntimeError: ranks have different parameters, layouts or placements (checked before the first step and
+                after a change), or a gradient does not fit its parameter. Nothing has been stepped.
+            ValueError: a parameter cannot be stepped with its placements or options.
         """
         view = StepView(groups, layouts, states)
         try:
             for g in which:
                 if any(map(is_sharded, groups[g]["params"], layouts[g])):
                     self._localise(view, g, groups[g], layouts[g], states, only)
-            if self._fresh:
+            if self._must_agree:
                 self._agree(groups, layouts)
-                self._fresh = False
+                self._must_agree = False
         except BaseException:
             view.end()
             raise
@@ -189,25 +229,34 @@ class Shards:
         states: Mapping[Tensor, Any],
         only: int | None,
     ) -> None:
-        """Put local tensors in the place of the group's sharded parameters."""
-        params, own_layouts, own_states = list(group["params"]), cast(list[Layout], list(layouts)), {}
+        """Replace the sharded parameters of one group by local tensors, in the view.
+
+        Args:
+            view: the step's view of the groups; changed.
+            g: position of the group.
+            group: the group.
+            layouts: the layouts of its parameters.
+            states: the state of every parameter that has one.
+            only: position of the only parameter to step; None for all parameters.
+        """
+        params, local_layouts, local_states = list(group["params"]), cast(list[Layout], list(layouts)), {}
         names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
-        unusual = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
+        restricted = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
         for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
             shard = self.of(g, i, group, layout)
             if shard is None:
-                own_states[parameter] = states.get(parameter, {})
+                local_states[parameter] = states.get(parameter, {})
                 continue
             shard.refresh()
             geometry = shard.geometry
-            if unusual:
+            if restricted:
                 _require_options(parameter, geometry, group, label(group, g, i))
             params[i] = shard.view
-            if geometry.boxes:  # without any, no engine looks at the layout
-                own_layouts[i] = geometry.boxes[0].layout
+            if geometry.boxes:  # without boxes, no engine reads the layout
+                local_layouts[i] = geometry.boxes[0].layout
             first = len(params)
             params += [free.view for free in shard.free]
-            own_layouts += [part.layout for part in geometry.free]
+            local_layouts += [box.layout for box in geometry.free]
             names += [f"a part of {names[i]}"] * len(shard.free)
             if only is not None and only != i:
                 continue
@@ -215,23 +264,27 @@ class Shards:
             state = shard.local_state(states.get(parameter) or {})
             if geometry.cut is not None:
                 if grad is not None:
-                    plain = {**group, "fused": False}  # what ranks share is stepped in torch operations in any case
-                    require_takeable(shard.view, grad, state, plain, label(group, g, i))
+                    unfused = {**group, "fused": False}  # cut_update runs torch operations whatever ``fused`` says
+                    require_takeable(shard.view, grad, state, unfused, label(group, g, i))
                 view.cut[g, i] = (shard, grad)
                 for k, free in enumerate(shard.free if grad is not None else ()):
                     view.free[g, first + k] = (i, free)
                     view.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
-                    own_states[free.view] = free.state(state) if state else {}
+                    local_states[free.view] = free.state(state) if state else {}
             elif grad is not None and geometry.boxes:
                 view.lend(shard.view, shard.gradient(grad))
-                own_states[shard.view] = state
+                local_states[shard.view] = state
             elif grad is not None:
                 view.empty.append((g, i))
         view.groups[g] = {**group, "params": params, "param_names": names}
-        view.layouts[g], view.states[g] = own_layouts, own_states
+        view.layouts[g], view.states[g] = local_layouts, local_states
 
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
-        """Ask every group that shards something whether its ranks hold the same."""
+        """Check that all ranks of every process group that shards a parameter have the same parameters.
+
+        Raises:
+            RuntimeError: ranks of a group have different parameters, layouts or placements.
+        """
         facts: dict[tuple[int, ...], tuple[ProcessGroup, list[tuple[str, str]]]] = {}
         for g, group in enumerate(groups):
             for i, layout in enumerate(layouts[g]):
@@ -239,15 +292,15 @@ class Shards:
                 for process_group in shard.geometry.sharding_groups if shard is not None else ():
                     entry = facts.setdefault(ranks_of(process_group), (process_group, []))
                     entry[1].append((label(group, g, i), shard.geometry.signature))  # type: ignore[union-attr]
-        for ranks, (process_group, held) in facts.items():
-            digest = hash(tuple(held))
+        for ranks, (process_group, signatures) in facts.items():
+            digest = hash(tuple(signatures))
             if self._agreed.get(ranks) != digest:
-                require_agreement(process_group, held)
+                require_agreement(process_group, signatures)
                 self._agreed[ranks] = digest
 
 
-def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
-    """A state dict with other second moments."""
+def _with_second_moments(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
+    """Return a copy of a state dict with the second moments of some keys replaced."""
     if not seconds:
         return document
     states = dict(document["state"])
@@ -256,17 +309,17 @@ def _changed(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[st
 
 
 def _saves_elements(parameter: Tensor) -> bool:
-    """Whether a library saves the parameter's state element by element, even where one rank has all of it."""
+    """Return whether a library saves the parameter's state element by element, even if one rank has all of it."""
     return any(wrapper.saves_elements(parameter) for wrapper in wrappers())
 
 
 def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
-    """Whether a rank holds less of the parameter than its layout speaks of, or another form of it."""
+    """Return whether the parameter is a DTensor or contains ranges of flattened tensors."""
     return is_dtensor(parameter) or isinstance(layout, FlatLayout)
 
 
 def _require_options(parameter: Tensor, geometry: Geometry, group: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for options that a sharded parameter cannot have."""
+    """Raise ValueError if the group has an option that this sharded parameter cannot have."""
     if isinstance(group["exp_avg_dtype"], str):
         raise ValueError(
             f"{where} is sharded, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales that do not reshard with "
@@ -274,7 +327,7 @@ def _require_options(parameter: Tensor, geometry: Geometry, group: Mapping[str, 
         )
     if geometry.cut is not None and rounding_of(parameter, group):
         raise ValueError(
-            f"{where} shares blocks with other ranks, whose step does not round ({group['bf16_rounding']!r}); use "
+            f"{where} shares blocks with other ranks, and their step does not round ({group['bf16_rounding']!r}); use "
             "bf16_rounding=None, or fp32 parameters with a mixed-precision policy"
         )
     if group["differentiable"]:
@@ -282,6 +335,7 @@ def _require_options(parameter: Tensor, geometry: Geometry, group: Mapping[str, 
 
 
 def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
+    """Return the local geometry of a sharded parameter; ``where`` describes the parameter in error messages."""
     if not isinstance(layout, FlatLayout):
         from .placed import placed_geometry
 
@@ -295,6 +349,7 @@ def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
     except (RuntimeError, KeyError) as error:
         raise destroyed(f"the process group that {where} is sharded over") from error
     device = parameter.device
-    if device.type not in {one.type for one in group._device_types}:  # offloaded: sent from where the group can
+    if device.type not in {supported.type for supported in group._device_types}:
+        # The parameter was offloaded to a device on which the group cannot communicate.
         device = group._device_types[0]
     return flat_geometry(layout.ranges, layout.numel, group, device, where)

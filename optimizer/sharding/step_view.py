@@ -1,4 +1,4 @@
-"""One step's view of the groups: local tensors in the place of sharded parameters."""
+"""One step's view of the parameter groups, with local tensors instead of sharded parameters."""
 
 from __future__ import annotations
 
@@ -13,54 +13,67 @@ from ..step.dtypes import second_moment_dtype
 from ..step.hyper import Hyper
 from .cut_update import cut_update
 from .exchange import block_means
-from .shard import Free, Shard
+from .shard import FreeBox, Shard
 
 
 class StepView:
-    """One step's view of the groups: local tensors where parameters are sharded.
+    """One step's view of the parameter groups, with local tensors instead of sharded parameters.
+
+    Free boxes of a sharded parameter are appended to its group as further tensors.
 
     Attributes:
-        groups, layouts, states: as the engines take them, by group.
-        cut: tensors whose blocks other ranks share, with their local gradients.
-        free: parts of those that engines take, by their place in the group: of which parameter they are part.
-        empty: parameters of which nothing is held here: their state counts steps, as on the other ranks.
+        groups: the parameter groups that engines step.
+        layouts: the layouts of the tensors in ``groups``, by group.
+        states: the states of the tensors in ``groups``, by group.
+        cut: sharded parameters with shared blocks, by position: (shard, local gradient or None).
+        free: free boxes of those parameters, by the box's position in ``groups``: (the parameter's index in its
+            group, the box).
+        empty: positions of parameters without elements on this rank. Their state counts steps as on other ranks.
     """
 
     def __init__(
         self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]], states: Mapping[Tensor, Any]
     ) -> None:
         self.groups = list(groups)
-        # Those of sharded parameters are replaced by their local ones before an engine sees them.
+        # The cast is safe: layouts of sharded parameters are replaced by local ones before an engine reads them.
         self.layouts = cast(list[list[Layout]], list(layouts))
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[Shard, Tensor | None]] = {}
-        self.free: dict[Position, tuple[int, Free]] = {}
+        self.free: dict[Position, tuple[int, FreeBox]] = {}
         self.empty: list[Position] = []
         self._lent: list[Tensor] = []
         self._means: list[Tensor | None] = []
 
     def lend(self, view: Tensor, grad: Tensor | None) -> None:
-        """Give a view a gradient for the time of the step."""
+        """Set the gradient of a local tensor until ``end``."""
         view.grad = grad
         self._lent.append(view)
 
     def among(self, g: int, only: int | None) -> Sequence[int] | None:
-        """Where the engines find parameter ``only`` of a group, or all its free parts; None for everything."""
+        """Return the indices in ``groups[g]`` of parameter ``only`` and its free boxes; None for all tensors."""
         if only is None:
             return None
-        return [only, *(place for (group, place), (i, _) in self.free.items() if group == g and i == only)]
+        return [only, *(index for (group, index), (i, _) in self.free.items() if group == g and i == only)]
 
     def state_of(self, whole: Callable[[int, int], dict[str, Any]]) -> Callable[[int, int], dict[str, Any]]:
-        """The state of what engines take, from that of parameters."""
+        """Return a function from a tensor's position in ``groups`` to its state.
 
-        def found(g: int, place: int) -> dict[str, Any]:
-            known = self.free.get((g, place))
-            return whole(g, place) if known is None else known[1].state(whole(g, known[0]))
+        Args:
+            whole: returns the local state of the parameter at a position of the optimizer's groups.
+        """
 
-        return found
+        def state_at(g: int, index: int) -> dict[str, Any]:
+            free = self.free.get((g, index))
+            return whole(g, index) if free is None else free[1].state(whole(g, free[0]))
+
+        return state_at
 
     def exchange(self, grad_scale: Tensor | None = None) -> None:
-        """Sum what ranks share; afterwards nothing communicates."""
+        """Sum the shared blocks over ranks. Nothing communicates later in the step.
+
+        Args:
+            grad_scale: the GradScaler's scale, by which gradients are divided first; None if they are not scaled.
+        """
         if self.cut:
             for position, (shard, grad) in self.cut.items():
                 if grad is not None and grad_scale is not None:
@@ -70,7 +83,12 @@ class StepView:
             )
 
     def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
-        """Step the tensors whose blocks are shared, unless a GradScaler found that nothing must be stepped."""
+        """Step the tensors with shared blocks, unless a GradScaler found infinite gradients.
+
+        Args:
+            hyper_of: returns the hyper-parameters of a group.
+            state_of: returns the local state of the parameter at a position.
+        """
         for g, i in self.empty:
             if not hyper_of(self.groups[g]).skips():
                 state_of(g, i)["step"] += 1
@@ -80,14 +98,21 @@ class StepView:
                 continue
             state = state_of(g, i)
             if grad is None:
-                shard.forget()  # free parts take their step of zeros with the others, and their counters stand still
+                # cut_update steps the free boxes too, without their step counters: copy these from the state again.
+                shard.forget()
             state["step"] += 1
             cut_update(
-                shard.geometry, shard.view, grad, state["exp_avg"], state["exp_avg_sq"], means,
-                step=state["step"].item(), **hyper.numbers(),
-            )  # fmt: skip
+                shard.geometry,
+                shard.view,
+                grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                means,
+                step=state["step"].item(),
+                **hyper.numbers(),
+            )
 
     def end(self) -> None:
-        """Give the gradients back."""
+        """Remove the gradients that ``lend`` set."""
         for view in self._lent:
             view.grad = None

@@ -1,7 +1,8 @@
-"""Whole state from whatever ranks hold, and back: the form in which a checkpoint fits every wrapper.
+"""State of whole parameters, gathered from shards and split into shards again.
 
-It is the state dict of one process that never sharded anything, with names: a plain ``AdamMini`` loads it as it is,
-``python -m optimizer convert`` writes it, and ranks that shard in any way take their parts of it.
+This is the form of a checkpoint that fits every wrapper: the state dict of one process that shards nothing, with names.
+A plain ``AdamMini`` loads it, ``python -m optimizer convert`` writes it, and ranks with any sharding load their shards
+from it.
 """
 
 from __future__ import annotations
@@ -34,25 +35,28 @@ if TYPE_CHECKING:
     from .shard import Shard
 
 logger = logging.getLogger("optimizer")
-_NOT_ELEMENTS = ("step", "exp_avg_sq")
+_NOT_ELEMENTS = ("step", "exp_avg_sq")  # entries of a state that do not have one value per element
 
 
 def full_state_dict(optimizer: Stepper, *, rank0_only: bool = True) -> dict[str, Any] | None:
-    """The state of whole parameters, gathered tensor by tensor onto the CPU.
+    """Return the state of whole parameters, gathered tensor by tensor onto the CPU.
 
-    All ranks call it together. It is a state dict with ``param_names``: ``AdamMini(model).load_state_dict`` takes it
-    in a process that shards nothing, ``load_full_state_dict`` where anything is sharded.
+    All ranks must make this call together. The result is a state dict with ``param_names``. A process that shards
+    nothing loads it with ``AdamMini(model).load_state_dict``; ranks that shard load it with ``load_full_state_dict``.
 
     Args:
-        optimizer: under any wrapper, or none.
-        rank0_only: keep it on rank 0 alone; other ranks get None. Pipeline stages, whose ranks hold different
-            parameters, set False: every rank then returns what its process groups hold.
+        optimizer: the optimizer, under any wrapper or none.
+        rank0_only: return the state on rank 0 only; other ranks return None. Set this to False for pipeline stages,
+            whose ranks have different parameters: every rank then returns the parameters of its process groups.
+
+    Returns:
+        The state dict, or None on ranks other than 0 with ``rank0_only``.
 
     Raises:
-        ValueError: parameters without names; build the optimizer from the model or ``named_parameters()``.
+        ValueError: a parameter has no name; build the optimizer from the model or ``named_parameters()``.
     """
     keep = not rank0_only or not dist.is_initialized() or dist.get_rank() == 0
-    optimizer.fix_layouts()  # the published package's class fixes its blocks as late as that
+    optimizer.fix_layouts()  # the published package's class chooses its blocks only at the first step
     states: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     count = 0
@@ -66,37 +70,38 @@ def full_state_dict(optimizer: Stepper, *, rank0_only: bool = True) -> dict[str,
                 for whole, state in member.gathered(optimizer):
                     if keep and state:
                         states[count] = state
-                    own = decaying if whole.decays else exempt
-                    own["params"].append(count)
-                    own["param_names"].append(whole.name)
+                    saved_group = decaying if whole.decays else exempt
+                    saved_group["params"].append(count)
+                    saved_group["param_names"].append(whole.name)
                     count += 1
             groups += [group for group in (decaying, exempt) if group["params"]]
     return {"state": states, "param_groups": groups} if keep else None
 
 
 def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, convert: bool = False) -> None:
-    """Take this rank's part of the state of whole parameters; nothing is sent.
+    """Load this rank's shards from the state of whole parameters, without communication.
 
     Args:
-        optimizer: under any wrapper, or none.
-        document: as ``full_state_dict`` returned it, a plain AdamMini's, AdamW's or the published package's
-            ``state_dict``; the same on every rank, best from ``torch.load(path, mmap=True, weights_only=True)``, which
-            reads one tensor at a time.
+        optimizer: the optimizer, under any wrapper or none.
+        document: the result of ``full_state_dict``, or the ``state_dict`` of a plain AdamMini, AdamW or the published
+            package. It must be the same on every rank. ``torch.load(path, mmap=True, weights_only=True)`` is the best
+            way to read it, because it reads one tensor at a time.
         convert: rebuild second moments of another partition from block means instead of refusing them.
 
     Raises:
-        ValueError: as of ``AdamMini.load_state_dict``; nothing has changed then.
+        ValueError: the state belongs to another partition, other parameters or another kind of optimizer, as in
+            ``AdamMini.load_state_dict``. Nothing has changed.
     """
     optimizer.fix_layouts()
     with optimizer.whole():
         members = [member for g in range(len(optimizer.param_groups)) for member in _members(optimizer, g)]
         virtual = [{**group, "params": [], "param_names": []} for group in optimizer.param_groups]
         layouts: list[list[Layout]] = [[] for _ in virtual]
-        taker = {}
+        targets = {}
         for member in members:
             for k, whole in enumerate(member.wholes):
                 stand_in = whole.stand_in(member.parameter)
-                taker[id(stand_in)] = member, k
+                targets[id(stand_in)] = member, k
                 virtual[member.g]["params"].append(stand_in)
                 virtual[member.g]["param_names"].append(whole.name)
                 layouts[member.g].append(whole.layout)
@@ -104,8 +109,8 @@ def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, con
             virtual, layouts, optimizer.rules, document, convert=convert, exempt=optimizer.undecayed
         )
         for slot, state in states:
-            member, k = taker[id(slot.parameter)]
-            member.take(k, state)
+            member, k = targets[id(slot.parameter)]
+            member.load(k, state)
         for member in members:
             if member.state:
                 optimizer.state[member.parameter] = member.finished()
@@ -118,7 +123,14 @@ def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, con
 
 @dataclass(frozen=True)
 class Whole:
-    """One parameter as the model has it; ``decays`` is False where its group's weight decay does not mean it."""
+    """One whole parameter of the model.
+
+    Attributes:
+        name: its name in the model.
+        shape: its shape.
+        layout: its layout.
+        decays: whether its group's weight decay applies to it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -126,16 +138,21 @@ class Whole:
     decays: bool = True
 
     def stand_in(self, parameter: Tensor) -> Tensor:
-        """A tensor of the whole shape that takes no memory."""
+        """Return a tensor of the whole shape that needs no memory."""
         return torch.empty((), dtype=parameter.dtype).expand(self.shape)
 
 
 class _Member:
-    """A parameter of the optimizer, and the whole parameters that it holds parts of; this class: one, all of it.
+    """A parameter of the optimizer, and the whole parameters whose elements it contains.
+
+    This class is for a parameter that is not sharded, so that it is one whole parameter. Subclasses are for shards.
 
     Attributes:
-        g: its group.
-        state: what was taken so far.
+        g: position of its group.
+        i: position of the parameter in the group.
+        parameter: the parameter.
+        wholes: the whole parameters.
+        state: the local state loaded so far.
     """
 
     def __init__(self, g: int, i: int, parameter: Tensor, wholes: list[Whole], where: str) -> None:
@@ -144,33 +161,33 @@ class _Member:
         for whole in wholes:
             if not whole.name:
                 raise ValueError(
-                    f"{where} has no name, by which state of whole parameters is kept; build the optimizer from the "
-                    "model or model.named_parameters(), or tag(model) before"
+                    f"{where} has no name, but state of whole parameters is stored by name; build the optimizer from "
+                    "the model or model.named_parameters(), or call tag(model) before"
                 )
 
     def gathered(self, optimizer: Stepper) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
-        """Each whole parameter and its state."""
+        """Yield each whole parameter and its state on the CPU; None if it has no state."""
         state = optimizer.state.get(self.parameter)
         yield self.wholes[0], _on_cpu(state) if state else None
 
-    def take(self, k: int, state: dict[str, Any]) -> None:
-        """Take this rank's part of the k-th whole parameter's state."""
+    def load(self, k: int, state: dict[str, Any]) -> None:
+        """Load this rank's shard of the k-th whole parameter's state."""
         self.state = {key: x if key == "step" else _moved(x, self.parameter) for key, x in state.items()}
 
     def finished(self) -> dict[str, Any]:
-        """The state, all parts taken."""
+        """Return the local state, after ``load`` was called for every whole parameter."""
         return self.state
 
 
 class Sharded(_Member):
-    """A parameter of which ranks hold parts."""
+    """A sharded parameter."""
 
     def __init__(self, g: int, i: int, shard: Shard, wholes: list[Whole], where: str) -> None:
         super().__init__(g, i, shard.parameter, wholes, where)
         self.shard, self.geometry = shard, shard.geometry
 
     def _existing(self, optimizer: Stepper) -> dict[str, Any] | None:
-        """The state, made where only other ranks have one; None where nobody has."""
+        """Return the local state, created if only other ranks have one; None if no rank has any."""
         state = optimizer.state.get(self.parameter)
         step = torch.tensor(float(state["step"]) if state else -1.0)
         for group in self.geometry.sharding_groups:
@@ -185,14 +202,14 @@ class Sharded(_Member):
 
 
 class _PlacedMember(Sharded):
-    """A DTensor."""
+    """A DTensor parameter."""
 
     def gathered(self, optimizer: Stepper) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
         state = self._existing(optimizer)
         full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in (state or {}).items()}
         yield self.wholes[0], _on_cpu(full) if state else None
 
-    def take(self, k: int, state: dict[str, Any]) -> None:
+    def load(self, k: int, state: dict[str, Any]) -> None:
         placed = self.geometry.placed
         assert placed is not None
         self.state = dict(state)
@@ -204,13 +221,13 @@ class _PlacedMember(Sharded):
 
 
 class _FlatMember(Sharded):
-    """Ranges of flattened tensors."""
+    """A flat parameter that contains ranges of flattened tensors."""
 
     def __init__(self, g: int, i: int, shard: Shard, layout: FlatLayout, where: str) -> None:
         wholes = [Whole(clean(r.name), r.shape, r.layout, r.decays) for r in layout.ranges]
         super().__init__(g, i, shard, wholes, where)
         self.ranges = layout.ranges
-        self._wide: Tensor | None = None
+        self._second_per_element: Tensor | None = None
 
     def gathered(self, optimizer: Stepper) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
         state = self._existing(optimizer)
@@ -218,34 +235,39 @@ class _FlatMember(Sharded):
             yield from ((whole, None) for whole in self.wholes)
             return
         group = self.geometry.sharding_groups[0] if self.geometry.sharding_groups else None
-        wide = widen(self.geometry, state["exp_avg_sq"])
+        second_per_element = widen(self.geometry, state["exp_avg_sq"])
         for whole, held in zip(self.wholes, self.ranges, strict=True):
             elements = {
                 key: _gathered(x, held, group).view(whole.shape) for key, x in state.items() if key not in _NOT_ELEMENTS
             }
-            second = narrow(_alone(whole), _gathered(wide, held, group).view(whole.shape))
+            second = narrow(_unsharded(whole), _gathered(second_per_element, held, group).view(whole.shape))
             yield whole, {"step": state["step"].clone().cpu(), **elements, "exp_avg_sq": second}
 
-    def take(self, k: int, state: dict[str, Any]) -> None:
-        if self._wide is None:
-            self._wide = torch.zeros_like(self.parameter, dtype=state["exp_avg_sq"].dtype, requires_grad=False)
-            own = {key: torch.zeros_like(self.parameter, dtype=x.dtype, requires_grad=False)
-                   for key, x in state.items() if key not in _NOT_ELEMENTS}  # fmt: skip
-            self.state = {"step": state["step"], **own}
+    def load(self, k: int, state: dict[str, Any]) -> None:
+        second = self._second_per_element
+        if second is None:
+            second = torch.zeros_like(self.parameter, dtype=state["exp_avg_sq"].dtype, requires_grad=False)
+            self._second_per_element = second
+            elements = {
+                key: torch.zeros_like(self.parameter, dtype=x.dtype, requires_grad=False)
+                for key, x in state.items()
+                if key not in _NOT_ELEMENTS
+            }
+            self.state = {"step": state["step"], **elements}
         held, whole = self.ranges[k], self.wholes[k]
-        here = slice(held.offset, held.offset + held.stop - held.start)
+        local = slice(held.offset, held.offset + held.stop - held.start)
         for key in self.state.keys() - set(_NOT_ELEMENTS):
-            self.state[key][here] = state[key].reshape(-1)[held.start : held.stop]
-        spread = widen(_alone(whole), state["exp_avg_sq"])
-        self._wide[here] = spread.reshape(-1)[held.start : held.stop].to(self._wide)
+            self.state[key][local] = state[key].reshape(-1)[held.start : held.stop]
+        spread = widen(_unsharded(whole), state["exp_avg_sq"])
+        second[local] = spread.reshape(-1)[held.start : held.stop].to(second)
 
     def finished(self) -> dict[str, Any]:
-        assert self._wide is not None
-        return {**self.state, "exp_avg_sq": narrow(self.geometry, self._wide)}
+        assert self._second_per_element is not None
+        return {**self.state, "exp_avg_sq": narrow(self.geometry, self._second_per_element)}
 
 
 def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
-    """What the optimizer steps in a group, in order."""
+    """Yield the parameters of one of the optimizer's groups, in order."""
     group = optimizer.param_groups[g]
     for i, ((parameter, name), layout) in enumerate(zip(named(group), optimizer.layouts[g], strict=True)):
         where = label(group, g, i)
@@ -262,44 +284,55 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
             yield _PlacedMember(g, i, shard, [whole], where)
 
 
-def _alone(whole: Whole) -> Geometry:
-    """All of a parameter, in one process."""
+def _unsharded(whole: Whole) -> Geometry:
+    """Return the geometry of a whole parameter in one process."""
     return Geometry(whole.shape, (Box(whole.layout),), whole.layout.aligned_shape(whole.shape))
 
 
 def _gathered(local: Tensor, held: Range, group: ProcessGroup | None) -> Tensor:
-    """All elements of a flattened tensor, 1-D on the CPU, from what the ranks of a group hold of it."""
-    own = local[held.offset : held.offset + held.stop - held.start]
+    """Gather all elements of a flattened tensor.
+
+    Args:
+        local: this rank's flat tensor.
+        held: the range of the flattened tensor that each rank stores.
+        group: process group of these ranks; None if this rank has all elements.
+
+    Returns:
+        A new 1-D tensor on the CPU.
+    """
+    elements = local[held.offset : held.offset + held.stop - held.start]
     if group is None:
-        return own.clone().cpu()
+        return elements.clone().cpu()
     lengths = [stop - start for start, stop in held.bounds]
-    message = torch.zeros(max(lengths), dtype=own.dtype, device=_device(group))
-    message[: len(own)] = own
-    parts = [torch.empty_like(message) for _ in lengths]
-    dist.all_gather(parts, message, group=group)
-    out = torch.zeros(prod(held.shape), dtype=own.dtype)
-    for part, (start, stop) in zip(parts, held.bounds, strict=True):
-        out[start:stop] = part[: stop - start].cpu()
+    message = torch.zeros(max(lengths), dtype=elements.dtype, device=_device(group))
+    message[: len(elements)] = elements
+    received = [torch.empty_like(message) for _ in lengths]
+    dist.all_gather(received, message, group=group)
+    out = torch.zeros(prod(held.shape), dtype=elements.dtype)
+    for values, (start, stop) in zip(received, held.bounds, strict=True):
+        out[start:stop] = values[: stop - start].cpu()
     return out
 
 
 def _device(group: ProcessGroup) -> torch.device:
-    """Where a group communicates; the CPU where it can."""
+    """Return a device on which a group communicates, the CPU if possible."""
     types = {device.type: device for device in group._device_types}
     return types.get("cpu") or next(iter(types.values()))
 
 
 def _cut(whole: Tensor, held: Mapping[int, Ranges]) -> Tensor:
-    """The part of a whole tensor at the indices held along each axis."""
+    """Return the part of a whole tensor at this rank's indices along each sharded axis."""
     for axis, ranges in held.items():
-        geometries = [whole.narrow(axis, start, stop - start) for start, stop in ranges]
-        whole = torch.cat(geometries, axis) if geometries else whole.narrow(axis, 0, 0)
+        slices = [whole.narrow(axis, start, stop - start) for start, stop in ranges]
+        whole = torch.cat(slices, axis) if slices else whole.narrow(axis, 0, 0)
     return whole
 
 
 def _moved(value: Tensor, like: Tensor) -> Tensor:
+    """Copy a tensor to the device of another tensor."""
     return value.to(like.device, copy=True)
 
 
 def _on_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a state to the CPU."""
     return {k: v.detach().clone().cpu() if isinstance(v, Tensor) else v for k, v in state.items()}

@@ -1,1 +1,1 @@
-"""What the optimizer keeps for each parameter, and how that is read from and written to checkpoints."""
+"""The state of each parameter, and how it is written to checkpoints and loaded from them."""

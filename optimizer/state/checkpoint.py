@@ -1,8 +1,8 @@
-"""Loading states: of this optimizer, Adam, AdamW and the published adam-mini package; by names where there are names.
+"""Loading of state dicts of this optimizer, Adam, AdamW and the published adam-mini package.
 
-What a checkpoint decides: hyper-parameters (lr, betas, eps, weight_decay, maximize), steps, moments. What the running
-optimizer decides: rules, dtypes, and how a step is computed. Nothing moves before everything has been checked, and no
-tensor of the caller's is kept.
+Parameters are matched by name if both sides have names. The checkpoint decides hyper-parameters (lr, betas, eps,
+weight_decay, maximize), steps and moments. The running optimizer decides rules, dtypes, and how a step is computed.
+Everything is checked before anything changes, and every tensor is copied.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ logger = logging.getLogger("optimizer")
 
 @dataclass
 class Prepared:
-    """A checkpoint made ready for the running optimizer; nothing in it is the caller's.
+    """A checkpoint prepared for the running optimizer. It shares nothing with the caller's document.
 
     Attributes:
-        groups: options of every group, ``params`` numbered through.
-        state: state by parameter, in the optimizer's order, and what the checkpoint has beside parameters.
-        notes: what was changed on the way -> for how many parameters.
+        groups: options of every group; ``params`` are consecutive numbers over all groups.
+        state: state by parameter in the optimizer's order, and the checkpoint's entries that belong to no parameter.
+        notes: each kind of change made, and for how many parameters.
     """
 
     groups: list[dict[str, Any]]
@@ -58,28 +58,28 @@ def loading(
     exempt: Container[str] = (),
     named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda document: document,
 ) -> Iterator[None]:
-    """While this is open, ``Optimizer.load_state_dict`` loads what ``prepare`` makes of the document.
+    """Open a context in which ``Optimizer.load_state_dict`` loads the result of ``prepare``.
 
-    Torch keeps its part: its hooks run as ever. The document is prepared after the last of the caller's pre-hooks, so
-    that it is what they made of it; the state is in slot before the first of the caller's post-hooks.
+    All hooks run as torch runs them. The document is prepared after the caller's last pre-hook, so that changes of the
+    pre-hooks count. The state is set before the caller's first post-hook.
 
     Args:
-        optimizer: whose ``load_state_dict`` is about to be called.
-        layouts: of its parameters, by group.
+        optimizer: the optimizer whose ``load_state_dict`` is called in the context.
+        layouts: layouts of its parameters, by group.
         rules: its rules.
         convert: rebuild second moments of another partition from block means instead of refusing them.
-        exempt: names of parameters that do not decay, whatever the checkpoint's group of them does.
-        named: gives a document without names those that can be known for sure.
+        exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        named: adds names to a document without names, if they are certain; otherwise returns the document unchanged.
     """
-    found: list[Prepared] = []
+    results: list[Prepared] = []
 
     def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
-        found.append(prepare(optimizer.param_groups, layouts, rules, named(document), convert=convert, exempt=exempt))
-        return {"state": {}, "param_groups": found[-1].groups}
+        results.append(prepare(optimizer.param_groups, layouts, rules, named(document), convert=convert, exempt=exempt))
+        return {"state": {}, "param_groups": results[-1].groups}
 
     def fill(_: torch.optim.Optimizer) -> None:
-        optimizer.state.update(found[-1].state)
-        if notes := found[-1].notes:
+        optimizer.state.update(results[-1].state)
+        if notes := results[-1].notes:
             logger.info("loaded optimizer state: %s", "; ".join(f"{note} ({n}x)" for note, n in notes.items()))
 
     handles = (
@@ -95,9 +95,10 @@ def loading(
 
 @contextmanager
 def naming(optimizer: torch.optim.Optimizer, rules: Rules) -> Iterator[None]:
-    """While this is open, ``Optimizer.state_dict`` names the rules in every group, for the caller's hooks to see, too.
+    """Open a context in which ``Optimizer.state_dict`` adds the name of the rules to every group of the document.
 
-    Only the document carries the name: it belongs to the optimizer, and a group that keeps it could be wrong.
+    The name is there before the caller's hooks run. It is not stored in the optimizer's own groups, where it could
+    disagree with the optimizer's rules.
     """
 
     def name(_: torch.optim.Optimizer, document: dict[str, Any]) -> None:
@@ -120,20 +121,20 @@ def prepare(
     convert: bool = False,
     exempt: Container[str] = (),
 ) -> Prepared:
-    """Everything that loading a document will set, checked and copied.
+    """Check and copy everything that loading a document will set.
 
     Args:
-        param_groups: of the running optimizer; not changed.
-        layouts: of its parameters, by group.
+        param_groups: groups of the running optimizer; not changed.
+        layouts: layouts of its parameters, by group.
         rules: its rules.
-        document: as ``state_dict`` gives it; parameters may be keyed by number or, as distributed checkpoints do, by
-            name. Not changed.
+        document: a state dict; not changed. Its parameters may have numbers as keys or, as in distributed checkpoints,
+            names.
         convert: rebuild second moments of another partition from block means instead of refusing them.
-        exempt: names of parameters that do not decay, whatever the checkpoint's group of them does.
+        exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
 
     Raises:
-        ValueError: no state dict of an optimizer; parameters that do not match; another optimizer's state; another
-            partition's, without ``convert``.
+        ValueError: the document is no state dict of an optimizer, its parameters do not match, it is the state of
+            another kind of optimizer, or it belongs to another partition and ``convert`` is not set.
     """
     prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt)
     prepared.state.update({slot.parameter: state for slot, state in states})
@@ -152,46 +153,59 @@ def checked(
     convert: bool = False,
     exempt: Container[str] = (),
 ) -> tuple[Prepared, Iterator[tuple[Slot, dict[str, Any]]]]:
-    """``prepare`` up to the states, which are made one by one as they are asked for.
+    """Check a document as ``prepare`` does, but copy the states one at a time, as the caller iterates over them.
 
-    Args and errors: as of ``prepare``.
+    Args:
+        param_groups: groups of the running optimizer; not changed.
+        layouts: layouts of its parameters, by group.
+        rules: its rules.
+        document: a state dict, with numbers or names as keys; not changed.
+        convert: rebuild second moments of another partition from block means instead of refusing them.
+        exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
 
     Returns:
-        what will be set, without states; each parameter that has one and its state.
+        The prepared checkpoint without states, and an iterator over (slot, state) for each parameter with state.
+
+    Raises:
+        ValueError: the document is no state dict of an optimizer, its parameters do not match, it is the state of
+            another kind of optimizer, or it belongs to another partition and ``convert`` is not set.
     """
     slots = slots_of(param_groups, layouts)
     sources = matched(param_groups, slots, document)
     states = document["state"]
-    saved = [(slot, read(states[source.key], slot.parameter.shape, slot.where))
-             for slot, source in zip(slots, sources, strict=True) if states.get(source.key)]  # fmt: skip
-    for slot, one in saved:
-        _require_alike(slot, one)
+    saved = [
+        (slot, read(states[source.key], slot.parameter.shape, slot.where))
+        for slot, source in zip(slots, sources, strict=True)
+        if states.get(source.key)
+    ]
+    for slot, saved_state in saved:
+        _require_same_sharding(slot, saved_state)
     groups, disagreements = options_of(param_groups, slots, sources, document, exempt)
     prepared = Prepared(groups, notes=Counter(disagreements))
-    others = _of_another_partition(saved, rules, document, convert=convert)
+    other_blocks = _of_another_partition(saved, rules, document, convert=convert)
     saved_groups = document["param_groups"]
     if any(group.get("weight_decay") and group.get("decoupled_weight_decay") is False for group in saved_groups):
         logger.warning(
-            "the checkpoint is Adam's, whose weight_decay went through the moments; here it is decoupled, as AdamW's: "
-            "set it anew"
+            "the checkpoint is Adam's, which adds weight_decay to the gradient; AdamMini decays weights as AdamW does "
+            "(decoupled): set weight_decay anew"
         )
     return prepared, (
-        (slot, _state(slot, one, id(slot.parameter) in others, prepared.notes, seed))
-        for seed, (slot, one) in enumerate(saved)
+        (slot, _state(slot, saved_state, id(slot.parameter) in other_blocks, prepared.notes, seed))
+        for seed, (slot, saved_state) in enumerate(saved)
     )
 
 
 def _of_another_partition(
     saved: Iterable[tuple[Slot, Saved]], rules: Rules, document: Mapping[str, Any], *, convert: bool
 ) -> set[int]:
-    """Parameters, by id, whose second moment was kept for other blocks.
+    """Return the ``id`` of each parameter whose second moment was saved for other blocks.
 
     Raises:
-        ValueError: there are some and ``convert`` is not set; both partitions named.
+        ValueError: there are such parameters and ``convert`` is not set. The message names both partitions.
     """
     named = rules_named(document)
-    others = named is not None and not same_rules(named, rules)
-    offences = [(slot, offence) for slot, one in saved if (offence := offence_of(slot, one, others))]
+    other_rules = named is not None and not same_rules(named, rules)
+    offences = [(slot, offence) for slot, state in saved if (offence := offence_of(slot, state, other_rules))]
     if offences and not convert:
         saved_under, advice = f"rules {named!r}", "with the rules of the checkpoint"
         if written_by_published(document):
@@ -199,73 +213,93 @@ def _of_another_partition(
         elif named is None:
             saved_under = "rules it does not name (Adam, AdamW, or an older version)"
         elif same_rules(named, rules):
-            saved_under += ", but knew its parameters otherwise"
-            advice = "from the model, as that of the checkpoint was"
+            saved_under += ", but its parameters had other roles"
+            advice = "from the model, as the optimizer of the checkpoint was"
         (slot, offence), more = offences[0], len(offences) - 1
         raise ValueError(
             f"the checkpoint was saved under {saved_under}, this optimizer has rules {identity(rules)!r}: "
-            f"exp_avg_sq of {slot.where} {offence}{f' ({more} more parameters likewise)' if more else ''}. Build the "
-            f"optimizer {advice}, or pass convert=True to rebuild the second moments from block means"
+            f"exp_avg_sq of {slot.where} {offence}{f' (and {more} more parameters do not fit)' if more else ''}. Build "
+            f"the optimizer {advice}, or pass convert=True to rebuild the second moments from block means"
         )
     return {id(slot.parameter) for slot, _ in offences}
 
 
-def _require_alike(slot: Slot, saved: Saved) -> None:
-    """Raise where one of parameter and state is sharded and the other is not."""
+def _require_same_sharding(slot: Slot, saved: Saved) -> None:
+    """Raise ValueError if only one of parameter and state is sharded."""
     if hasattr(slot.parameter, "to_local") != hasattr(saved.exp_avg, "to_local"):
-        one, other = ("sharded", "whole") if hasattr(slot.parameter, "to_local") else ("whole", "sharded")
+        parameter, state = ("sharded", "whole") if hasattr(slot.parameter, "to_local") else ("whole", "sharded")
         raise ValueError(
-            f"{slot.where} is {one}, but its state in the checkpoint is {other}; load it with "
+            f"{slot.where} is {parameter}, but its state in the checkpoint is {state}; load it with "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which distributes or gathers it"
         )
 
 
 def identity(rules: Rules) -> str:
-    """What a checkpoint calls its rules: the name of a shipped set; others with a digest of units and overrides."""
+    """Return the name of rules in checkpoints.
+
+    It is the name of a shipped set. Other rules have their name and a digest of their units and overrides.
+    """
     if rules.name in shipped() and Rules(rules.name) == rules:
         return rules.name
-    said = rules.to_dict()
-    content = json.dumps([sorted(said["units"].items()), [list(o.values()) for o in said["overrides"]]])
+    fields = rules.to_dict()
+    content = json.dumps([sorted(fields["units"].items()), [list(o.values()) for o in fields["overrides"]]])
     return f"{rules.name}#{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def same_rules(named: str, rules: Rules) -> bool:
-    """Whether a checkpoint's name of its rules stands for these."""
+    """Return whether a name of rules in a checkpoint denotes these rules."""
     if named == identity(rules) or (named in shipped() and Rules(named) == rules):
         return True
     if named.rpartition("#")[2] == identity(rules).rpartition("#")[2] and "#" in named:
         return True  # the same blocks under another name
-    # Older checkpoints have the name alone, which does not stand for overrides or for another set that is shipped.
+    # Older checkpoints have no digest. A bare name does not cover overrides, and a shipped name means the shipped set.
     return named == rules.name and named not in shipped() and not rules.overrides
 
 
 def offence_of(slot: Slot, saved: Saved, other_rules: bool) -> str | None:
-    """What is wrong with a saved second moment under the parameter's layout, in words; None where nothing is."""
+    """Describe why a saved second moment does not fit the parameter's layout.
+
+    Args:
+        slot: the parameter.
+        saved: its state in the checkpoint.
+        other_rules: whether the checkpoint names rules other than the optimizer's.
+
+    Returns:
+        A phrase that continues "exp_avg_sq of <parameter>"; None if the second moment fits.
+    """
     shape, v = tuple(slot.parameter.shape), saved.exp_avg_sq
-    wanted = slot.aligned
-    if wanted is None:
+    aligned = slot.aligned
+    if aligned is None:
         return None
     layout = slot.blocks
     if layout is not None and (saved.axes is not None or saved.blocks.startswith("vmean")):
         if saved.axes == axes_of(layout, shape):
             return None
-        return f"was kept as {saved.blocks} in the checkpoint, but {layout.n_blocks} blocks of {wanted} are needed"
-    if tuple(v.shape) != wanted:
-        return f"has shape {tuple(v.shape)} in the checkpoint, but {wanted} is needed"
+        return f"was kept as {saved.blocks} in the checkpoint, but {layout.n_blocks} blocks of {aligned} are needed"
+    if tuple(v.shape) != aligned:
+        return f"has shape {tuple(v.shape)} in the checkpoint, but {aligned} is needed"
     if layout is None or hasattr(v, "to_local"):
-        # Values of a sharded tensor would need communication.
-        return "was kept under other rules, and is sharded, so that values do not tell" if other_rules else None
+        # Comparing the values of a sharded tensor would need communication.
+        return "was kept under other rules; it is sharded, so its values are not compared" if other_rules else None
     if v.is_meta:
         return None
     if not is_level(v, layout, LEVEL):
-        return f"has the right shape {wanted}, but differs inside one of the {layout.n_blocks} blocks"
+        return f"has the right shape {aligned}, but differs inside one of the {layout.n_blocks} blocks"
     if other_rules and looks_coarser(v, layout):
-        return f"has the right shape {wanted}, but was kept for blocks larger than the {layout.n_blocks} there are"
+        return f"has the right shape {aligned}, but was kept for blocks larger than the layout's {layout.n_blocks}"
     return None
 
 
 def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], seed: int) -> dict[str, Any]:
-    """The state of one parameter, as the running optimizer keeps it."""
+    """Return the state of one parameter as the running optimizer stores it.
+
+    Args:
+        slot: the parameter.
+        saved: its state in the checkpoint.
+        other_blocks: whether the second moment was saved for other blocks and must be rebuilt.
+        notes: counts each kind of change; added to.
+        seed: seed of the parameter's stochastic rounding.
+    """
     parameter, group = slot.parameter, slot.group
     shape, v = tuple(parameter.shape), saved.exp_avg_sq
     dtype = second_moment_dtype(parameter)
@@ -291,6 +325,7 @@ def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], se
 
 
 def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tensor:
+    """Return a copy of the saved Kahan compensation, or zeros if the checkpoint has none."""
     zeros = torch.zeros_like(parameter, dtype=torch.bfloat16, memory_format=torch.preserve_format)
     if saved.compensation is None:
         notes["compensation starts at zero: the checkpoint has none"] += 1
@@ -299,11 +334,15 @@ def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tenso
 
 
 def _whole_layout(slot: Slot, v: Tensor) -> Layout:
-    """The blocks to rebuild a second moment for; raises where that cannot be done from what is at hand."""
+    """Return the layout for which to rebuild a second moment.
+
+    Raises:
+        ValueError: the tensor is sharded, or the second moment fits no partition of the parameter.
+    """
     shape, layout = tuple(slot.parameter.shape), slot.blocks
     if layout is None or hasattr(v, "to_local") or hasattr(slot.parameter, "to_local"):
         raise ValueError(
-            f"exp_avg_sq of {slot.where} is sharded, and rebuilding it would need the whole tensor; convert the "
+            f"exp_avg_sq of {slot.where} is sharded, but rebuilding it needs the whole tensor; convert the "
             "checkpoint once, on one process: python -m optimizer convert"
         )
     if not spreads(v.shape, shape):

@@ -1,4 +1,4 @@
-"""The ways in which the parameters of a model usually come into groups, for documents without names."""
+"""The usual ways to group a model's parameters, used to name the parameters of state dicts without names."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from . import matching
 
 
 def with_names(document: Mapping[str, Any], model: nn.Module, held: Collection[str]) -> Mapping[str, Any]:
-    """A state dict without names as one with names, where its groups can only be one of the usual ones.
+    """Add names to a state dict without names, if exactly one of the usual groupings fits it.
 
-    ``AdamW(model.parameters())`` makes one group in the model's order, with frozen parameters or without.
+    For example, ``AdamW(model.parameters())`` makes one group in the model's order, with or without frozen parameters.
 
     Args:
         document: the state dict, not changed.
-        model: what it belongs to.
-        held: names of the parameters that the running optimizer has, without wrappers' prefixes.
+        model: the model it belongs to.
+        held: names of the running optimizer's parameters, without wrappers' prefixes.
 
     Returns:
-        the document with ``param_names``, without frozen parameters that have no state; as it is where it has names
-        already, or several ways of grouping fit, or none.
+        The document with ``param_names`` and without frozen parameters that have no state. The document itself if it
+        already has names, or if several groupings or none fit.
     """
     if any(matching.saved_names(document)):
         return document
@@ -36,19 +36,28 @@ def with_names(document: Mapping[str, Any], model: nn.Module, held: Collection[s
         return document
     named = []
     for group, pairs in zip(document["param_groups"], fitting[0], strict=True):
-        kept = [(key, name) for key, (name, _) in zip(group["params"], pairs, strict=True)
-                if name in held or document["state"].get(key)]  # fmt: skip
-        named.append({**group, "params": [key for key, _ in kept], "param_names": [name for _, name in kept]})
+        members = [
+            (key, name)
+            for key, (name, _) in zip(group["params"], pairs, strict=True)
+            if name in held or document["state"].get(key)
+        ]
+        named.append({**group, "params": [key for key, _ in members], "param_names": [name for _, name in members]})
     return {**document, "param_groups": named}
 
 
 def usual(model: nn.Module, count: int, *, frozen: bool = False) -> Iterator[list[list[tuple[str, nn.Parameter]]]]:
-    """All in one group; or what decays and what does not, by role, by dimension, or as transformers splits them.
+    """Yield the usual groupings of a model's parameters into ``count`` groups.
+
+    One group has all trainable parameters. Two groups separate the parameters that decay from those that do not: by
+    role, by number of dimensions, or as transformers does.
 
     Args:
-        model: whose parameters.
-        count: of groups.
-        frozen: whether one group may also hold all parameters, frozen ones included.
+        model: the model.
+        count: number of groups.
+        frozen: whether to yield also one group with all parameters, frozen ones included.
+
+    Yields:
+        For each group, its (name, parameter) pairs.
     """
     trainable = [(clean(name), p) for name, p in model.named_parameters() if p.requires_grad]
     if count == 1:
@@ -59,20 +68,20 @@ def usual(model: nn.Module, count: int, *, frozen: bool = False) -> Iterator[lis
     if count != 2:
         return
     anatomies = {clean(name): anatomy for name, anatomy in discover(model).items()}
-    kept = (Role.NORM, Role.BIAS)
+    exempt_roles = (Role.NORM, Role.BIAS)
     for decays in (
         [anatomies[name].decays for name, _ in trainable],
         [p.dim() >= 2 for _, p in trainable],
-        [anatomies[name].role not in kept and not name.endswith("bias") for name, _ in trainable],
+        [anatomies[name].role not in exempt_roles and not name.endswith("bias") for name, _ in trainable],
     ):
         halves = [
-            [pair for pair, here in zip(trainable, decays, strict=True) if here is side] for side in (True, False)
+            [pair for pair, decay in zip(trainable, decays, strict=True) if decay is side] for side in (True, False)
         ]
         yield from (halves, halves[::-1])
 
 
 def fits(groups: Sequence[Sequence[tuple[str, nn.Parameter]]], document: Mapping[str, Any]) -> bool:
-    """Whether groups have the sizes of the document's, and their parameters the shapes of its first moments."""
+    """Return whether groups have the sizes of the document's groups, and their parameters the shapes of its moments."""
     saved = [group["params"] for group in document["param_groups"]]
     if [len(group) for group in groups] != [len(keys) for keys in saved]:
         return False

@@ -1,4 +1,4 @@
-"""One parameter's state as a checkpoint holds it, whatever wrote it: this optimizer, Adam and AdamW, or adam-mini."""
+"""One parameter's state as read from a checkpoint of this optimizer, Adam, AdamW or the published adam-mini package."""
 
 from __future__ import annotations
 
@@ -15,30 +15,39 @@ from ..partition.layout import Runs
 from ..step import moments
 from .blocks import Axes, each, resampled, whole
 
+# Keys of the states of other optimizers, and the optimizer that each indicates.
 _ELSEWHERE = {
-    "row_var": "torch.optim.Adafactor", "col_var": "torch.optim.Adafactor", "variance": "torch.optim.Adafactor",
-    "exp_avg_sq_row": "Adafactor", "exp_inf": "torch.optim.Adamax", "mu_product": "torch.optim.NAdam",
-    "momentum_buffer": "torch.optim.SGD or Muon", "square_avg": "torch.optim.RMSprop or Adadelta",
-    "acc_delta": "torch.optim.Adadelta", "sum": "torch.optim.Adagrad", "step_size": "torch.optim.Rprop",
-    "state1": "bitsandbytes", "z": "a schedule-free optimizer",
-}  # fmt: skip
+    "row_var": "torch.optim.Adafactor",
+    "col_var": "torch.optim.Adafactor",
+    "variance": "torch.optim.Adafactor",
+    "exp_avg_sq_row": "Adafactor",
+    "exp_inf": "torch.optim.Adamax",
+    "mu_product": "torch.optim.NAdam",
+    "momentum_buffer": "torch.optim.SGD or Muon",
+    "square_avg": "torch.optim.RMSprop or Adadelta",
+    "acc_delta": "torch.optim.Adadelta",
+    "sum": "torch.optim.Adagrad",
+    "step_size": "torch.optim.Rprop",
+    "state1": "bitsandbytes",
+    "z": "a schedule-free optimizer",
+}
 _OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "compensation"}
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint says of one parameter; the tensors are the checkpoint's own.
+    """One parameter's state in a checkpoint. The tensors are those of the checkpoint, not copies.
 
     Attributes:
-        step: steps taken.
-        exp_avg: first moment, the parameter's shape, or quantised codes with ``scale``.
-        exp_avg_sq: second moment; its shape spreads over the parameter's.
-        scale: scales of a quantised first moment.
-        compensation: what rounding of a bf16 parameter owes it.
-        axes: the blocks of the second moment where the checkpoint tells them; None where it does not.
-        blocks: the blocks in words, for messages.
-        dropped: keys that mean nothing here.
-        others: keys nobody here knows; kept as they are.
+        step: number of steps taken.
+        exp_avg: first moment in the parameter's shape; quantised codes if there is a ``scale``.
+        exp_avg_sq: second moment; each axis has the parameter's size, a divisor of it (axis 0) or size 1.
+        scale: scales of a quantised first moment; None if it is not quantised.
+        compensation: Kahan compensation of a bf16 parameter; None if there is none.
+        axes: the blocks of the second moment; None if the checkpoint does not state them.
+        blocks: description of the blocks for error messages.
+        dropped: keys without meaning for this optimizer, which are not loaded.
+        others: entries with unknown keys, which are loaded unchanged.
     """
 
     step: float
@@ -53,29 +62,30 @@ class Saved:
 
 
 def is_published(state: Mapping[str, Any]) -> bool:
-    """Whether the published adam-mini package (1.0.x, 1.1.x) wrote this state."""
+    """Return whether the published adam-mini package (1.0.x, 1.1.x) wrote this state."""
     return "m" in state and ("v" in state or "vmean" in state)
 
 
 def read(state: Mapping[str, Any], shape: Sequence[int], where: str) -> Saved:
-    """A parameter's state, checked.
+    """Read and check a parameter's state.
 
     Args:
-        state: as the checkpoint holds it.
+        state: the parameter's entries in the checkpoint.
         shape: the parameter's shape.
-        where: the parameter in words.
+        where: description of the parameter for error messages.
 
     Raises:
-        ValueError: another optimizer's state, a missing or impossible entry, or shapes that are not the parameter's.
+        ValueError: the state belongs to another optimizer, an entry is missing or invalid, or a shape does not fit the
+            parameter.
     """
-    read_one = _published if is_published(state) else _own
-    saved = read_one(state, tuple(shape), where)
+    read_state = _published if is_published(state) else _adam
+    saved = read_state(state, tuple(shape), where)
     _require_moment(saved, tuple(shape), where)
     return saved
 
 
-def _own(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved:
-    """State under this optimizer's names, which are Adam's and AdamW's too."""
+def _adam(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved:
+    """Read a state with the names of this optimizer, Adam and AdamW."""
     missing = sorted({"exp_avg", "exp_avg_sq"} - state.keys())
     if missing or "mu_product" in state:
         hints = sorted({_ELSEWHERE[key] for key in state if key in _ELSEWHERE})
@@ -85,7 +95,7 @@ def _own(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved:
             "AdamMini, Adam, AdamW and the adam-mini package can be loaded, so start that parameter without state"
         )
     v = _tensor(state, "exp_avg_sq", where)
-    known = _OWN | {"max_exp_avg_sq"}
+    known_keys = _OWN | {"max_exp_avg_sq"}
     return Saved(
         _step(state, where),
         _tensor(state, "exp_avg", where),
@@ -94,12 +104,12 @@ def _own(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved:
         compensation=_tensor(state, "compensation", where) if "compensation" in state else None,
         blocks=f"shape {tuple(v.shape)}",
         dropped=("max_exp_avg_sq",) if "max_exp_avg_sq" in state else (),
-        others={key: value for key, value in state.items() if key not in known},
+        others={key: value for key, value in state.items() if key not in known_keys},
     )
 
 
 def _published(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved:
-    """State of the published package: ``m``, and ``v`` per element or ``vmean`` per chunk of the flattened tensor."""
+    """Read a state of the published package: ``m``, and ``v`` per element or ``vmean`` per chunk of the flat tensor."""
     m, step = _tensor(state, "m", where), _step(state, where)
     if m.numel() != prod(shape):
         raise ValueError(
@@ -122,7 +132,7 @@ def _published(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> 
 
 
 def _chunks(count: int, shape: tuple[int, ...]) -> Axes | None:
-    """``count`` equal chunks of the flattened tensor as blocks; None where a chunk ends inside a row."""
+    """Return ``count`` equal chunks of the flattened tensor as blocks; None if a chunk ends inside a row."""
     if count == 1:
         return tuple(whole(size) for size in shape)
     if shape[0] % count:
@@ -131,7 +141,7 @@ def _chunks(count: int, shape: tuple[int, ...]) -> Axes | None:
 
 
 def _per_row(chunks: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The mean of each row's chunks, in a shape that spreads over the tensor's."""
+    """Return the mean of each row's chunks, with one axis per axis of the tensor."""
     if chunks.numel() == 1:
         return chunks.reshape((1,) * len(shape))
     if shape[0] % chunks.numel():
@@ -140,9 +150,9 @@ def _per_row(chunks: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _require_moment(saved: Saved, shape: tuple[int, ...], where: str) -> None:
-    """The first moment has the parameter's shape, or that of its codes and scales."""
+    """Raise ValueError unless the first moment has the parameter's shape, or the shapes of its codes and scales."""
     if saved.scale is None:
-        wanted: tuple[int, ...] = shape
+        moment_shape: tuple[int, ...] = shape
         if not saved.exp_avg.is_floating_point():
             raise ValueError(
                 f"exp_avg of {where} is {saved.exp_avg.dtype} in the checkpoint, without the exp_avg_scale it needs"
@@ -150,13 +160,16 @@ def _require_moment(saved: Saved, shape: tuple[int, ...], where: str) -> None:
     else:
         if saved.exp_avg.dtype not in (torch.int8, torch.uint8):
             raise ValueError(f"exp_avg of {where} has a scale, but is {saved.exp_avg.dtype}, not int8 or uint8 codes")
-        wanted, scale = moments.state_shapes(shape, moments.format_of(saved.exp_avg)) if shape else ((-1,), (-1,))
-        if tuple(saved.scale.shape) != scale:
+        moment_shape, scale_shape = (
+            moments.state_shapes(shape, moments.format_of(saved.exp_avg)) if shape else ((-1,), (-1,))
+        )
+        if tuple(saved.scale.shape) != scale_shape:
             raise ValueError(
                 f"exp_avg_scale of {where} has shape {tuple(saved.scale.shape)} in the checkpoint, but a parameter of "
-                f"shape {shape} needs {scale}"
+                f"shape {shape} needs {scale_shape}"
             )
-    for name, tensor, expected in (("exp_avg", saved.exp_avg, wanted), ("compensation", saved.compensation, shape)):
+    entries = (("exp_avg", saved.exp_avg, moment_shape), ("compensation", saved.compensation, shape))
+    for name, tensor, expected in entries:
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{name} of {where} has shape {tuple(tensor.shape)} in the checkpoint, but the parameter needs "
@@ -165,6 +178,7 @@ def _require_moment(saved: Saved, shape: tuple[int, ...], where: str) -> None:
 
 
 def _tensor(state: Mapping[str, Any], key: str, where: str) -> Tensor:
+    """Return an entry of a state; raise ValueError if it is not a tensor."""
     value = state[key]
     if not isinstance(value, Tensor):
         raise ValueError(f"{key} of {where} is a {type(value).__name__} in the checkpoint, not a tensor")
@@ -172,7 +186,7 @@ def _tensor(state: Mapping[str, Any], key: str, where: str) -> Tensor:
 
 
 def _step(state: Mapping[str, Any], where: str) -> float:
-    """Steps taken, from a one-element tensor or a number."""
+    """Return the number of steps taken, which may be a one-element tensor or a number."""
     if "step" not in state:
         raise ValueError(
             f"state of {where} has no 'step', only {sorted(state)}; put the number of steps it has taken there, as a "

@@ -1,7 +1,8 @@
-"""What is kept of one parameter: names, dtypes, shapes, and bytes.
+"""The state of one parameter: names, dtypes, shapes, first values and bytes.
 
-``step`` (0-dim fp32), ``exp_avg`` (the parameter's shape, or codes of it and ``exp_avg_scale``), ``exp_avg_sq`` (one
-value per index of the layout's axis), and ``compensation`` (bf16) under Kahan rounding. Nothing else.
+The entries are ``step`` (0-dim fp32), ``exp_avg`` (the parameter's shape; or codes and ``exp_avg_scale`` if it is
+quantised), ``exp_avg_sq`` (one value per index of the layout's axis), and ``compensation`` (bf16) with Kahan rounding.
+There are no others.
 """
 
 from __future__ import annotations
@@ -18,25 +19,33 @@ from ..step.dtypes import moment_dtype, moment_format, rounding_of, second_momen
 
 
 def step_counter(parameter: Tensor, group: Mapping[str, Any], taken: float = 0.0) -> Tensor:
-    """``step``: on the parameter's device where no engine may wait for that device, as in torch, else on the CPU."""
+    """Return the entry ``step``.
+
+    As in torch, it is on the parameter's device if the step must not wait for that device, otherwise on the CPU.
+
+    Args:
+        parameter: the parameter.
+        group: the options of the parameter's group.
+        taken: number of steps taken.
+    """
     on_device = group["capturable"] or group["fused"]
     return torch.tensor(taken, dtype=torch.float32, device=parameter.device if on_device else "cpu")
 
 
 def new_state(parameter: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """State before the first step.
+    """Return the state before the first step.
 
     Args:
-        parameter: the parameter; what has its shape is made like it, a DTensor where it is one.
-        exp_avg_sq: zeros of the aligned shape, ``second_moment_dtype``; becomes part of the state.
+        parameter: the parameter. Entries of its shape are DTensors if it is one.
+        exp_avg_sq: zeros in the aligned shape, of ``second_moment_dtype``. The tensor becomes part of the state.
         group: the options of the parameter's group.
     """
     state: dict[str, Any] = {"step": step_counter(parameter, group)}
-    kept = moment_format(parameter, group)
-    if kept is None:
+    moment = moment_format(parameter, group)
+    if moment is None:
         state["exp_avg"] = _zeros_like(parameter, moment_dtype(parameter, group))
     else:
-        state |= moments.zero_state(parameter, kept)
+        state |= moments.zero_state(parameter, moment)
     state["exp_avg_sq"] = exp_avg_sq
     if rounding_of(parameter, group) == "kahan":
         state["compensation"] = _zeros_like(parameter, torch.bfloat16)
@@ -44,7 +53,7 @@ def new_state(parameter: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any]) -
 
 
 def zero_second_moment(parameter: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """``exp_avg_sq`` before the first step."""
+    """Return ``exp_avg_sq`` before the first step, as zeros of this shape."""
     return torch.zeros(shape, dtype=second_moment_dtype(parameter), device=device)
 
 
@@ -55,19 +64,21 @@ def _zeros_like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 def state_bytes(
     parameter: Tensor, held: tuple[int, ...], aligned: tuple[int, ...], group: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Bytes by kind, whether the state exists yet or not; scales of a quantised moment count as ``exp_avg``.
+    """Return the bytes of a parameter's state by name of the entry, whether the state exists yet or not.
+
+    The scales of a quantised moment count as ``exp_avg``.
 
     Args:
-        parameter: the parameter, for its dtype and whether its moment is quantised.
-        held: shape of what this rank holds of it.
-        aligned: shape of the second moment here.
+        parameter: the parameter. Its dtype and shape decide the dtypes, and whether its moment is quantised.
+        held: shape of the local parameter on this rank.
+        aligned: shape of the local second moment on this rank.
         group: the options of the parameter's group.
     """
-    kept = moment_format(parameter, group)
+    moment = moment_format(parameter, group)
     count = {
         "exp_avg": prod(held) * moment_dtype(parameter, group).itemsize
-        if kept is None
-        else moments.state_bytes(held, kept),
+        if moment is None
+        else moments.state_bytes(held, moment),
         "exp_avg_sq": prod(aligned) * second_moment_dtype(parameter).itemsize,
         "step": torch.float32.itemsize,
     }

@@ -1,6 +1,6 @@
-"""Everything that knows another library. Each library is imported when it is asked for, and not before.
+"""All code that depends on other libraries. Each library is imported only when it is used.
 
-Wrappers that change a model's parameters or an optimizer's groups are registered here, one line each.
+Wrappers of libraries that change a model's parameters or an optimizer's groups are registered here, one line each.
 """
 
 from ..interface import register

@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel (FSDP1): what its flat parameters hold, and a model as it was before it was flattened."""
+"""FullyShardedDataParallel (FSDP1): which elements its flat parameters contain, and the model before flattening."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FSDP1(Wrapper):
 
     @contextmanager
     def whole_shapes(self, model: nn.Module) -> Iterator[None]:
-        """Parameters with names and whole shapes, without data, instead of flat ones."""
+        """Open a context in which the original parameters replace flat ones, with whole shapes and without data."""
         with replacing() as put:
             for handle in handles(model).values():
                 flat = handle.flat_param
@@ -45,61 +45,61 @@ class FSDP1(Wrapper):
             yield
 
     def saves_elements(self, parameter: Tensor) -> bool:
-        """FSDP1 does so also where one rank holds all."""
+        """Return whether FSDP1 flattened the parameter. It saves elements even if one rank has all of them."""
         return bool(getattr(parameter, "_fsdp_flattened", False))
 
     def describe_model(self, model: nn.Module, discover: Discover) -> None:
-        """Leave on every parameter that FSDP1 sharded or flattened what it holds.
+        """Attach to every parameter that FSDP1 sharded or flattened a description of its elements.
 
         Raises:
-            ValueError: a tensor that was not contiguous when FSDP flattened it.
+            ValueError: a tensor was not contiguous when FSDP flattened it.
         """
-        found = handles(model)
-        if not found:
+        by_path = handles(model)
+        if not by_path:
             return
         with whole_shapes(model):
             anatomies = discover(model)
             names = {id(p): name for name, p in model.named_parameters()}
-            known = {
+            names_of = {
                 path: [names[id(info.module._parameters[info.param_name])] for info in handle.flat_param._param_infos]
-                for path, handle in found.items()
+                for path, handle in by_path.items()
             }
-        for path, handle in found.items():
-            _describe(handle, known[path], [anatomies[name] for name in known[path]])
+        for path, handle in by_path.items():
+            _describe(handle, names_of[path], [anatomies[name] for name in names_of[path]])
 
     def describe_parameters(self, parameters: Sequence[tuple[Tensor, str]], anatomy_of: AnatomyOf) -> None:
-        """The same for parameters whose model is not at hand: what they are comes from their tags or names.
+        """Attach the descriptions without the model; anatomies come from the parameters' tags or names.
 
-        FSDP marks what it flattened, but a parameter does not lead back to the handle that knows its shape. The
-        handles alive are looked through instead: once per optimizer built in this way.
+        FSDP marks the parameters that it flattened, but a parameter has no reference to the handle with its shape.
+        This method therefore searches all live handles, once for each optimizer that is built from parameters.
         """
         marks = ("_fsdp_flattened", "_is_flat_param")
-        bare = {
+        undescribed = {
             id(p): name
             for p, name in parameters
             if any(getattr(p, mark, False) for mark in marks) and facts_of(p) is None
         }
-        if not bare:
+        if not undescribed:
             return
         from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-        for handle in [found for found in gc.get_objects() if type(found) is FlatParamHandle]:
+        for handle in [x for x in gc.get_objects() if type(x) is FlatParamHandle]:
             flat = handle.flat_param
-            if id(flat) in bare:
-                # The handle's names begin at the module that FSDP wrapped, the parameter's own at the model.
-                where = clean(bare[id(flat)]).removesuffix("_flat_param")
-                names = [where + fqn for fqn in flat._fqns]
-            elif flat._params is not None and any(id(p) in bare for p in flat._params):
-                names = [bare.get(id(p), fqn) for p, fqn in zip(flat._params, flat._fqns, strict=True)]
+            if id(flat) in undescribed:
+                # The handle's names begin at the module that FSDP wrapped, the parameter's name begins at the model.
+                prefix = clean(undescribed[id(flat)]).removesuffix("_flat_param")
+                names = [prefix + fqn for fqn in flat._fqns]
+            elif flat._params is not None and any(id(p) in undescribed for p in flat._params):
+                names = [undescribed.get(id(p), fqn) for p, fqn in zip(flat._params, flat._fqns, strict=True)]
             else:
                 continue
-            own = flat._params or [flat] * len(names)
+            originals = flat._params or [flat] * len(names)
             shapes = [tuple(shape) for shape in flat._shapes]
-            _describe(handle, names, [anatomy_of(*one) for one in zip(own, names, shapes, strict=True)])
+            _describe(handle, names, [anatomy_of(*facts) for facts in zip(originals, names, shapes, strict=True)])
 
 
 def handles(model: nn.Module) -> dict[str, Any]:
-    """FSDP1's handles by the path of their module; empty where the model has none."""
+    """Return FSDP1's flat-parameter handles by the path of their module; empty if the model has none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return {}
@@ -111,12 +111,17 @@ def handles(model: nn.Module) -> dict[str, Any]:
 
 
 def _describe(handle: Any, names: list[str], anatomies: list[Anatomy]) -> None:
+    """Attach descriptions to the parameters of a handle, whose tensors have these names and anatomies.
+
+    Raises:
+        ValueError: a tensor was not contiguous when FSDP flattened it.
+    """
     flat = handle.flat_param
     for name, contiguous in zip(names, flat._contiguities, strict=True):
         if not contiguous:
             raise ValueError(f"{name!r} was not contiguous when FSDP flattened it; call .contiguous() on it before")
-    offsets = [span for span, padding in zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
-               if not padding]  # fmt: skip
+    spans = zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True)
+    offsets = [span for span, padding in spans if not padding]  # (first, last) element of each tensor
     sharded = handle.uses_sharded_strategy
     size, world = flat._sharded_size.numel(), handle.world_size if sharded else 1
     rank = handle.rank if sharded else 0
@@ -130,7 +135,7 @@ def _describe(handle: Any, names: list[str], anatomies: list[Anatomy]) -> None:
         leave_facts(flat, facts)
         return
     if not sharded:
-        return  # original parameters of original shapes: nothing to know
+        return  # the parameters have their original shapes, so they need no description
     for parameter, name, anatomy, bound in zip(flat._params, names, anatomies, bounds, strict=True):
         numel = bound[rank][1] - bound[rank][0]
         facts = FlatFacts((name,), (anatomy,), (bound,), (0,), rank, numel, group, False, _ADVICE)

@@ -1,6 +1,6 @@
-"""Hugging Face's Trainer: AdamMini from the model, so that every weight's role is known.
+"""AdamMini in Hugging Face's Trainer, built from the model, so that the role of every weight can be found.
 
-Nothing of transformers is imported here: its Trainer is what the mixin is mixed into, and what calls the factory.
+This module does not import transformers. Its Trainer calls the factory, or is a base class next to the mixin.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ..adam_mini import AdamMini
 
 
 def adam_mini() -> type[AdamMini]:
-    """A factory for ``Trainer(optimizer_cls_and_kwargs=(adam_mini, options))``.
+    """Return the class AdamMini; a factory for ``Trainer(optimizer_cls_and_kwargs=(adam_mini, options))``.
 
-    For a class Trainer makes groups of bare parameters; for any other callable it calls what that returns with the
-    model and the options. So ``AdamMini`` gets the model; ``lr``, ``betas``, ``eps`` and ``weight_decay`` are what the
-    options say, not what TrainingArguments do.
+    Trainer passes groups of bare parameters to a class. It calls any other callable without arguments, and calls the
+    result with the model and the options. ``AdamMini`` therefore gets the model. ``lr``, ``betas``, ``eps`` and
+    ``weight_decay`` come from the options, not from TrainingArguments.
 
     Example:
         >>> Trainer(model, args, optimizer_cls_and_kwargs=(adam_mini, {"lr": 3e-4, "weight_decay": 0.1}), ...)
@@ -27,15 +27,15 @@ def adam_mini() -> type[AdamMini]:
 
 
 class AdamMiniMixin:
-    """In front of any Trainer: ``class MyTrainer(AdamMiniMixin, Trainer)``; TRL's trainers are such, too.
+    """A mixin that makes any Trainer build AdamMini: ``class MyTrainer(AdamMiniMixin, Trainer)``.
 
-    ``learning_rate``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon`` and ``weight_decay`` of the TrainingArguments
-    are what they say (Trainer's own default is no decay); norms and biases do not decay; ``optim`` is not looked at.
-    An optimizer that Trainer was given is left alone.
+    It works with TRL's trainers, too. The hyper-parameters are ``learning_rate``, ``adam_beta1``, ``adam_beta2``,
+    ``adam_epsilon`` and ``weight_decay`` of the TrainingArguments (Trainer's default is no decay). Norms and biases do
+    not decay. The argument ``optim`` is ignored. An optimizer that was passed to Trainer is used unchanged.
     """
 
     adam_mini_options: ClassVar[Mapping[str, Any]] = {}
-    """Further options of AdamMini, such as ``{"rules": "slim_adam"}``; a subclass sets them."""
+    """Further options of AdamMini, such as ``{"rules": "slim_adam"}``, which a subclass may set."""
 
     args: Any
     model: Any
@@ -43,10 +43,13 @@ class AdamMiniMixin:
     optimizer_cls_and_kwargs: Any
 
     def create_optimizer(self, model: nn.Module | None = None) -> AdamMini:
-        """Make the optimizer where there is none; Trainer calls it with the model as FSDP1 wrapped it, or without.
+        """Build the optimizer if there is none, and return it. Trainer calls this method.
+
+        Args:
+            model: the model as FSDP1 wrapped it; None for the Trainer's model.
 
         Raises:
-            ValueError: Trainer was told of another optimizer to make.
+            ValueError: ``optimizer_cls_and_kwargs`` asks Trainer for another optimizer.
         """
         if getattr(self, "optimizer_cls_and_kwargs", None) is not None:
             raise ValueError(
@@ -63,8 +66,6 @@ class AdamMiniMixin:
                 weight_decay=args.weight_decay,
                 **self.adam_mini_options,
             )
-            if (
-                model is not None
-            ):  # FSDP1: on resuming, an optimizer without state is loaded with none, whatever was saved
+            if model is not None:  # FSDP1 loads no state into an optimizer that has none, so resuming needs it now
                 self.optimizer.init_state()
         return self.optimizer

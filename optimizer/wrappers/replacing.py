@@ -1,4 +1,4 @@
-"""Entries of dictionaries replaced for a while: how a wrapper shows a model as it was before."""
+"""Temporary replacement of dictionary entries, with which a wrapper restores a model's original parameters."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MISSING = object()
-"""Instead of a value: the entry is taken out."""
+"""A value that removes the entry."""
 
 
 @contextlib.contextmanager
 def replacing() -> Iterator[Callable[[dict[str, Any], str, Any], None]]:
-    """While this is open, entries set by what it gives stand; afterwards the dictionaries are as they were."""
+    """Open a context that yields a function ``put(dictionary, key, value)``.
+
+    The entries that ``put`` sets are restored when the context closes.
+    """
     changed: list[tuple[dict[str, Any], str, Any]] = []
 
-    def put(holder: dict[str, Any], name: str, value: Any) -> None:
-        changed.append((holder, name, holder.get(name, MISSING)))
-        _set(holder, name, value)
+    def put(dictionary: dict[str, Any], key: str, value: Any) -> None:
+        changed.append((dictionary, key, dictionary.get(key, MISSING)))
+        _set(dictionary, key, value)
 
     try:
         yield put
     finally:
-        for holder, name, before in reversed(changed):
-            _set(holder, name, before)
+        for dictionary, key, original in reversed(changed):
+            _set(dictionary, key, original)
 
 
-def _set(holder: dict[str, Any], name: str, value: Any) -> None:
+def _set(dictionary: dict[str, Any], key: str, value: Any) -> None:
+    """Set an entry, or remove it if the value is ``MISSING``."""
     if value is MISSING:
-        holder.pop(name, None)
+        dictionary.pop(key, None)
     else:
-        holder[name] = value
+        dictionary[key] = value

@@ -1,4 +1,4 @@
-"""Models of transformers from a configuration alone: shapes on the meta device, no weights, no network."""
+"""Models of the transformers library, built from a configuration on the meta device, without weights or network."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from ..partition.documents import parse_json
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 _STORAGE = ("quantization_config", "auto_map", "transformers_version")
-"""Keys that say how weights were stored, not which parameters there are."""
+"""Keys that describe how weights were stored, and do not affect which parameters the model has."""
 
 
 def model_from_config(path: str | os.PathLike[str]) -> nn.Module:
-    """The model a transformers configuration file describes, on the meta device.
+    """Build the model of a transformers configuration file on the meta device.
 
     Args:
         path: a config JSON, or a directory with a ``config.json``.
 
+    Returns:
+        The model; its parameters have shapes and dtypes but no values.
+
     Raises:
-        FileNotFoundError: no such file, or a directory without ``config.json``.
-        ValueError, ImportError: as ``model_from_document``.
+        FileNotFoundError: the file does not exist, or the directory has no ``config.json``.
+        ValueError: the file is no transformers configuration, or its model cannot be built.
+        ImportError: transformers is not installed.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -42,17 +46,21 @@ def model_from_config(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def model_from_document(document: Mapping[str, Any], name: str) -> nn.Module:
-    """The model the keys of a transformers configuration describe, on the meta device.
+    """Build the model of a transformers configuration on the meta device.
 
-    The class is the one named in "architectures" where transformers has it, else the causal language model of the
-    "model_type", else the encoder-decoder, else the bare model. The parameters have the configuration's dtype. Code
-    that comes with a configuration is never run.
+    The class is the one named in "architectures" if transformers has it. Otherwise it is the causal language model of
+    the "model_type", the encoder-decoder, or the bare model, whichever exists first. The parameters have the
+    configuration's dtype. Code that comes with a configuration is never run.
+
+    Args:
+        document: the keys of the configuration.
+        name: name of the configuration for error messages.
 
     Returns:
-        the model; its parameters have shapes and dtypes and no values.
+        The model; its parameters have shapes and dtypes but no values.
 
     Raises:
-        ValueError: not a transformers configuration, or one whose model cannot be built.
+        ValueError: the document is no transformers configuration, or its model cannot be built.
         ImportError: transformers is not installed.
     """
     try:
@@ -64,10 +72,12 @@ def model_from_document(document: Mapping[str, Any], name: str) -> nn.Module:
         ) from error
     keys = {key: value for key, value in document.items() if key not in _STORAGE}
     classes = [getattr(transformers, str(a), None) for a in keys.get("architectures") or ()]
-    named = next((found for found in classes if isinstance(found, type)), None)
+    named = next((candidate for candidate in classes if isinstance(candidate, type)), None)
     kind = keys.get("model_type")
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    config_class = known[kind] if isinstance(kind, str) and kind in known else getattr(named, "config_class", None)
+    config_classes = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    config_class: Any = getattr(named, "config_class", None)
+    if isinstance(kind, str) and kind in config_classes:
+        config_class = config_classes[kind]
     if config_class is None:
         raise ValueError(
             f"config {name}: model_type={kind!r} and architectures={keys.get('architectures')!r} are unknown to "
@@ -79,7 +89,7 @@ def model_from_document(document: Mapping[str, Any], name: str) -> nn.Module:
         model_class: Any = named if getattr(named, "config_class", None) is config_class else _automatic(config)
         with torch.device("meta"):
             model: nn.Module = model_class._from_config(config)
-    except Exception as error:  # whatever its validators raise: the file is the caller's
+    except Exception as error:  # validators of transformers raise errors of any type
         raise ValueError(
             f"config {name}: transformers {transformers.__version__} cannot build a {kind!r} model from it "
             f"({type(error).__name__}: {error}); check the values, or give module:attribute instead"
@@ -88,12 +98,12 @@ def model_from_document(document: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def _automatic(config: Any) -> Any:
-    """The first of transformers' automatic choices that has a model for this configuration."""
+    """Return the model class of the first of transformers' automatic classes that has one for this configuration."""
     import transformers
 
     for name in _AUTO:
         mapping = getattr(transformers, name)._model_mapping
         if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, (list, tuple)) else found
+            model_class = mapping[type(config)]
+            return model_class[0] if isinstance(model_class, (list, tuple)) else model_class
     raise ValueError(f"no model class for {type(config).__name__}; name one in 'architectures'")

@@ -329,10 +329,10 @@ def train_case(model: str, wrap: str, kind: str = "model", dtype: str = "float64
     run = start(model, wrap, kind, kind_of, **options)
     run.train(0, STEPS)
     wanted = reference(run, model, kind, kind_of, STEPS, **options)
-    geometries = [shard.geometry for shard in run.optimizer._shards._known.values()]
+    geometries = [shard.geometry for shard in run.optimizer._shards._shards.values()]
     layouts = {
         position: run.optimizer.layouts[position[0]][position[1]]
-        for position, shard in run.optimizer._shards._known.items()
+        for position, shard in run.optimizer._shards._shards.items()
         if shard.geometry.cut is not None and shard.geometry.cut.size
     }
     return {

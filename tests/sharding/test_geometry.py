@@ -110,7 +110,7 @@ def _aligned(values: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor:
 def _summed(geometries: list[Geometry], groups: list[list[tuple[int, ...]]], grads: list[Tensor]) -> list[Tensor]:
     """Block means as the ranks would have them after their messages."""
     shares = [
-        None if p.cut is None else exchange._own_share(p, g, g.dtype) for p, g in zip(geometries, grads, strict=True)
+        None if p.cut is None else exchange._local_share(p, g, g.dtype) for p, g in zip(geometries, grads, strict=True)
     ]
     sent: list[Any] = []
     for geometry, share in zip(geometries, shares, strict=True):

@@ -1,4 +1,4 @@
-"""DeepSpeed: starting it with AdamMini, and the flat tensors it steps in place of parameters."""
+"""DeepSpeed: how to start it with AdamMini, and the flat tensors that it steps instead of parameters."""
 
 from .launch import config_for_adam_mini, initialize
 

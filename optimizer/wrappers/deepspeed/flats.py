@@ -1,8 +1,9 @@
-"""DeepSpeed: the flat tensors it steps in place of an optimizer's parameters, and what they hold.
+"""DeepSpeed: the flat tensors that it steps instead of an optimizer's parameters, and which elements they contain.
 
-Its wrappers (ZeRO 1 to 3, with and without offload, the BF16 and the FP16 optimizer) put tensors of their own into the
-optimizer's groups, and call ``step`` with one group, or one tensor of a group, at a time. Nobody tells the optimizer:
-the wrapper that holds it is looked for when its groups are no longer what it was built from.
+DeepSpeed's optimizers (ZeRO 1 to 3, with and without offload, the BF16 and the FP16 optimizer) wrap the optimizer, put
+tensors of their own into its groups, and call ``step`` with one group, or one tensor of a group, at a time. They do not
+inform the optimizer. When its groups no longer contain the parameters it was built from, this module searches for the
+DeepSpeed optimizer that wraps it.
 """
 
 from __future__ import annotations
@@ -30,31 +31,39 @@ _ADVICE = "build the optimizer anew and give it to deepspeed.initialize once"
 
 @dataclass(frozen=True)
 class Flat:
-    """A tensor that DeepSpeed steps in place of parameters."""
+    """A tensor that DeepSpeed steps instead of parameters.
+
+    Attributes:
+        tensor: the tensor.
+        layout: its layout.
+        name: the name of its parameter, or the names of its first and last parameter.
+    """
 
     tensor: Tensor
     layout: AnyLayout
     name: str
 
 
-class Flattened:  # a ``Stand``
-    """All tensors that stand for an optimizer's parameters, by group: the order never changes."""
+class Flattened:
+    """All tensors that DeepSpeed steps instead of an optimizer's parameters; implements ``interface.Stand``."""
 
     def __init__(self, groups: list[list[Flat]]) -> None:
         self._groups = groups
-        self._place = {id(flat.tensor): (g, i) for g, own in enumerate(groups) for i, flat in enumerate(own)}
+        self._positions = {id(flat.tensor): (g, i) for g, flats in enumerate(groups) for i, flat in enumerate(flats)}
 
     @property
     def layouts(self) -> list[list[AnyLayout]]:
-        """By group position."""
-        return [[flat.layout for flat in own] for own in self._groups]
+        """The layout of each tensor, by group."""
+        return [[flat.layout for flat in flats] for flats in self._groups]
 
     @contextmanager
     def whole(self, optimizer: torch.optim.Optimizer) -> Iterator[Calls]:
-        """While this is open, the optimizer's groups hold all tensors; yields which of them the wrapper had left there.
+        """Open a context in which the optimizer's groups contain all tensors.
+
+        The context yields the updates of one ``step()``: those of the tensors that DeepSpeed had left in the groups.
 
         Raises:
-            RuntimeError: a group holds a tensor that the wrapper did not make.
+            RuntimeError: a group contains a tensor that DeepSpeed did not make of this optimizer's parameters.
         """
         before = optimizer.param_groups
         homes = [self._home(group, g, len(before)) for g, group in enumerate(before)]
@@ -62,73 +71,79 @@ class Flattened:  # a ``Stand``
         for group, home in zip(before, homes, strict=True):
             if home is not None:
                 view[home] = dict(group)
-        for group, own in zip(view, self._groups, strict=True):
-            group |= {"params": [flat.tensor for flat in own], "param_names": [flat.name for flat in own]}
+        for group, flats in zip(view, self._groups, strict=True):
+            group |= {"params": [flat.tensor for flat in flats], "param_names": [flat.name for flat in flats]}
         optimizer.param_groups = view
         try:
             yield self._calls(before)
         finally:
             loaded = optimizer.param_groups
             optimizer.param_groups = before
-            if loaded is not view:  # state was loaded, which makes new groups
+            if loaded is not view:  # load_state_dict replaced the groups
                 optimizer.param_groups = [
                     group if home is None else {**loaded[home], "params": group["params"]}
                     for group, home in zip(before, homes, strict=True)
                 ]
 
     def _home(self, group: Mapping[str, Any], g: int, count: int) -> int | None:
-        """Which of our groups this is; ZeRO-3 leaves groups empty between steps, but all of them and in order."""
+        """Return the position of the group's tensors in ``_groups``; None for an empty group of unknown position.
+
+        Between steps ZeRO-3 empties groups, but it keeps all of them in order.
+        """
         if not group["params"]:
             return g if count == len(self._groups) else None
         return self._at(group["params"][0])[0]
 
     def _at(self, tensor: Tensor) -> tuple[int, int]:
-        if id(tensor) not in self._place:
+        """Return the position of a tensor; raise RuntimeError if DeepSpeed did not make it."""
+        if id(tensor) not in self._positions:
             raise RuntimeError(
                 f"a parameter group holds a tensor of shape {tuple(tensor.shape)} that DeepSpeed did not make of this "
                 f"optimizer's parameters; {_ADVICE}"
             )
-        return self._place[id(tensor)]
+        return self._positions[id(tensor)]
 
     def _calls(self, groups: Sequence[Mapping[str, Any]]) -> Calls:
+        """Return the updates for the tensors in these groups: whole groups at once, or one tensor at a time."""
         present: dict[int, list[int]] = {}
         for group in groups:
             for tensor in group["params"]:
                 g, i = self._at(tensor)
                 present.setdefault(g, []).append(i)
-        if all(len(places) == len(self._groups[g]) for g, places in present.items()):
+        if all(len(indices) == len(self._groups[g]) for g, indices in present.items()):
             return [(tuple(present), None)]
-        return [((g,), i) for g, places in present.items() for i in places]
+        return [((g,), i) for g, indices in present.items() for i in indices]
 
 
 def wrapper_of(optimizer: torch.optim.Optimizer) -> Any:
-    """DeepSpeed's optimizer around ours; None where there is none."""
+    """Return the DeepSpeed optimizer that wraps an optimizer; None if there is none."""
     base = sys.modules.get(_BASE)
     if base is None:
         return None
     kind = base.DeepSpeedOptimizer
-    held = (one for one in gc.get_objects() if issubclass(type(one), kind))
-    return next((one for one in held if vars(one).get("optimizer") is optimizer), None)
+    candidates = (x for x in gc.get_objects() if issubclass(type(x), kind))
+    return next((x for x in candidates if vars(x).get("optimizer") is optimizer), None)
 
 
 def flattened(optimizer: torch.optim.Optimizer, layout_of: LayoutOf) -> Flattened | None:
-    """What DeepSpeed made of an optimizer's parameters; None where no wrapper of its holds the optimizer.
+    """Return the tensors that DeepSpeed made of an optimizer's parameters; None if DeepSpeed does not wrap it.
 
     Args:
-        optimizer: as it was given to ``deepspeed.initialize``.
-        layout_of: the layout of a parameter that the optimizer was built from, whole; None for another tensor.
+        optimizer: the optimizer that was passed to ``deepspeed.initialize``.
+        layout_of: returns the layout of a whole parameter; None for a tensor that the optimizer was not built from.
 
     Raises:
-        ValueError: the wrapper keeps checkpoints in a form that blocks do not have.
-        RuntimeError: the wrapper holds parameters that the optimizer was not built from, or is one we do not know.
+        ValueError: DeepSpeed is configured for elastic checkpoints, which need state per element.
+        RuntimeError: DeepSpeed steps parameters that the optimizer was not built from, or its optimizer is of an
+            unknown kind.
     """
     wrapper = wrapper_of(optimizer)
     if wrapper is None:
         return None
     if getattr(wrapper, "elastic_checkpoint", False):
         raise ValueError(
-            "zero_optimization.elastic_checkpoint=true cuts optimizer state by elements, which shared second moments "
-            "do not have; leave it out, and use DeepSpeed's universal checkpoints to change the number of ranks"
+            "zero_optimization.elastic_checkpoint=true cuts optimizer state by elements, but second moments have one "
+            "value per block; leave it out, and use DeepSpeed's universal checkpoints to change the number of ranks"
         )
     make = _Maker(getattr(wrapper, "param_names", None) or {}, layout_of)
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
@@ -142,67 +157,87 @@ def flattened(optimizer: torch.optim.Optimizer, layout_of: LayoutOf) -> Flattene
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         return Flattened([[make.copy(p, q) for p, q in zip(ps, qs, strict=True)] for ps, qs in pairs])
     else:
-        raise RuntimeError(f"{type(wrapper).__name__} is a DeepSpeed optimizer that AdamMini does not know; use ZeRO")
+        raise RuntimeError(f"{type(wrapper).__name__} is a DeepSpeed optimizer unknown to AdamMini; use ZeRO")
     groups = wrapper.real_dp_process_group
-    return Flattened([
-        [make.joined(params, starts and starts[g], flats[g], groups[g])] for g, params in enumerate(order)
-    ])  # fmt: skip
+    joined = [[make.joined(params, starts and starts[g], flats[g], groups[g])] for g, params in enumerate(order)]
+    return Flattened(joined)
 
 
 def _stage3(wrapper: Any, make: _Maker) -> list[list[Flat]]:
+    """Return the flat tensors of ZeRO 3, by group of the optimizer."""
     out: list[list[Flat]] = [[] for _ in wrapper.optimizer.param_groups]
-    if len(out) <= max(wrapper.sub_group_to_group_id.values()):  # one of its groups at a time
+    if len(out) <= max(wrapper.sub_group_to_group_id.values()):  # ZeRO has left only some groups in the optimizer
         out = [[] for _ in range(1 + max(wrapper.sub_group_to_group_id.values()))]
     for k, params in enumerate(wrapper.fp16_groups):
-        own = getattr(wrapper, "sub_group_process_groups", None)
-        group = own[k] if own else wrapper.dp_process_group
-        out[wrapper.sub_group_to_group_id[k]].append(make.dealt(params, wrapper.fp32_partitioned_groups_flat[k], group))
+        process_groups = getattr(wrapper, "sub_group_process_groups", None)
+        group = process_groups[k] if process_groups else wrapper.dp_process_group
+        flat = make.partitioned(params, wrapper.fp32_partitioned_groups_flat[k], group)
+        out[wrapper.sub_group_to_group_id[k]].append(flat)
     return out
 
 
 class _Maker:
-    """From a wrapper's tensors and the parameters in them to what they hold."""
+    """Builds ``Flat`` from DeepSpeed's tensors and the parameters in them.
+
+    Args:
+        names: name of each parameter.
+        layout_of: returns the layout of a whole parameter; None for a tensor that the optimizer was not built from.
+    """
 
     def __init__(self, names: Mapping[Tensor, str], layout_of: LayoutOf) -> None:
         self._names, self._of = names, layout_of
 
     def _layout_of(self, parameter: Tensor) -> Layout:
+        """Return a parameter's layout; raise RuntimeError if the optimizer was not built from the parameter."""
         layout = self._of(parameter)
         if layout is None:
             raise RuntimeError(
                 f"DeepSpeed steps {self._names.get(parameter, 'a parameter')} of shape {whole_shape(parameter)}, which "
-                "this optimizer was not built from; give deepspeed.initialize the optimizer as it was built"
+                "this optimizer was not built from; pass deepspeed.initialize the optimizer unchanged"
             )
         return layout
 
     def copy(self, parameter: Tensor, copied: Tensor) -> Flat:
-        """A parameter's copy in another dtype."""
+        """Return the ``Flat`` of a parameter's copy in another dtype."""
         return Flat(copied, self._layout_of(parameter), self._names.get(parameter, ""))
 
     def joined(self, params: Sequence[Tensor], starts: Sequence[int] | None, flat: Tensor, group: Any) -> Flat:
-        """This rank's of the equal parts of all parameters, one behind the other (ZeRO 1 and 2, BF16)."""
+        """Return the ``Flat`` of this rank's shard of all parameters joined (ZeRO 1 and 2, BF16).
+
+        Args:
+            params: the parameters, joined one after another and cut into equal shards.
+            starts: first element of each parameter in the joined tensor; None if they follow without gaps.
+            flat: this rank's shard.
+            group: the process group.
+        """
         size, rank = flat.numel(), dist.get_rank(group)
-        ranges, at = [], 0
+        ranges, offset = [], 0
         for i, parameter in enumerate(params):
             numel = prod(whole_shape(parameter))
-            first = at if starts is None else starts[i]
+            first = offset if starts is None else starts[i]
             bounds = tuple(
                 within(first, first + numel, r * size, (r + 1) * size) for r in range(dist.get_world_size(group))
             )
             ranges.append(self._range(parameter, bounds, rank, max(first - rank * size, 0)))
-            at += numel
+            offset += numel
         return self._flat(params, ranges, flat, group)
 
-    def dealt(self, params: Sequence[Tensor], flat: Tensor, group: Any) -> Flat:
-        """This rank's of the equal parts of each parameter, one behind the other (ZeRO 3)."""
-        rank, ranges, at = dist.get_rank(group), [], 0
+    def partitioned(self, params: Sequence[Tensor], flat: Tensor, group: Any) -> Flat:
+        """Return the ``Flat`` of this rank's shards of each parameter, joined (ZeRO 3).
+
+        Args:
+            params: the parameters, each cut into equal shards.
+            flat: this rank's shards, one after another.
+            group: the process group.
+        """
+        rank, ranges, offset = dist.get_rank(group), [], 0
         for parameter in params:
-            # DeepSpeed gives its parameters this method.
-            numel, part = prod(whole_shape(parameter)), parameter.partition_numel()  # type: ignore[attr-defined]
-            bounds = tuple(within(0, numel, r * part, (r + 1) * part) for r in range(dist.get_world_size(group)))
-            ranges.append(self._range(parameter, bounds, rank, at))
-            at += part
-        return self._flat(params, ranges, flat, group, at)
+            numel = prod(whole_shape(parameter))
+            size = parameter.partition_numel()  # type: ignore[attr-defined]  # a method that DeepSpeed adds
+            bounds = tuple(within(0, numel, r * size, (r + 1) * size) for r in range(dist.get_world_size(group)))
+            ranges.append(self._range(parameter, bounds, rank, offset))
+            offset += size
+        return self._flat(params, ranges, flat, group, offset)
 
     def _range(self, parameter: Tensor, bounds: tuple[tuple[int, int], ...], rank: int, offset: int) -> Range:
         name = self._names.get(parameter, "")
@@ -217,31 +252,31 @@ class _Maker:
 
 
 class DeepSpeed(Wrapper):
-    """DeepSpeed's ZeRO, BF16 and FP16 optimizers around this one."""
+    """DeepSpeed's ZeRO, BF16 and FP16 optimizers, which wrap AdamMini."""
 
     @contextmanager
     def whole_shapes(self, model: nn.Module) -> Iterator[None]:
-        """Parameters that ZeRO-3 emptied, with whole shapes and without data."""
-        emptied: dict[Any, nn.Parameter] = {}
+        """Open a context in which parameters that ZeRO-3 emptied have whole shapes, without data."""
+        whole: dict[Any, nn.Parameter] = {}
         with replacing() as put:
             for module in model.modules():
-                for name, held in list(module._parameters.items()):
-                    if held is not None and hasattr(held, "ds_shape"):
-                        if held not in emptied:  # tied weights stay one
-                            tensor = torch.empty(whole_shape(held), dtype=held.dtype, device="meta")
-                            emptied[held] = nn.Parameter(tensor, requires_grad=held.requires_grad)
-                        put(module._parameters, name, emptied[held])
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None and hasattr(parameter, "ds_shape"):
+                        if parameter not in whole:  # a tied weight must stay a single parameter
+                            tensor = torch.empty(whole_shape(parameter), dtype=parameter.dtype, device="meta")
+                            whole[parameter] = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+                        put(module._parameters, name, whole[parameter])
             yield
 
     def whole_shape(self, parameter: Tensor) -> tuple[int, ...] | None:
-        """ZeRO-3 keeps the shape beside the empty tensor."""
+        """Return the shape that ZeRO-3 stores on an emptied parameter; None for any other parameter."""
         shape = getattr(parameter, "ds_shape", None)
         return None if shape is None else tuple(shape)
 
     def may_stand(self) -> bool:
-        """Whether anything of DeepSpeed can hold optimizers in this process."""
+        """Return whether DeepSpeed's optimizers were imported in this process."""
         return _BASE in sys.modules
 
     def stand_for(self, optimizer: torch.optim.Optimizer, layout_of: LayoutOf) -> Flattened | None:
-        """The flat tensors of the wrapper that holds the optimizer."""
+        """Return the tensors that DeepSpeed steps instead of the optimizer's parameters; None if it steps those."""
         return flattened(optimizer, layout_of)

@@ -1,8 +1,8 @@
 """DeepSpeed with AdamMini as its optimizer.
 
-``deepspeed.initialize(model=model, optimizer=AdamMini(model), config=config)`` works as it stands where the config says
+``deepspeed.initialize(model=model, optimizer=AdamMini(model), config=config)`` works if the config has
 ``"zero_allow_untested_optimizer": true`` and, with an offloaded optimizer, ``"zero_force_ds_cpu_optimizer": false``.
-``initialize`` says both, and builds the optimizer where none is given.
+``initialize`` in this module sets both, and builds the optimizer if none is passed.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def initialize(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     **more: Any,
 ) -> tuple[Any, Any, Any, Any]:
-    """``deepspeed.initialize`` with AdamMini.
+    """Call ``deepspeed.initialize`` with AdamMini.
 
     Args:
-        model: any module; under ZeRO-3 also one made inside ``deepspeed.zero.Init``.
-        optimizer: an AdamMini, or what makes one from parameters; None builds ``AdamMini(model, **params)`` with the
-            ``params`` of the config's ``optimizer`` section, whose ``type`` is then "AdamMini".
-        config: DeepSpeed's, as a dictionary or the path of a JSON file; not changed.
-        **more: whatever else ``deepspeed.initialize`` takes.
+        model: any module; under ZeRO-3 also one built inside ``deepspeed.zero.Init``.
+        optimizer: an AdamMini, or a callable that builds one from parameters. None builds ``AdamMini(model, **params)``
+            with the ``params`` of the config's ``optimizer`` section, whose ``type`` must then be "AdamMini".
+        config: DeepSpeed's config, as a dictionary or the path of a JSON file; not changed.
+        **more: further arguments of ``deepspeed.initialize``.
 
     Returns:
-        engine, optimizer, data loader and scheduler, as ``deepspeed.initialize`` returns them.
+        The engine, optimizer, data loader and scheduler, as ``deepspeed.initialize`` returns them.
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: a config that wants another optimizer, or one that AdamMini cannot be.
+        ValueError: the config asks for another optimizer, or for DeepSpeed's own optimizer on the host.
     """
     try:
         import deepspeed
@@ -53,7 +53,7 @@ def initialize(
         optimizer = AdamMini(model, **_options(section))
     elif section is not None:
         raise ValueError(
-            f"config has an optimizer section ({section.get('type')!r}), and the argument optimizer is given, too; "
+            f"config has an optimizer section ({section.get('type')!r}), and the argument optimizer is set as well; "
             "leave one of them out"
         )
     result: tuple[Any, Any, Any, Any] = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, **more)
@@ -61,10 +61,13 @@ def initialize(
 
 
 def config_for_adam_mini(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> dict[str, Any]:
-    """A copy of a DeepSpeed config that lets ZeRO take an optimizer that is not DeepSpeed's own.
+    """Return a copy of a DeepSpeed config that allows ZeRO with an optimizer that is not DeepSpeed's own.
+
+    Args:
+        config: DeepSpeed's config, as a dictionary or the path of a JSON file; not changed.
 
     Raises:
-        ValueError: no config, or one that insists on DeepSpeed's optimizer for the host.
+        ValueError: there is no config, or it requires DeepSpeed's own optimizer on the host.
     """
     if config is None:
         raise ValueError("argument config=None; give DeepSpeed's config as a dictionary or the path of a JSON file")
@@ -73,14 +76,14 @@ def config_for_adam_mini(config: Mapping[str, Any] | str | os.PathLike[str] | No
     offload = settings.get("zero_optimization", {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and settings.setdefault("zero_force_ds_cpu_optimizer", False):
         raise ValueError(
-            'config has "zero_force_ds_cpu_optimizer": true, with which DeepSpeed takes no optimizer but its own '
-            "DeepSpeedCPUAdam, which keeps a second moment per element; set it to false or leave it out"
+            'config has "zero_force_ds_cpu_optimizer": true, with which DeepSpeed accepts only its own '
+            "DeepSpeedCPUAdam, which stores a second moment per element; set it to false or leave it out"
         )
     return settings
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A config's file; DeepSpeed refuses keys that are there twice, and so does this."""
+    """Read a config file. Duplicate keys are refused, as in DeepSpeed."""
     try:
         settings = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -91,6 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _options(section: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return AdamMini's arguments from the config's optimizer section, without which there are none."""
     if section is None:
         return {}
     if str(section.get("type", "")).lower() not in _NAMES:
