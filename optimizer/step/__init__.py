@@ -1,1 +1,1 @@
-"""One step of the update: the paper's reference, the eager update, and the engines that compute the same faster."""
+"""One optimizer step: the paper's reference, the eager update, and the engines that compute the same update faster."""

@@ -1,4 +1,4 @@
-"""The dtypes of a step: what each state tensor of a parameter is kept in, under its group's options."""
+"""The dtype of each state tensor of a parameter, and its rounding, under the options of its group."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from . import moments
 
 
 def second_moment_dtype(parameter: Tensor) -> torch.dtype:
-    """Of ``exp_avg_sq`` and of every sum of squares: fp32, or float64 for float64 parameters.
+    """Return the dtype of ``exp_avg_sq`` and of every sum of squares: fp32, or float64 for a float64 parameter.
 
-    A bf16 second moment would never decay: 0.999 of it rounds to itself.
+    A second moment in bf16 would never decay, because 0.999 of a bf16 number rounds to the number itself.
     """
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
 def moment_format(parameter: Tensor, group: Mapping[str, Any]) -> moments.Format | None:
-    """How the parameter's first moment is quantised; None where it is not."""
+    """Return the format in which the parameter's first moment is quantised, or None if it is not quantised."""
     dtype = group["exp_avg_dtype"]
     return moments.FORMATS[dtype] if isinstance(dtype, str) and moments.quantises(parameter.shape) else None
 
 
 def moment_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Of the parameter's ``exp_avg``."""
-    kept = moment_format(parameter, group)
-    if kept is not None:
-        return kept.dtype
-    if isinstance(group["exp_avg_dtype"], str):  # too small to quantise
+    """Return the dtype of the parameter's ``exp_avg`` as it is stored."""
+    format = moment_format(parameter, group)
+    if format is not None:
+        return format.dtype
+    if isinstance(group["exp_avg_dtype"], str):  # the parameter is too small to quantise
         return second_moment_dtype(parameter)
     return group["exp_avg_dtype"] or parameter.dtype
 
 
 def rounding_of(parameter: Tensor, group: Mapping[str, Any]) -> str | None:
-    """How the parameter is rounded after a step: a choice for bf16 ones alone."""
+    """Return the group's ``bf16_rounding`` for a bf16 parameter, and None for a parameter of any other dtype."""
     return group["bf16_rounding"] if parameter.dtype == torch.bfloat16 else None

@@ -1,4 +1,4 @@
-"""Names and places of the parameters in a group."""
+"""Names of the parameters in a group, for messages and for matching."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def label(group: Mapping[str, Any], g: int, i: int) -> str:
-    """A parameter in words, for messages."""
+    """Describe parameter ``i`` of group number ``g`` in words, for messages."""
     names = group.get("param_names") or []
     return f"parameter {i} of group {g} ({names[i] if i < len(names) else 'unnamed'})"
 
 
 def named(group: Mapping[str, Any]) -> list[tuple[Tensor, str]]:
-    """(parameter, name or an empty one) of a group."""
+    """Return (parameter, name) pairs of a group; the name is empty where the group has no names."""
     names = group.get("param_names") or [""] * len(group["params"])
     return list(zip(group["params"], names, strict=True))

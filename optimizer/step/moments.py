@@ -1,56 +1,61 @@
-r"""First moments in eight or four bits a value: the specification, in eager torch operations.
+r"""First moments quantised to eight or four bits per element: the specification, in eager torch operations.
 
-**What is stored.** A *row* is the shortest tail of a tensor's axes that holds at least 64 elements; the first axis is
-never part of it. So a row is the last axis of nearly every weight, and (in, height, width) of a convolution's. Rows are
-cut into blocks of ``block`` elements (the last one may be shorter); a block has one scale. With ``lead`` the axes in
-front of the row and ``n`` the row's length:
+**What is stored.** A *row* consists of the last axes of a tensor, as few of them as have 64 elements together; the
+first axis is never part of a row. So a row is the last axis of nearly every weight, and the axes (in, height, width) of
+a convolution's weight. Each row is cut into blocks of ``block`` elements (the last block may be shorter), and each
+block has one scale. In the table, ``lead`` are the axes in front of the row, and ``n`` is the number of elements of a
+row:
 
     ===============  ==========================================  =============================================
     state            int8 (blocks of 128)                        int4 (blocks of 32)
     ===============  ==========================================  =============================================
     exp_avg          int8, the parameter's shape                 uint8 [*lead, ceil(n / 2)], low nibble first,
-                                                                 two's complement, a spare nibble is 0
+                                                                 two's complement, an unused nibble is 0
     exp_avg_scale    fp32 [*lead, ceil(n / 128)]                 bf16 [*lead, ceil(n / 32)]
     ===============  ==========================================  =============================================
 
-All state of a fresh tensor is zero bytes. Two rows never share a scale: a tensor cut along an axis of ``lead`` has its
-codes and scales cut alike. Both are contiguous whatever the parameter's strides are.
+Before the first step, all bytes of codes and scales are zero. Two rows never share a scale, so codes and scales can be
+sharded along an axis of ``lead`` in the same way as the parameter. Codes and scales are contiguous for any strides of
+the parameter.
 
-**What a code means.** Codes follow a square law, with ``c`` in -127..127 or -7..7::
+**What a code means.** The value grows with the square of the code ``c``, which is in -127..127 or -7..7::
 
     value(c) = (c * |c|) * scale
 
-**How a block is quantised**, in T, each operation rounded on its own (T: fp32; float64 for float64 parameters)::
+**How a block is quantised.** The dtype T is fp32, or float64 for a float64 parameter. Every operation is rounded to T
+separately::
 
     absmax = max |m_i|
-    absmax NaN or infinite:   scale = NaN, codes = 0      (the block stays NaN: nothing vanishes silently)
+    absmax NaN or infinite:   scale = NaN, codes = 0      (the block stays NaN, so the error remains visible)
     absmax < 2^-100:          scale = 0,   codes = 0
-    otherwise:                scale = fp32(absmax / levels^2)           levels = 127 or 7; bf16: then rounded up
+    otherwise:                scale = fp32(absmax / levels^2)           levels = 127 or 7; a bf16 scale is rounded up
                               x_i   = |m_i| * (1 / scale)
                               low_i = floor(sqrt(x_i))
                               c_i   = sign(m_i) * min(levels, low_i + (u_i * (2 low_i + 1) < x_i - low_i^2))
 
-That is stochastic rounding: up with the probability that makes the mean of value(c_i) equal m_i. The numbers u_i in
-[0, 1) depend on nothing but the block, the step and the tensor's seed; one hash a block, then a Weyl sequence::
+This is stochastic rounding: a code is rounded up with the probability that makes the mean of value(c_i) equal to m_i.
+The random numbers u_i in [0, 1) depend only on the block, the step and the tensor's seed. They are a Weyl sequence that
+starts at one hash per block::
 
     base = rounding.hashed(the block's row-major index among the tensor's scales, step, seed)
     u_i  = (((base + i * 0x9E3779B9) mod 2^32) >> 8) * 2^-24                    i: the element's index in its block
 
-**How a tensor takes a step**, with ``factor`` = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) from the
-second moment and ``keep`` = 1 - lr * weight_decay; scalars are computed in double and rounded to T once, operations
-are rounded one by one (no fused multiply-add)::
+**How a tensor is stepped.** The second moment v is updated first. With ``keep`` = 1 - lr * weight_decay
+and ``factor`` = lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), the step is as follows. Scalars are computed in
+double precision and rounded to T once. Every operation is rounded separately (no fused multiply-add)::
 
     m      = beta1 * value(codes, scale) + (1 - beta1) * g          g in T; -g to maximise
-    param  = keep * param - factor * m                              the exact new moment
+    param  = keep * param - factor * m                              m before it is quantised
     codes, scale = quantise(m)
 
-Rounding to nearest would freeze moments: without a gradient, 0.9 of a code rounds to the same code, for ever; in int4
-every code does. Carrying what rounding takes over to the parameter would lose nothing, but costs stability: in int4
-steps have to be ten times smaller. ``docs/low_bit.md`` has the measurements.
+Rounding to nearest would freeze moments: without a gradient, 0.9 times the value of a small code rounds to the same
+code at every step; in int4 all codes do. Adding the rounding error of the moment to the parameter would lose
+nothing, but it costs stability: in int4, step sizes have to be ten times smaller. ``docs/low_bit.md`` has the
+measurements.
 
-**Small tensors** keep an unquantised moment (fp32; float64 for float64 parameters) and no scale: fewer than 4,096
-elements, fewer than two axes, or rows of fewer than 16 elements. ``quantises`` answers for a shape: ask it with the
-whole tensor's shape, not a shard's.
+**Small tensors** have an unquantised moment (fp32; float64 for a float64 parameter) and no scale. A tensor is small if
+it has fewer than 4,096 elements, fewer than two axes, or rows of fewer than 16 elements. ``quantises`` decides from a
+shape, which must be the shape of the whole tensor and not that of a shard.
 """
 
 from __future__ import annotations
@@ -65,22 +70,22 @@ from torch import Tensor
 from .rounding import apply, hashed
 
 SMALL = 4096
-"""Tensors of fewer elements keep an unquantised moment."""
-_ROW = 64  # elements a row has at least, where the axes behind the first one have as many
-_SHORTEST = 16  # shorter rows would pay more for scales than codes save
-_PIECE = 1 << 15  # elements worked on at once: bounds the temporaries
-_TINY = 2.0**-100  # below it 1 / scale could overflow; such a block is nothing, as its squares are
+"""Tensors with fewer elements have an unquantised moment."""
+_ROW = 64  # smallest number of elements of a row, if the axes after the first one have that many
+_SHORTEST = 16  # elements; in shorter rows the scales would cost more bytes than the codes save
+_CHUNK = 1 << 15  # elements per chunk of a step, which bounds the size of the temporaries
+_TINY = 2.0**-100  # a block with a smaller absmax is stored as zeros: 1 / scale could overflow, and squares underflow
 
 
 @dataclass(frozen=True)
 class Format:
-    """How moments of one kind are stored.
+    """A storage format of quantised first moments.
 
     Attributes:
-        name: what ``exp_avg_dtype`` calls it.
-        bits: per code.
-        block: elements that share a scale, along a row.
-        scale_dtype: of the scales.
+        name: the value of ``exp_avg_dtype`` that selects the format.
+        bits: number of bits per code.
+        block: number of neighbouring elements of a row that share a scale.
+        scale_dtype: dtype of the scales.
     """
 
     name: str
@@ -90,12 +95,12 @@ class Format:
 
     @property
     def levels(self) -> int:
-        """The largest code."""
+        """The largest code, which is also the number of positive codes."""
         return 2 ** (self.bits - 1) - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the codes as they are stored."""
+        """The dtype in which codes are stored; a uint8 contains two 4-bit codes."""
         return torch.int8 if self.bits == 8 else torch.uint8
 
 
@@ -104,7 +109,7 @@ FORMATS = {format.name: format for format in (INT8, INT4)}
 
 
 def row_axes(shape: Sequence[int]) -> int:
-    """How many axes at the end of a shape make up a row: as few as give 64 elements, the first axis never."""
+    """Return how many of the last axes form a row: as few as have 64 elements together, and never the first axis."""
     axes = 1
     while axes < len(shape) - 1 and prod(shape[-axes:]) < _ROW:
         axes += 1
@@ -112,24 +117,24 @@ def row_axes(shape: Sequence[int]) -> int:
 
 
 def quantises(shape: Sequence[int]) -> bool:
-    """Whether a tensor of this shape has a quantised moment; the whole tensor's shape, not that of a shard."""
+    """Whether a tensor has a quantised moment; ``shape`` is that of the whole tensor, not of a shard."""
     return len(shape) >= 2 and prod(shape) >= SMALL and prod(shape[-row_axes(shape) :]) >= _SHORTEST
 
 
 def state_shapes(shape: Sequence[int], format: Format) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of (exp_avg, exp_avg_scale) of a quantised tensor, or of a shard of one with whole rows."""
+    """Return the shapes of (exp_avg, exp_avg_scale) of a quantised tensor, or of a shard made of whole rows."""
     shape = tuple(shape)
     return stored_shapes(shape[: -row_axes(shape)], shape[-row_axes(shape) :], format)
 
 
 def stored_shapes(lead: tuple[int, ...], row: Sequence[int], format: Format) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of (exp_avg, exp_avg_scale) where ``row`` are the axes of a row and ``lead`` those in front of it."""
+    """Return the shapes of (exp_avg, exp_avg_scale); ``row`` are a row's axes, ``lead`` those in front of it."""
     n = prod(row)
     return (*lead, *row) if format.bits == 8 else (*lead, -(-n // 2)), (*lead, -(-n // format.block))
 
 
 def zero_state(parameter: Tensor, format: Format) -> dict[str, Tensor]:
-    """The first moment before the first step: ``exp_avg`` and ``exp_avg_scale``, on the parameter's device."""
+    """Return the first moment before the first step: ``exp_avg`` and ``exp_avg_scale`` on the parameter's device."""
     codes, scale = state_shapes(parameter.shape, format)
     return {
         "exp_avg": torch.zeros(codes, dtype=format.dtype, device=parameter.device),
@@ -138,61 +143,62 @@ def zero_state(parameter: Tensor, format: Format) -> dict[str, Tensor]:
 
 
 def state_bytes(shape: Sequence[int], format: Format) -> int:
-    """Bytes of the first moment of a tensor that ``quantises``, scales included."""
+    """Return the bytes of a quantised first moment, scales included; ``shape`` is one that ``quantises`` accepts."""
     codes, scale = state_shapes(shape, format)
     return prod(codes) + format.scale_dtype.itemsize * prod(scale)
 
 
 def format_of(exp_avg: Tensor) -> Format:
-    """The format of stored codes, by their dtype."""
+    """Return the format of stored codes, which their dtype determines."""
     return INT8 if exp_avg.dtype == torch.int8 else INT4
 
 
 def quantise(m: Tensor, format: Format, *, step: int | Tensor, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Moments as codes and scales, right on average.
+    """Quantise moments to codes and scales with stochastic rounding; the mean of the quantised values is exact.
 
     Args:
-        m: fp32 or float64, [*lead, n]: rows along the last axis; not changed.
-        format: to be stored as.
-        step: the optimizer's step, 1 at the first; an int64 tensor where it must not be waited for.
-        seed: of the tensor, uint32.
-        first: index of ``m``'s first block in its tensor, where it is a piece of one.
+        m: fp32 or float64, [*lead, n], rows along the last axis; not changed.
+        format: the format to store them in.
+        step: number of the step, beginning at 1; an int64 tensor if the host must not wait for its value.
+        seed: the tensor's seed, uint32.
+        first: row-major index, among the blocks of the whole tensor, of the first block of ``m``.
 
     Returns:
-        (codes as stored: int8 [*lead, n] or uint8 [*lead, ceil(n / 2)]; scale [*lead, ceil(n / block)]).
+        (codes as stored: int8 [*lead, n] or uint8 [*lead, ceil(n / 2)]; scales [*lead, ceil(n / block)]).
     """
     n = m.shape[-1]
     blocks = _blocks(m, format.block)
-    absmax = blocks.abs().amax(-1, keepdim=True)  # NaN where there is one
+    absmax = blocks.abs().amax(-1, keepdim=True)  # NaN if the block contains a NaN
     scale = (absmax / format.levels**2).float()
-    if format.scale_dtype == torch.bfloat16:  # up, so that no element lies above the largest code
+    if format.scale_dtype == torch.bfloat16:  # rounded up, so that no element exceeds the value of the largest code
         scale = ((scale.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)
     scale.masked_fill_(absmax < _TINY, 0.0).masked_fill_(~absmax.isfinite(), float("nan"))
     x = blocks.abs().mul_(scale.to(m.dtype).reciprocal())
     low = x.sqrt().floor_()
-    share = x.sub_(low.square())
-    up = _uniform(scale, format.block, step, seed, first).mul(low * 2 + 1) < share
+    remainder = x.sub_(low.square())
+    up = _uniform(scale, format.block, step, seed, first).mul(low * 2 + 1) < remainder
     codes = low.add_(up).clamp_(max=format.levels).copysign_(blocks).masked_fill_(~(scale > 0), 0.0).to(torch.int8)
     return _packed(codes.flatten(-2)[..., :n], format), scale.squeeze(-1).to(format.scale_dtype)
 
 
 def _uniform(scale: Tensor, block: int, step: int | Tensor, seed: int, first: int) -> Tensor:
-    """fp32 numbers in [0, 1): [*lead, blocks, block] for scales [*lead, blocks, 1]."""
+    """Return random fp32 numbers in [0, 1), shape [*lead, blocks, block], for scales of shape [*lead, blocks, 1]."""
     index = torch.arange(first, first + scale.numel(), device=scale.device)
     along = torch.arange(block, device=scale.device) * 0x9E3779B9
-    numbers = hashed(index, step, seed).to(torch.int32).unsqueeze(-1) + along.to(torch.int32)  # wraps around
+    # The sum is modulo 2^32, because int32 addition wraps around.
+    numbers = hashed(index, step, seed).to(torch.int32).unsqueeze(-1) + along.to(torch.int32)
     numbers = numbers.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
     return numbers.float().mul_(2.0**-24).view(*scale.shape[:-1], block)
 
 
 def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The moments that codes stand for.
+    """Compute the moments from their codes and scales.
 
     Args:
-        codes: as stored, rows along the last axis.
-        scale: [*lead, ceil(n / block)].
-        n: length of a row.
-        dtype: fp32 or float64.
+        codes: codes as stored, rows along the last axis.
+        scale: scales, [*lead, ceil(n / block)].
+        n: number of elements of a row.
+        dtype: dtype of the result, fp32 or float64.
 
     Returns:
         Tensor of ``dtype``, [*lead, n].
@@ -204,13 +210,13 @@ def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.
 
 
 def _blocks(rows: Tensor, block: int) -> Tensor:
-    """[*lead, n] as [*lead, ceil(n / block), block], zeros behind the end; a view where nothing is missing."""
+    """Reshape [*lead, n] to [*lead, ceil(n / block), block], padded with zeros; a view if no padding is needed."""
     missing = -rows.shape[-1] % block
     return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (-1, block))
 
 
 def _packed(codes: Tensor, format: Format) -> Tensor:
-    """int8 codes as stored: themselves, or two to a byte."""
+    """Pack int8 codes as the format stores them: one code per byte, or two."""
     if format.bits == 8:
         return codes.contiguous()
     nibbles = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8) & 15
@@ -218,29 +224,36 @@ def _packed(codes: Tensor, format: Format) -> Tensor:
 
 
 def _unpacked(codes: Tensor, n: int) -> Tensor:
-    """Bytes of two codes as int8 [..., n]."""
+    """Unpack bytes of two codes each to int8 codes, [..., n]."""
     nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :n]
     return (nibbles ^ 8).view(torch.int8) - 8
 
 
 def advance(
-    grad: Tensor, codes: Tensor, scale: Tensor, *, beta1: float, maximize: bool, step: int | Tensor, seed: int,
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    beta1: float,
+    maximize: bool,
+    step: int | Tensor,
+    seed: int,
     first: int = 0,
-) -> Tensor:  # fmt: skip
-    """The first moment of some whole rows takes a step, in place.
+) -> Tensor:
+    """Update the quantised first moment of whole rows, in place.
 
     Args:
-        grad: gradient, fp32 (float64 for float64 parameters), [*lead, n]; not changed.
-        codes: as stored, rows along the last axis; changed.
-        scale: their scales, changed.
-        beta1: decay of the first moment.
-        maximize: ascend instead.
-        step: as in ``quantise``; likewise ``seed`` and ``first``.
-        seed: see there.
-        first: see there.
+        grad: gradient, fp32 (float64 for a float64 parameter), [*lead, n]; not changed.
+        codes: codes as stored, rows along the last axis; changed.
+        scale: scales of the codes; changed.
+        beta1: decay rate of the first moment, in [0, 1).
+        maximize: whether to ascend the gradient instead of descending it.
+        step: number of the step, beginning at 1; an int64 tensor if the host must not wait for its value.
+        seed: the tensor's seed, uint32.
+        first: row-major index, among the blocks of the whole tensor, of the first block of these rows.
 
     Returns:
-        The exact new moment; dtype and shape of ``grad``.
+        The new moment before it is quantised; dtype and shape of ``grad``.
     """
     m = dequantise(codes, scale, grad.shape[-1], grad.dtype).mul_(beta1)
     m.add_(grad * ((beta1 - 1) if maximize else (1 - beta1)))
@@ -251,48 +264,60 @@ def advance(
 
 
 def move(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_scale: Tensor | None, factor: Tensor, *, beta1: float,
-    decay: float | Tensor, maximize: bool, step: int | Tensor, seed: int, how: str | None = None,
-    compensation: Tensor | None = None, first_row: int = 0,
-) -> None:  # fmt: skip
-    """The step of one tensor once its second moment has moved: first moment and parameter, in place.
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    factor: Tensor,
+    *,
+    beta1: float,
+    decay: float | Tensor,
+    maximize: bool,
+    step: int | Tensor,
+    seed: int,
+    how: str | None = None,
+    compensation: Tensor | None = None,
+    first_row: int = 0,
+) -> None:
+    """Update the first moment and the parameter, in place, after the second moment has been updated.
 
     Args:
-        param: parameter, any shape whose rows are whole, any strides; changed.
-        grad: its gradient, same shape, any strides; read only.
+        param: parameter, any shape that consists of whole rows, any strides; changed.
+        grad: its gradient, same shape, any strides; not changed.
         exp_avg: codes as stored, or an unquantised moment of the parameter's shape; changed.
-        exp_avg_scale: the codes' scales, changed; None for an unquantised moment.
-        factor: step size of every element, broadcasts against ``param``: lr, bias corrections and sqrt(v) in it.
-        beta1: decay of the first moment.
+        exp_avg_scale: scales of the codes; changed. None for an unquantised moment.
+        factor: lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps); broadcasts against ``param``.
+        beta1: decay rate of the first moment, in [0, 1).
         decay: lr * weight_decay.
-        maximize: ascend instead.
-        step: the optimizer's step, 1 at the first, for the random numbers.
-        seed: of the tensor, uint32, likewise.
-        how: rounding of bf16 parameters, as in ``rounding.apply``.
-        compensation: see there; changed.
-        first_row: where the tensors are a slice of the first axis: its start, so that random numbers are the whole's.
+        maximize: whether to ascend the gradient instead of descending it.
+        step: number of the step, beginning at 1, for the random numbers.
+        seed: the tensor's seed, uint32, for the random numbers.
+        how: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
+        compensation: bf16, the parameter's shape: the rounding errors that "kahan" carries over; changed.
+        first_row: index on the first axis of the whole tensor at which these tensors begin, if they are a slice of it;
+            the random numbers are those of the whole tensor.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     full = (param, grad, factor.expand_as(param), *(() if compensation is None else (compensation,)))
     if exp_avg_scale is None:
-        axes, pieces = 0, _row_views((exp_avg, *full), (), ())
+        axes, chunks = 0, _row_views((exp_avg, *full), (), ())
     else:
         axes = param.dim() - exp_avg_scale.dim() + 1
         codes, format = exp_avg.flatten(-axes) if exp_avg.dtype == torch.int8 else exp_avg, format_of(exp_avg)
-        pieces = _row_views(full, (codes, exp_avg_scale), (8 // format.bits, format.block))
+        chunks = _row_views(full, (codes, exp_avg_scale), (8 // format.bits, format.block))
     first = first_row * (param.numel() // max(1, len(param))) if param.dim() else 0
     first_block = first_row * exp_avg_scale[0].numel() if exp_avg_scale is not None else 0
-    for own, stored in pieces:
+    for views, stored in chunks:
         if axes:
-            p, g, f, *rest = own
+            p, g, f, *rest = views
             g = g.to(dtype).flatten(-axes)
             m = advance(g, *stored, beta1=beta1, maximize=maximize, step=step, seed=seed, first=first_block)
             u = m.view(p.shape).mul_(f)
             first_block += stored[1].numel()
         else:
-            m, p, g, f, *rest = own
-            exact = m.to(dtype) * beta1 + g.to(dtype) * ((beta1 - 1) if maximize else (1 - beta1))
-            m.copy_(exact)
+            m, p, g, f, *rest = views
+            new_moment = m.to(dtype) * beta1 + g.to(dtype) * ((beta1 - 1) if maximize else (1 - beta1))
+            m.copy_(new_moment)
             u = m.to(dtype) * f
         apply(p, u, decay=decay, how=how, compensation=rest[0] if rest else None, step=step, seed=seed, first=first)
         first += p.numel()
@@ -302,24 +327,26 @@ _Tensors = tuple[Tensor, ...]
 
 
 def _row_views(full: _Tensors, stored: _Tensors, per: tuple[int, ...]) -> Iterator[tuple[_Tensors, _Tensors]]:
-    """Views of all tensors, in row-major order, of at most ``_PIECE`` elements; one row of several axes stays whole.
+    """Yield views of the same chunk of all tensors, in row-major order, of at most ``_CHUNK`` elements.
+
+    A row that has several axes is never cut, so its chunk may be larger.
 
     Args:
         full: tensors of the parameter's shape.
-        stored: codes and scales, whose rows are their last axis; or nothing.
-        per: how many elements of a row one of each stands for.
+        stored: codes and scales, whose last axis is the row; empty if the moment is not quantised.
+        per: for each tensor of ``stored``, how many elements of a row correspond to one of its entries.
     """
-    one = full[0]
-    leads = stored[0].dim() - 1 if stored else one.dim() - 1
-    if one.numel() <= _PIECE or (leads == 0 and one.dim() > 1):
+    sample = full[0]
+    leads = stored[0].dim() - 1 if stored else sample.dim() - 1
+    if sample.numel() <= _CHUNK or (leads == 0 and sample.dim() > 1):
         yield full, stored
         return
-    if leads and one[0].numel() >= _PIECE:
-        for i in range(len(one)):
+    if leads and sample[0].numel() >= _CHUNK:
+        for i in range(len(sample)):
             yield from _row_views(tuple(t[i] for t in full), tuple(t[i] for t in stored), per)
         return
-    size = _PIECE // one[0].numel()
-    wide = [t.split(size) for t in full]
-    narrow = [t.split(size if leads else size // n) for t, n in zip(stored, per, strict=True)]
-    for k in range(len(wide[0])):
-        yield tuple(t[k] for t in wide), tuple(t[k] for t in narrow)
+    size = _CHUNK // sample[0].numel()
+    full_chunks = [t.split(size) for t in full]
+    stored_chunks = [t.split(size if leads else size // n) for t, n in zip(stored, per, strict=True)]
+    for k in range(len(full_chunks[0])):
+        yield tuple(t[k] for t in full_chunks), tuple(t[k] for t in stored_chunks)

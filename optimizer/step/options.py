@@ -1,4 +1,4 @@
-"""Hyper-parameters and flags of the optimizer: in range, and in combinations that torch's own optimizers take."""
+"""Checks of the optimizer's hyper-parameters and flags: their ranges, and the combinations that torch also allows."""
 
 from __future__ import annotations
 
@@ -11,28 +11,37 @@ import torch
 from torch import Tensor
 
 LOW_BIT = ("int8", "int4")
-"""First moments kept as blockwise-scaled codes."""
+"""Values of ``exp_avg_dtype`` that store first moments as codes with one scale per block."""
 ROUNDINGS = (None, "stochastic", "kahan")
+"""Values of ``bf16_rounding``; None rounds to nearest."""
+
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "foreach": (None, True, False),
+    "fused": (None, True, False),
+    "capturable": (True, False),
+    "differentiable": (True, False),
+    "maximize": (True, False),
+    "bf16_rounding": ROUNDINGS,
+}
 
 
 def validate(options: Mapping[str, Any], what: str) -> None:
-    """Check one set of options, defaults filled in.
+    """Check one complete set of options, defaults included.
 
     Args:
-        options: the constructor's arguments, or a group's.
-        what: whose they are, for messages.
+        options: the constructor's arguments, or the options of one parameter group.
+        what: the words that error messages begin with, for example "argument".
 
     Raises:
-        ValueError: a number out of range or not finite, a tensor of more than one element, an unknown dtype or flag,
-            or a Tensor lr or betas where torch refuses one too (``foreach=True`` without ``capturable=True``).
-        RuntimeError: ``fused=True`` with ``foreach=True`` or ``differentiable=True``, as in torch.
+        ValueError: a number is out of range or not finite, a tensor has more than one element, a dtype or flag is
+            unknown, or lr or betas are tensors with ``foreach=True`` and without ``capturable=True``, as in torch.
+        RuntimeError: ``fused=True`` is combined with ``foreach=True`` or ``differentiable=True``, as in torch, or
+            ``differentiable=True`` with a quantised first moment or with ``bf16_rounding``.
     """
     for name in ("lr", "eps", "weight_decay"):
         _require_number(options[name], f"{what} {name}")
     _validate_betas(options["betas"], what)
-    for name, allowed in (("foreach", (None, True, False)), ("fused", (None, True, False)),
-                          ("capturable", (True, False)), ("differentiable", (True, False)),
-                          ("maximize", (True, False)), ("bf16_rounding", ROUNDINGS)):  # fmt: skip
+    for name, allowed in _ALLOWED.items():
         if not any(options[name] is value or options[name] == value for value in allowed):
             raise ValueError(f"{what} {name}={options[name]!r} must be one of {', '.join(map(repr, allowed))}")
     _validate_moment(options["exp_avg_dtype"], what)
@@ -40,15 +49,15 @@ def validate(options: Mapping[str, Any], what: str) -> None:
 
 
 def _require_number(value: Any, what: str, below: float = math.inf) -> None:
-    """A finite number in [0, below), or a one-element tensor of one."""
+    """Raise ValueError unless ``value`` is a finite number in [0, below), or a tensor of one such number."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{what} must be one number; got a tensor of shape {tuple(value.shape)}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # looking at it would wait for the device
+            return  # reading the value would wait for the device
         value = value.item()
     elif getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()  # an array of NumPy without dimensions
+        value = value.item()  # a NumPy array without dimensions
     if not isinstance(value, Real) or not math.isfinite(value) or not 0 <= float(value) < below:
         raise ValueError(
             f"{what}={value!r} must be " + ("a finite number >= 0" if below == math.inf else f"in [0, {below:g})")
@@ -56,6 +65,7 @@ def _require_number(value: Any, what: str, below: float = math.inf) -> None:
 
 
 def _validate_betas(betas: Any, what: str) -> None:
+    """Raise ValueError unless ``betas`` are two numbers, or two one-element tensors, in [0, 1)."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"{what} betas={betas!r} must be two numbers, for example (0.9, 0.95)")
     if isinstance(betas[0], Tensor) is not isinstance(betas[1], Tensor):
@@ -65,6 +75,7 @@ def _validate_betas(betas: Any, what: str) -> None:
 
 
 def _validate_moment(dtype: Any, what: str) -> None:
+    """Raise ValueError unless ``dtype`` is a value that ``exp_avg_dtype`` may have."""
     if dtype is None or (isinstance(dtype, str) and dtype in LOW_BIT):
         return
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
@@ -75,7 +86,7 @@ def _validate_moment(dtype: Any, what: str) -> None:
 
 
 def _validate_flags(options: Mapping[str, Any], what: str) -> None:
-    """Combinations that torch refuses when an optimizer is built, with the kinds of error it raises."""
+    """Raise for combinations of flags that torch refuses at construction, with the type of error that torch raises."""
     if options["fused"] and options["foreach"]:
         raise RuntimeError(f"{what} fused=True and foreach=True exclude each other; leave one of them None")
     if options["fused"] and options["differentiable"]:
@@ -88,4 +99,4 @@ def _validate_flags(options: Mapping[str, Any], what: str) -> None:
     if options["foreach"] and not options["capturable"]:
         for name, value in (("lr", options["lr"]), ("betas", options["betas"][0])):
             if isinstance(value, Tensor):
-                raise ValueError(f"{what} {name} is a tensor, which foreach=True takes only with capturable=True")
+                raise ValueError(f"{what} {name} is a tensor; with foreach=True, also set capturable=True")

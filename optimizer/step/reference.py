@@ -1,9 +1,9 @@
-"""Adam-mini as the paper writes it: one block at a time, every symbol under its name.
+"""Adam-mini as the paper writes it: one block at a time, every symbol under the paper's name.
 
-Slow on purpose. Every other way of computing the step is tested against this one.
+This reference is simple and slow. The tests compare every other implementation of the step with it.
 
-Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", arXiv 2406.16793, Algorithm 1, with the
-decoupled weight decay and the epsilon outside the root that its code has.
+Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", arXiv 2406.16793, Algorithm 1. As in the
+authors' code, weight decay is decoupled and epsilon is added outside the square root.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 @dataclass
 class BlockState:
-    """What the algorithm remembers of one tensor.
+    """The optimizer state of one tensor.
 
     Attributes:
-        t: steps taken.
-        m: first moment, flat, [n].
-        v: second moment, one scalar per block, [B].
+        t: number of steps taken.
+        m: first moment, flattened, [n].
+        v: second moment, one value per block, [B].
     """
 
     t: int
@@ -30,7 +30,15 @@ class BlockState:
 
 
 def initial_state(p: Tensor, block_ids: Tensor) -> BlockState:
-    """State before the first step; ``block_ids`` numbers the block of every element 0, 1, ..."""
+    """Return the state before the first step.
+
+    Args:
+        p: the parameter, any shape.
+        block_ids: int64, shape of ``p``: the block of every element, numbered 0, 1, ...
+
+    Returns:
+        A state of zeros; ``v`` is fp32, or float64 for a float64 parameter.
+    """
     n_blocks = int(block_ids.max()) + 1 if block_ids.numel() else 0
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     return BlockState(0, torch.zeros_like(p).reshape(-1), torch.zeros(n_blocks, dtype=dtype))
@@ -49,19 +57,19 @@ def reference_step(
     weight_decay: float,
     maximize: bool = False,
 ) -> Tensor:
-    """One step of one tensor.
+    """Compute one Adam-mini step of one tensor.
 
     Args:
         p: the parameter, any shape; not changed.
         g: its gradient, same shape; not changed.
-        state: the tensor's state; advanced in place.
+        state: the tensor's state; updated in place.
         block_ids: int64, shape of ``p``: the block of every element.
         lr: learning rate.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay.
-        maximize: ascend instead.
+        beta1: decay rate of the first moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1).
+        eps: added to the square root of the bias-corrected second moment.
+        weight_decay: coefficient of the decoupled weight decay.
+        maximize: whether to ascend the gradient instead of descending it.
 
     Returns:
         The new parameter.

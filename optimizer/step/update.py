@@ -1,15 +1,17 @@
 """The step as a pure function over one tensor, in eager torch operations.
 
-Tensors a step touches (d: the parameter's shape, a: its layout's aligned shape, which broadcasts against d):
+The tensors of a step. Shape d is the parameter's shape. Shape a is the layout's aligned shape, which broadcasts
+against d:
 
-    param       d   parameter's dtype          changed
-    grad        d   any strides, expanded too  read once for v, once for m; never changed
-    exp_avg     d   first moment               changed
-    exp_avg_sq  a   fp32 (float64 for float64) changed; equal inside a run
+    param       d   parameter's dtype                    changed
+    grad        d   any strides, also expanded           read once for v and once for m; never changed
+    exp_avg     d   first moment                         changed
+    exp_avg_sq  a   fp32 (float64 for a float64 param)   changed; equal inside a run
 
-Temporaries have the aligned shape: under one per mille of the parameter for every shared layout. Where that is the
-parameter's own shape (a scalar per element), and where dtypes differ, so that the arithmetic needs wide copies, they
-have the size of a slice, about 0.4 % of the tensor each.
+Temporaries have the aligned shape, which is under one per mille of the parameter where elements share a second moment.
+Two cases need temporaries of the parameter's shape: a layout with one block per element, and
+tensors of different dtypes, which are copied to the widest one. Those cases are computed in slices, and each temporary
+has about 0.4 % of the tensor's elements.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ from ..partition.layout import Layout
 from .dtypes import second_moment_dtype
 from .hyper import corrections
 
-_SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # elements of a temporary: the tensor's, shifted by _SHARE, within
+# A temporary of the parameter's shape has at most numel >> _SHARE elements, clamped to [_SMALLEST, _LARGEST].
+_SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8
 
 
 def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
-    """Mean of grad**2 over each block, spread over the block's indices.
+    """Compute the mean of grad**2 over each block and repeat it at every index of the block.
 
     Args:
         grad: gradient, the layout's full shape.
-        layout: how it falls into blocks.
+        layout: the blocks of the parameter.
 
     Returns:
         Tensor of ``layout.aligned_shape(grad.shape)``, fp32 or float64.
@@ -40,7 +43,7 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
     dtype = second_moment_dtype(grad)
     if layout.fold > 1:
         return block_mean_square(layout.unfold(grad)[0], layout.unfolded()).flatten(0, 1)
-    reduction = _reduction if torch.compiler.is_compiling() else _kept_reduction
+    reduction = _reduction if torch.compiler.is_compiling() else _cached_reduction
     shape, reduced, count, shares = reduction(layout, grad.shape)
     if reduced:
         per_index = _sum_of_squares(grad, shape, reduced, dtype).div_(count)
@@ -55,28 +58,33 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
 
 
 def _reduction(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], int, bool]:
-    """(aligned shape, axes to reduce, elements per index, whether runs share) of a layout that is not folded."""
+    """Describe how to reduce a gradient under a layout that is not folded.
+
+    Returns:
+        (aligned shape, axes to reduce, number of elements per index, whether any run is longer than one index).
+    """
     aligned = layout.aligned_shape(shape)
-    reduced = tuple(dim for dim, (kept, full) in enumerate(zip(aligned, shape, strict=True)) if kept != full)
+    reduced = tuple(dim for dim, (size, full) in enumerate(zip(aligned, shape, strict=True)) if size != full)
     return aligned, reduced, layout.numel_per_index(shape), any(length > 1 for length, _ in layout.runs.segments)
 
 
-# Kept: beside a step that has just emptied the processor's caches, Python costs several times what it does alone.
-_kept_reduction = functools.lru_cache(maxsize=4096)(_reduction)
+# Cached, because this Python code runs right after a step has evicted the processor's caches and then takes several
+# times longer.
+_cached_reduction = functools.lru_cache(maxsize=4096)(_reduction)
 
 
 def _sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Sums of grad**2 over some axes, which stay with size 1.
+    """Return the sums of grad**2 over the axes ``reduced``, which keep size 1.
 
-    vector_norm reads the gradient once and needs no squared copy; squaring the root back costs one rounding. Given
-    another dtype it copies the whole gradient, so such a gradient goes through in slices.
+    ``vector_norm`` reads the gradient once and needs no squared copy; squaring its result costs one more rounding.
+    With another output dtype ``vector_norm`` copies its whole input, so such a gradient is reduced in slices.
     """
     if grad.dtype == dtype:
         return torch.linalg.vector_norm(grad, 2, dim=reduced, keepdim=True).contiguous().square_()
     sums = torch.zeros(shape, dtype=dtype, device=grad.device)
-    for at in _slices(grad, _limit(grad)):
-        part = torch.linalg.vector_norm(at(grad), 2, dim=reduced, keepdim=True, dtype=dtype)
-        at(sums).add_(part.square_())
+    for slice_of in _slices(grad, _limit(grad)):
+        norm = torch.linalg.vector_norm(slice_of(grad), 2, dim=reduced, keepdim=True, dtype=dtype)
+        slice_of(sums).add_(norm.square_())
     return sums
 
 
@@ -95,75 +103,79 @@ def adam_mini_update(
     weight_decay: float,
     maximize: bool,
 ) -> None:
-    """One Adam-mini step of one tensor, in place.
+    """Take one Adam-mini step of one tensor, in place.
 
-    Source: arXiv 2406.16793, Algorithm 1; the equations in the order of ``reference.reference_step``.
+    Source: arXiv 2406.16793, Algorithm 1; the equations have the order of ``reference.reference_step``.
 
     Args:
-        param: parameter, changed.
-        grad: its gradient, same shape, read only.
-        exp_avg: first moment, same shape, changed.
-        exp_avg_sq: second moment, ``layout.aligned_shape``, changed.
-        layout: the parameter's blocks.
-        step: steps taken, this one included.
-        lr: learning rate; a 0-dim tensor is not synchronised.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added outside the root.
-        weight_decay: decoupled weight decay.
-        maximize: ascend instead.
+        param: parameter; changed.
+        grad: its gradient, same shape; not changed.
+        exp_avg: first moment, same shape; changed.
+        exp_avg_sq: second moment, shape ``layout.aligned_shape(param.shape)``; changed.
+        layout: the blocks of the parameter.
+        step: number of steps taken, this one included.
+        lr: learning rate; a 0-dim tensor is not read on the host.
+        beta1: decay rate of the first moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1).
+        eps: added to the square root of the bias-corrected second moment.
+        weight_decay: coefficient of the decoupled weight decay.
+        maximize: whether to ascend the gradient instead of descending it.
     """
     if param.numel() == 0:
         return
     size, root = corrections(lr, beta1, beta2, step)
     keep = 1 - lr * weight_decay
-    for p, g, m, v, piece in _windows(param, grad, exp_avg, exp_avg_sq, layout):
-        v.mul_(beta2).add_(block_mean_square(g, piece), alpha=1 - beta2)
+    for p, g, m, v, window_layout in _windows(param, grad, exp_avg, exp_avg_sq, layout):
+        v.mul_(beta2).add_(block_mean_square(g, window_layout), alpha=1 - beta2)
         scale = step_sizes(v, size, root, eps).neg_()
         if p.dtype == g.dtype == m.dtype == v.dtype:
-            # In this order a small tensor's g, m and p are each still in cache when they are needed again. Larger ones
-            # in slices of any size from 2^17 elements on took as long, in smaller ones longer: measured.
-            _advance(m, g, beta1, maximize)
+            # This order reuses g, m and p of a small tensor while they are still in cache. Large tensors are not cut
+            # into slices: in a measurement, slices of 2^17 elements or more took as long as the whole tensor, and
+            # smaller slices took longer.
+            _update_first_moment(m, g, beta1, maximize)
             if weight_decay:
                 p.mul_(keep)
             p.addcmul_(m, scale)
             continue
-        for at in _slices(p, _limit(p)):
-            _move_through_copies(at(p), at(g), at(m), at(scale), beta1, keep, maximize)
+        for slice_of in _slices(p, _limit(p)):
+            _update_in_widest_dtype(slice_of(p), slice_of(g), slice_of(m), slice_of(scale), beta1, keep, maximize)
 
 
 def step_sizes(exp_avg_sq: Tensor, size: float | Tensor, root: float, eps: float) -> Tensor:
-    """What each first moment is multiplied by: lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps), a new tensor.
+    """Compute the factor of each first moment in the update: lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps).
 
     Args:
-        exp_avg_sq: second moment, aligned.
-        size: lr / (1 - beta1^t), as ``corrections`` returns it; likewise ``root``.
-        root: sqrt(1 - beta2^t).
-        eps: added outside the root.
+        exp_avg_sq: second moment, aligned shape; not changed.
+        size: lr / (1 - beta1^t), the first value that ``hyper.corrections`` returns.
+        root: sqrt(1 - beta2^t), the second value that ``hyper.corrections`` returns.
+        eps: added to the square root of the bias-corrected second moment.
+
+    Returns:
+        A new tensor, shape and dtype of ``exp_avg_sq``.
     """
     return exp_avg_sq.sqrt().add_(eps * root).reciprocal_().mul_(size * root)
 
 
-def _advance(m: Tensor, g: Tensor, beta1: float, maximize: bool) -> None:
-    """The first moment: m = beta1 m +- (1 - beta1) g."""
+def _update_first_moment(m: Tensor, g: Tensor, beta1: float, maximize: bool) -> None:
+    """Set m = beta1 * m + (1 - beta1) * g in place, with -g instead of g to maximise."""
     if maximize:
         m.mul_(beta1).add_(g, alpha=beta1 - 1)
     else:
         m.lerp_(g, 1 - beta1)
 
 
-def _move_through_copies(
+def _update_in_widest_dtype(
     p: Tensor, g: Tensor, m: Tensor, scale: Tensor, beta1: float, keep: float | Tensor, maximize: bool
 ) -> None:
-    """The update in the widest of the dtypes: m and p are each rounded once, and p moves by the rounded m."""
-    wide = torch.promote_types(m.dtype, scale.dtype)
-    copy = g.to(wide, copy=True)
-    if m.dtype == wide:
+    """Update m and p in the wider dtype of ``m`` and ``scale``; each is rounded once, m before p uses it."""
+    widest = torch.promote_types(m.dtype, scale.dtype)
+    copy = g.to(widest, copy=True)
+    if m.dtype == widest:
         first = m
-        _advance(first, copy, beta1, maximize)
+        _update_first_moment(first, copy, beta1, maximize)
     else:
-        first = m.to(wide)
-        _advance(first, copy, beta1, maximize)
+        first = m.to(widest)
+        _update_first_moment(first, copy, beta1, maximize)
         m.copy_(first)
         first.copy_(m)
     copy.copy_(p).mul_(keep).addcmul_(first, scale)
@@ -171,18 +183,24 @@ def _move_through_copies(
 
 
 def _limit(x: Tensor) -> int:
-    """Elements a temporary of the tensor may have; all of them where slicing costs more than memory does."""
+    """Return how many elements a temporary may have: all of ``x``'s on an accelerator and in compiled code.
+
+    Slicing costs more than the memory is worth there: more kernel launches, or a longer graph.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.numel()
     return min(max(x.numel() >> _SHARE, _SMALLEST), _LARGEST)
 
 
 def _slices(x: Tensor, limit: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Ways to take a slice of at most about ``limit`` elements, of tensors that have or broadcast to x's shape."""
+    """Yield functions that cut the same slice, of about ``limit`` elements, out of any tensor they are called with.
+
+    The tensor must have the shape of ``x`` or broadcast to it.
+    """
     if x.numel() <= limit or x.device.type != "cpu" or torch.compiler.is_compiling():
         yield lambda t: t
         return
-    # The first axis whose single index is small enough: slices along it are the most contiguous ones.
+    # The first axis of which a single index is small enough. Slices along it are the most contiguous ones.
     dim = next((d for d in range(x.dim()) if x.numel() <= limit * x.size(d)), max(range(x.dim()), key=x.size))
     rows = max(1, limit * x.size(dim) // x.numel())
     for start in range(0, x.size(dim), rows):
@@ -193,9 +211,11 @@ def _slices(x: Tensor, limit: int) -> Iterator[Callable[[Tensor], Tensor]]:
 def _windows(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, layout: Layout
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Layout]]:
-    """The tensors whole, or, under a per-element layout, in slices of their first axis that bound the temporaries.
+    """Yield (param, grad, exp_avg, exp_avg_sq, layout) of the parts that are updated one after the other.
 
-    A layout with axis 0 split gets views with axis 0 split: splitting an axis never copies, whatever the strides.
+    Under a layout with one block per element the parts are slices of the first axis, which bounds the temporaries.
+    Under every other layout the only part is the whole tensor. A folded layout splits axis 0 of every tensor; the split
+    is a view for any strides.
     """
     param, grad, exp_avg, exp_avg_sq = layout.unfold(param, grad, exp_avg, exp_avg_sq)
     layout = layout.unfolded()

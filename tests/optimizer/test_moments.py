@@ -213,7 +213,7 @@ def test_large_tensors_in_pieces_are_the_same_and_leave_small_temporaries(
         state, whole = moments.zero_state(p, format), moments.zero_state(p, format)
         expected = p.clone()
         with monkeypatch.context() as patch:
-            patch.setattr(moments, "_PIECE", 1 << 30)
+            patch.setattr(moments, "_CHUNK", 1 << 30)
             move(expected, g, whole, factor)
         with Largest() as seen:
             move(p, g, state, factor)

@@ -1,7 +1,9 @@
-"""Ways to take a step, and the choice between them.
+"""The engines, which are implementations of one step, and the dispatch that chooses an engine for each tensor.
 
-``eager`` (``optimizer.step.update``) works tensor by tensor; ``foreach`` over lists of tensors; ``native`` is one pass
-over memory for CPUs; ``traced`` is for autograd and graph capture; ``compiled`` is all of them as compilers see them.
+The eager engine (``optimizer.step.update``) steps one tensor at a time, and ``rounded`` does so for quantised first
+moments and rounded bf16 parameters. ``foreach`` steps lists of tensors. ``native`` steps CPU tensors in one pass over
+memory, and ``triton`` steps CUDA tensors. ``traced`` is for autograd and graph capture. ``compiled`` is the operator
+that ``torch.compile`` sees, which dispatches to the same engines.
 """
 
 from .compiled import register, traced_step

@@ -1,4 +1,4 @@
-"""What no engine can take, refused before anything moves."""
+"""Checks that refuse tensors and flags that no engine supports, before any tensor is changed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from ..dtypes import moment_dtype, moment_format, rounding_of
 from . import native, triton
 
 _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
-"""Devices on which torch's own optimizers take ``capturable=True``."""
+"""Types of devices on which torch's own optimizers allow ``capturable=True``."""
 
 
 def require_takeable(
     parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
 ) -> None:
-    """Check one tensor of a step.
+    """Check one parameter, its gradient and its state before a step.
 
     Args:
-        parameter: what is stepped.
+        parameter: the parameter to step.
         grad: its gradient.
         state: its state, empty before the first step.
-        group: its group's options.
-        where: the parameter in words.
+        group: the options of its group.
+        where: the parameter in words, for messages.
 
     Raises:
-        RuntimeError: a sparse or complex gradient, one of another dtype or device, state of another dtype or device,
-            ``fused=True`` for a tensor that no fused engine takes, or a tensor lr that foreach does not take.
-        AssertionError: ``capturable=True`` on a device that cannot capture, as in torch.
+        RuntimeError: the gradient is sparse, complex, or of another dtype or device than the parameter; the state is of
+            another dtype or device; no fused engine supports the tensors and ``fused=True``; or lr is a tensor with
+            ``foreach=True`` and without ``capturable=True``.
+        AssertionError: ``capturable=True`` on a device that does not support capture, as in torch.
     """
     require_steppable(parameter, grad, where)
-    _require_own(parameter, state, group, where)
+    _require_matching_state(parameter, state, group, where)
     if group["foreach"] and not group["capturable"] and isinstance(group["lr"], Tensor):
-        raise RuntimeError(f"the lr of {where} is a tensor, which foreach=True takes only with capturable=True")
+        raise RuntimeError(f"the lr of {where} is a tensor; with foreach=True, also set capturable=True")
     if group["capturable"] and not group["fused"] and not torch.compiler.is_compiling():
         _require_capturable(parameter, state, where)
     if group["fused"]:
@@ -43,38 +44,40 @@ def require_takeable(
 
 
 def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
-    """Raise RuntimeError for a gradient that no engine can take."""
+    """Raise RuntimeError for a gradient that no engine supports."""
     if grad.layout is not torch.strided:
         raise RuntimeError(f"{where} has a sparse gradient; use a dense one (nn.Embedding(sparse=False))")
     if parameter.is_complex() or grad.is_complex():
-        raise RuntimeError(f"{where} is complex; give the optimizer torch.view_as_real of it")
+        raise RuntimeError(f"{where} is complex; pass torch.view_as_real of it to the optimizer")
     if grad.device != parameter.device:
         raise RuntimeError(
-            f"{where} is on {parameter.device}, its gradient on {grad.device}; move the model before the backward pass"
+            f"{where} is on {parameter.device} and its gradient on {grad.device}; move the model before the backward "
+            "pass"
         )
     if not grad.is_floating_point():
-        raise RuntimeError(f"{where} has a gradient of dtype {grad.dtype}; only floating-point ones can be stepped")
+        raise RuntimeError(f"{where} has a gradient of dtype {grad.dtype}; use a floating-point dtype")
     if grad.dtype != parameter.dtype and getattr(parameter, "grad_dtype", parameter.dtype) not in (None, grad.dtype):
         raise RuntimeError(
-            f"{where} has dtype {parameter.dtype}, its gradient {grad.dtype}; clear the gradient after changing the "
+            f"{where} has dtype {parameter.dtype} and its gradient {grad.dtype}; clear the gradient after changing the "
             "model's dtype, or set the parameter's grad_dtype"
         )
 
 
-def _require_own(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
-    """Raise RuntimeError where the state was made for another dtype or device than the parameter has now."""
+def _require_matching_state(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+    """Raise RuntimeError if the state was created for another dtype or device than the parameter has now."""
     if "exp_avg" not in state:
         return
     moment, wanted = state["exp_avg"], moment_dtype(parameter, group)
     if moment.device != parameter.device or moment.dtype != wanted:
         raise RuntimeError(
-            f"{where} is now {parameter.dtype} on {parameter.device} and needs a first moment of {wanted} there, but "
-            f"its state holds {moment.dtype} on {moment.device}; optimizer.load_state_dict(optimizer.state_dict()) "
-            "carries the state over"
+            f"{where} is now {parameter.dtype} on {parameter.device} and needs exp_avg in {wanted} there, but its "
+            f"exp_avg is {moment.dtype} on {moment.device}; convert the state with "
+            "optimizer.load_state_dict(optimizer.state_dict())"
         )
 
 
 def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str) -> None:
+    """Raise AssertionError, as torch does, unless the parameter and its counter are on a device that can capture."""
     step = state.get("step")
     if parameter.device.type not in _CAPTURABLE or (step is not None and step.device != parameter.device):
         raise AssertionError(
@@ -86,15 +89,15 @@ def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str)
 def _require_fused(
     parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
 ) -> None:
-    """Raise RuntimeError where ``fused=True`` was asked for and cannot be given."""
+    """Raise RuntimeError if no fused engine supports the tensors, although ``fused=True``."""
     if parameter.device.type == "cuda":
-        kept = {name: state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")}
-        second = kept["exp_avg_sq"] if state else torch.zeros((), device=parameter.device)
+        moments = {name: state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")}
+        second = moments["exp_avg_sq"] if state else torch.zeros((), device=parameter.device)
         plain = moment_format(parameter, group) is None and rounding_of(parameter, group) is None
-        if plain and triton.available() and triton.accepts(parameter, grad, kept["exp_avg"], second):
+        if plain and triton.available() and triton.accepts(parameter, grad, moments["exp_avg"], second):
             return
         raise RuntimeError(
-            f"fused=True, but Triton is not installed or does not take {where} ({parameter.dtype}, strides "
+            f"fused=True, but Triton is not installed or does not support {where} ({parameter.dtype}, strides "
             f"{parameter.stride()}, gradient {grad.dtype}, strides {grad.stride()}, exp_avg_dtype="
             f"{group['exp_avg_dtype']}, bf16_rounding={group['bf16_rounding']}); use fused=None"
         )
@@ -108,4 +111,6 @@ def _require_fused(
         low_bit=moment_format(parameter, group) is not None,
     )
     if reason is not None:
-        raise RuntimeError(f"fused=True, but no fused engine takes {where} and its gradient: {reason}; use fused=None")
+        raise RuntimeError(
+            f"fused=True, but no fused engine supports {where} and its gradient: {reason}; use fused=None"
+        )

@@ -1,7 +1,8 @@
-"""The step as a torch operator, which a compiled ``optimizer.step`` calls whole.
+"""The step as a torch operator, which a compiled ``optimizer.step`` calls once per group.
 
-Inside, the engines choose as they do outside a compiler. The numbers of the step (lr, betas, ...) are read when the
-operator runs, from the live optimizer behind a handle: a graph holds none of them, so no change of one compiles anew.
+Inside the operator, the dispatch to engines is the same as without a compiler. The operator receives a handle of the
+optimizer and reads the hyper-parameters (lr, betas, ...) from the optimizer when it runs. So the graph contains none of
+them, and changing one causes no recompilation.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _LIBRARY.define(
 
 
 def register(optimizer: Stepper) -> str:
-    """A handle under which compiled code finds the optimizer again, for as long as it lives.
+    """Return a handle by which compiled code finds the optimizer; it is valid as long as the optimizer exists.
 
-    A string, because a compiler takes a number that differs from one optimizer to the next for a variable.
+    The handle is a string, because a compiler treats a number that differs between optimizers as a variable.
     """
     handle = str(next(_NUMBERS))
     _LIVE[handle] = optimizer
@@ -41,17 +42,19 @@ def register(optimizer: Stepper) -> str:
 
 
 def traced_step(optimizer: Stepper, handle: str) -> None:
-    """What a compiler sees of a step: one operator per group."""
+    """Take a step while a compiler traces it: one call of the operator per group."""
     _make_state(handle)
-    # Through __dict__: a compiler that sees these attributes themselves guards the value of every option of every
-    # group. And every gradient before any state: a parameter first met as a key of the state has its gradient's
-    # identity guarded.
+    # The attributes are read through __dict__, because the compiler would otherwise guard the value of every option of
+    # every group. All gradients are read before any state, because the compiler guards the identity of the gradient of
+    # a parameter that it meets first as a key of the state.
     groups, state = optimizer.__dict__["param_groups"], optimizer.__dict__["state"]
     positions = [[i for i, p in enumerate(group["params"]) if p.grad is not None] for group in groups]
-    params = [[group["params"][i] for i in own] for group, own in zip(groups, positions, strict=True)]
-    grads = [[p.grad for p in own] for own in params]
-    if any(type(p) is not torch.nn.Parameter for own in params for p in own) or _flattened(handle):
-        _uncompiled(optimizer)  # tensor subclasses (DTensor) have rules of their own for operators; ranks may share
+    params = [[group["params"][i] for i in indices] for group, indices in zip(groups, positions, strict=True)]
+    grads = [[p.grad for p in group_params] for group_params in params]
+    if any(type(p) is not torch.nn.Parameter for group_params in params for p in group_params) or _flattened(handle):
+        # Tensor subclasses such as DTensor dispatch operators in their own way, and ranks may share blocks of flattened
+        # parameters, so that they have to communicate.
+        _uncompiled(optimizer)
         return
     for g in range(len(groups)):
         if params[g]:
@@ -61,40 +64,58 @@ def traced_step(optimizer: Stepper, handle: str) -> None:
 
 @_disable_dynamo
 def _uncompiled(optimizer: Stepper) -> None:
+    """Take the step outside the graph."""
     optimizer.step_all()
 
 
 def _flattened(handle: str) -> bool:
-    return any(type(layout) is not Layout for own in _LIVE[handle].layouts for layout in own)
+    """Whether a parameter has a layout of flattened tensors, which the operator does not support."""
+    return any(type(layout) is not Layout for layouts in _LIVE[handle].layouts for layout in layouts)
 
 
 def _make_state(handle: str) -> bool:
-    """Create the state while the step is traced, so that the graph of the first step serves the later ones."""
+    """Create the state while the step is traced, so that the graph of the first step is valid for later steps."""
     _LIVE[handle].init_state()
     return True
 
 
-# What torch._dynamo.assume_constant_result does, without importing the compiler (and Triton with it) now.
+# This is what torch._dynamo.assume_constant_result does. Setting the attribute avoids importing the compiler, which
+# would also import Triton.
 _make_state._dynamo_marked_constant = _flattened._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _step(
     params: list[Tensor], grads: list[Tensor], states: list[Tensor], handle: str, group: int, positions: list[int]
 ) -> None:
-    """The operator: the tensors given are stepped, the optimizer behind the handle says how."""
+    """Implement the operator: step the tensors of one group as the optimizer of the handle is configured.
+
+    Args:
+        params: parameters of the group that have a gradient; changed.
+        grads: their gradients.
+        states: state tensors of all the parameters, in order, each parameter's sorted by name; changed.
+        handle: the optimizer's handle.
+        group: index of the group.
+        positions: positions of the parameters in the group.
+
+    Raises:
+        RuntimeError: the optimizer no longer exists, or no engine supports a tensor.
+    """
     optimizer = _LIVE.get(handle)
     if optimizer is None:
-        raise RuntimeError("a compiled step outlived its optimizer; compile the step of the optimizer in use")
-    own, given = optimizer.param_groups[group], iter(states)
+        raise RuntimeError(
+            "the optimizer of this compiled step no longer exists; compile the step of the optimizer in use"
+        )
+    options, remaining_states = optimizer.param_groups[group], iter(states)
     items = []
     for i, param, grad in zip(positions, params, grads, strict=True):
-        state: dict[str, Any] = {name: next(given) for name in sorted(optimizer.state[own["params"][i]])}
-        require_takeable(param, grad, state, own, label(own, group, i))
+        names = sorted(optimizer.state[options["params"][i]])
+        state: dict[str, Any] = {name: next(remaining_states) for name in names}
+        require_takeable(param, grad, state, options, label(options, group, i))
         layout = optimizer.layouts[group][i]
         assert isinstance(layout, Layout)  # parameters with other layouts are not traced
         items.append(Item(i, seed_of(group, i), param, grad, state, layout))
     if not optimizer.skips():
-        run(items, own, optimizer.numbers(own))
+        run(items, options, optimizer.numbers(options))
 
 
 _LIBRARY.impl("step_", _step, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""Which engine takes which tensor of a step; everything is checked before anything moves."""
+"""The choice of an engine for each tensor of a step; all tensors are checked before any tensor is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,16 @@ from .traced import traced_update
 
 
 class Item(NamedTuple):
-    """One tensor of a step: its position in its group, the seed of its roundings, and what moves."""
+    """One tensor of a step.
+
+    Attributes:
+        position: index in the group's list of parameters.
+        seed: seed of the tensor's random rounding, uint32.
+        param: parameter.
+        grad: its gradient.
+        state: the parameter's optimizer state.
+        layout: the blocks of the parameter.
+    """
 
     position: int
     seed: int
@@ -33,7 +42,16 @@ class Item(NamedTuple):
 
 @dataclass
 class Work:
-    """One group's part of a step: what the native loop takes as it took it last time, and the indices of the rest."""
+    """One group's part of a step, checked and ready to run.
+
+    Attributes:
+        g: index of the group.
+        group: the parameter group.
+        layouts: the layouts of the group's parameters.
+        batches: tensors whose addresses and layouts are unchanged since the last step, so the native call can be
+            repeated.
+        others: positions in the group of all other parameters that have a gradient.
+    """
 
     g: int
     group: dict[str, Any]
@@ -43,14 +61,14 @@ class Work:
 
 
 class Engines:
-    """The engines of one optimizer, with what they remember of its tensors from step to step."""
+    """The engines of one optimizer, with the records of its tensors that the native loop reuses from step to step."""
 
     def __init__(self) -> None:
-        self._ready: dict[int, list[native.Ready | None]] = {}  # by group position
-        self._batches: dict[int, native.Batches] = {}  # likewise: what the native loop took in the last step
+        self._ready: dict[int, list[native.Ready | None]] = {}  # group index -> a record per parameter
+        self._batches: dict[int, native.Batches] = {}  # group index -> tensors of the last native call
 
     def forget(self) -> None:
-        """Layouts or state were replaced: look everything up again."""
+        """Drop all records, because layouts or state were replaced."""
         self._ready.clear()
         self._batches.clear()
 
@@ -62,21 +80,31 @@ class Engines:
         states: Mapping[Tensor, Any],
         only: Sequence[int] | None = None,
     ) -> Work:
-        """Check one group, or its parameters at positions ``only``.
+        """Check the parameters of one group that have a gradient, without changing any tensor.
+
+        Args:
+            g: index of the group.
+            group: the parameter group.
+            layouts: the layouts of the group's parameters.
+            states: the state of each parameter.
+            only: positions of the parameters to step; None for all of the group.
+
+        Returns:
+            The group's part of the step, for ``step``.
 
         Raises:
-            RuntimeError: a tensor that no engine takes (``checks.require_takeable``).
-            ValueError: a parameter whose shape no longer fits its layout.
-            AssertionError: flags that torch refuses at a step.
+            RuntimeError: no engine supports a tensor (``checks.require_takeable``).
+            ValueError: a parameter's shape does not match its layout.
+            AssertionError: the flags are a combination that torch refuses at a step.
         """
         parameters = group["params"]
         ready = self._ready.setdefault(g, [])
-        ready += [None] * (len(layouts) - len(ready))  # parameters may be sharded after the first look
+        ready += [None] * (len(layouts) - len(ready))  # sharding after the first step may add layouts
         if group["foreach"] and group["differentiable"]:
             raise AssertionError("foreach=True keeps no graph; use foreach=None with differentiable=True")
         usable = _may_fuse(group) and native.available()
         last = self._batches.get(g) if usable and only is None else None
-        if last is not None and last.takes(parameters, [p.grad for p in parameters], states):
+        if last is not None and last.matches(parameters, [p.grad for p in parameters], states):
             work, rest = Work(g, group, layouts, last, []), last.others
         else:
             work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), list(range(len(layouts)))
@@ -87,9 +115,9 @@ class Engines:
             grad = parameter.grad
             if grad is None:
                 continue
-            known = ready[i]
-            if usable and known is not None and known.takes(parameter, grad, states.get(parameter, {})):
-                work.batches.add(known, parameter, grad, i)
+            record = ready[i]
+            if usable and record is not None and record.matches(parameter, grad, states.get(parameter, {})):
+                work.batches.add(record, parameter, grad, i)
                 continue
             where = label(group, g, i)
             require_takeable(parameter, grad, states.get(parameter) or {}, group, where)
@@ -98,73 +126,91 @@ class Engines:
         return work
 
     def step(self, work: Work, hyper: Hyper, state_of: Callable[[int, int], dict[str, Any]]) -> None:
-        """Let each engine take its own; ``state_of(g, i)`` gives a parameter's state, made if need be."""
+        """Take the step of a group that ``prepare`` checked.
+
+        Args:
+            work: the result of ``prepare``.
+            hyper: the group's hyper-parameters.
+            state_of: called with (g, i); returns a parameter's state and creates it if there is none.
+        """
         params = work.group["params"]
         items = [
             Item(i, seed_of(work.g, i), params[i], params[i].grad, state_of(work.g, i), work.layouts[i])
             for i in work.others
         ]
         ready = self._ready[work.g]
-        for i, taken in zip(work.others, run(items, work.group, hyper, work.batches), strict=True):
-            ready[i] = taken
+        for i, record in zip(work.others, run(items, work.group, hyper, work.batches), strict=True):
+            ready[i] = record
 
 
 def run(
     items: Sequence[Item], group: Mapping[str, Any], hyper: Hyper, batches: native.Batches | None = None
 ) -> list[native.Ready | None]:
-    """Step checked tensors of one group, and those already in ``batches``.
+    """Step tensors of one group that have been checked, and the tensors that are already in ``batches``.
+
+    Args:
+        items: the tensors to dispatch to engines.
+        group: the options of the group.
+        hyper: the group's hyper-parameters.
+        batches: tensors of a repeated native call; the items that the native loop can step are added. None if there
+            are no such tensors.
 
     Returns:
-        For each item what the native loop can be told again next time, or None where another engine took it.
+        For each item, the record with which the native call can be repeated, or None if another engine stepped it.
     """
     batches = native.Batches(len(items)) if batches is None else batches
     usable = _may_fuse(group) and native.available()
-    taken = [_prepared(item, group) if usable else None for item in items]
-    batched, on_cuda = [], []
-    for item, ready in zip(items, taken, strict=True):
-        if ready is not None:
-            batches.add(ready, item.param, item.grad, item.position)
+    records = [_prepared(item, group) if usable else None for item in items]
+    listed, on_cuda = [], []
+    for item, record in zip(items, records, strict=True):
+        if record is not None:
+            batches.add(record, item.param, item.grad, item.position)
         elif _rounds(item, group):
             _eager(item, group, hyper)
         elif _may_fuse(group) and triton.available() and _fits_triton(item):
             on_cuda.append(item)
-        elif _batches(group, item.param):
-            batched.append(item)
+        elif _uses_foreach(group, item.param):
+            listed.append(item)
         elif group["differentiable"] or group["capturable"]:
             _traced(item, hyper, differentiable=group["differentiable"])
         else:
             _eager(item, group, hyper)
-    for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, batched)):
+    for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, listed)):
         if tensors:
-            _listed(update, tensors, hyper, capturable=group["capturable"])
+            _step_lists(update, tensors, hyper, capturable=group["capturable"])
     if len(batches):
         scale = 1.0 if hyper.grad_scale is None else float(hyper.grad_scale)
         batches.step(**hyper.numbers(), grad_scale=scale)
-    return taken
+    return records
 
 
 def seed_of(g: int, i: int) -> int:
-    """The seed of a tensor's roundings, uint32: of its place in the groups, so that runs repeat and resume."""
+    """Return the seed of a tensor's random rounding, uint32.
+
+    It depends only on the group's index and the position in the group, so that a run can be repeated and resumed.
+    """
     return (g * 0x9E3779B1 + i * 0x85EBCA77) & 0xFFFFFFFF
 
 
 def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
+    """Return the native loop's record of the item, or None if the loop does not support its tensors."""
     rounding = rounding_of(item.param, group)
     return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
 
 
 def _may_fuse(group: Mapping[str, Any]) -> bool:
-    """Whether the flags allow a fused engine, as torch reads them: an explicit foreach decides against one."""
+    """Whether the flags allow a fused engine; as in torch, setting ``foreach`` excludes one unless ``fused=True``."""
     return not group["differentiable"] and (group["fused"] or (group["fused"] is None and group["foreach"] is None))
 
 
-def _batches(group: Mapping[str, Any], parameter: Tensor) -> bool:
-    """Whether the foreach engine takes the parameter: when asked for, or by default where launches cost more."""
+def _uses_foreach(group: Mapping[str, Any], parameter: Tensor) -> bool:
+    """Whether the foreach engine steps the parameter: on request, or by default on CUDA, where launches are costly."""
     default = group["foreach"] is None and group["fused"] is None and parameter.device.type == "cuda"
     return (group["foreach"] or default) and not group["differentiable"]
 
 
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
+    """Step one tensor with the traced engine."""
     param, grad, state, layout = item[2:]
     traced_update(
         param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper, differentiable=differentiable
@@ -172,11 +218,12 @@ def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
 
 
 def _rounds(item: Item, group: Mapping[str, Any]) -> bool:
-    """Whether rounding is part of the step, which besides the native loop only the eager engine does."""
+    """Whether the step includes a special rounding, which only the native loop and ``rounded_update`` implement."""
     return "exp_avg_scale" in item.state or rounding_of(item.param, group) is not None
 
 
 def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
+    """Step one tensor with the eager engine, or with ``rounded_update`` if the step includes a special rounding."""
     param, grad, state, layout = item[2:]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
@@ -189,15 +236,28 @@ def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
 
 
 def _fits_triton(item: Item) -> bool:
+    """Whether the Triton kernels support the item's tensors."""
     return triton.accepts(item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])
 
 
-def _listed(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
-    """Let an engine take lists of tensors."""
+def _step_lists(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
+    """Call an engine that steps lists of tensors."""
     params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:])
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     update(
-        params, grads, first, second, steps, layouts, lr=hyper.lr, beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps,
-        weight_decay=hyper.weight_decay, maximize=hyper.maximize, capturable=capturable, grad_scale=hyper.grad_scale,
+        params,
+        grads,
+        first,
+        second,
+        steps,
+        layouts,
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        eps=hyper.eps,
+        weight_decay=hyper.weight_decay,
+        maximize=hyper.maximize,
+        capturable=capturable,
+        grad_scale=hyper.grad_scale,
         found_inf=hyper.found_inf,
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""The eager step where a rounding is part of it: quantised first moments, bf16 parameters without a master copy."""
+"""The eager step of tensors with a quantised first moment, and of bf16 parameters that have no fp32 copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import moments
 from ..hyper import Hyper, corrections
 from ..update import block_mean_square, step_sizes
 
-_PIECE = 1 << 16  # elements of a per-element layout at a time: bounds the temporaries
+_CHUNK = 1 << 16  # elements per slice under a layout with one block per element, which bounds the temporaries
 
 
 def rounded_update(
@@ -25,19 +25,19 @@ def rounded_update(
     seed: int,
     rounding: str | None,
 ) -> None:
-    """One Adam-mini step of one tensor whose counter has advanced, in place.
+    """Take one Adam-mini step of one tensor, in place; the caller has incremented the step counter.
 
-    Source: arXiv 2406.16793, Algorithm 1; what is rounded how: ``moments`` and ``rounding``.
+    Source: arXiv 2406.16793, Algorithm 1. The modules ``moments`` and ``rounding`` specify how values are rounded.
 
     Args:
-        param: parameter, changed.
-        grad: its gradient, same shape, any strides; read only.
-        state: ``step``, ``exp_avg``, ``exp_avg_sq``; ``exp_avg_scale`` where the first moment is quantised;
+        param: parameter; changed.
+        grad: its gradient, same shape, any strides; not changed.
+        state: ``step``, ``exp_avg``, ``exp_avg_sq``; ``exp_avg_scale`` if the first moment is quantised;
             ``compensation`` for "kahan". All but ``step`` are changed.
-        layout: the parameter's blocks.
-        hyper: the group's numbers.
-        seed: of the tensor, uint32, for random rounding.
-        rounding: how a bf16 parameter is rounded: None, "stochastic", "kahan".
+        layout: the blocks of the parameter.
+        hyper: the group's hyper-parameters.
+        seed: the tensor's seed, uint32, for random rounding.
+        rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
     """
     if param.numel() == 0:
         return
@@ -51,13 +51,24 @@ def rounded_update(
     tensors, layout = layout.unfold(*tensors), layout.unfolded()
     view = tensors[0]
     per_element = layout == Layout.per_element(tuple(view.shape))
-    rows = max(1, _PIECE * len(view) // view.numel()) if per_element else len(view)
+    rows = max(1, _CHUNK * len(view) // view.numel()) if per_element else len(view)
     for start in range(0, len(view), rows):
         p, g, m, v, s, c = (t if t is None or rows >= len(view) else t[start : start + rows] for t in tensors)
-        piece = Layout.per_element(tuple(p.shape)) if per_element else layout
-        v.mul_(beta2).add_(block_mean_square(g, piece), alpha=1 - beta2)
+        slice_layout = Layout.per_element(tuple(p.shape)) if per_element else layout
+        v.mul_(beta2).add_(block_mean_square(g, slice_layout), alpha=1 - beta2)
         factor = step_sizes(v, size, root, hyper.eps)
         moments.move(
-            p, g, m, s, factor, beta1=beta1, decay=lr * numbers["weight_decay"], maximize=hyper.maximize, step=step,
-            seed=seed, how=rounding, compensation=c, first_row=start,
-        )  # fmt: skip
+            p,
+            g,
+            m,
+            s,
+            factor,
+            beta1=beta1,
+            decay=lr * numbers["weight_decay"],
+            maximize=hyper.maximize,
+            step=step,
+            seed=seed,
+            how=rounding,
+            compensation=c,
+            first_row=start,
+        )

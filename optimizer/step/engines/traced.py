@@ -1,7 +1,7 @@
-"""The step in tensors throughout: for autograd through the step, graph capture, and compilers.
+"""The step in tensor operations only: for autograd through the step, graph capture, and compilers.
 
-No number is read off a device and no value decides what is done, so that the same operations are right at every step.
-Temporaries have the parameter's size unless a compiler fuses them; the other engines exist to avoid those.
+The host reads no number from a device, and no value selects which operations run, so a captured graph is valid at every
+step. Temporaries have the parameter's size unless a compiler fuses them. All other engines avoid such temporaries.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ def traced_update(
     *,
     differentiable: bool = False,
 ) -> None:
-    """One Adam-mini step of one tensor, in place (arXiv 2406.16793, Algorithm 1).
+    """Take one Adam-mini step of one tensor, in place (arXiv 2406.16793, Algorithm 1).
 
     Args:
-        param: parameter, changed.
-        grad: its gradient, same shape, read only.
-        exp_avg: first moment, same shape, changed.
-        exp_avg_sq: second moment, ``layout.aligned_shape``, changed.
-        step: steps taken before this one, 0-dim fp32 on any device, changed.
-        layout: the parameter's blocks.
-        hyper: the group's numbers; lr and betas may be tensors, with ``requires_grad`` if ``differentiable``.
-        differentiable: keep what a backward pass through this step needs.
+        param: parameter; changed.
+        grad: its gradient, same shape; not changed.
+        exp_avg: first moment, same shape; changed.
+        exp_avg_sq: second moment, shape ``layout.aligned_shape(param.shape)``; changed.
+        step: number of steps taken before this one, 0-dim fp32 on any device; changed.
+        layout: the blocks of the parameter.
+        hyper: the group's hyper-parameters; lr and betas may be tensors, with ``requires_grad`` if ``differentiable``.
+        differentiable: whether to keep the values that a backward pass through this step needs.
     """
     if param.numel() == 0:
         step.add_(1)
         return
-    # A backward pass needs the values from before: what is written in place is read from copies.
+    # A backward pass needs the old values, so the tensors that are written in place are read from copies.
     p, m, v = (t.clone() if differentiable else t for t in (param, exp_avg, exp_avg_sq))
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     if hyper.maximize:
         grad = -grad
     step.add_(1)
-    taken = step.to(torch.float64)  # in fp32 already 1 - 0.999 has an error of 6e-5
-    wide = second_moment_dtype(param)
-    grad = grad.to(wide)
-    first = hyper.beta1 * m.to(wide) + (1 - hyper.beta1) * grad
+    t = step.to(torch.float64)  # in fp32, 1 - 0.999 has an error of 6e-5
+    dtype = second_moment_dtype(param)
+    grad = grad.to(dtype)
+    first = hyper.beta1 * m.to(dtype) + (1 - hyper.beta1) * grad
     second = hyper.beta2 * v + (1 - hyper.beta2) * spread_mean_square(grad, layout)
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
-    size, root = corrections(hyper.lr, hyper.beta1, hyper.beta2, taken)
+    size, root = corrections(hyper.lr, hyper.beta1, hyper.beta2, t)
     factor = size / (second.sqrt() / root + hyper.eps)
-    kept = (1 - hyper.lr * hyper.weight_decay) * p.to(wide)
+    decayed = (1 - hyper.lr * hyper.weight_decay) * p.to(dtype)
     first, factor = layout.unfold(first, factor)
-    param.copy_(kept - (first * factor).reshape(param.shape))
+    param.copy_(decayed - (first * factor).reshape(param.shape))
 
 
 def spread_mean_square(grad: Tensor, layout: Layout) -> Tensor:
-    """Mean of grad**2 over each block, spread over the block's indices, without writing in place.
+    """Compute the mean of grad**2 over each block and repeat it at every index of the block; no in-place operations.
 
     Args:
         grad: gradient, the layout's full shape.
-        layout: how it falls into blocks.
+        layout: the blocks of the parameter.
 
     Returns:
         Tensor of ``layout.aligned_shape(grad.shape)``, ``grad``'s dtype.
@@ -74,7 +74,7 @@ def spread_mean_square(grad: Tensor, layout: Layout) -> Tensor:
     if layout.fold > 1:
         return spread_mean_square(layout.unfold(grad)[0], layout.unfolded()).flatten(0, 1)
     shape = layout.aligned_shape(grad.shape)
-    reduced = [dim for dim, (kept, full) in enumerate(zip(shape, grad.shape, strict=True)) if kept != full]
+    reduced = [dim for dim, (size, full) in enumerate(zip(shape, grad.shape, strict=True)) if size != full]
     per_index = grad.square().mean(reduced, keepdim=True) if reduced else grad.square()
     if all(length == 1 for length, _ in layout.runs.segments):
         return per_index

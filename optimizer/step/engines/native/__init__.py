@@ -1,4 +1,4 @@
-"""The step as one pass over memory, for CPU tensors."""
+"""The native loop: the step of CPU tensors in C++, in one pass over memory."""
 
 from .library import available
 from .step import Batches, Ready, obstacle, prepare

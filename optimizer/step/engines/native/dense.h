@@ -1,7 +1,7 @@
-// Tensors that lie dense in memory as [outer][between][axis][inner].
+// The step of tensors that are dense in memory as [outer][between][axis][inner].
 //
-// What a block needs twice, its gradient, is read the second time from cache; a run too long for that is shared by all
-// threads, piece by piece.
+// A block reads its gradient twice, and the second time from cache. A run that is too long for the cache is cut into
+// chunks, which all threads share.
 
 #pragma once
 
@@ -11,8 +11,10 @@
 
 namespace adam_mini {
 
-constexpr int64_t kShort = 1 << 13;  // a run of at most as many elements stays in cache with all that its update reads
+// Elements of the longest run whose gradient, parameter and moment all fit in cache.
+constexpr int64_t kShort = 1 << 13;
 
+// Updates the first moment and the parameter of n elements from `at` on, which all have the same factor.
 template <typename T, typename P, typename M, int R>
 void update(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const Step<T>& s, T factor) {
 #pragma omp simd
@@ -22,6 +24,7 @@ void update(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const Step<T>& 
   }
 }
 
+// Updates the first moment and the parameter of n elements from `at` on; element i has factors[i].
 template <typename T, typename P, typename M, int R>
 void update_columns(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const Step<T>& s, const T* factors) {
 #pragma omp simd
@@ -31,6 +34,7 @@ void update_columns(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const S
   }
 }
 
+// Updates the second moment, the first moment and the parameter of n elements from `at` on, each of which is a block.
 template <typename T, typename P, typename M, int R>
 void update_each(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const Step<T>& s) {
 #pragma omp simd
@@ -42,7 +46,7 @@ void update_each(const Tensors<T, P, M, R>& x, int64_t at, int64_t n, const Step
   }
 }
 
-// The second moment of one run, from its mean square; it is the same all along the run.
+// Updates the second moment of one run from the run's mean square, stores it at every index of the run, and returns it.
 template <typename T>
 T spread(T* v, int64_t first, int64_t length, double mean, const Step<T>& s) {
   const T second = s.advance(v[first], mean);
@@ -50,9 +54,9 @@ T spread(T* v, int64_t first, int64_t length, double mean, const Step<T>& s) {
   return second;
 }
 
-// Runs that are contiguous in memory: nothing between the outer axes and the axis.
+// Steps one chunk of a tensor whose runs are contiguous in memory, which is so if between == 1.
 template <typename T, typename P, typename M, int R>
-void rows_piece(const Task& task, int64_t k) {
+void rows_chunk(const Task& task, int64_t k) {
   const Tensors<T, P, M, R> x(task);
   const Layout& l = task.layout;
   const Step<T>& s = task.of<T>();
@@ -60,7 +64,7 @@ void rows_piece(const Task& task, int64_t k) {
   if (l.inner == 1 && l.ones()) return update_each(x, from, to - from, s);
   each_run(l, from, to, [&](int64_t first, int64_t length) {
     const int64_t count = length * l.inner;
-    if (count > kLong) return;  // long_runs takes these
+    if (count > kLong) return;  // long_runs updates these
     const int64_t at = first * l.inner;
     const double total = count <= kShort ? sum_and_fetch<T>(x.g + at, x.to.p + at, x.m + at, count)
                                          : sum_of_squares<T>(x.g + at, count);
@@ -69,28 +73,29 @@ void rows_piece(const Task& task, int64_t k) {
   });
 }
 
+// Steps the runs of a tensor that have more than kLong elements, one after another; all threads share each run.
 template <typename T, typename P, typename M, int R>
 void long_runs(const Task& task, int threads) {
   const Tensors<T, P, M, R> x(task);
   const Layout& l = task.layout;
   const Step<T>& s = task.of<T>();
   each_run(l, 0, l.axis, [&](int64_t first, int64_t length) {
-    const int64_t at = first * l.inner, count = length * l.inner, pieces = (count + kChunk - 1) / kChunk;
+    const int64_t at = first * l.inner, count = length * l.inner, chunks = (count + kChunk - 1) / kChunk;
     if (count <= kLong) return;
-    std::vector<double> parts(pieces);
+    std::vector<double> parts(chunks);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < pieces; ++c)
+    for (int64_t c = 0; c < chunks; ++c)
       parts[c] = sum_of_squares<T>(x.g + at + c * kChunk, std::min(kChunk, count - c * kChunk));
     double total = 0;
     for (double part : parts) total += part;
     const T factor = s.factor(spread(x.v, first, length, total / count, s));
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < pieces; ++c)
+    for (int64_t c = 0; c < chunks; ++c)
       update(x, at + c * kChunk, std::min(kChunk, count - c * kChunk), s, factor);
   });
 }
 
-// Sums of squares of n neighbouring columns of a [between][width] plane.
+// Returns the sums of squares of n neighbouring columns of a [between][width] plane.
 template <typename T, typename G>
 std::vector<T> column_sums(const G* g, int64_t between, int64_t width, int64_t n) {
   std::vector<T> sums(n, T(0));
@@ -105,7 +110,7 @@ std::vector<T> column_sums(const G* g, int64_t between, int64_t width, int64_t n
   return sums;
 }
 
-// Mean square of one run across the planes of an outer index.
+// Returns the mean square of one run at outer index o, over all indices of `between`.
 template <typename T, typename G>
 double run_mean(const G* g, const Layout& l, int64_t o, int64_t first, int64_t length) {
   const int64_t width = l.axis * l.inner, count = length * l.inner;
@@ -115,8 +120,9 @@ double run_mean(const G* g, const Layout& l, int64_t o, int64_t first, int64_t l
   return total / (static_cast<double>(l.between) * count);
 }
 
-// Blocks across memory, one outer index at a time: [between][axis]. The sums of a strip of columns that starts and ends
-// with a run, row by row, then its update, row by row: memory is read in long pieces, whatever the runs' lengths.
+// Steps a strip of columns of one outer index, [between][axis], in which each block is spread over all rows. The strip
+// begins and ends at a run. It is summed row by row and then updated row by row, so that memory is read in long
+// contiguous ranges for any length of the runs.
 template <typename T, typename P, typename M, int R>
 void strip(const Tensors<T, P, M, R>& x, const Layout& l, int64_t o, int64_t from, int64_t to, const Step<T>& s) {
   const int64_t base = o * l.between * l.axis;
@@ -128,19 +134,20 @@ void strip(const Tensors<T, P, M, R>& x, const Layout& l, int64_t o, int64_t fro
   if (start >= stop) return;
   std::vector<T> factors = column_sums<T>(x.g + base + start, l.between, l.axis, stop - start);
   each_run(l, from, to, [&](int64_t first, int64_t length) {
-    T* own = factors.data() + first - start;
+    T* run_factors = factors.data() + first - start;  // the sums of the run's columns until they are overwritten
     double total = 0;
-    for (int64_t i = 0; i < length; ++i) total += own[i];
+    for (int64_t i = 0; i < length; ++i) total += run_factors[i];
     const T second = spread(x.v + o * l.axis, first, length, total / (static_cast<double>(l.between) * length), s);
-    std::fill(own, own + length, s.factor(second));
+    std::fill(run_factors, run_factors + length, s.factor(second));
   });
   for (int64_t b = 0; b < l.between; ++b)
     update_columns(x, base + b * l.axis + start, stop - start, s, factors.data());
 }
 
-// Likewise [between][axis][inner]: where an index has several elements, run by run.
+// Steps one chunk of a tensor in which each block is spread over the indices of `between`. If an index of the axis has
+// several contiguous elements (inner > 1), the runs are processed one by one, else in a strip.
 template <typename T, typename P, typename M, int R>
-void columns_piece(const Task& task, int64_t k) {
+void columns_chunk(const Task& task, int64_t k) {
   const Tensors<T, P, M, R> x(task);
   const Layout& l = task.layout;
   const Step<T>& s = task.of<T>();

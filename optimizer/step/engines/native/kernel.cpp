@@ -1,10 +1,10 @@
 // Adam-mini over a list of tensors in one pass (arXiv 2406.16793, Algorithm 1), for CPUs.
 //
-// The steps of all tensors are cut into pieces that threads take as they come free; how they are cut does not depend on
-// the number of threads, and so neither does any result.
+// The steps of all tensors are cut into chunks, and a free thread processes the next chunk. The cuts do not depend on
+// the number of threads, so the results do not depend on it either.
 //
-// Every operation rounds as torch's own would, one by one: the build switches contraction off.
-// No header of torch is used: the library builds in seconds and does not depend on torch's C++ interface.
+// Every operation is rounded separately, as in torch; the build disables the contraction to fused multiply-adds.
+// The library uses no header of torch, so it compiles in seconds and does not depend on torch's C++ interface.
 
 #include <deque>
 
@@ -16,9 +16,10 @@ namespace {
 
 using namespace adam_mini;
 
+// The hyper-parameters of a group. unscale is the factor of the gradients.
 struct Hyper { double lr, beta1, beta2, eps, weight_decay, unscale; };
 
-// The numbers of a step, in both precisions.
+// The numbers of a step in both precisions.
 struct Steps {
   Step<float> single;
   Step<double> wide;
@@ -35,47 +36,52 @@ struct Steps {
   const void* get(const double*) const { return &wide; }
 };
 
+// The work of one call: the chunks of all tensors.
 struct Plan {
   std::vector<Task> tasks;
-  std::vector<std::pair<Task, void (*)(const Task&, int)>> whole;  // tensors that all threads share, one by one
-  int64_t pieces = 0, elements = 0;
+  std::vector<std::pair<Task, void (*)(const Task&, int)>> shared;  // tensors that all threads share, one by one
+  int64_t chunks = 0, elements = 0;
 
-  void add(Task task, void (*piece)(const Task&, int64_t), int64_t window, int64_t pieces_each) {
-    task.piece = piece;
+  void add(Task task, void (*process)(const Task&, int64_t), int64_t window, int64_t chunks_per_window) {
+    task.process = process;
     task.window = window;
-    task.first = pieces;
-    task.pieces = pieces_each * task.windows();
-    pieces += task.pieces;
+    task.first_chunk = chunks;
+    task.chunks = chunks_per_window * task.windows();
+    chunks += task.chunks;
     elements += task.layout.numel();
     tasks.push_back(task);
   }
 };
 
-// Columns of a strip, at least. Wide ones read memory in long pieces, and the gradient's second time from further out:
-// GPT-2 took 2.0 times fused AdamW's time in strips of 64, 1.1 of 512, 0.85 of 4096.
+// Smallest number of columns of a strip. Wide strips read memory in long contiguous ranges, but they read the gradient
+// the second time from a slower cache. A step of GPT-2 took 2.0 times as long as fused AdamW with strips of 64 columns,
+// 1.1 times with 512, and 0.85 times with 4096.
 constexpr int64_t kStrip = 4096;
 
+// Returns the length of the longest run.
 int64_t longest(const Layout& l) {
   int64_t out = 0;
   for (int64_t k = 0; k < l.segments; ++k) out = std::max(out, l.lengths[2 * k]);
   return out;
 }
 
+// Adds a tensor with an unquantised first moment to the plan.
 template <typename T, typename P, typename M, int R>
 void plan(Plan& out, Task task, const Steps& steps) {
   const Layout& l = task.layout;
   task.step = steps.get(static_cast<const T*>(nullptr));
-  const int64_t across = l.between * l.inner;  // elements of an index
+  const int64_t across = l.between * l.inner;  // elements per index of the axis
   int64_t window = std::max<int64_t>(1, kChunk / across);
-  if (l.form == kStrided) return out.add(task, strided_piece<T, P, M, R>, window, l.outer);
+  if (l.form == kStrided) return out.add(task, strided_chunk<T, P, M, R>, window, l.outer);
   if (l.between > 1) {
     if (l.inner == 1) window = std::max<int64_t>(kStrip, window);
-    return out.add(task, columns_piece<T, P, M, R>, window, l.outer);
+    return out.add(task, columns_chunk<T, P, M, R>, window, l.outer);
   }
-  out.add(task, rows_piece<T, P, M, R>, window, 1);
-  if (longest(l) * l.inner > kLong) out.whole.emplace_back(task, long_runs<T, P, M, R>);
+  out.add(task, rows_chunk<T, P, M, R>, window, 1);
+  if (longest(l) * l.inner > kLong) out.shared.emplace_back(task, long_runs<T, P, M, R>);
 }
 
+// Adds a tensor with a quantised first moment to the plan.
 template <typename T, typename P, typename Q, int R>
 void plan_low_bit(Plan& out, Task task, const Steps& steps) {
   const Layout& l = task.layout;
@@ -83,13 +89,14 @@ void plan_low_bit(Plan& out, Task task, const Steps& steps) {
   task.window = std::max<int64_t>(1, kChunk / (l.between * l.inner));
   if (l.between > 1 || l.inner % l.row != 0) {
     task.window = std::max<int64_t>(64, task.window / 64 * 64);
-    out.whole.emplace_back(task, low_bit_any<T, P, Q, R>);
+    out.shared.emplace_back(task, low_bit_any<T, P, Q, R>);
     return;
   }
-  out.add(task, low_bit_rows_piece<T, P, Q, R>, task.window, 1);
-  if (longest(l) * l.inner > kLong) out.whole.emplace_back(task, low_bit_long_runs<T, P, Q, R>);
+  out.add(task, low_bit_rows_chunk<T, P, Q, R>, task.window, 1);
+  if (longest(l) * l.inner > kLong) out.shared.emplace_back(task, low_bit_long_runs<T, P, Q, R>);
 }
 
+// Chooses the type of the first moment by its code: the bits of a quantised one, else the code of its dtype in step.py.
 template <typename T, typename P, int R>
 void plan_moment(Plan& out, const Task& task, const Steps& steps) {
   const int64_t moment = task.record->moment_dtype;
@@ -100,6 +107,7 @@ void plan_moment(Plan& out, const Task& task, const Steps& steps) {
   else if constexpr (std::is_same_v<P, float>) plan<T, P, bfloat16, R>(out, task, steps);
 }
 
+// Chooses the types of the arithmetic and the parameter, and the rounding, by the codes in step.py.
 void plan_tensor(Plan& out, const Task& task, const Steps& steps) {
   const Record& r = *task.record;
   if (r.dtype == 0) plan_moment<double, double, kNearest>(out, task, steps);
@@ -110,18 +118,19 @@ void plan_tensor(Plan& out, const Task& task, const Steps& steps) {
   else plan_moment<float, bfloat16, kNearest>(out, task, steps);
 }
 
-void take(const Plan& plan, int threads) {
+// Processes the chunks of all tensors.
+void process_chunks(const Plan& plan, int threads) {
   if (plan.elements <= kChunk || threads == 1) {
     for (const Task& task : plan.tasks)
-      for (int64_t k = 0; k < task.pieces; ++k) task.piece(task, k);
+      for (int64_t k = 0; k < task.chunks; ++k) task.process(task, k);
     return;
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t k = 0; k < plan.pieces; ++k) {
+  for (int64_t k = 0; k < plan.chunks; ++k) {
     const auto after = std::upper_bound(plan.tasks.begin(), plan.tasks.end(), k,
-                                        [](int64_t piece, const Task& task) { return piece < task.first; });
+                                        [](int64_t chunk, const Task& task) { return chunk < task.first_chunk; });
     const Task& task = *(after - 1);
-    task.piece(task, k - task.first);
+    task.process(task, k - task.first_chunk);
   }
 }
 
@@ -131,8 +140,8 @@ extern "C" {
 
 int64_t adam_mini_abi() { return 2; }
 
-// One step of n tensors, their counters included. records: see tensors.h; grads: an address each.
-// Gradients are multiplied by unscale: +-1 / grad scale.
+// Takes one step of n tensors and increments their counters. records: n of Record in tensors.h. grads: the address of
+// each gradient. unscale: the factor of the gradients, 1 / grad scale, negative to ascend.
 void adam_mini_step(int64_t n, const int64_t* records, const int64_t* grads, double lr, double beta1, double beta2,
                     double eps, double weight_decay, double unscale, int64_t threads) {
   const Hyper hyper{lr, beta1, beta2, eps, weight_decay, unscale};
@@ -151,8 +160,8 @@ void adam_mini_step(int64_t n, const int64_t* records, const int64_t* grads, dou
     task.layout = layout_at(record->layout);
     if (task.layout.numel() != 0) plan_tensor(plan, task, steps.back());
   }
-  take(plan, static_cast<int>(threads));
-  for (const auto& [task, all] : plan.whole) all(task, static_cast<int>(threads));
+  process_chunks(plan, static_cast<int>(threads));
+  for (const auto& [task, process] : plan.shared) process(task, static_cast<int>(threads));
 }
 
 }  // extern "C"

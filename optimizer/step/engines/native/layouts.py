@@ -1,4 +1,4 @@
-"""A tensor's layout and strides as the loop reads them (``Layout`` in tensors.h)."""
+"""Encode a tensor's layout and strides in the form that the native loop reads (``Layout`` in tensors.h)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,23 @@ _DENSE, _STRIDED = 0, 1
 
 
 class _Dim(NamedTuple):
-    """One axis: its size, and the distance between neighbours in each tensor and in row-major order."""
+    """One axis of the tensors of a step.
+
+    Attributes:
+        size: number of indices.
+        strides: stride in the parameter, the gradient, the first moment and the compensation, and in row-major order.
+    """
 
     size: int
-    strides: tuple[int, ...]  # parameter, gradient, first moment, compensation, row-major
+    strides: tuple[int, ...]
 
-    def behind(self, other: _Dim) -> bool:
-        """Whether the two are one axis, ``other`` in front."""
+    def continues(self, other: _Dim) -> bool:
+        """Whether ``other`` followed by this axis can be merged into one axis, in every tensor."""
         return all(a == b * self.size for a, b in zip(other.strides, self.strides, strict=True))
 
 
 def overlaps(tensor: Tensor) -> bool:
-    """Whether elements of the tensor may share memory (also said of some exotic strides that do not overlap)."""
+    """Whether elements of the tensor may share memory; also True for some unusual strides that do not overlap."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -38,17 +43,17 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 def encoded(layout: Layout, row: int, ordered: bool, tensors: Sequence[Tensor]) -> Tensor:
-    """A layout as the loop reads it.
+    """Encode a layout for the native loop.
 
     Args:
-        layout: the parameter's blocks.
-        row: elements of a row of a quantised first moment, else 0.
-        ordered: whether the loop must know elements by their row-major index.
-        tensors: parameter, gradient, first moment (or the parameter again, where it is quantised), compensation (or
-            the parameter again).
+        layout: the blocks of the parameter.
+        row: number of elements of a row of a quantised first moment; 0 for an unquantised one.
+        ordered: whether the loop needs the row-major index of every element, for random numbers.
+        tensors: parameter, gradient, first moment, compensation; the parameter replaces a first moment that is
+            quantised and a compensation that does not exist.
 
     Returns:
-        int64 tensor.
+        int64 tensor, one-dimensional.
     """
     shape = viewed(tuple(tensors[0].shape), layout.fold) or (1,)
     lead, axis = len(layout.leading), layout.axis
@@ -64,9 +69,9 @@ def encoded(layout: Layout, row: int, ordered: bool, tensors: Sequence[Tensor]) 
 
 
 def _dense(layout: Layout, outer: int, between: int, axis: int, inner: int, row: int) -> Tensor:
-    """Numbers of a tensor that is [outer][between][axis][inner] in memory."""
+    """Encode tensors that are [outer][between][axis][inner] in memory."""
     repeat = layout.runs.repeat
-    if layout.runs.segments == ((axis, 1),):  # one block an outer index: how it is cut makes no difference
+    if layout.runs.segments == ((axis, 1),):  # one block per outer index, so the axes of the block can be merged
         between, inner = 1, between * inner
     if between == 1:
         outer, axis, repeat = 1, outer * axis, outer * repeat
@@ -74,13 +79,13 @@ def _dense(layout: Layout, outer: int, between: int, axis: int, inner: int, row:
 
 
 def _strided(layout: Layout, shape: tuple[int, ...], dims: list[_Dim]) -> Tensor:
-    """Numbers of a tensor whose axes lie anyhow."""
+    """Encode tensors with arbitrary strides."""
     lead, axis = len(layout.leading), layout.axis
     rest = sorted((d for d in range(lead, len(shape)) if d == axis or shape[d] != 1), key=lambda d: -dims[d].strides[0])
     others: list[_Dim] = []
     axis_at = -1
     for d in rest:
-        if d != axis and others and axis_at != len(others) - 1 and dims[d].behind(others[-1]):
+        if d != axis and others and axis_at != len(others) - 1 and dims[d].continues(others[-1]):
             others[-1] = _Dim(others[-1].size * dims[d].size, dims[d].strides)
             continue
         if d == axis:
@@ -94,6 +99,7 @@ def _strided(layout: Layout, shape: tuple[int, ...], dims: list[_Dim]) -> Tensor
 def _numbers(
     layout: Layout, form: int, sizes: tuple[int, ...], leading: Sequence[_Dim], others: Sequence[_Dim], axis_at: int
 ) -> Tensor:
+    """Return the int64 tensor that ``layout_at`` in tensors.h decodes."""
     segments = layout.runs.segments
     numbers = [form, *sizes, len(segments), len(leading), len(others), axis_at]
     numbers += [n for pair in segments for n in pair]
@@ -102,24 +108,24 @@ def _numbers(
 
 
 def _dims(layout: Layout, shape: tuple[int, ...], tensors: Sequence[Tensor]) -> list[_Dim]:
-    """The axes of the view in which axis 0 is split."""
+    """Return the axes of the tensors; a folded layout has axis 0 split in two."""
     strides = [_viewed_strides(t.stride(), shape[1] if layout.fold > 1 else 0) for t in tensors]
     strides.append(tuple(prod(shape[d + 1 :]) for d in range(len(shape))))
     return [_Dim(shape[d], tuple(s[d] for s in strides)) for d in range(len(shape))]
 
 
 def _viewed_strides(strides: tuple[int, ...], split: int) -> tuple[int, ...]:
-    """Strides of a tensor whose axis 0 is split, ``split`` indices a piece; of one without axes, of its one element."""
+    """Return strides with axis 0 split into groups of ``split`` indices (0: not split); (1,) for a 0-dim tensor."""
     if split:
         return (strides[0] * split, *strides)
     return strides or (1,)
 
 
 def _shared_order(dims: list[_Dim], lead: int) -> list[int] | None:
-    """The axes by their order in memory where all tensors are dense in one and the same, leading axes in front.
+    """Return the order of the axes in memory if all tensors are dense in the same order, else None.
 
-    A block is all of its axes but the run's and the leading ones, in any order; so an order of axes is as good as
-    another.
+    The leading axes must come first. The order of all other axes is free, because a block contains all elements along
+    the axes that are neither leading nor the axis of the runs.
     """
     large = [d for d in range(len(dims)) if dims[d].size != 1]
     order = sorted(large, key=lambda d: -dims[d].strides[0])
@@ -128,7 +134,7 @@ def _shared_order(dims: list[_Dim], lead: int) -> list[int] | None:
         if any(stride != expected for stride in dims[d].strides[:-1]):
             return None
         expected *= dims[d].size
-    # Where an axis of one index stands makes no difference.
+    # Axes of size 1 can be at any position.
     leading = [d for d in large if d < lead]
     if order[: len(leading)] != leading:
         return None

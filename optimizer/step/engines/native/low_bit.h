@@ -1,7 +1,10 @@
-// First moments in eight or four bits, as optimizer/step/moments.py specifies them; dense tensors, rows of task.layout.row
-// elements, blocks of kBlock elements that share a scale.
+// The step of tensors whose first moments have eight or four bits, as optimizer/step/moments.py specifies them. Tensors
+// are dense, rows have task.layout.row elements, and kBlock elements share a scale.
 //
-// A scale's block goes through a buffer: the exact new moment, from which the parameter moves, and its codes.
+// For the elements of one scale, the new moment before it is quantised is stored in a buffer. The parameter is updated
+// from these values, and then they are quantised.
+//
+// In this file a block is the elements of one scale; blocks of second moments are called runs, as elsewhere.
 
 #pragma once
 
@@ -12,11 +15,13 @@
 
 namespace adam_mini {
 
+// How many elements ahead parameters are prefetched, and gradients that are not in cache.
 constexpr int64_t kAhead = 512;
 
+// The int8 format: how codes are stored and how scales are rounded.
 struct Int8 {
   using Scale = float;
-  static constexpr int64_t kBlock = ADAM_MINI_INT8_BLOCK, kLevels = ADAM_MINI_INT8_LEVELS;  // of moments.FORMATS
+  static constexpr int64_t kBlock = ADAM_MINI_INT8_BLOCK, kLevels = ADAM_MINI_INT8_LEVELS;  // from moments.FORMATS
   static float scale(float exact) { return exact; }
   static int64_t row_bytes(int64_t n) { return n; }
   static int64_t offset(int64_t within_row) { return within_row; }
@@ -24,10 +29,11 @@ struct Int8 {
   static void pack(const int8_t* codes, uint8_t* to, int64_t n) { std::memcpy(to, codes, n); }
 };
 
+// The int4 format: two codes per byte, and scales in bf16.
 struct Int4 {
   using Scale = bfloat16;
   static constexpr int64_t kBlock = ADAM_MINI_INT4_BLOCK, kLevels = ADAM_MINI_INT4_LEVELS;
-  static float scale(float exact) {  // up, so that no element lies above the largest code
+  static float scale(float exact) {  // rounded up, so that no element exceeds the value of the largest code
     const bfloat16 up{static_cast<uint16_t>((bits_of(exact) + 0xffffu) >> 16)};
     return load(&up);
   }
@@ -41,14 +47,14 @@ struct Int4 {
     }
   }
   static void pack(int8_t* codes, uint8_t* to, int64_t n) {
-    codes[n] = 0;  // a spare nibble; the buffer has room
+    codes[n] = 0;  // an unused nibble is 0; the buffer has room for it
 #pragma omp simd
     for (int64_t i = 0; i < (n + 1) / 2; ++i)
       to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | (static_cast<uint8_t>(codes[2 * i + 1]) << 4));
   }
 };
 
-// |x| as an integer of its width: ordered as the numbers are, NaN above infinity.
+// Returns the bits of |x| as an integer of the same width. They have the order of the numbers, with NaN above infinity.
 inline int32_t magnitude(float x) { return static_cast<int32_t>(bits_of(x) & 0x7fffffffu); }
 inline int64_t magnitude(double x) {
   int64_t bits;
@@ -56,6 +62,7 @@ inline int64_t magnitude(double x) {
   return bits & std::numeric_limits<int64_t>::max();
 }
 
+// Returns the scale of n moments; NaN if one of them is not finite, 0 if all of them are tiny.
 template <typename T, typename Q>
 inline __attribute__((always_inline)) float scale_of(const T* m, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -69,7 +76,8 @@ inline __attribute__((always_inline)) float scale_of(const T* m, int64_t n) {
   return Q::scale(static_cast<float>(absmax / T(Q::kLevels * Q::kLevels)));
 }
 
-// Codes rounded up with the probability that makes their mean right; base: the block's random number.
+// Quantises n moments with stochastic rounding: a code is rounded up with the probability that makes the mean of its
+// value exact. base: the block's random number.
 template <typename T, typename Q>
 inline __attribute__((always_inline)) void quantise(const T* m, int8_t* codes, float scale, int64_t n, uint32_t base) {
   if (!(scale > 0)) return std::fill(codes, codes + n, int8_t(0)), void();
@@ -78,13 +86,14 @@ inline __attribute__((always_inline)) void quantise(const T* m, int8_t* codes, f
   for (int64_t i = 0; i < n; ++i) {
     const T x = std::abs(m[i]) * inverse, low = std::floor(std::sqrt(x));
     const uint32_t bits = (base + static_cast<uint32_t>(i) * 0x9e3779b9u) >> 8;
-    const T share = T(static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-24f);
-    const T code = std::min(T(Q::kLevels), low + (share * (low * T(2) + T(1)) < x - low * low ? T(1) : T(0)));
+    const T uniform = T(static_cast<float>(static_cast<int32_t>(bits)) * 0x1p-24f);
+    const T code = std::min(T(Q::kLevels), low + (uniform * (low * T(2) + T(1)) < x - low * low ? T(1) : T(0)));
     codes[i] = static_cast<int8_t>(static_cast<int32_t>(std::copysign(code, m[i])));
   }
 }
 
-// One block of a scale: element `at` of the tensor, n elements. factor(i) is of the block's element i.
+// Steps the n elements of one scale, which begin at element `at` of the tensor. factor(i) returns the factor of the
+// block's element i.
 template <typename T, typename P, typename Q, int R, typename F>
 inline __attribute__((always_inline)) void low_bit_block(const Tensors<T, P, uint8_t, R>& x, int8_t* codes,
                                                          typename Q::Scale* scale, int64_t at, int64_t n,
@@ -102,11 +111,12 @@ inline __attribute__((always_inline)) void low_bit_block(const Tensors<T, P, uin
   quantise<T, Q>(m, codes, after, n, random);
 }
 
-constexpr int64_t kSpan = 8;  // blocks unpacked at once
+constexpr int64_t kSpan = 8;  // number of blocks that are unpacked together
 
-// Blocks [from, to) of the tensor's; factor_at(element, n) gives the factor of each of n elements as a function.
-// ahead: in how many elements the gradient is needed next from memory; rounding keeps the processor busy for longer
-// than its own prefetching looks.
+// Steps blocks [from, to) of the tensor. factor_at(element, n) returns a function of i: the factor of element i among
+// the n elements from `element` on. ahead: how many elements ahead the gradient is prefetched, which is the distance to
+// the next gradient that is not in cache. The processor's own prefetching does not look that far ahead, because the
+// rounding takes long.
 template <typename T, typename P, typename Q, int R, typename F>
 void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, const F& factor_at) {
   const Tensors<T, P, uint8_t, R> x(task);
@@ -128,7 +138,7 @@ void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, c
       }
       const uint32_t random = random_bits(static_cast<uint32_t>(b), start);
       const auto factor = factor_at(at, count);
-      if (count == Q::kBlock)  // a loop of known length is a faster one
+      if (count == Q::kBlock)  // with a constant length the compiler makes a faster loop
         low_bit_block<T, P, Q, R>(x, codes + done, scales + b, at, Q::kBlock, s, random, factor);
       else
         low_bit_block<T, P, Q, R>(x, codes + done, scales + b, at, count, s, random, factor);
@@ -137,32 +147,34 @@ void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, c
   }
 }
 
+// The factor of every element of a block, if it is the same for all.
 template <typename T>
-struct Same {
+struct SharedFactor {
   T value;
   T operator()(int64_t) const { return value; }
 };
 
+// The factor of every element of a block, if each has its own.
 template <typename T>
-struct Each {
+struct ElementFactors {
   const T* values;
   T operator()(int64_t i) const { return values[i]; }
 };
 
-// Blocks [from, to), one factor for all.
+// Steps blocks [from, to), whose elements all have the same factor.
 template <typename T, typename P, typename Q, int R>
 void low_bit_blocks_of(const Task& task, int64_t from, int64_t to, int64_t ahead, T factor) {
-  low_bit_blocks<T, P, Q, R>(task, from, to, ahead, [=](int64_t, int64_t) { return Same<T>{factor}; });
+  low_bit_blocks<T, P, Q, R>(task, from, to, ahead, [=](int64_t, int64_t) { return SharedFactor<T>{factor}; });
 }
 
-// Where an index of the axis holds whole rows: as in dense.h.
+// Steps one chunk of a tensor in which an index of the axis consists of whole rows, so no row belongs to two runs.
 template <typename T, typename P, typename Q, int R>
-void low_bit_rows_piece(const Task& task, int64_t k) {
+void low_bit_rows_chunk(const Task& task, int64_t k) {
   const Tensors<T, P, uint8_t, R> x(task);
   const Layout& l = task.layout;
   const Step<T>& s = task.of<T>();
   const int64_t from = k * task.window, to = std::min(l.axis, from + task.window);
-  const int64_t blocks = l.inner / l.row * ((l.row + Q::kBlock - 1) / Q::kBlock);  // of an index
+  const int64_t blocks = l.inner / l.row * ((l.row + Q::kBlock - 1) / Q::kBlock);  // per index of the axis
   each_run(l, from, to, [&](int64_t first, int64_t length) {
     const int64_t count = length * l.inner;
     if (count > kLong) return;
@@ -171,6 +183,7 @@ void low_bit_rows_piece(const Task& task, int64_t k) {
   });
 }
 
+// Steps the runs of a tensor that have more than kLong elements, one after another; all threads share each run.
 template <typename T, typename P, typename Q, int R>
 void low_bit_long_runs(const Task& task, int threads) {
   const Tensors<T, P, uint8_t, R> x(task);
@@ -178,11 +191,11 @@ void low_bit_long_runs(const Task& task, int threads) {
   const Step<T>& s = task.of<T>();
   const int64_t blocks = l.inner / l.row * ((l.row + Q::kBlock - 1) / Q::kBlock), share = kChunk / Q::kBlock;
   each_run(l, 0, l.axis, [&](int64_t first, int64_t length) {
-    const int64_t at = first * l.inner, count = length * l.inner, pieces = (count + kChunk - 1) / kChunk;
+    const int64_t at = first * l.inner, count = length * l.inner, chunks = (count + kChunk - 1) / kChunk;
     if (count <= kLong) return;
-    std::vector<double> parts(pieces);
+    std::vector<double> parts(chunks);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t c = 0; c < pieces; ++c)
+    for (int64_t c = 0; c < chunks; ++c)
       parts[c] = sum_of_squares<T>(x.g + at + c * kChunk, std::min(kChunk, count - c * kChunk));
     double total = 0;
     for (double part : parts) total += part;
@@ -194,7 +207,8 @@ void low_bit_long_runs(const Task& task, int threads) {
   });
 }
 
-// Where rows cross indices of the axis, all second moments come first, in windows as in dense.h.
+// Updates the second moments of one window of the axis, at one outer index. If a row crosses indices of the axis, the
+// step updates all second moments of the tensor before it updates any parameter.
 template <typename T, typename P>
 void second_moments(const Task& task, int64_t k) {
   const P* g = reinterpret_cast<const P*>(task.grad);
@@ -213,6 +227,7 @@ void second_moments(const Task& task, int64_t k) {
   });
 }
 
+// Steps a tensor in which rows cross indices of the axis: second moments first, then blocks in any order.
 template <typename T, typename P, typename Q, int R>
 void low_bit_any(const Task& task, int threads) {
   const Layout& l = task.layout;
@@ -226,19 +241,20 @@ void low_bit_any(const Task& task, int threads) {
   for (int64_t b = 0; b < blocks; b += share) {
     T factors[Q::kBlock];
     low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), kAhead, [&](int64_t at, int64_t n) {
-      int64_t index = at / l.inner, left = l.inner - at % l.inner;  // of axis and everything in front; until the next
-      int64_t o = index / (l.axis * l.between), a = index % l.axis, b = index / l.axis % l.between;
+      // index: row-major index over the axis and all axes in front of it. left: elements until the next index.
+      int64_t index = at / l.inner, left = l.inner - at % l.inner;
+      int64_t o = index / (l.axis * l.between), a = index % l.axis, between = index / l.axis % l.between;
       for (int64_t i = 0; i < n; ++i) {
         factors[i] = v[o * l.axis + a];
         if (--left) continue;
         left = l.inner;
         if (++a < l.axis) continue;
         a = 0;
-        if (++b == l.between) b = 0, ++o;
+        if (++between == l.between) between = 0, ++o;
       }
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) factors[i] = s.factor(factors[i]);
-      return Each<T>{factors};
+      return ElementFactors<T>{factors};
     });
   }
 }

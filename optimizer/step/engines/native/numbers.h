@@ -1,4 +1,4 @@
-// Element types, how they round, and the counter-based random numbers.
+// Element types and their rounding, the numbers of a step, and the counter-based random numbers.
 
 #pragma once
 
@@ -38,7 +38,7 @@ inline void store(float* p, float x) { *p = x; }
 inline void store(float16* p, float x) { p->value = static_cast<_Float16>(x); }
 inline void store(bfloat16* p, float x) { p->bits = nearest_bfloat16(bits_of(x)); }
 
-// 32 random bits of element i; start: step * 0x85ebca6b + seed. The finaliser is Wellons' lowbias32.
+// Returns 32 random bits of element i; start is step * 0x85ebca6b + seed. The finaliser is Wellons' lowbias32.
 inline uint32_t random_bits(uint32_t i, uint32_t start) {
   uint32_t x = i * 0x9e3779b9u + start;
   x ^= x >> 16;
@@ -48,16 +48,17 @@ inline uint32_t random_bits(uint32_t i, uint32_t start) {
   return x ^ (x >> 16);
 }
 
-// What is the same for every element of a tensor. T: float, or double for double parameters. Computed in double.
+// The numbers of a step, which are the same for every element of a tensor. T is float, or double for double parameters.
+// They are computed in double precision.
 template <typename T>
 struct Step {
   T beta1, rest1, beta2, rest2;  // rest: 1 - beta
   T keep, decay;                 // 1 - lr * weight_decay, -lr * weight_decay
-  T unscale;                     // gradients are multiplied by this (+-1 / grad scale)
+  T unscale;                     // the factor of the gradients: 1 / grad scale, negative to ascend
   T lr_corrected;                // lr / (1 - beta1^t)
   T root2;                       // sqrt(1 - beta2^t)
   T eps;
-  uint32_t count;  // t
+  uint32_t count;                // t, the number of steps taken, this one included
 
   T factor(T v) const { return lr_corrected / (std::sqrt(v) / root2 + eps); }
   T advance(T v, double mean) const { return beta2 * v + rest2 * static_cast<T>(mean) * unscale * unscale; }
@@ -65,8 +66,8 @@ struct Step {
 
 enum Rounding { kNearest = 0, kStochastic = 1, kKahan = 2 };
 
-// A parameter and how its new value, keep * old - change, is rounded. Positions: of the parameter, of its
-// compensation, and in row-major order.
+// A parameter and the rounding of its new value, keep * old - change. The arguments of put are the offset in the
+// parameter, the offset in its compensation, the row-major index of the element, the step and the change.
 template <typename T, typename P, int R>
 struct Target {
   P* p;
@@ -97,10 +98,10 @@ struct Target<T, bfloat16, kKahan> {
   bfloat16* compensation;
   uint32_t start;
 
-  void put(int64_t at, int64_t beside, int64_t, const Step<T>& s, T change) const {
-    const T old = load(p + at), y = load(compensation + beside) + (s.decay * old - change);
+  void put(int64_t at, int64_t compensation_at, int64_t, const Step<T>& s, T change) const {
+    const T old = load(p + at), y = load(compensation + compensation_at) + (s.decay * old - change);
     store(p + at, old + y);
-    store(compensation + beside, y - (load(p + at) - old));
+    store(compensation + compensation_at, y - (load(p + at) - old));
   }
 };
 

@@ -1,4 +1,4 @@
-"""Tensors in, one call for all of them out."""
+"""The Python side of the native loop: which tensors it supports, and one call of it for all tensors of a group."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .layouts import encoded, overlaps
 from .library import library
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_LOW_BIT = {kept.dtype: kept.bits for kept in FORMATS.values()}
-_PAIRS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 3),
-          *((p, bits) for p in range(4) for bits in _LOW_BIT.values())}  # fmt: skip
-"""(parameter and gradient, first moment) the loop is compiled for."""
+_LOW_BIT = {format.dtype: format.bits for format in FORMATS.values()}
+_UNQUANTISED_PAIRS = {(0, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 3)}
+_PAIRS = _UNQUANTISED_PAIRS | {(p, bits) for p in range(4) for bits in _LOW_BIT.values()}
+"""Pairs of codes (dtype of parameter and gradient, dtype or bits of first moment) that the loop is compiled for."""
 _ROUNDINGS = {None: 0, "stochastic": 1, "kahan": 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _STATE = ("exp_avg", "exp_avg_sq", "step", "exp_avg_scale", "compensation")
@@ -32,19 +32,19 @@ _DTYPE = attrgetter("dtype")
 def obstacle(
     parameter: Tensor, grad: Tensor, state: Mapping[str, Any], *, rounding: str | None = None, low_bit: bool = False
 ) -> str | None:
-    """Why the loop cannot take these tensors, in words, or None where it can.
+    """Return why the native loop does not support these tensors, in words, or None if it does.
 
     Args:
         parameter: the parameter.
         grad: its gradient.
-        state: its state, or an empty one where there is none yet.
-        rounding: of bf16 parameters: None (to nearest), "stochastic", "kahan".
-        low_bit: whether the state to come, where there is none yet, holds a quantised first moment.
+        state: its state; empty before the first step.
+        rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
+        low_bit: whether the state will contain a quantised first moment; needed if ``state`` is empty.
     """
     if type(parameter) not in _PLAIN or type(grad) is not Tensor:
         return f"they are {type(parameter).__name__} and {type(grad).__name__}, not plain tensors"
     if parameter.device.type != "cpu" or grad.device.type != "cpu":
-        return f"they are on {parameter.device} and {grad.device}"
+        return f"they are on {parameter.device} and {grad.device}, not on the CPU"
     if parameter.layout is not torch.strided or grad.layout is not torch.strided:
         return f"their layouts are {parameter.layout} and {grad.layout}"
     if grad.dtype is not parameter.dtype or parameter.dtype not in _CODES:
@@ -52,7 +52,7 @@ def obstacle(
     if grad.shape != parameter.shape or grad.is_neg():
         return f"the gradient has shape {tuple(grad.shape)} or a negative view; the parameter {tuple(parameter.shape)}"
     if rounding is not None and (parameter.dtype is not torch.bfloat16 or rounding not in _ROUNDINGS):
-        return f"bf16_rounding={rounding!r} is none of {list(_ROUNDINGS)}, or the parameter is not bfloat16"
+        return f"bf16_rounding={rounding!r} is not one of {list(_ROUNDINGS)}, or the parameter is not bfloat16"
     if parameter.numel() and overlaps(parameter):
         return f"elements of the parameter share memory (strides {parameter.stride()})"
     if low_bit or "exp_avg_scale" in state:
@@ -63,21 +63,21 @@ def obstacle(
 
 
 def _state_obstacle(parameter: Tensor, state: Mapping[str, Any], rounding: str | None) -> str | None:
-    """Why the loop cannot take the state of a parameter that it takes."""
-    wanted = ["exp_avg", "exp_avg_sq", "step", *(["compensation"] if rounding == "kahan" else [])]
-    for name in (*wanted, *(["exp_avg_scale"] if "exp_avg_scale" in state else [])):
+    """Return why the loop does not support the state of a parameter that it supports, or None if it does."""
+    required = ["exp_avg", "exp_avg_sq", "step", *(["compensation"] if rounding == "kahan" else [])]
+    for name in (*required, *(["exp_avg_scale"] if "exp_avg_scale" in state else [])):
         tensor = state.get(name)
         if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             return f"their state's {name} is not a plain tensor on the CPU"
-    first, second, taken = (state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
+    first, second, step = (state[name] for name in ("exp_avg", "exp_avg_sq", "step"))
     if second.dtype is not second_moment_dtype(parameter):
         return f"their exp_avg_sq is {second.dtype}"
-    if not second.is_contiguous() or taken.dtype is not torch.float32 or taken.numel() != 1:
-        return "their exp_avg_sq is not contiguous, or their step not one float32"
+    if not second.is_contiguous() or step.dtype is not torch.float32 or step.numel() != 1:
+        return "their exp_avg_sq is not contiguous, or their step is not one float32"
     scale = state.get("exp_avg_scale")
     code = (_CODES if scale is None else _LOW_BIT).get(first.dtype)
     if code is None or (_CODES[parameter.dtype], code) not in _PAIRS:
-        return f"their exp_avg is {first.dtype} beside a parameter of {parameter.dtype}"
+        return f"their exp_avg is {first.dtype} and the parameter is {parameter.dtype}"
     if scale is not None:
         return _scale_obstacle(parameter, first, scale)
     compensation = [state["compensation"]] if rounding == "kahan" else []
@@ -89,52 +89,84 @@ def _state_obstacle(parameter: Tensor, state: Mapping[str, Any], rounding: str |
 
 
 def _scale_obstacle(parameter: Tensor, codes: Tensor, scale: Tensor) -> str | None:
-    """Likewise, of a quantised first moment."""
-    kept, lead = format_of(codes), scale.dim() - 1
-    stored, wanted = stored_shapes(tuple(parameter.shape[:lead]), parameter.shape[lead:], kept)
-    if tuple(codes.shape) != stored or tuple(scale.shape) != wanted or scale.dtype is not kept.scale_dtype:
+    """Return why the loop does not support a quantised first moment, or None if it does."""
+    format, lead = format_of(codes), scale.dim() - 1
+    codes_shape, scale_shape = stored_shapes(tuple(parameter.shape[:lead]), parameter.shape[lead:], format)
+    if tuple(codes.shape) != codes_shape or tuple(scale.shape) != scale_shape or scale.dtype is not format.scale_dtype:
         return f"their quantised exp_avg and its scale have shapes {tuple(codes.shape)} and {tuple(scale.shape)}"
     return None if codes.is_contiguous() and scale.is_contiguous() else "their quantised exp_avg is not contiguous"
 
 
 def _row(parameter: Tensor, scale: Tensor) -> int:
-    """Elements of a row of the quantised first moment: the scale has its last axis in their place."""
+    """Return the elements of a row of a quantised first moment; the scale's last axis replaces the row's axes."""
     return prod(parameter.shape[scale.dim() - 1 :])
 
 
 class Ready:
-    """A tensor the loop can take, with everything that stays from step to step looked up once.
+    """A parameter that the native loop supports, with the data for its call, which stay the same from step to step.
 
-    Addresses are only believed while the parameter and its state are the same objects at the same place.
+    The addresses in the record are valid while the parameter and its state are the same objects with the same storage.
+
+    Attributes:
+        shape: shape of the parameter and of its gradient.
+        dtype: dtype of the gradient.
+        strides: strides of the parameter.
+        grad_strides: strides of the gradient.
+        may_be_negative: whether a gradient of these strides can be a negative view.
+        state: the state tensors in the order of ``_STATE``, None for a missing one.
+        state_values: all values of the state in the order of its dict.
+        state_addresses: addresses of the tensors among ``state_values``.
+        record: the numbers of ``Record`` in tensors.h.
     """
 
-    __slots__ = ("_layout", "careful", "dtype", "given", "places", "record", "shape", "state", "strides", "values")
+    __slots__ = (
+        "_layout",
+        "dtype",
+        "grad_strides",
+        "may_be_negative",
+        "record",
+        "shape",
+        "state",
+        "state_addresses",
+        "state_values",
+        "strides",
+    )
 
     def __init__(
         self, parameter: Tensor, grad: Tensor, state: Mapping[str, Tensor], layout: Tensor, seed: int, rounding: int
     ) -> None:
         self.shape, self.dtype = parameter.shape, grad.dtype
-        self.strides, self.given = parameter.stride(), grad.stride()
-        # A negative view has every other sign, and only where memory has gaps or is one element can autograd make one.
-        self.careful = not grad.is_contiguous() or grad.numel() == 1
+        self.strides, self.grad_strides = parameter.stride(), grad.stride()
+        # The memory of a negative view has the opposite sign. Autograd only creates such views with gaps in memory or
+        # with a single element.
+        self.may_be_negative = not grad.is_contiguous() or grad.numel() == 1
         self.state = tuple(state.get(name) for name in _STATE)
-        self.values = tuple(state.values())
-        self.places = tuple(t.data_ptr() for t in self.values if isinstance(t, Tensor))
+        self.state_values = tuple(state.values())
+        self.state_addresses = tuple(t.data_ptr() for t in self.state_values if isinstance(t, Tensor))
         self._layout = layout
-        first, second, taken, scale, compensation = (0 if t is None else t.data_ptr() for t in self.state)
+        first, second, step, scale, compensation = (0 if t is None else t.data_ptr() for t in self.state)
         low_bit = self.state[3] is not None
         self.record = (
-            parameter.data_ptr(), first, second, taken, layout.data_ptr(), scale, compensation, seed,
-            _CODES[parameter.dtype], (_LOW_BIT if low_bit else _CODES)[state["exp_avg"].dtype], rounding,
-        )  # fmt: skip
+            parameter.data_ptr(),
+            first,
+            second,
+            step,
+            layout.data_ptr(),
+            scale,
+            compensation,
+            seed,
+            _CODES[parameter.dtype],
+            (_LOW_BIT if low_bit else _CODES)[state["exp_avg"].dtype],
+            rounding,
+        )
 
-    def takes(self, parameter: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
-        """Whether nothing has changed that the loop relies on."""
-        if not all(state.get(name) is held for name, held in zip(_STATE, self.state, strict=True)):
+    def matches(self, parameter: Tensor, grad: Tensor, state: Mapping[str, Any]) -> bool:
+        """Whether the record is still valid for these tensors."""
+        if not all(state.get(name) is tensor for name, tensor in zip(_STATE, self.state, strict=True)):
             return False
-        one = Batches(1)
-        one.add(self, parameter, grad)
-        return one.takes([parameter], [grad], {parameter: state})
+        single = Batches(1)
+        single.add(self, parameter, grad)
+        return single.matches([parameter], [grad], {parameter: state})
 
 
 def prepare(
@@ -146,33 +178,34 @@ def prepare(
     seed: int = 0,
     rounding: str | None = None,
 ) -> Ready | None:
-    """A ``Ready`` for the tensor, or None where the loop cannot take it.
+    """Return a ``Ready`` for the parameter, or None if the native loop does not support it.
 
     Args:
         parameter: the parameter.
         grad: its gradient, any strides.
-        state: exp_avg, exp_avg_sq, step; exp_avg_scale where exp_avg is quantised; compensation for "kahan".
-        layout: the parameter's blocks.
-        seed: uint32, for "stochastic".
-        rounding: of bf16 parameters: None (to nearest), "stochastic", "kahan".
+        state: exp_avg, exp_avg_sq, step; exp_avg_scale if exp_avg is quantised; compensation for "kahan".
+        layout: the blocks of the parameter.
+        seed: the tensor's seed, uint32, for random rounding.
+        rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
     """
     if not state or obstacle(parameter, grad, state, rounding=rounding) is not None:
         return None
     scale = state.get("exp_avg_scale")
     moment = state["exp_avg"] if scale is None else parameter
-    in_numbers = encoded(
+    encoded_layout = encoded(
         layout,
         0 if scale is None else _row(parameter, scale),
         rounding is not None,
         (parameter, grad, moment, state["compensation"] if rounding == "kahan" else parameter),
     )
-    return Ready(parameter, grad, state, in_numbers, seed & 0xFFFFFFFF, _ROUNDINGS[rounding])
+    return Ready(parameter, grad, state, encoded_layout, seed & 0xFFFFFFFF, _ROUNDINGS[rounding])
 
 
 class Batches:
-    """The tensors of one group that the loop takes; kept from step to step, with only gradients looked up anew.
+    """The tensors of one group in one call of the native loop, kept from step to step.
 
-    What is asked of every tensor at every step is asked in passes over lists, which cost a fraction of a loop's body.
+    At every step only the addresses of the gradients are read again, and all else is checked for changes. The checks
+    are passes over whole lists, because a Python loop over the tensors would cost several times more.
     """
 
     def __init__(self, size: int) -> None:
@@ -181,49 +214,51 @@ class Batches:
         self._ready: list[Ready] = []
         self._tensors: list[Tensor] = []
         self._records, self._gradients = array("q"), array("q")
-        self._known: _Known | None = None
+        self._snapshot: _Snapshot | None = None
 
     def __len__(self) -> int:
         return len(self._positions)
 
     @property
     def others(self) -> list[int]:
-        """Positions in the group of what it does not hold."""
+        """Positions in the group of the parameters that are not part of the call."""
         if len(self._positions) == self._size:
             return []
         return sorted(set(range(self._size)).difference(self._positions))
 
     def add(self, ready: Ready, parameter: Tensor, grad: Tensor, position: int = 0) -> None:
-        """One more tensor, at ``position`` of its group; it and its gradient must stay alive until ``step``."""
-        self._known = None
+        """Add the parameter at ``position`` of its group; it and its gradient must exist until ``step`` is called."""
+        self._snapshot = None
         self._positions.append(position)
         self._ready.append(ready)
         self._tensors.append(parameter)
         self._records.extend(ready.record)
         self._gradients.append(grad.data_ptr())
 
-    def takes(
+    def matches(
         self, parameters: Sequence[Tensor], grads: Sequence[Tensor | None], states: Mapping[Tensor, Mapping[str, Any]]
     ) -> bool:
-        """Whether everything it holds can be taken again, with these gradients; if not, nothing of it can be used.
+        """Whether the call can be repeated with these gradients, whose addresses are then stored.
+
+        If not, these batches must not be used again.
 
         Args:
-            parameters: of the whole group.
-            grads: theirs, or None.
-            states: theirs.
+            parameters: all parameters of the group.
+            grads: their gradients; None for a parameter without one.
+            states: the state of each parameter.
         """
         if len(parameters) != self._size or not self._positions:
             return False
         if len(self._positions) != self._size:
             parameters = [parameters[i] for i in self._positions]
             grads = [grads[i] for i in self._positions]
-        if self._known is None:
-            self._known = _Known(self._ready)
+        if self._snapshot is None:
+            self._snapshot = _Snapshot(self._ready)
         try:
-            if not all(map(is_, parameters, self._tensors)) or not self._known.same(parameters, states):
+            if not all(map(is_, parameters, self._tensors)) or not self._snapshot.matches(parameters, states):
                 return False
-            addresses = self._known.gradients(grads)
-        except (KeyError, TypeError, RuntimeError):  # no state, no gradient, none with an address
+            addresses = self._snapshot.addresses_of(grads)
+        except (KeyError, TypeError, RuntimeError):  # a state or gradient is missing, or a tensor has no address
             return False
         if addresses is None:
             return False
@@ -241,65 +276,75 @@ class Batches:
         maximize: bool,
         grad_scale: float = 1.0,
     ) -> None:
-        """One Adam-mini step of every tensor, its counter included.
+        """Take one Adam-mini step of every tensor, in place, and increment the step counters.
 
         Args:
-            lr: as in ``adam_mini_update``; likewise those up to ``maximize``.
-            beta1: see there.
-            beta2: see there.
-            eps: see there.
-            weight_decay: see there.
-            maximize: see there.
-            grad_scale: what gradients were multiplied by; they are read divided by it and not changed.
+            lr: learning rate.
+            beta1: decay rate of the first moment, in [0, 1).
+            beta2: decay rate of the second moment, in [0, 1).
+            eps: added to the square root of the bias-corrected second moment.
+            weight_decay: coefficient of the decoupled weight decay.
+            maximize: whether to ascend the gradient instead of descending it.
+            grad_scale: the factor by which the gradients were multiplied. The step divides by it and does not change
+                the gradients.
         """
         if not self._positions:
             return
         loaded = library()
         assert loaded is not None
         loaded.adam_mini_step(
-            len(self._positions), self._records.buffer_info()[0], self._gradients.buffer_info()[0], lr, beta1, beta2,
-            eps, weight_decay, (-1.0 if maximize else 1.0) / grad_scale, torch.get_num_threads(),
-        )  # fmt: skip
-        # The loop writes behind autograd's back: a graph that still needs the old values must notice.
+            len(self._positions),
+            self._records.buffer_info()[0],
+            self._gradients.buffer_info()[0],
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            (-1.0 if maximize else 1.0) / grad_scale,
+            torch.get_num_threads(),
+        )
+        # Autograd does not see what the loop writes. With new versions, a backward pass that needs the old values fails
+        # instead of using the new ones.
         torch.autograd.graph.increment_version(self._tensors)
 
 
-class _Known:
-    """What must not have changed, as lists to compare with."""
+class _Snapshot:
+    """The properties of all tensors on which the records rely, as lists to compare with at every step."""
 
     def __init__(self, ready: Sequence[Ready]) -> None:
-        self._at = [r.record[0] for r in ready]
+        self._addresses = [r.record[0] for r in ready]
         self._sizes = [r.shape for r in ready]
         self._strides = [r.strides for r in ready]
-        self._values = list(chain.from_iterable(r.values for r in ready))
-        self._places = list(chain.from_iterable(r.places for r in ready))
+        self._state_values = list(chain.from_iterable(r.state_values for r in ready))
+        self._state_addresses = list(chain.from_iterable(r.state_addresses for r in ready))
         self._dtypes = [r.dtype for r in ready]
-        self._given = [r.given for r in ready]
-        self._careful = [i for i, r in enumerate(ready) if r.careful]
+        self._grad_strides = [r.grad_strides for r in ready]
+        self._may_be_negative = [i for i, r in enumerate(ready) if r.may_be_negative]
 
-    def same(self, parameters: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-        """Whether the parameters and all their state lie where they lay."""
-        of_each: Any = map(states.__getitem__, parameters)
-        values: list[Tensor] = list(chain.from_iterable(map(dict.values, of_each)))
+    def matches(self, parameters: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether the parameters and all state tensors have the same addresses, shapes and strides as before."""
+        parameter_states: Any = map(states.__getitem__, parameters)
+        values: list[Tensor] = list(chain.from_iterable(map(dict.values, parameter_states)))
         return (
-            len(values) == len(self._values)
-            and all(map(is_, values, self._values))
-            and list(map(Tensor.data_ptr, values)) == self._places
-            and list(map(Tensor.data_ptr, parameters)) == self._at
+            len(values) == len(self._state_values)
+            and all(map(is_, values, self._state_values))
+            and list(map(Tensor.data_ptr, values)) == self._state_addresses
+            and list(map(Tensor.data_ptr, parameters)) == self._addresses
             and list(map(Tensor.size, parameters)) == self._sizes
             and list(map(Tensor.stride, parameters)) == self._strides
         )
 
-    def gradients(self, grads: Sequence[Tensor | None]) -> list[int] | None:
-        """Addresses of the gradients, or None where one is not what the loop was prepared for."""
+    def addresses_of(self, grads: Sequence[Tensor | None]) -> list[int] | None:
+        """Return the addresses of the gradients, or None if one of them differs from what the record describes."""
         if set(map(type, grads)) != {Tensor}:
             return None
-        given: Any = grads
+        tensors: Any = grads
         if (
-            list(map(_DTYPE, given)) != self._dtypes
-            or list(map(Tensor.stride, given)) != self._given
-            or list(map(Tensor.size, given)) != self._sizes
-            or any(given[i].is_neg() for i in self._careful)
+            list(map(_DTYPE, tensors)) != self._dtypes
+            or list(map(Tensor.stride, tensors)) != self._grad_strides
+            or list(map(Tensor.size, tensors)) != self._sizes
+            or any(tensors[i].is_neg() for i in self._may_be_negative)
         ):
             return None
-        return list(map(Tensor.data_ptr, given))
+        return list(map(Tensor.data_ptr, tensors))

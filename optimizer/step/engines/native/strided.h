@@ -1,5 +1,5 @@
-// Tensors under any strides: correct before fast. A piece is a few blocks; of a block, the axis with the smallest
-// stride is the innermost loop.
+// The step of tensors with arbitrary strides. It is meant to be correct and not to be fast. A chunk consists of a few
+// blocks, and the innermost loop over a block runs along the axis with the smallest stride.
 
 #pragma once
 
@@ -9,17 +9,18 @@ namespace adam_mini {
 
 constexpr int kMaxDims = 80;  // torch's own limit is 64
 
-// A position in every tensor.
+// The offset of one element in every tensor, and its row-major index.
 struct Position {
   int64_t param = 0, grad = 0, moment = 0, compensation = 0, index = 0;
 
+  // Returns the position `steps` indices further along the axis d.
   Position after(const Dim& d, int64_t steps) const {
     return {param + steps * d.param, grad + steps * d.grad, moment + steps * d.moment,
             compensation + steps * d.compensation, index + steps * d.index};
   }
 };
 
-// f(position, dim) for every line along the last of the axes.
+// Calls f(position, dim) for every line of elements along the last of n axes.
 template <typename F>
 void each_line(const Dim* dims, int64_t n, const Position& at, F&& f) {
   if (n == 0) {
@@ -31,6 +32,7 @@ void each_line(const Dim* dims, int64_t n, const Position& at, F&& f) {
   }
 }
 
+// Returns the position of the first element of outer index o.
 inline Position outer_position(const Layout& l, int64_t o) {
   Position at;
   for (int64_t d = l.leading - 1; d >= 0; --d) {
@@ -40,7 +42,8 @@ inline Position outer_position(const Layout& l, int64_t o) {
   return at;
 }
 
-// The axes of a block: the run in place of the axis, axes of size one left out.
+// Writes the axes of a block to `out` and returns their number. The axis of the runs has the size of the run, and axes
+// of size 1 are left out.
 inline int64_t block_dims(const Layout& l, int64_t length, Dim* out) {
   int64_t n = 0;
   for (int64_t d = 0; d < l.others; ++d) {
@@ -51,6 +54,7 @@ inline int64_t block_dims(const Layout& l, int64_t length, Dim* out) {
   return n;
 }
 
+// Updates the first moments and parameters of one line of elements, which all have the same factor.
 template <typename T, typename P, typename M, int R>
 void strided_line(const Tensors<T, P, M, R>& x, const Position& at, const Dim& d, const Step<T>& s, T factor) {
   for (int64_t i = 0; i < d.size; ++i) {
@@ -61,8 +65,9 @@ void strided_line(const Tensors<T, P, M, R>& x, const Position& at, const Dim& d
   }
 }
 
+// Steps one chunk of a tensor.
 template <typename T, typename P, typename M, int R>
-void strided_piece(const Task& task, int64_t k) {
+void strided_chunk(const Task& task, int64_t k) {
   const Tensors<T, P, M, R> x(task);
   const Layout& l = task.layout;
   const Step<T>& s = task.of<T>();

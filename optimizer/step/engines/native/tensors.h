@@ -1,4 +1,4 @@
-// What a tensor is to the loop: its record, its layout, and the pieces its step is cut into.
+// The description of a tensor for the native loop: its record, its layout, and the chunks into which its step is cut.
 
 #pragma once
 
@@ -9,20 +9,22 @@
 
 namespace adam_mini {
 
-// As step.py writes it, one int64 each.
+// One parameter, as step.py encodes it: one int64 per field. The first seven fields are addresses, 0 for a tensor that
+// does not exist.
 struct Record {
-  int64_t param, moment, second, counter, layout, scale, compensation, seed;
+  int64_t param, moment, second, counter, layout, scale, compensation;
+  int64_t seed;
   int64_t dtype, moment_dtype, rounding;
 };
 
 enum Form { kDense = 0, kStrided = 1 };
 
-// Distance between neighbours along one axis in each tensor, and in row-major order.
+// One axis: its size, its stride in each tensor, and its stride in row-major order.
 struct Dim { int64_t size, param, grad, moment, compensation, index; };
 
-// A dense tensor is [outer][between][axis][inner] in memory; its blocks are runs along axis, repeated for each outer
-// index. Of a strided one only the products count; its axes are listed: the leading ones, then all others, axis at
-// position axis_at among them, largest strides first.
+// A dense tensor is [outer][between][axis][inner] in memory. Its blocks are runs along axis, repeated for each outer
+// index. A strided tensor has the same four sizes as products of its axes, which `dims` lists: first the leading axes,
+// then all others by decreasing stride. The axis of the runs is number axis_at among the others.
 struct Layout {
   int64_t form, outer, between, axis, inner, repeat, row, segments, leading, others, axis_at;
   const int64_t* lengths;  // (length, count) pairs
@@ -32,13 +34,14 @@ struct Layout {
   bool ones() const { return segments == 1 && lengths[0] == 1; }
 };
 
+// Decodes a layout that layouts.py encoded at this address.
 inline Layout layout_at(int64_t address) {
   const int64_t* n = reinterpret_cast<const int64_t*>(address);
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n + 11,
           reinterpret_cast<const Dim*>(n + 11 + 2 * n[7])};
 }
 
-// f(first, length) for each run that starts in [from, to), both along the axis.
+// Calls f(first, length) for each run that begins in [from, to), where all numbers are indices along the axis.
 template <typename F>
 void each_run(const Layout& l, int64_t from, int64_t to, F&& f) {
   const int64_t period = l.axis / std::max<int64_t>(1, l.repeat);
@@ -56,25 +59,25 @@ void each_run(const Layout& l, int64_t from, int64_t to, F&& f) {
   }
 }
 
-constexpr int64_t kChunk = 1 << 15;  // elements of a piece of work: with its moment and gradient well inside L2
-constexpr int64_t kLong = 1 << 17;   // a run of more elements than this is shared by all threads
+constexpr int64_t kChunk = 1 << 15;  // elements of a chunk; its parameter, moment and gradient fit in the L2 cache
+constexpr int64_t kLong = 1 << 17;   // elements; a longer run is shared by all threads
 
-// The step of one tensor, in pieces that do not depend on each other.
+// The step of one tensor, cut into chunks that do not depend on each other.
 struct Task {
-  void (*piece)(const Task&, int64_t);
+  void (*process)(const Task&, int64_t);  // steps one chunk, given by its number
   const Record* record;
   int64_t grad;
   const void* step;  // Step<T>
   Layout layout;
-  int64_t window;  // indices of the axis whose runs make a piece
-  int64_t pieces;
-  int64_t first;  // number of its first piece among those of all tensors
+  int64_t window;  // indices of the axis; a chunk consists of the runs that begin in a window
+  int64_t chunks;
+  int64_t first_chunk;  // number of the tensor's first chunk among the chunks of all tensors
 
   template <typename T> const Step<T>& of() const { return *static_cast<const Step<T>*>(step); }
   int64_t windows() const { return (layout.axis + window - 1) / window; }
 };
 
-// The tensors of a task under their types.
+// The tensors of a task as typed pointers.
 template <typename T, typename P, typename M, int R>
 struct Tensors {
   Target<T, P, R> to;
@@ -90,10 +93,11 @@ struct Tensors {
         v(reinterpret_cast<T*>(task.record->second)) {}
 };
 
+// Returns the sum of squares of n contiguous gradients.
 template <typename T, typename G>
 double sum_of_squares(const G* g, int64_t n) {
   double total = 0;
-  for (int64_t start = 0; start < n; start += 4096) {  // short sums in T, their sum in double
+  for (int64_t start = 0; start < n; start += 4096) {  // short sums in T are added in double precision
     const int64_t stop = std::min(n, start + 4096);
     T part = 0;
 #pragma omp simd reduction(+ : part)
@@ -106,16 +110,17 @@ double sum_of_squares(const G* g, int64_t n) {
   return total;
 }
 
-constexpr int64_t kLanes = 64;  // sums side by side: enough that no addition waits for the one before
+constexpr int64_t kLanes = 64;  // number of parallel sums; with so many, no addition waits for the previous one
 
-// Asks for kLanes elements before they are needed; an address behind the end of a tensor is no error here.
+// Prefetches kLanes elements. Prefetching an address beyond the end of a tensor is allowed.
 template <typename E>
 inline __attribute__((always_inline)) void fetch(const E* at) {
   for (int64_t j = 0; j < kLanes; j += 64 / static_cast<int64_t>(sizeof(E))) __builtin_prefetch(at + j, 0, 3);
 }
 
-// Sum of squares of a short run of gradients. A sum reads one stream of memory and the update three: what the update of
-// this run and the sum of the next one will read is asked for meanwhile, so that memory is as busy in one as in the other.
+// Returns the sum of squares of a short run of gradients. A sum reads one stream of memory, but an update reads three.
+// So the sum also prefetches what the update of this run and the sum of the next run will read, which balances the load
+// on memory.
 template <typename T, typename G, typename P, typename M>
 T sum_and_fetch(const G* g, const P* p, const M* m, int64_t n) {
   T parts[kLanes] = {};

@@ -1,23 +1,27 @@
 """The step for CUDA devices: a few Triton launches for all tensors of a group.
 
-How a tensor is worked through depends on where its blocks lie in memory (``tables.py``):
+The kernels for a tensor depend on how its blocks lie in memory (``tables.py``):
 
-    each      every element its own block                    one launch
-    rows      blocks contiguous, up to 32,768 elements       one launch per class of length
-    spans     blocks of long contiguous pieces               sums, second moments, update: three launches
-    columns   blocks of short pieces across memory           the same
+    each      every element is a block                                  one launch
+    rows      blocks are contiguous, up to 32,768 elements              one launch per power of two of lengths
+    spans     blocks consist of long contiguous ranges                  three launches: sums, second moments, update
+    columns   blocks consist of short ranges spread over memory         three launches: sums, second moments, update
 
-and one small launch before them advances the counters and makes the bias corrections. Launches do not grow in number
-with the tensors: a program finds its tensor in a table of addresses, its work in tables made once per set of layouts.
-Sums have a fixed order, so a step is deterministic.
+One small launch before these increments the counters and computes the bias corrections. The number of launches does not
+depend on the number of tensors: each program finds its tensor in a table of addresses and its work in tables that are
+built once per set of layouts. Sums have a fixed order, so a step is deterministic.
 
-What was never run on a device, for there was none: all of it. Every kernel ran under Triton's interpreter on a CPU
-(numerics, masks, addresses, the tables, the operator under ``torch.compile``), and was compiled by Triton and ptxas to
-cubins for compute capability 8.0 and 9.0. Not seen are: speed, tile sizes and numbers of warps (chosen, not tuned);
-ordering between launches and copies on streams, pinned uploads of the address table included; threads of one program
-beside each other (the barrier before second moments are stored); loads of 16 bytes, which a compiler was promised are
-aligned; rounding to bf16 (the interpreter cuts off), and of division and square root; capture into CUDA graphs; several
-devices in one process.
+This engine was never run on a device, because none was available. Every kernel ran under Triton's interpreter on a CPU,
+which tested the numerics, masks, addresses, tables, and the operator under ``torch.compile``. Triton and ptxas compiled
+every kernel to cubins for compute capability 8.0 and 9.0. These properties were not tested:
+
+- speed; tile sizes and numbers of warps were chosen and not tuned;
+- the order of launches and copies on streams, including uploads of the address table from pinned memory;
+- concurrent threads of one program, and the barrier before second moments are stored;
+- loads of 16 bytes, which the kernels declare to be aligned;
+- rounding to bf16, where the interpreter truncates, and the rounding of division and square root;
+- capture into CUDA graphs;
+- several devices in one process.
 """
 
 from .launch import accepts, available, triton_update

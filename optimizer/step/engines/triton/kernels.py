@@ -1,17 +1,20 @@
-"""The kernels. Every function here is in Triton's dialect; the names are those of ``tables.py``.
+"""The Triton kernels. ``tables.py`` defines entries, programs and units, and chooses the kernels for a tensor.
 
-Arguments they share:
+Arguments that all kernels but ``prepare`` share:
 
-    addresses  int64 [n, 5]: of each tensor's parameter, gradient, first moment, second moment, counter
-    entries    int64 [E, FIELDS], programs int32 [P, 2]: what the program does
-    factors    fp32 [n, 2]: -lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t) of each tensor
-    numbers    fp32 [6]: 1 - beta1, 1 - beta2, 1 - lr * weight_decay, eps, what gradients are multiplied by, 1 to step
-    P, G, M    types of the parameter, the gradient, the first moment
-    WIDTH      columns of a tile of rows
-    EVEN       everything begins and ends at multiples of 16 elements
+    addresses  int64 [n, 5]: addresses of each tensor's parameter, gradient, first moment, second moment and counter
+    entries    int64 [E, FIELDS]: the table of entries
+    programs   int32 [P, 2]: the (entry, unit) of each program
+    factors    fp32 [n, 2]: -lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor
+    numbers    fp32 [6]: 1 - beta1, 1 - beta2, 1 - lr * weight_decay, eps, the factor of the gradients, and 0 to skip
+               the step, else 1
+    scratch    fp32: partial sums of squares
+    P, G, M    dtypes of the parameter, the gradient, the first moment
+    WIDTH      columns of a tile of the kernel ``rows``
+    EVEN       whether all rows, runs and tensors begin and end at multiples of 16 elements
 """
 # mypy: ignore-errors
-# Annotations must stay objects here: Triton reads them.
+# This file does not import annotations from __future__, because Triton reads annotations as objects.
 
 import triton
 import triton.language as tl
@@ -27,16 +30,52 @@ PARTS = tl.constexpr(tables.PARTS)
 COUNTERS = tl.constexpr(128)
 
 FIELDS = tl.constexpr(len(tables.Entry._fields))
-(TENSOR, NUMEL, AXIS, INNER, BETWEEN, REPEAT, ALIKE, PERIOD, FIRST, LENGTH, N_RUNS, PIECES, PIECE, SCRATCH, STRIDE,
- SUMMED) = (tl.constexpr(i) for i in range(len(tables.Entry._fields)))  # fmt: skip
+
+# The columns of the table of entries, in the order of the fields of ``Entry``.
+(
+    TENSOR,
+    NUMEL,
+    AXIS,
+    INNER,
+    BETWEEN,
+    REPEAT,
+    SEGMENT_RUNS,
+    PERIOD,
+    FIRST,
+    LENGTH,
+    N_RUNS,
+    CHUNKS,
+    CHUNK,
+    SCRATCH,
+    STRIDE,
+    SUMS_PER_RUN,
+) = (tl.constexpr(i) for i in range(len(tables.Entry._fields)))
 
 
 @triton.jit
 def prepare(
-    addresses, factors, numbers, n, lr: tl.float64, beta1: tl.float64, beta2: tl.float64, weight_decay: tl.float64,
-    eps: tl.float64, sign: tl.float64, lr_at, beta1_at, beta2_at, decay_at, scale_at, found_inf_at,
-):  # fmt: skip
-    """Advance the counters; bias corrections in fp64: in fp32, 1 - 0.999 is 6e-5 off."""
+    addresses,
+    factors,
+    numbers,
+    n,
+    lr: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    weight_decay: tl.float64,
+    eps: tl.float64,
+    sign: tl.float64,
+    lr_at,
+    beta1_at,
+    beta2_at,
+    decay_at,
+    scale_at,
+    found_inf_at,
+):
+    """Increment the counters and compute ``factors`` and ``numbers``.
+
+    The bias corrections are computed in fp64, because in fp32 1 - 0.999 has an error of 6e-5. A pointer that is not
+    None (``lr_at`` and so on) replaces the number of the same name.
+    """
     if lr_at is not None:
         lr = tl.load(lr_at).to(tl.float64)
     if beta1_at is not None:
@@ -48,18 +87,19 @@ def prepare(
     unscale = sign
     if scale_at is not None:
         unscale = sign / tl.load(scale_at).to(tl.float64)
-    go = 1.0
+    stepped = 1.0
     if found_inf_at is not None:
-        go = tl.where(tl.load(found_inf_at).to(tl.float32) == 0, 1.0, 0.0)
+        stepped = tl.where(tl.load(found_inf_at).to(tl.float32) == 0, 1.0, 0.0)
     i = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)
     inside = i < n
     counter = tl.load(addresses + 5 * i + 4, mask=inside, other=0).to(tl.pointer_type(tl.float32))
-    step = tl.load(counter, mask=inside, other=1.0) + go
+    step = tl.load(counter, mask=inside, other=1.0) + stepped
     tl.store(counter, step, mask=inside)
-    step = tl.maximum(step, 1.0).to(tl.float64)  # a skipped first step has no corrections, and needs none
+    # If the first step is skipped, the counter is 0, for which there are no corrections. They are not used then.
+    step = tl.maximum(step, 1.0).to(tl.float64)
     first = 1 - _power(beta1, step)
     second = 1 - _power(beta2, step)
-    # Stores cast to fp32.
+    # The stores convert to fp32.
     tl.store(factors + 2 * i, -lr / first, mask=inside)
     tl.store(factors + 2 * i + 1, 1 / tl.sqrt(second), mask=inside)
     if tl.program_id(0) == 0:
@@ -68,71 +108,79 @@ def prepare(
         tl.store(numbers + 2, 1 - lr * weight_decay)
         tl.store(numbers + 3, eps)
         tl.store(numbers + 4, unscale)
-        tl.store(numbers + 5, go)
+        tl.store(numbers + 5, stepped)
 
 
 @triton.jit
 def _power(base, exponent):
+    """Return base ** exponent in fp64, for a base >= 0; 0 for a base of 0."""
     base = tl.full([COUNTERS], base, tl.float64)
     return tl.where(base > 0, tl.exp(exponent * tl.log(tl.where(base > 0, base, 1.0))), 0.0)
 
 
 @triton.jit
 def _work(entries, programs):
-    """(the program's entry, its unit)."""
-    at = programs + 2 * tl.program_id(0).to(tl.int64)
-    return entries + tl.load(at).to(tl.int64) * FIELDS, tl.load(at + 1).to(tl.int64)
+    """Return (pointer to the program's entry, its unit)."""
+    program = programs + 2 * tl.program_id(0).to(tl.int64)
+    return entries + tl.load(program).to(tl.int64) * FIELDS, tl.load(program + 1).to(tl.int64)
 
 
 @triton.jit
 def _address(addresses, entry, which: tl.constexpr, dtype: tl.constexpr):
+    """Return a pointer to column ``which`` of the entry's tensor in ``addresses``."""
     address = tl.load(addresses + 5 * tl.load(entry + TENSOR) + which)
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)  # so says ``accepts``: several numbers per load
+    # ``accepts`` has checked the alignment, which allows loads of several numbers at a time.
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
 
 
 @triton.jit
 def _run(entry, u):
-    """(outer index, index along the axis at which it begins) of run number u of the entry."""
-    repeat, alike = tl.load(entry + REPEAT), tl.load(entry + ALIKE)
-    outer, inside = u // (repeat * alike), u % (repeat * alike)
-    begin = (inside // alike) * tl.load(entry + PERIOD) + (inside % alike) * tl.load(entry + LENGTH)
+    """Return (outer index, first index along the axis) of run number ``u`` of the entry."""
+    repeat, count = tl.load(entry + REPEAT), tl.load(entry + SEGMENT_RUNS)
+    outer, inside = u // (repeat * count), u % (repeat * count)
+    begin = (inside // count) * tl.load(entry + PERIOD) + (inside % count) * tl.load(entry + LENGTH)
     begin += tl.load(entry + FIRST)
     return outer, begin
 
 
 @triton.jit
 def _stepped(mask, numbers):
-    """The mask, all false where the step is skipped."""
+    """Return the mask, or all False if the step is skipped."""
     return mask & (tl.load(numbers + 5).to(tl.int32) != 0)
 
 
 @triton.jit
 def _second(v, mean, numbers):
+    """Return beta2 * v + (1 - beta2) * mean."""
     return v + tl.load(numbers + 1) * (mean - v)
 
 
 @triton.jit
 def _scale(v, entry, factors, numbers):
-    """What the first moment is multiplied by."""
-    own = factors + 2 * tl.load(entry + TENSOR)
-    return tl.load(own) / (tl.sqrt(v) * tl.load(own + 1) + tl.load(numbers + 3))
+    """Return the factor of the first moment in the update, negative to descend."""
+    tensor_factors = factors + 2 * tl.load(entry + TENSOR)
+    return tl.load(tensor_factors) / (tl.sqrt(v) * tl.load(tensor_factors + 1) + tl.load(numbers + 3))
 
 
 @triton.jit
 def _gradient(grad, offsets, mask, numbers):
+    """Load gradients as fp32, divided by the gradient scale and negated to ascend."""
     return tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers + 4)
 
 
 @triton.jit
 def _update(param, exp_avg, offsets, mask, g, scale, numbers):
-    """Weight decay, first moment and step; fp32 inside, rounded once each."""
+    """Apply weight decay, update first moment and parameter; arithmetic is fp32 and each is rounded once."""
     m = tl.load(exp_avg + offsets, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
     m = m + tl.load(numbers) * (g - m)
     p = tl.load(numbers + 2) * p + m * scale
-    go = _stepped(mask, numbers)
-    tl.store(exp_avg + offsets, m.to(exp_avg.dtype.element_ty), mask=go)
-    tl.store(param + offsets, p.to(param.dtype.element_ty), mask=go)
+    stepped = _stepped(mask, numbers)
+    tl.store(exp_avg + offsets, m.to(exp_avg.dtype.element_ty), mask=stepped)
+    tl.store(param + offsets, p.to(param.dtype.element_ty), mask=stepped)
+
+
+# The arguments that the kernels share stay on two lines (fmt: skip), so that they can be compared at a glance.
 
 
 @triton.jit
@@ -140,7 +188,7 @@ def each(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Every element its own block; a unit is BLOCK elements."""
+    """Step a tensor in which every element is a block; a unit is BLOCK elements."""
     entry, unit = _work(entries, programs)
     param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
@@ -160,12 +208,12 @@ def rows(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Contiguous runs; a unit is TILE // WIDTH of them. The gradient's second read comes from cache."""
+    """Step contiguous runs; a unit is TILE // WIDTH runs. The second read of the gradient comes from cache."""
     entry, unit = _work(entries, programs)
     param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
     u = unit * (TILE // WIDTH) + tl.arange(0, TILE // WIDTH)
-    there = u < tl.load(entry + N_RUNS)
+    valid = u < tl.load(entry + N_RUNS)
     outer, begin = _run(entry, u)
     index = outer * tl.load(entry + AXIS) + begin
     inner, length = tl.load(entry + INNER), tl.load(entry + LENGTH)
@@ -175,41 +223,41 @@ def rows(
     k = tl.arange(0, WIDTH)
     squares = tl.zeros([TILE // WIDTH, WIDTH], dtype=tl.float32)
     for start in range(0, size, WIDTH):
-        mask = there[:, None] & (start + k < size)[None, :]
+        mask = valid[:, None] & (start + k < size)[None, :]
         g = _gradient(grad, (index * inner)[:, None] + start + k[None, :], mask, numbers)
         squares += g * g
     mean = tl.sum(squares, 1) / size.to(tl.float32)
-    v = _second(tl.load(exp_avg_sq + index, mask=there, other=0.0), mean, numbers)
-    _spread(exp_avg_sq, index, length, v, there, numbers, WIDTH)
+    v = _second(tl.load(exp_avg_sq + index, mask=valid, other=0.0), mean, numbers)
+    _spread(exp_avg_sq, index, length, v, valid, numbers, WIDTH)
     scale = _scale(v, entry, factors, numbers)[:, None]
     for start in range(0, size, WIDTH):
-        mask = there[:, None] & (start + k < size)[None, :]
+        mask = valid[:, None] & (start + k < size)[None, :]
         offsets = (index * inner)[:, None] + start + k[None, :]
         _update(param, exp_avg, offsets, mask, _gradient(grad, offsets, mask, numbers), scale, numbers)
 
 
 @triton.jit
-def _spread(exp_avg_sq, index, length, v, there, numbers, WIDTH: tl.constexpr):
-    """Store v of each run at all its indices, when every thread of the program has read the old one."""
+def _spread(exp_avg_sq, index, length, v, valid, numbers, WIDTH: tl.constexpr):
+    """Store v of each run at all its indices, after every thread of the program has read the old values."""
     tl.debug_barrier()
-    go = _stepped(there, numbers)
+    stepped = _stepped(valid, numbers)
     for start in range(0, length, WIDTH):
         k = start + tl.arange(0, WIDTH)
-        mask = go[:, None] & (k < length)[None, :]
+        mask = stepped[:, None] & (k < length)[None, :]
         tl.store(exp_avg_sq + index[:, None] + k[None, :], v[:, None], mask=mask)
 
 
 @triton.jit
-def _piece(entry, unit, EVEN: tl.constexpr):
-    """(run, piece of it, offset of the piece's first element, elements) of a unit of spans."""
+def _chunk(entry, unit, EVEN: tl.constexpr):
+    """Return (run, chunk of the run, offset of the chunk's first element, its elements) of a unit of spans."""
     inner, between = tl.load(entry + INNER), tl.load(entry + BETWEEN)
-    pieces, piece = tl.load(entry + PIECES), tl.load(entry + PIECE)
-    u, part = unit // (between * pieces), unit % (between * pieces)
+    chunks, chunk = tl.load(entry + CHUNKS), tl.load(entry + CHUNK)
+    u, part = unit // (between * chunks), unit % (between * chunks)
     outer, begin = _run(entry, u)
-    start = (part % pieces) * piece
-    row = outer * between + part // pieces
+    start = (part % chunks) * chunk
+    row = outer * between + part // chunks
     offset = (row * tl.load(entry + AXIS) + begin) * inner + start
-    size = tl.minimum(piece, tl.load(entry + LENGTH) * inner - start)
+    size = tl.minimum(chunk, tl.load(entry + LENGTH) * inner - start)
     if EVEN:
         offset, size = tl.multiple_of(offset, 16), tl.multiple_of(size, 16)
     return u, part, offset, size
@@ -220,10 +268,10 @@ def span_sums(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares of pieces of long runs; a unit is a piece."""
+    """Compute the sums of squares of chunks of long runs; a unit is a chunk."""
     entry, unit = _work(entries, programs)
     grad = _address(addresses, entry, 1, G)
-    u, part, offset, size = _piece(entry, unit, EVEN)
+    u, part, offset, size = _chunk(entry, unit, EVEN)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, size, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -237,11 +285,11 @@ def span_update(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The update of a piece of a long run."""
+    """Update a chunk of a long run; a unit is a chunk."""
     entry, unit = _work(entries, programs)
     param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
-    u, _, offset, size = _piece(entry, unit, EVEN)
+    u, _, offset, size = _chunk(entry, unit, EVEN)
     outer, begin = _run(entry, u)
     scale = _scale(tl.load(exp_avg_sq + outer * tl.load(entry + AXIS) + begin), entry, factors, numbers)
     for start in range(0, size, BLOCK):
@@ -255,14 +303,14 @@ def column_sums(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares down the columns of [between][axis * inner]; a unit is COLUMNS columns of ROWS rows."""
+    """Sum squares down the columns of [between][axis * inner]; a unit is COLUMNS columns of ROWS rows."""
     entry, unit = _work(entries, programs)
     grad = _address(addresses, entry, 1, G)
     width, between = tl.load(entry + AXIS) * tl.load(entry + INNER), tl.load(entry + BETWEEN)
     if EVEN:
         width = tl.multiple_of(width, 16)
-    pieces = tl.load(entry + PIECES)
-    part, tile = unit % pieces, unit // pieces
+    chunks = tl.load(entry + CHUNKS)
+    part, tile = unit % chunks, unit // chunks
     tiles = (width + COLUMNS - 1) // COLUMNS
     outer, column = tile // tiles, (tile % tiles) * COLUMNS + tl.arange(0, COLUMNS)
     squares = tl.zeros([16, COLUMNS], dtype=tl.float32)
@@ -271,8 +319,8 @@ def column_sums(
         mask = (row < between)[:, None] & (column < width)[None, :]
         g = _gradient(grad, ((outer * between + row) * width)[:, None] + column[None, :], mask, numbers)
         squares += g * g
-    at = scratch + tl.load(entry + SCRATCH) + part * tl.load(entry + STRIDE) + outer * width + column
-    tl.store(at, tl.sum(squares, 0), mask=column < width)
+    sums = scratch + tl.load(entry + SCRATCH) + part * tl.load(entry + STRIDE) + outer * width + column
+    tl.store(sums, tl.sum(squares, 0), mask=column < width)
 
 
 @triton.jit
@@ -280,7 +328,7 @@ def column_update(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The update of BLOCK elements, each with the second moment of its index."""
+    """Update elements, each with the second moment of its index along the axis; a unit is BLOCK elements."""
     entry, unit = _work(entries, programs)
     param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
     exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
@@ -301,25 +349,25 @@ def seconds(
     addresses, entries, programs, factors, numbers, scratch, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Second moments from partial sums, in a fixed order; a unit is RUNS runs."""
+    """Compute second moments from partial sums, which are added in a fixed order; a unit is RUNS runs."""
     entry, unit = _work(entries, programs)
     exp_avg_sq = _address(addresses, entry, 3, tl.float32)
     u = unit * RUNS + tl.arange(0, RUNS)
-    there = u < tl.load(entry + N_RUNS)
+    valid = u < tl.load(entry + N_RUNS)
     outer, begin = _run(entry, u)
     index = outer * tl.load(entry + AXIS) + begin
     inner, between, length = tl.load(entry + INNER), tl.load(entry + BETWEEN), tl.load(entry + LENGTH)
-    summed, stride = tl.load(entry + SUMMED), tl.load(entry + STRIDE)
-    # Sums of spans are numbered by run, one for each piece of each row; those of columns by where they lie.
-    by_run = summed == 0
-    parts = tl.where(by_run, between, 1) * tl.load(entry + PIECES)
-    own = tl.load(entry + SCRATCH) + tl.where(by_run, u, index * inner)
+    per_run, stride = tl.load(entry + SUMS_PER_RUN), tl.load(entry + STRIDE)
+    # Spans have one sum per run and chunk, indexed by run. Columns have one per column and chunk, indexed by column.
+    by_run = per_run == 0
+    parts = tl.where(by_run, between, 1) * tl.load(entry + CHUNKS)
+    first = tl.load(entry + SCRATCH) + tl.where(by_run, u, index * inner)
     sums = tl.zeros([RUNS, PARTS], dtype=tl.float32)
-    for j in range(0, tl.maximum(summed, 1)):
+    for j in range(0, tl.maximum(per_run, 1)):
         for start in range(0, parts, PARTS):
             part = start + tl.arange(0, PARTS)
-            mask = there[:, None] & (part < parts)[None, :]
-            sums += tl.load(scratch + (own + j)[:, None] + (part * stride)[None, :], mask=mask, other=0.0)
+            mask = valid[:, None] & (part < parts)[None, :]
+            sums += tl.load(scratch + (first + j)[:, None] + (part * stride)[None, :], mask=mask, other=0.0)
     mean = tl.sum(sums, 1) / (between * length * inner).to(tl.float32)
-    v = _second(tl.load(exp_avg_sq + index, mask=there, other=0.0), mean, numbers)
-    _spread(exp_avg_sq, index, length, v, there, numbers, PARTS)
+    v = _second(tl.load(exp_avg_sq + index, mask=valid, other=0.0), mean, numbers)
+    _spread(exp_avg_sq, index, length, v, valid, numbers, PARTS)

@@ -1,4 +1,4 @@
-"""From lists of tensors to launches, and the operator that compilers see."""
+"""The launches of a step over lists of tensors, and the torch operator through which a compiler calls them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .tables import Dense, Tables, tables
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_COUNTERS = 128  # counters a program of the first launch advances
-_KEPT: list[Tensor] = []  # what captured graphs read again at every replay
+_COUNTERS = 128  # counters per program of the first launch
+_CAPTURED: list[Tensor] = []  # tables that captured CUDA graphs read at every replay, so they must not be freed
 _LIBRARY = torch.library.Library("adam_mini", "FRAGMENT")
 _LIBRARY.define(
     "triton_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -29,14 +29,18 @@ _LIBRARY.define(
 
 @functools.lru_cache(maxsize=1)
 def available() -> bool:
-    """Whether Triton is installed and has a CUDA device, or interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
+    """Whether Triton is installed, and there is a CUDA device or Triton interprets on the CPU (TRITON_INTERPRET=1)."""
     if importlib.util.find_spec("triton") is None:
         return False
     return _interpreted() or (torch.cuda.is_available() and torch.version.hip is None)
 
 
 def accepts(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the kernels take these tensors: dense, fp32, bf16 or fp16, at multiples of 16 bytes of a CUDA device."""
+    """Whether the kernels support these tensors.
+
+    They must be contiguous, fp32, bf16 or fp16, and begin at multiples of 16 bytes on one CUDA device; ``exp_avg_sq``
+    must be fp32.
+    """
     tensors = (param, grad, exp_avg, exp_avg_sq)
     return (
         all(type(t) in _PLAIN and t.is_contiguous() and t.dtype in _TYPES for t in tensors)
@@ -65,36 +69,36 @@ def triton_update(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One Adam-mini step of every tensor, its counter included, in place.
+    """Take one Adam-mini step of every tensor, in place, and increment the step counters.
 
-    Source: arXiv 2406.16793, Algorithm 1; the equations in the order of ``reference.reference_step``. Arithmetic is
-    fp32, bias corrections fp64; parameter and first moment are rounded once each.
+    Source: arXiv 2406.16793, Algorithm 1; the equations have the order of ``reference.reference_step``. Arithmetic is
+    fp32 and bias corrections are fp64; parameter and first moment are rounded once each.
 
     Args:
-        params: parameters, changed; what ``accepts`` takes.
-        grads: their gradients, read only.
-        exp_avgs: first moments, same shapes, changed.
-        exp_avg_sqs: second moments, ``layout.aligned_shape``, fp32, changed.
-        steps: steps taken before this one, 0-dim fp32, on the device or the CPU, changed.
-        layouts: the parameters' blocks.
-        lr: learning rate; a one-element tensor on the device is read there, any other number here.
-        beta1: decay of the first moment; likewise.
-        beta2: decay of the second moment; likewise.
-        eps: added outside the root.
-        weight_decay: decoupled weight decay; likewise.
-        maximize: ascend instead.
-        capturable: nothing may be read off the device: counters on the CPU are refused.
-        grad_scale: one element, on the device: what the gradients were multiplied by.
-        found_inf: one element, on the device: nonzero leaves everything as it is, counters included.
+        params: parameters for which ``accepts`` is true; changed.
+        grads: their gradients; not changed.
+        exp_avgs: first moments, shapes of the parameters; changed.
+        exp_avg_sqs: second moments, shapes ``layout.aligned_shape(param.shape)``, fp32; changed.
+        steps: number of steps taken before this one, 0-dim fp32 each, on the device or the CPU; changed.
+        layouts: the blocks of each parameter.
+        lr: learning rate; a one-element tensor on the device is read by the kernels, any other number by the host.
+        beta1: decay rate of the first moment, in [0, 1); read like ``lr``.
+        beta2: decay rate of the second moment, in [0, 1); read like ``lr``.
+        eps: added to the square root of the bias-corrected second moment.
+        weight_decay: coefficient of the decoupled weight decay; read like ``lr``.
+        maximize: whether to ascend the gradient instead of descending it.
+        capturable: whether the host must not read from the device; counters on the CPU are then refused.
+        grad_scale: the factor by which the gradients were multiplied, one element on the device; None for 1.
+        found_inf: one element on the device; if it is nonzero, nothing is changed, counters included. None for 0.
 
     Raises:
-        ValueError: ``capturable`` with counters on the CPU.
+        ValueError: ``capturable`` is true and a counter is on the CPU.
     """
     if capturable and any(t.device != p.device for t, p in zip(steps, params, strict=True)):
         raise ValueError("capturable=True, but step counters are not on their parameters' device; move them there")
-    given = (lr, beta1, beta2, weight_decay)
-    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in given] + [eps, -1.0 if maximize else 1.0]
-    instead = [x if isinstance(x, Tensor) else None for x in given] + [grad_scale, found_inf]
+    values = (lr, beta1, beta2, weight_decay)
+    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in values] + [eps, -1.0 if maximize else 1.0]
+    instead = [x if isinstance(x, Tensor) else None for x in values] + [grad_scale, found_inf]
     shapes = [n for layout, p in zip(layouts, params, strict=True) for n in Dense.of(layout, p.shape).numbers()]
     torch.ops.adam_mini.triton_update_(
         list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), shapes, numbers, instead
@@ -111,7 +115,18 @@ def _operator(
     numbers: list[float],
     instead: list[Tensor | None],
 ) -> None:
-    """The operator: tensors of a device and dtypes together."""
+    """Implement the operator: launch the kernels once per combination of device and dtypes.
+
+    Args:
+        params: parameters; changed.
+        grads: their gradients.
+        exp_avgs: first moments; changed.
+        exp_avg_sqs: second moments; changed.
+        steps: step counters; changed.
+        layouts: the layouts, each encoded by ``Dense.numbers``.
+        numbers: lr, beta1, beta2, weight_decay, eps, and -1 to ascend the gradient, else 1.
+        instead: tensors that replace the first four numbers, then grad_scale and found_inf; None where there is none.
+    """
     on_host = any(t.device != p.device for t, p in zip(steps, params, strict=True))
     if on_host and instead[5] is not None:
         if float(instead[5]):
@@ -130,7 +145,9 @@ def _operator(
         _launch([*columns, counters], _tables(tuple(shapes[i] for i in members), device), dtypes, numbers, instead)
     if on_host:
         torch._foreach_add_(steps, 1)
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])  # written behind autograd's back
+    # Autograd does not see what the kernels write. With new versions, a backward pass that needs the old values fails
+    # instead of using the new ones.
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
 
 
 _LIBRARY.impl("triton_update_", _operator, "CompositeExplicitAutograd")
@@ -139,6 +156,7 @@ torch.library.register_fake("adam_mini::triton_update_", lambda *arguments: None
 
 @functools.lru_cache(maxsize=64)
 def _tables(layouts: tuple[Dense, ...], device: torch.device) -> Tables:
+    """Return the tables of these layouts, cached, because layouts rarely change between steps."""
     return tables(layouts, device)
 
 
@@ -149,13 +167,21 @@ def _launch(
     numbers: Sequence[float],
     instead: Sequence[Tensor | None],
 ) -> None:
-    """Every kernel once, in order, on the current stream of the device."""
+    """Launch the kernels for tensors of one device and one combination of dtypes, on the device's current stream.
+
+    Args:
+        columns: lists of parameters, gradients, first moments, second moments and step counters.
+        work: the tables for their layouts.
+        dtypes: dtypes of parameters, gradients and first moments.
+        numbers: lr, beta1, beta2, weight_decay, eps, and -1 to ascend the gradient, else 1.
+        instead: tensors that replace the first four numbers, then grad_scale and found_inf; None where there is none.
+    """
     from . import kernels  # imports triton
 
     device, count = columns[0][0].device, len(columns[0])
     table = torch.tensor([[t.data_ptr() for t in row] for row in zip(*columns, strict=True)])
     if bool((table[:, :4] % 16).any()):
-        raise ValueError("a tensor does not begin at a multiple of 16 bytes; ask accepts() first")
+        raise ValueError("a tensor does not begin at a multiple of 16 bytes; call accepts() before triton_update()")
     addresses = _on_device(table, device)
     floats = torch.empty(2 * count + 6 + work.scratch, dtype=torch.float32, device=device)
     factors, shared, scratch = floats[: 2 * count], floats[2 * count : 2 * count + 6], floats[2 * count + 6 :]
@@ -170,7 +196,7 @@ def _launch(
         pointers.append(tensor)
     types = [getattr(kernels.tl, _TYPES[dtype]) for dtype in dtypes]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _KEPT.extend(table for launch in work.launches for table in (launch.entries, launch.programs))
+        _CAPTURED.extend(table for launch in work.launches for table in (launch.entries, launch.programs))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernels.prepare[(-(-count // _COUNTERS),)](addresses, factors, shared, count, *values, *pointers)
         for launch in work.launches:
@@ -188,14 +214,15 @@ def _launch(
 
 
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
-    """The table, without waiting for the device."""
+    """Copy the table to the device without waiting for the copy."""
     if device.type != "cuda":
         return table.to(device)
     pinned = table.pin_memory()
     if torch.cuda.is_current_stream_capturing():
-        _KEPT.append(pinned)
+        _CAPTURED.append(pinned)
     return pinned.to(device, non_blocking=True)
 
 
 def _interpreted() -> bool:
+    """Whether Triton interprets kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,7 +1,8 @@
-"""Which program of a launch does what: layouts, turned into tables that live on the device.
+"""Tables on the device that assign work to the programs of each launch; they are built from layouts.
 
-An *entry* is a family of alike runs of one tensor (or a whole tensor, where runs do not matter); a *program* is a row
-(entry, unit). Tensors are dense and seen as [outer][between][axis][inner], with runs along axis for each outer index.
+An *entry* describes the runs of equal length of one tensor, or a whole tensor if a kernel does not depend on runs. A
+*program* is a row (entry, unit), where the unit is the part of the entry that the program processes. Tensors are
+contiguous and viewed as [outer][between][axis][inner]; the runs lie along axis and repeat for each outer index.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ from torch import Tensor
 from ....partition.layout import Layout
 from ....partition.roles import viewed
 
-BLOCK = 2048  # elements a program handles at a time in flat work
-TILE = 4096  # elements of a tile of rows
-LONGEST_ROW = 1 << 15  # elements: beyond, a run is cut over programs
-PIECE = 1 << 13  # elements of a run per program, at least
-PIECES = 256  # programs per run and ``between`` index, at most
-SHORTEST_SPAN = 128  # elements: below, a warp reads columns side by side instead
-ROWS, COLUMNS = 256, 64  # of a tile in which columns are summed
-RUNS, PARTS = 16, 64  # of a tile in which partial sums are added up
+BLOCK = 2048  # elements that a program processes at a time in one-dimensional work
+TILE = 4096  # elements of a tile of the kernel ``rows``
+LONGEST_ROW = 1 << 15  # elements; longer runs are divided among several programs
+SMALLEST_CHUNK = 1 << 13  # smallest number of elements of a run per program
+MOST_CHUNKS = 256  # largest number of programs per run and index of ``between``
+SHORTEST_SPAN = 128  # elements; with shorter runs the kernels sum columns, so that a warp reads contiguous memory
+ROWS, COLUMNS = 256, 64  # shape of a tile in which columns are summed
+RUNS, PARTS = 16, 64  # shape of a tile in which partial sums are added
 
 
 class Dense(NamedTuple):
-    """A layout as memory: runs are ``segments`` of (length, count), ``repeat`` times along ``axis``."""
+    """The layout of a contiguous tensor in memory, [outer][between][axis][inner].
+
+    Attributes:
+        outer: product of the sizes of the layout's leading axes.
+        between: product of the sizes of the axes between the leading axes and the axis of the runs.
+        axis: size of the axis of the runs.
+        inner: product of the sizes of the axes after it.
+        repeat: how often the segments repeat along the axis.
+        segments: (length, count) pairs: count neighbouring runs of length indices each.
+    """
 
     outer: int
     between: int
@@ -40,7 +50,7 @@ class Dense(NamedTuple):
 
     @classmethod
     def of(cls, layout: Layout, shape: Sequence[int]) -> Dense:
-        """The layout of a contiguous tensor of this shape."""
+        """Describe a contiguous tensor of this shape under the layout."""
         view = viewed(tuple(shape), layout.fold) or (1,)
         lead, axis = len(layout.leading), layout.axis
         sizes = prod(view[:lead]), prod(view[lead:axis]), view[axis], prod(view[axis + 1 :])
@@ -48,27 +58,46 @@ class Dense(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.outer * self.between * self.axis * self.inner
 
     def numbers(self) -> list[int]:
-        """As integers, for an operator's arguments: their number first."""
+        """Encode the layout as integers, for an operator's arguments; the first is the number of the others."""
         flat = [*self[:5], *(n for pair in self.segments for n in pair)]
         return [len(flat), *flat]
 
     @classmethod
     def read(cls, numbers: Sequence[int]) -> Iterator[Dense]:
-        """The inverse, of several one after the other."""
-        at = 0
-        while at < len(numbers):
-            flat = numbers[at + 1 : at + 1 + numbers[at]]
+        """Yield the layouts that are encoded one after another."""
+        start = 0
+        while start < len(numbers):
+            flat = numbers[start + 1 : start + 1 + numbers[start]]
             outer, between, axis, inner, repeat = flat[:5]
             yield cls(outer, between, axis, inner, repeat, tuple(zip(flat[5::2], flat[6::2], strict=True)))
-            at += 1 + numbers[at]
+            start += 1 + numbers[start]
 
 
 class Entry(NamedTuple):
-    """A row of the table of entries; what a kernel has no use for keeps its default."""
+    """A row of the table of entries; a field that a kernel does not read has its default.
+
+    Attributes:
+        tensor: index of the tensor.
+        numel: number of elements of the tensor.
+        axis: size of the axis of the runs.
+        inner: number of elements per index of the axis in contiguous memory.
+        between: number of indices between the outer axes and the axis of the runs.
+        repeat: how often the segments repeat along the axis.
+        segment_runs: number of runs of the segment.
+        period: number of indices of all segments together.
+        first: index, within a period, at which the segment begins.
+        length: number of indices of a run.
+        runs: number of runs of the entry, outer * repeat * segment_runs.
+        chunks: number of chunks of a run per index of ``between`` (spans), or of chunks of rows (columns).
+        chunk: number of elements of a chunk (spans), or of rows (columns).
+        scratch: index in the scratch memory at which the partial sums begin.
+        stride: distance in the scratch memory from the sums of one chunk to those of the next.
+        sums_per_run: number of neighbouring sums per run (columns); 0 if there is one sum per run and chunk (spans).
+    """
 
     tensor: int
     numel: int
@@ -76,47 +105,63 @@ class Entry(NamedTuple):
     inner: int
     between: int
     repeat: int = 1
-    alike: int = 1  # runs of the segment
-    period: int = 0  # indices of all segments
-    first: int = 0  # index at which the segment begins
-    length: int = 1  # indices of a run
-    runs: int = 1  # of the entry: outer * repeat * count
-    pieces: int = 1  # per ``between`` index of a run (spans), or chunks of rows (columns)
-    piece: int = 0  # elements, or rows
-    scratch: int = 0  # where the partial sums begin
-    stride: int = 0  # from one piece's sums to the next piece's
-    summed: int = 0  # neighbouring sums of a run: 0 where sums are numbered by run, one each
+    segment_runs: int = 1
+    period: int = 0
+    first: int = 0
+    length: int = 1
+    runs: int = 1
+    chunks: int = 1
+    chunk: int = 0
+    scratch: int = 0
+    stride: int = 0
+    sums_per_run: int = 0
 
 
 class Launch(NamedTuple):
-    """One kernel's work: its name, its tile where that varies, its tables."""
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: name of the kernel.
+        columns: columns of a tile of the kernel ``rows``; 0 for any other kernel.
+        even: whether all rows, runs and tensors begin and end at multiples of 16 elements.
+        entries: int64 [E, FIELDS], the table of entries.
+        programs: int32 [P, 2], the (entry, unit) of each program.
+    """
 
     kernel: str
-    columns: int  # of a tile of rows, else 0
-    even: bool  # everything begins and ends at multiples of 16 elements
-    entries: Tensor  # int64 [E, FIELDS]
-    programs: Tensor  # int32 [P, 2]: entry, unit
+    columns: int
+    even: bool
+    entries: Tensor
+    programs: Tensor
 
 
 @dataclass
 class Tables:
-    """Everything a step of these layouts launches, in order, and the partial sums it needs in between."""
+    """The launches of one step.
+
+    Attributes:
+        launches: the launches in order.
+        scratch: how many fp32 numbers of scratch memory the partial sums need.
+    """
 
     launches: list[Launch]
-    scratch: int  # fp32 numbers
+    scratch: int
 
 
 class _Builder:
+    """Collects the entries of all tensors, by launch, and counts the scratch memory."""
+
     def __init__(self) -> None:
         self.work: defaultdict[tuple[str, int, bool], list[tuple[Entry, int]]] = defaultdict(list)
         self.scratch = 0
 
     def add(self, kernel: str, entry: Entry, units: int, columns: int = 0) -> None:
-        divisible = {"each": entry.numel, "column_update": entry.numel, "column_sums": entry.axis * entry.inner}
-        self.work[kernel, columns, divisible.get(kernel, entry.inner) % 16 == 0].append((entry, units))
+        """Add an entry that ``units`` programs of the kernel process."""
+        extents = {"each": entry.numel, "column_update": entry.numel, "column_sums": entry.axis * entry.inner}
+        self.work[kernel, columns, extents.get(kernel, entry.inner) % 16 == 0].append((entry, units))
 
     def tensor(self, i: int, dense: Dense) -> None:
-        """Choose how the tensor is worked through."""
+        """Choose the kernels for tensor number ``i`` and add its entries."""
         if dense.between * dense.inner == 1 and all(length == 1 for length, _ in dense.segments):
             self.add("each", Entry(i, dense.numel, dense.axis, 1, 1), _ceil(dense.numel, BLOCK))
             return
@@ -124,34 +169,36 @@ class _Builder:
         if dense.between > 1 and shortest < SHORTEST_SPAN:
             self.columns(i, dense)
             return
-        for entry in _families(i, dense):
+        for entry in _entries(i, dense):
             length = entry.length * entry.inner
             if dense.between == 1 and length <= LONGEST_ROW:
-                columns = min(TILE, _power(length))
+                columns = min(TILE, _power_of_two(length))
                 self.add("rows", entry, _ceil(entry.runs, TILE // columns), columns)
             else:
                 self.spans(entry)
 
     def spans(self, entry: Entry) -> None:
+        """Add the launches for long runs, each of which is cut into chunks."""
         length = entry.length * entry.inner
-        piece = max(PIECE, _ceil(_ceil(length, PIECES), BLOCK) * BLOCK)
+        chunk = max(SMALLEST_CHUNK, _ceil(_ceil(length, MOST_CHUNKS), BLOCK) * BLOCK)
         entry = entry._replace(
-            pieces=_ceil(length, piece), piece=piece, scratch=self.scratch, stride=entry.runs, summed=0
+            chunks=_ceil(length, chunk), chunk=chunk, scratch=self.scratch, stride=entry.runs, sums_per_run=0
         )
-        programs = entry.runs * entry.between * entry.pieces
+        programs = entry.runs * entry.between * entry.chunks
         self.scratch += programs
         self.add("span_sums", entry, programs)
         self.add("seconds", entry, _ceil(entry.runs, RUNS))
         self.add("span_update", entry, programs)
 
     def columns(self, i: int, dense: Dense) -> None:
-        width, pieces = dense.axis * dense.inner, _ceil(dense.between, ROWS)
-        shared = {"pieces": pieces, "piece": ROWS, "scratch": self.scratch, "stride": dense.outer * width}
+        """Add the launches for a tensor whose columns are summed one by one, in chunks of rows."""
+        width, chunks = dense.axis * dense.inner, _ceil(dense.between, ROWS)
+        shared = {"chunks": chunks, "chunk": ROWS, "scratch": self.scratch, "stride": dense.outer * width}
         whole = Entry(i, dense.numel, dense.axis, dense.inner, dense.between, **shared)
-        self.scratch += pieces * dense.outer * width
-        self.add("column_sums", whole, dense.outer * _ceil(width, COLUMNS) * pieces)
-        for entry in _families(i, dense):
-            entry = entry._replace(**shared, summed=entry.length * entry.inner)
+        self.scratch += chunks * dense.outer * width
+        self.add("column_sums", whole, dense.outer * _ceil(width, COLUMNS) * chunks)
+        for entry in _entries(i, dense):
+            entry = entry._replace(**shared, sums_per_run=entry.length * entry.inner)
             self.add("seconds", entry, _ceil(entry.runs, RUNS))
         self.add("column_update", whole, _ceil(dense.numel, BLOCK))
 
@@ -160,7 +207,7 @@ _ORDER = ("each", "rows", "span_sums", "column_sums", "seconds", "span_update", 
 
 
 def tables(layouts: Sequence[Dense], device: torch.device) -> Tables:
-    """The launches of one step of tensors with these layouts; a tensor's number is its position."""
+    """Build the launches of one step of tensors with these layouts; a tensor's number is its index in ``layouts``."""
     builder = _Builder()
     for i, dense in enumerate(layouts):
         if dense.numel:
@@ -176,21 +223,31 @@ def tables(layouts: Sequence[Dense], device: torch.device) -> Tables:
     return Tables(launches, builder.scratch)
 
 
-def _families(i: int, dense: Dense) -> Iterator[Entry]:
-    """One entry per segment."""
+def _entries(i: int, dense: Dense) -> Iterator[Entry]:
+    """Yield one entry per segment of tensor number ``i``."""
     period, first = dense.axis // dense.repeat, 0
     for length, count in dense.segments:
         yield Entry(
-            i, dense.numel, dense.axis, dense.inner, dense.between, dense.repeat, count, period, first, length,
+            i,
+            dense.numel,
+            dense.axis,
+            dense.inner,
+            dense.between,
+            dense.repeat,
+            count,
+            period,
+            first,
+            length,
             dense.outer * dense.repeat * count,
-        )  # fmt: skip
+        )
         first += length * count
 
 
 def _ceil(a: int, b: int) -> int:
+    """Return a / b rounded up."""
     return -(-a // b)
 
 
-def _power(n: int) -> int:
-    """The smallest power of two that is no less."""
+def _power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``."""
     return 1 << (n - 1).bit_length()
