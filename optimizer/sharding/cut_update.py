@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..step.hyper import corrections
-from ..step.update import step_sizes
+from ..step.update import move, step_sizes
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
 
@@ -95,16 +95,7 @@ def cut_update(
             continue
         p, m = box.of(param), box.of(exp_avg)
         s = box.of_second(scale, tuple(p.shape))
-        if grad is None:
-            m.mul_(beta1)
-        elif m.dtype == grad.dtype and not maximize:
-            m.lerp_(box.of(grad), 1 - beta1)
-        else:
-            m.mul_(beta1).add_(box.of(grad), alpha=(beta1 - 1) if maximize else (1 - beta1))
-        p, m, s = box.layout.unfold(p, m, s)
-        if weight_decay and box.decays:
-            p.mul_(1 - lr * weight_decay)
-        if p.dtype == m.dtype == s.dtype:
-            p.addcmul_(m, s)
-        else:
-            p.add_(m * s)
+        g = torch.zeros_like(p) if grad is None else box.of(grad)
+        p, g, m, s = box.layout.unfold(p, g, m, s)
+        keep = 1 - lr * weight_decay if weight_decay and box.decays else None
+        move(p, g, m, s, beta1=beta1, keep=keep, maximize=maximize)

@@ -128,17 +128,36 @@ def adam_mini_update(
     for p, g, m, v, window_layout in _windows(param, grad, exp_avg, exp_avg_sq, layout):
         v.mul_(beta2).add_(block_mean_square(g, window_layout), alpha=1 - beta2)
         scale = step_sizes(v, size, root, eps).neg_()
-        if p.dtype == g.dtype == m.dtype == v.dtype:
-            # This order reuses g, m and p of a small tensor while they are still in cache. Large tensors are not cut
-            # into slices: in a measurement, slices of 2^17 elements or more took as long as the whole tensor, and
-            # smaller slices took longer.
-            _update_first_moment(m, g, beta1, maximize)
-            if weight_decay:
-                p.mul_(keep)
-            p.addcmul_(m, scale)
-            continue
-        for slice_of in _slices(p, _limit(p)):
-            _update_in_widest_dtype(slice_of(p), slice_of(g), slice_of(m), slice_of(scale), beta1, keep, maximize)
+        move(p, g, m, scale, beta1=beta1, keep=keep if weight_decay else None, maximize=maximize)
+
+
+def move(
+    p: Tensor, g: Tensor, m: Tensor, scale: Tensor, *, beta1: float, keep: float | Tensor | None, maximize: bool
+) -> None:
+    """Update the first moment m, then the parameter p = keep * p + scale * m, in place.
+
+    Args:
+        p: parameter; changed.
+        g: its gradient, same shape; not changed.
+        m: first moment, same shape; changed.
+        scale: factor of each first moment, broadcasts against ``p``; ``step_sizes`` with a negative sign.
+        beta1: decay rate of the first moment, in [0, 1).
+        keep: 1 - lr * weight_decay; None without weight decay.
+        maximize: whether to ascend the gradient instead of descending it.
+    """
+    if p.dtype == g.dtype == m.dtype == scale.dtype:
+        # This order reuses g, m and p of a small tensor while they are still in cache. Large tensors are not cut into
+        # slices: in a measurement, slices of 2^17 elements or more took as long as the whole tensor, and smaller
+        # slices took longer.
+        _update_first_moment(m, g, beta1, maximize)
+        if keep is not None:
+            p.mul_(keep)
+        p.addcmul_(m, scale)
+        return
+    for slice_of in _slices(p, _limit(p)):
+        _update_in_widest_dtype(
+            slice_of(p), slice_of(g), slice_of(m), slice_of(scale), beta1, 1.0 if keep is None else keep, maximize
+        )
 
 
 def step_sizes(exp_avg_sq: Tensor, size: float | Tensor, root: float, eps: float) -> Tensor:
