@@ -65,7 +65,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     assert "optimizer/partition/rules/adam_mini.json" in names
     assert "optimizer/step/engines/native/kernel.cpp" in names
     assert "optimizer/partition/rules/schema/rules.schema.json" in names
-    assert "optimizer/tools/plan/configs/llama-3-8b.json" in names
+    assert "optimizer/tools/configs/llama-3-8b.json" in names
     metadata = next(n for n in names if n.endswith("METADATA"))
     required = [
         line

@@ -1,4 +1,4 @@
-"""What a command is about: the model behind ``module:attribute`` or behind a configuration file."""
+"""What a command is about: a shipped architecture, or the model behind ``module:attribute`` or a configuration file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,26 @@ from typing import Any
 
 from torch import nn
 
+from .architectures import facts, shipped
+
 
 def load_target(target: str) -> nn.Module:
     """The model a command-line target names.
 
     Args:
-        target: ``module:attribute``, a model or something callable without arguments that makes one; or the path of a
-            transformers config JSON or of a directory with a ``config.json``.
+        target: ``module:attribute``, a model or something callable without arguments that makes one; the path of a
+            transformers config JSON or of a directory with a ``config.json``; or a shipped architecture's name. The
+            last two give parameters on the ``meta`` device, which have no values.
 
     Raises:
         ValueError: a target of no known form, one that cannot be imported, or one that makes no model.
         FileNotFoundError: a path that does not exist.
         ImportError: a configuration without transformers.
     """
+    if target in shipped():
+        from ..wrappers.transformers import model_from_document
+
+        return model_from_document(facts(target)["config"], target)
     if Path(target).exists() or target.endswith(".json") or (":" not in target and os.sep in target):
         from ..wrappers.transformers import model_from_config
 
@@ -61,7 +68,11 @@ def resolve(path: str, what: str) -> Any:
     if not name or not attribute:
         raise ValueError(
             f"{what} {path!r} must be written module:attribute, for example my_model:make_model"
-            + (", or be the path of a config.json or its directory" if what == "target" else "")
+            + (
+                f", or be the path of a config.json or its directory, or one of {', '.join(shipped())}"
+                if what == "target"
+                else ""
+            )
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
