@@ -1,8 +1,8 @@
 """A mesh, a DTensor and flattened tensors without processes: one process can ask what any rank of thousands holds.
 
-A geometry needs to know which ranks a mesh has. It does not need to talk to them, so ``Mesh`` and ``Held`` can stand for
-torch's classes. This file says how torch and ZeRO cut tensors: in chunks, with padding, in sub-groups. Which blocks a
-cut goes through, and which second moments a rank keeps, only ``placed`` and ``flat`` say.
+A geometry needs to know which ranks a mesh has. It does not need to talk to them, so ``Mesh`` and ``Held`` can take the
+place of torch's classes. This file says how torch and ZeRO cut tensors: in chunks, with padding, in sub-groups. Only
+``placed`` and ``flat`` say which blocks a cut goes through, and which second moments a rank keeps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """First moments in eight and four bits: the planned bytes are those of ``AdamMini.state_bytes()``.
 
-``test_plan.py`` compares states whose size follows from a dtype alone. Here it follows from blocks, rows and what is too
-small to quantise; and the planner must refuse what the optimizer refuses.
+``test_plan.py`` compares states whose size follows from a dtype alone. Here it follows from blocks, from rows, and from
+what is too small to quantise; and the planner must refuse what the optimizer refuses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from optimizer import AdamMini
 from optimizer.__main__ import main
 from optimizer.tools.plan import Setup, make_plan, parameters_of
+from tests.optimizer.test_plan import measured, with_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,7 +44,7 @@ def held(optimizer: AdamMini) -> dict[str, int]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("moment", ["int8", "int4"])
-@pytest.mark.parametrize("hidden", [320, 40, 250, 345])
+@pytest.mark.parametrize("hidden", [320, 40, 250, 330])
 def test_quantised_moments_are_planned_as_they_are_kept(hidden: int, moment: str, dtype: str) -> None:
     model = llama(hidden, DTYPES[dtype])
     state, optimizer = planned(model, dtype, moment), AdamMini(model, exp_avg_dtype=moment)
@@ -69,6 +70,22 @@ def test_convolutions_have_rows_of_several_axes(moment: str) -> None:
     model = nn.Sequential(nn.Conv2d(24, 32, 3), nn.Conv2d(32, 3, 1), nn.Linear(8, 1024), nn.Linear(100, 64))
     state, counted = planned(model, "fp32", moment), AdamMini(model, exp_avg_dtype=moment).state_bytes()
     assert state.total == sum(counted.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("moment", ["int8", "int4"])
+@pytest.mark.parametrize(("rules", "shape"), [("adam_mini", (600, 1000)), ("slim_adam", (40000, 64)),
+                                              ("elementwise", (3000, 1000))])  # fmt: skip
+def test_temporaries_of_quantised_moments_are_bounded_and_not_by_much(
+    rules: str, shape: tuple[int, int], moment: str, dtype: str
+) -> None:
+    linear = with_gradients(nn.Sequential(nn.Linear(*shape, bias=False, dtype=DTYPES[dtype])))
+    optimizer = AdamMini(linear, rules=rules, fused=False, exp_avg_dtype=moment)
+    optimizer.step()
+    top = measured(optimizer.step)
+    setup = Setup(dtype=dtype, exp_avg_dtype=moment)
+    bound = make_plan(parameters_of(linear), setup, (rules,)).rows[-1].state.temporary
+    assert top <= bound <= 2.1 * top
 
 
 @pytest.mark.parametrize("moment", ["int8", "int4"])

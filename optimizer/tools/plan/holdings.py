@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ...partition import Layout
 from ...sharding.flat import FlatLayout, Range, within
 from ...sharding.offline import ALIGNMENT, Mesh, chunk, joined, part, place, share, sub_groups
+from ...step.moments import row_axes
 from .sharding import Parameter, Setup, by_decay, require_divisible, tensor_parallel_axis, tensor_parallel_shape
 
 
@@ -40,11 +41,13 @@ class Piece(NamedTuple):
         numel: elements.
         rows: indices of the first axis of the tensor that they are elements of.
         second: second moments kept for them.
+        quantised: elements that are quantised together where a row spans several axes; 0 for sharded tensors.
     """
 
     numel: int
     rows: int
     second: int
+    quantised: int = 0
 
 
 class Cut(NamedTuple):
@@ -110,7 +113,9 @@ class Placed:
 
     def pieces(self) -> list[Piece]:
         """What is stepped at a time."""
-        return [Piece(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second))]
+        axes = row_axes(self.shape)
+        row = prod(self.shape[-axes:]) if axes > 1 else 0
+        return [Piece(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def tensor_parallel_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
 def tensor_parallel_axis(anatomy: Anatomy) -> int | None:
     """The axis that tensor parallelism cuts: output units of what fans out, input units of what comes back.
 
-    An anatomy counts axes after its fold. Where the fold's pieces lie along the axis to be cut, the pieces are dealt out.
+    An anatomy counts axes after its fold. Where that splits the axis to be cut, the fold's pieces are dealt out.
     """
     roles = set(anatomy.roles)
     if len(anatomy.shape) < 2 or not (roles <= _COLUMN or roles <= _ROW):

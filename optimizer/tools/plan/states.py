@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from math import ceil, prod
 
 import torch
@@ -21,6 +21,8 @@ _TORCHAO_BLOCK = 256
 _TORCHAO_SMALLEST = 4096  # torchao (and bitsandbytes) leave smaller tensors in the parameter's dtype
 _TORCHAO_TABLE = 256 * FP32  # torchao keeps the fp32 values of its 256 codes with every quantised state
 _SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # as in optimizer.step.update: elements of a temporary
+_PIECE = 1 << 15  # as in optimizer.step.moments: elements quantised at once
+_PER_ELEMENT = 9 * FP32  # bytes allocated for each of them: measured
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def adamw_8bit(itemsize: int, *, flat: bool) -> Cost:
 
 def adam_mini(setup: Setup) -> Cost:
     """Adam-mini: the bytes that ``optimizer.state`` keeps of a tensor, and the temporaries of ``optimizer.step``."""
-    word = setup.exp_avg_dtype
+    word, itemsize = setup.exp_avg_dtype, DTYPES[setup.stepped_dtype]
     group = {"exp_avg_dtype": word if word is None or word in moments.FORMATS else _TORCH[word], "bf16_rounding": None}
 
     def cost(tensor: Tensor) -> State:
@@ -100,27 +102,32 @@ def adam_mini(setup: Setup) -> Cost:
         kept = moment_format(parameter, group)
         scales = 0 if kept is None else kept.scale_dtype.itemsize * prod(moments.state_shapes(tensor.shape, kept)[1])
         size = state_bytes(parameter, tensor.shape, tensor.second, group)
-        temporary = max(map(_temporary(setup, kept), tensor.pieces()), default=0)
+        bound = partial(_temporary, itemsize=itemsize) if kept is None else partial(_quantising, itemsize=itemsize)
+        temporary = max((bound(piece) for piece in tensor.pieces()), default=0)
         return State(size["exp_avg"] - scales, size["exp_avg_sq"], scales, size["step"], temporary)
 
     return cost
 
 
-@lru_cache(maxsize=64)
-def _temporary(setup: Setup, kept: moments.Format | None) -> Callable[[Piece], int]:
+def _temporary(piece: Piece, itemsize: int) -> int:
     """Upper bound of what ``adam_mini_update`` allocates for elements of one tensor, in bytes."""
-    itemsize = DTYPES[setup.stepped_dtype]
+    numel, mixed = piece.numel, itemsize != FP32
+    row = max(1, numel // max(1, piece.rows))
+    window, second = _window(piece, row)
+    copies = FP32 * window if mixed else 0  # a slice of the gradient in fp32
+    squares = 2 * FP32 * second  # the mean squares, and at most as much again while runs are averaged
+    return max(copies + squares, FP32 * second + 2 * copies)  # then of the parameter and of the first moment
 
-    def bound(piece: Piece) -> int:
-        numel, mixed, second = piece.numel, itemsize != FP32, piece.second
-        row = max(1, numel // max(1, piece.rows))
-        limit = min(max(numel >> _SHARE, _SMALLEST), _LARGEST)
-        window = min(numel, max(limit, row))
-        if second == numel:  # per element: worked through in windows where there is more than one row
-            second = window
-        copies = FP32 * window if mixed else 0  # a slice of the gradient in fp32
-        squares = 2 * FP32 * second  # the mean squares, and at most as much again while runs are averaged
-        moving = FP32 * second + 2 * copies  # then of the parameter and of the first moment
-        return max(copies + squares, moving) + (FP32 * numel if kept else 0)
 
-    return bound
+def _quantising(piece: Piece, itemsize: int) -> int:
+    """Upper bound of what a step with a quantised first moment allocates for one tensor, in bytes."""
+    _, second = _window(piece, 1)
+    copies = FP32 if itemsize != FP32 else 0
+    return min(piece.numel, max(_PIECE, piece.quantised)) * (_PER_ELEMENT + copies) + 2 * FP32 * second
+
+
+def _window(piece: Piece, row: int) -> tuple[int, int]:
+    """(elements of a slice, second moments worked on at once)."""
+    window = min(piece.numel, max(min(max(piece.numel >> _SHARE, _SMALLEST), _LARGEST), row))
+    # A scalar per element: worked through in slices where there is more than one row.
+    return window, window if piece.second == piece.numel else piece.second
