@@ -17,6 +17,8 @@ def shipped() -> list[str]:
 def facts(name: str) -> dict[str, Any]:
     """The document of an architecture: title, source, order, config, reported memory.
 
+    ``small`` holds the sizes of a model of the same make that is small enough to have weights.
+
     Raises:
         ValueError: no such architecture.
     """

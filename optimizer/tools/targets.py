@@ -14,13 +14,14 @@ from torch import nn
 from .architectures import facts, shipped
 
 
-def load_target(target: str) -> nn.Module:
+def load_target(target: str, *, small: bool = False) -> nn.Module:
     """The model a command-line target names.
 
     Args:
         target: ``module:attribute``, a model or something callable without arguments that makes one; the path of a
             transformers config JSON or of a directory with a ``config.json``; or a shipped architecture's name. The
             last two give parameters on the ``meta`` device, which have no values.
+        small: of a shipped architecture, a small model with weights instead.
 
     Raises:
         ValueError: a target of no known form, one that cannot be imported, or one that makes no model.
@@ -30,7 +31,9 @@ def load_target(target: str) -> nn.Module:
     if target in shipped():
         from ..wrappers.transformers import model_from_document
 
-        return model_from_document(facts(target)["config"], target)
+        document = facts(target)
+        model = model_from_document(document["config"] | (document["small"] if small else {}), target)
+        return type(model)(model.config) if small else model
     if Path(target).exists() or target.endswith(".json") or (":" not in target and os.sep in target):
         from ..wrappers.transformers import model_from_config
 
