@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from .partition.schema import json_schema
+from .tools.architectures import shipped
 from .tools.convert import cli as convert
 from .tools.explain import render
 from .tools.explain.rows import compare, explanation
@@ -87,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("explain", help="what every parameter is taken for, and why")
     command.add_argument(
-        "target", help="module:attribute, a model or a callable that makes one; or a config.json, or its directory"
+        "target",
+        help="module:attribute, a model or a callable that makes one; a config.json, or its directory; or one of "
+        f"{', '.join(shipped())}",
     )
     command.add_argument("--rules", help="shipped set or path to a rules file (default: adam_mini)")
     command.add_argument("--json", action="store_true", help="one JSON document with every parameter")

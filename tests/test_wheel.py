@@ -40,7 +40,7 @@ def test_it_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert "optimizer/partition/rules/adam_mini.json" in names
     assert "optimizer/step/engines/native/kernel.cpp" in names
     assert "optimizer/partition/rules/schema/rules.schema.json" in names
-    assert "optimizer/tools/plan/configs/llama-3-8b.json" in names
+    assert "optimizer/tools/configs/llama-3-8b.json" in names
     metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode().splitlines()
     required = [line for line in metadata if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.6"]

@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks.scaling.simulate import Message, fsdp2, zero3, zero12
 from benchmarks.scaling.traffic import SUM, all_reduced, gradients
 from benchmarks.scaling.weights import Weight, weights_of
-from optimizer.tools.plan.model import facts, load_target
+from optimizer.tools.architectures import facts
+from optimizer.tools.targets import load_target
 
 MODELS = ("llama-3-8b", "llama-3-70b", "llama-3-405b")
 WORLDS = tuple(2**k for k in range(3, 13))
@@ -47,7 +48,7 @@ def row(style: str, weights: list[Weight], ranks: int) -> dict[str, Any]:
 
 def by_rules(model: str = MODELS[0], ranks: int = BESIDE) -> dict[str, list[dict[str, Any]]]:
     """A model's rows under several rule sets."""
-    target = load_target(model).model
+    target = load_target(model)
     return {rules: [row(style, weights_of(target, rules), ranks) for style in _STYLES] for rules in RULES}
 
 
@@ -55,7 +56,7 @@ def compute(models: tuple[str, ...] = MODELS, worlds: tuple[int, ...] = WORLDS) 
     """All rows of all models."""
     out = {}
     for name in models:
-        weights = weights_of(load_target(name).model)
+        weights = weights_of(load_target(name))
         out[name] = {
             "title": facts(name)["title"],
             "tensors": len(weights),

@@ -102,7 +102,7 @@ class FlatLayout:
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """Values of the local second moment."""
-        return (sum(len(_Held(r, "a flattened tensor").spread) for r in self.ranges),)
+        return (sum(_values_of(r) for r in self.ranges),)
 
 
 def flat_geometry(
@@ -253,6 +253,38 @@ def box_shapes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[t
         yield (last, *index), (1, *shape)
 
 
+def _seen(shape: tuple[int, ...], layout: Layout) -> tuple[tuple[int, int, int, int], Runs]:
+    """A tensor as [leads, between, axis, inner], and the runs along that axis.
+
+    Where nothing lies between, the leading indices continue the axis, so that there is one lead.
+    """
+    view = viewed(shape, layout.fold) or (1,)
+    lead, axis = len(layout.leading), layout.axis
+    leads, between, inner = prod(view[:lead]), prod(view[lead:axis]), prod(view[axis + 1 :])
+    if between == 1:
+        runs = Runs(layout.runs.segments, layout.runs.repeat * max(leads, 1))
+        return (1, between, leads * view[axis], inner), runs
+    return (leads, between, view[axis], inner), layout.runs
+
+
+def _kept(start: int, stop: int, dims: tuple[int, int, int, int]) -> tuple[int, int, tuple[int, int]]:
+    """The second moments of elements [start, stop): (first lead, how many leads, [start, stop) of the axis)."""
+    _, between, size, inner = dims
+    if start == stop:
+        return 0, 0, (0, 0)
+    if between == 1:
+        return 0, 1, (start // inner, -(-stop // inner))
+    per_lead = between * size * inner
+    return start // per_lead, -(-stop // per_lead) - start // per_lead, (0, size)
+
+
+def _values_of(held: Range) -> int:
+    """How many second moments a rank keeps for a range."""
+    held.layout.require(held.shape, "a flattened tensor")
+    _, leads, (first, last) = _kept(held.start, held.stop, _seen(held.shape, held.layout)[0])
+    return leads * (last - first)
+
+
 class _Held:
     """This rank's blocks, second moments and boxes of one range. Local blocks are numbered from zero.
 
@@ -273,31 +305,16 @@ class _Held:
         layout.require(shape, where)
         if not 0 <= held.start <= held.stop <= prod(shape):
             raise ValueError(f"{where}: elements [{held.start}, {held.stop}) do not lie in a tensor of shape {shape}")
-        view = viewed(shape, layout.fold) or (1,)
-        lead, axis = len(layout.leading), layout.axis
-        self.held, runs = held, layout.runs
-        leads, between = prod(view[:lead]), prod(view[lead:axis])
-        if between == 1:
-            runs, leads, size = Runs(runs.segments, runs.repeat * max(leads, 1)), 1, leads * view[axis]
-        else:
-            size = view[axis]
-        self.dims = (leads, between, size, prod(view[axis + 1 :]))
-        self.runs, self.edges = runs, Edges(runs)
+        self.held = held
+        self.dims, self.runs = _seen(shape, layout)
+        self.edges = Edges(self.runs)
         self._find_values()
         self._find_cut()
 
     def _find_values(self) -> None:
         """Which values of the second moment are kept: [first lead, + leads) x axis indices [first, + many)."""
-        _, between, size, inner = self.dims
-        start, stop = self.held.start, self.held.stop
-        per_lead = between * size * inner
-        if start == stop:
-            self.first_lead, self.leads, self.axis_range = 0, 0, (0, 0)
-        elif between == 1:
-            self.first_lead, self.leads, self.axis_range = 0, 1, (start // inner, -(-stop // inner))
-        else:
-            self.first_lead, self.axis_range = start // per_lead, (0, size)
-            self.leads = -(-stop // per_lead) - self.first_lead
+        _, between, _, inner = self.dims
+        self.first_lead, self.leads, self.axis_range = _kept(self.held.start, self.held.stop, self.dims)
         here = (self.axis_range,) if self.axis_range[1] > self.axis_range[0] else ()
         self.run_ids = run_ids(self.edges, here)
         lengths = local_runs(self.runs, self.edges, here).lengths()

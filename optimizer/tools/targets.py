@@ -1,4 +1,4 @@
-"""What a command is about: the model behind ``module:attribute`` or behind a configuration file."""
+"""What a command is about: a shipped architecture, or the model behind ``module:attribute`` or a configuration file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from .architectures import facts, shipped
+
 
 class UserCodeError(Exception):
     """Code of the user's raised an error: in a module that was imported, or in a function that was called.
@@ -19,12 +21,14 @@ class UserCodeError(Exception):
     """
 
 
-def load_target(target: str) -> nn.Module:
+def load_target(target: str, *, small: bool = False) -> nn.Module:
     """The model a command-line target names.
 
     Args:
-        target: ``module:attribute``, a model or something callable without arguments that makes one; or the path of a
-            transformers config JSON or of a directory with a ``config.json``.
+        target: ``module:attribute``, a model or something callable without arguments that makes one; the path of a
+            transformers config JSON or of a directory with a ``config.json``; or a shipped architecture's name. The
+            last two give parameters on the ``meta`` device, which have no values.
+        small: of a shipped architecture, a small model with weights instead.
 
     Raises:
         ValueError: a target of no known form, one that cannot be imported, or one that makes no model.
@@ -32,6 +36,12 @@ def load_target(target: str) -> nn.Module:
         ImportError: a configuration without transformers.
         UserCodeError: the user's module or function raised.
     """
+    if target in shipped():
+        from ..wrappers.transformers import model_from_document
+
+        document = facts(target)
+        model = model_from_document(document["config"] | (document["small"] if small else {}), target)
+        return type(model)(model.config) if small else model
     if Path(target).exists() or target.endswith(".json") or (":" not in target and os.sep in target):
         from ..wrappers.transformers import model_from_config
 
@@ -90,7 +100,11 @@ def resolve(path: str, what: str) -> Any:
     if not name or not attribute:
         raise ValueError(
             f"{what} {path!r} must be written module:attribute, for example my_model:make_model"
-            + (", or be the path of a config.json or its directory" if what == "target" else "")
+            + (
+                f", or be the path of a config.json or its directory, or one of {', '.join(shipped())}"
+                if what == "target"
+                else ""
+            )
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -16,7 +16,7 @@ from benchmarks.scaling.check import Checked, cases, difference, expected
 from benchmarks.scaling.document import BEGIN, END, compute, merged, tables
 from benchmarks.scaling.simulate import fsdp2, zero3
 from benchmarks.scaling.weights import weights_of
-from optimizer.tools.plan.model import load_target
+from optimizer.tools.targets import load_target
 from tests.sharding.models import MODELS
 from tests.sharding.workers import run
 
@@ -82,7 +82,7 @@ def test_the_page_says_what_the_simulator_says() -> None:
 
 def test_four_hundred_billion_on_four_thousand_ranks_is_counted_by_hand() -> None:
     """Every one of 128 query and 8 key heads of 126 layers, and 253 norms, are cut; each tensor sends one more."""
-    (message,) = fsdp2(weights_of(load_target("llama-3-405b").model), 4096)
+    (message,) = fsdp2(weights_of(load_target("llama-3-405b")), 4096)
     assert dict(message.blocks) == {"QUERY": 126 * 128, "KEY": 126 * 8, "NORM": 2 * 126 + 1}
     assert message.tensors == 126 * 2 + 253
 

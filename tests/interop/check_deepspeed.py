@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
+from optimizer.sharding import offline
+from optimizer.tools.plan import Setup, parameters_of
 from tests.interop.conftest import Record
 from tests.interop.launch import torchrun
 from tests.interop.plain import OPTIONS, SAME, apart, falls, plain
 from tests.interop.zero_checkpoints import convert
+from tests.optimizer.test_plan_shards import planned
+from tests.sharding import models
 from tests.sharding.workers import Case, run
 
 STAGE3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000}
@@ -83,6 +87,16 @@ def check_zero(record: Record, ranks: int, stage: str) -> None:
     )  # fmt: skip
     assert difference <= SAME
     assert all(one["largest"] <= 8 * one["blocks"] for each in answers.values() for one in each)
+
+
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def check_planned_bytes(monkeypatch: pytest.MonkeyPatch, ranks: int, stage: str) -> None:
+    monkeypatch.setattr(offline.sub_groups, "__defaults__", (STAGE3["sub_group_size"],))
+    setup = Setup(world=ranks, sharding=f"zero{stage}", dtype="fp32")
+    for model in MODELS:
+        held = [one["state"] for one in trained(ranks)[f"{model} {stage}"]]
+        assert held == planned(parameters_of(models.MODELS[model]()), setup, "adam_mini")
 
 
 @pytest.mark.parametrize("built", BUILT)

@@ -35,10 +35,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: as ``convert_file``.
     """
-    from ..plan.model import load_target
+    import torch
+
+    from ..targets import load_target
     from .file import convert_file
 
-    model = load_target(arguments.model).model
+    with torch.device("meta"):  # a function that makes a model makes one without values
+        model = load_target(arguments.model)
     report = convert_file(
         arguments.source, arguments.out, model, arguments.rules, kind=arguments.kind, key=arguments.key
     )

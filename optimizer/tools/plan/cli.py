@@ -7,12 +7,15 @@ import json
 import sys
 from typing import Any
 
-from optimizer.partition.rules import shipped as shipped_rules
+import torch
 
+from ...partition.rules import shipped as shipped_rules
+from ..architectures import shipped
+from ..targets import load_target
 from . import report, table
 from .activations import estimate
 from .memory import DEFAULT_RULES, make_plan
-from .model import load_target, parameters_of, shipped
+from .model import parameters_of
 from .sharding import DTYPES, MOMENT_DTYPES, Setup
 
 
@@ -69,12 +72,13 @@ def _answer(arguments: argparse.Namespace) -> str:
     sharding = "fsdp" if arguments.fsdp else f"zero{arguments.zero}" if arguments.zero else "ddp"
     setup = Setup(arguments.world, arguments.tp, sharding, arguments.dtype, arguments.exp_avg_dtype, arguments.master)
     rules = [name.strip() for name in arguments.rules.split(",") if name.strip()]
-    target = load_target(arguments.target)
-    plan = make_plan(parameters_of(target.model), setup, rules)
+    with torch.device("meta"):  # a function that makes a model makes one without values
+        model = load_target(arguments.target)
+    plan = make_plan(parameters_of(model), setup, rules)
     activations = None
     if arguments.batch is not None:
-        config = getattr(target.model, "config", None)
+        config = getattr(model, "config", None)
         activations = estimate(config, batch=arguments.batch, seq=arguments.seq, tp=arguments.tp)
     if arguments.json:
-        return json.dumps(report.document(plan, target.name, activations), indent=1)
-    return report.text(plan, target.name, activations)
+        return json.dumps(report.document(plan, arguments.target, activations), indent=1)
+    return report.text(plan, arguments.target, activations)

@@ -1,21 +1,22 @@
 """The accounting: bytes per rank of parameters, gradients, optimizer state by kind, and a step's temporaries.
 
-Pure functions over what ``sharding.held`` says a rank holds. What is assumed is in ``notes`` and printed with every
-table.
+``holdings`` says what a rank holds, ``states`` what a tensor costs. ``notes`` says what is assumed, and is printed with
+every table.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
-from optimizer.partition import Rules, layout_of
-
-from .sharding import DTYPES, Held, Parameter, Piece, Setup, held
+from ...partition import Layout, Rules, layout_of
+from ...step.moments import FORMATS
+from .holdings import Holding, Tensor, elements, stepped
+from .sharding import DTYPES, Parameter, Setup
 from .states import FP32, Cost, State, adam_mini, adamw, adamw_8bit
 
-DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam")
+DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived")
 
 
 @dataclass(frozen=True)
@@ -72,39 +73,28 @@ class Plan:
         return next(row for row in self.rows if row.optimizer == optimizer)
 
 
-def worst(parameters: list[Held], gradients: list[Held], states: list[Held], cost: Cost, setup: Setup,
-          *, all_at_once: bool = False) -> tuple[int, int, int, State]:  # fmt: skip
-    """(parameters, gradients, master copy, state) of the rank that needs the most, in bytes.
+def worst(ranks: Iterable[Holding], cost: Cost, *, all_at_once: bool = False) -> tuple[int, State]:
+    """(elements stepped, state) of the rank whose state and temporaries need the most.
 
     Args:
-        parameters: per rank, all parameters held.
-        gradients: per rank, gradients held.
-        states: per rank, what the optimizer steps.
-        cost: an optimizer's state of one piece.
-        setup: dtypes, master copy.
+        ranks: what each of them steps.
+        cost: an optimizer's state of one tensor.
         all_at_once: whether the temporaries of all tensors live together (torch's foreach step).
     """
-    best: tuple[int, tuple[int, int, int, State]] | None = None
-    known: dict[Piece, State] = {}
-    itemsize = DTYPES[setup.dtype]
-    for rank in range(max(len(parameters), len(gradients), len(states))):
-        here = [side[rank if len(side) > 1 else 0] for side in (parameters, gradients, states)]
-        weights, grads, stepped = (sum(piece.numel * n for piece, n in side.items()) for side in here)
+    best: tuple[int, State] | None = None
+    known: dict[Tensor, State] = {}
+    for holding in ranks:
         total, together = State(), 0
-        for piece, count in here[2].items():
-            if piece not in known:
-                known[piece] = cost(piece)
-            total = total.plus(known[piece], count)
-            together += count * known[piece].temporary
+        for tensor, count in holding.items():
+            if tensor not in known:
+                known[tensor] = cost(tensor)
+            total = total.plus(known[tensor], count)
+            together += count * known[tensor].temporary
         if all_at_once:
-            total = State(total.exp_avg, total.exp_avg_sq, total.scales, total.step, together)
-        master = stepped * FP32 if setup.master and setup.dtype != "fp32" else 0
-        found = (weights * itemsize, grads * itemsize, master, total)
-        size = sum(found[:3]) + total.total + total.temporary
-        if best is None or size > best[0]:
-            best = (size, found)
-    assert best is not None  # every side has at least one rank
-    return best[1]
+            total = replace(total, temporary=together)
+        if best is None or total.total + total.temporary > best[1].total + best[1].temporary:
+            best = sum(count * prod(tensor.shape) for tensor, count in holding.items()), total
+    return best or (0, State())
 
 
 def make_plan(parameters: Sequence[Parameter], setup: Setup, rules: Sequence[str] = DEFAULT_RULES) -> Plan:
@@ -116,28 +106,31 @@ def make_plan(parameters: Sequence[Parameter], setup: Setup, rules: Sequence[str
         rules: rule sets of Adam-mini: shipped names or paths.
 
     Raises:
-        ValueError, FileNotFoundError: rules that cannot be read; a ``tp`` that does not divide a parameter.
+        ValueError, FileNotFoundError: rules that cannot be read, or whose overrides match no parameter; a ``tp`` that
+            does not divide a parameter.
     """
     trainable = [p for p in parameters if p.trainable]
-    weights = held(parameters, setup, sharded=setup.zero >= 3)
-    gradients = held(trainable, setup, sharded=setup.zero >= 2)
-    states = held(trainable, setup, sharded=setup.zero >= 1)
-    elements = sum(p.numel for p in trainable)
-    itemsize, kinds = DTYPES[setup.stepped_dtype], Counter(p.anatomy for p in trainable)
+    itemsize = DTYPES[setup.dtype]
+    weights = itemsize * elements(parameters, setup, sharded=setup.zero >= 3)
+    gradients = itemsize * elements(trainable, setup, sharded=setup.zero >= 2)
+    numel, masters = sum(p.numel for p in trainable), setup.master and setup.dtype != "fp32"
 
-    def row(name: str, cost: Cost, n_blocks: int, *, all_at_once: bool = False) -> Row:
-        return Row(name, *worst(weights, gradients, states, cost, setup, all_at_once=all_at_once), n_blocks)
+    def row(name: str, cost: Cost, layouts: Sequence[Layout], blocks: int, *, all_at_once: bool = False) -> Row:
+        own, state = worst(stepped(trainable, layouts, setup), cost, all_at_once=all_at_once)
+        return Row(name, weights, gradients, FP32 * own if masters else 0, state, blocks)
 
-    rows = [row(f"AdamW, {word} states", adamw(size), elements, all_at_once=True)
+    itemsize, anything = DTYPES[setup.stepped_dtype], [Layout.per_tensor(p.anatomy.shape) for p in trainable]
+    rows = [row(f"AdamW, {word} states", adamw(size), anything, numel, all_at_once=True)
             for word, size in ((setup.stepped_dtype, itemsize), ("fp32", FP32))]  # fmt: skip
-    rows.append(row("AdamW, 8-bit states", adamw_8bit(itemsize, flat=setup.flat), elements))
+    rows.append(row("AdamW, 8-bit states", adamw_8bit(itemsize, flat=setup.flat), anything, numel))
     for source in rules:
         loaded = Rules.load(source)
-        layouts = {anatomy: layout_of(anatomy, loaded) for anatomy in kinds}
-        blocks = sum(count * layouts[anatomy].n_blocks for anatomy, count in kinds.items())
-        rows.append(row(f"Adam-mini, {loaded.name}", adam_mini(setup, layouts.__getitem__), blocks))
+        loaded.require_matches([p.name for p in parameters])
+        layouts = [layout_of(p.anatomy, loaded, p.name) for p in trainable]
+        blocks = sum(layout.n_blocks for layout in layouts)
+        rows.append(row(f"Adam-mini, {loaded.name}", adam_mini(setup), layouts, blocks))
     unknown = tuple(p.name for p in parameters if not p.anatomy.recognised and len(p.anatomy.shape) >= 2)
-    return Plan(setup, sum(p.numel for p in parameters), elements, tuple(rows), unknown, notes(setup))
+    return Plan(setup, sum(p.numel for p in parameters), numel, tuple(rows), unknown, notes(setup))
 
 
 def notes(setup: Setup) -> tuple[str, ...]:
@@ -153,16 +146,18 @@ def notes(setup: Setup) -> tuple[str, ...]:
         "AdamW's temporary is that of torch's default (foreach) step, which fused=True does without; the 8-bit step is "
         "taken as compiled, with none; Adam-mini's is an upper bound of this package's eager step (the native CPU step "
         "has none)",
-        "8-bit: blockwise 256 with fp32 scales and code tables as torchao stores them; small tensors stay unquantised",
+        "AdamW's 8 bits: blocks of 256 with fp32 scales and code tables as torchao stores them; small tensors stay "
+        "unquantised",
     ]
-    if setup.exp_avg_dtype not in (None, setup.stepped_dtype):
+    if (kept := FORMATS.get(setup.exp_avg_dtype or "")) is not None:
         out.append(
-            f"Adam-mini's exp_avg in {setup.exp_avg_dtype}: its storage, whether or not your optimizer offers it"
+            f"Adam-mini's exp_avg in {kept.name}: blocks of {kept.block} along a row, each with a scale; small tensors "
+            "and short rows stay unquantised"
         )
     if setup.tp > 1:
         whole = "norms, biases, position tables and weights of unknown role"
         out.append(f"tensor parallelism cuts matrices by role; {whole} are whole on every rank")
     if setup.flat and setup.zero:
-        how = "every parameter" if setup.zero == 3 else "one buffer of all parameters"
-        out.append(f"ZeRO splits {how} by elements; where a range cuts columns, exp_avg_sq is an upper bound")
+        how = "every parameter" if setup.zero == 3 else "one buffer of a group's parameters"
+        out.append(f"ZeRO splits {how} by elements, in equal parts with padding")
     return tuple(out)

@@ -6,17 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..architectures import facts, shipped
+from ..targets import load_target
 from .memory import Plan, make_plan
-from .model import Target, load_target, parameters_of, shipped
-from .sharding import Setup
+from .model import parameters_of
+from .sharding import Parameter, Setup
 
 GB = 10**9
-_RULES = ("adam_mini", "short_run", "slim_adam", "pytorch_default")
+_RULES = ("adam_mini", "short_run", "slim_adam", "pytorch_default", "derived")
+_MOMENTS = ("fp32", "bf16", "int8", "int4")
 _HEADER = ("model", "parameters", "AdamW m+v", "Adam-mini m+v", "saved", "paper: AdamW", "paper: Adam-mini",
            "scalars", "share of AdamW's")  # fmt: skip
 _INTRO = """# Memory of the optimizer's state
 
-Written by `python -m optimizer plan --table docs/memory.md` from the architectures in `optimizer/tools/plan/configs`,
+Written by `python -m optimizer plan --table docs/memory.md` from the architectures in `optimizer/tools/configs`,
 without weights. GB are 10^9 bytes, as in the paper. `m+v` is exp_avg and exp_avg_sq, both in fp32, on one device;
 Adam-mini's v is counted as this package stores it, aligned with the layout's axis (a head's scalar once per row), so
 the column is what a training run holds. Scalars are the second-moment scalars that differ, and their share of AdamW's.
@@ -38,8 +41,8 @@ _LOW_BITS = """
 ## Whole state in low precision
 
 State in GB with parameters in bf16, on one device: AdamW with fp32, bf16 (as torch keeps it) and 8-bit states
-(blockwise 256, torchao's storage), Adam-mini with its first moment in fp32, bf16 and 8 bits (stored
-likewise), its second moment always in fp32. This is arithmetic on storage, whichever of these an optimizer offers.
+(blockwise 256, torchao's storage); Adam-mini with its first moment in fp32, bf16, int8 and int4
+(`exp_avg_dtype`, scales included). Adam-mini's second moment is always fp32.
 """
 
 
@@ -60,15 +63,16 @@ def write(path: str | os.PathLike[str]) -> Path:
 
 def markdown(names: list[str] | None = None) -> str:
     """The document, of all shipped architectures or of some."""
-    targets = [load_target(name) for name in names or shipped()]
-    plans = {t.name: make_plan(parameters_of(t.model), Setup(dtype="fp32"), _RULES) for t in targets}
-    lines = [_INTRO, *_table(_HEADER, [first_row(t, plans[t.name]) for t in targets])]
-    lines += [_paper(targets, plans)]
+    models = {name: parameters_of(load_target(name)) for name in names or shipped()}
+    plans = {name: make_plan(parameters, Setup(dtype="fp32"), _RULES) for name, parameters in models.items()}
+    lines = [_INTRO, *_table(_HEADER, [first_row(name, plan) for name, plan in plans.items()])]
+    lines += [_paper(plans)]
     lines += [_RULE_SETS.lstrip("\n"), *_table(("model", *(f"`{rules}`" for rules in _RULES)),
-                                  [_by_rules(t, plans[t.name]) for t in targets])]  # fmt: skip
-    lines += [_LOW_BITS, *_table(("model", "AdamW fp32", "AdamW bf16", "AdamW 8-bit", "Adam-mini fp32",
-                                  "Adam-mini bf16", "Adam-mini 8-bit"), [_low_bits(t) for t in targets])]  # fmt: skip
-    unknown = [(t.facts["title"], plans[t.name].unrecognised) for t in targets if plans[t.name].unrecognised]
+                                  [_by_rules(name, plan) for name, plan in plans.items()])]  # fmt: skip
+    lines += [_LOW_BITS, *_table(("model", "AdamW fp32", "AdamW bf16", "AdamW 8-bit",
+                                  *(f"Adam-mini {dtype}" for dtype in _MOMENTS)),
+                                 [_low_bits(*item) for item in models.items()])]  # fmt: skip
+    unknown = [(facts(name)["title"], plan.unrecognised) for name, plan in plans.items() if plan.unrecognised]
     if unknown:
         lines += ["", "Weights whose role is not known, which get one scalar per tensor and not the paper's:", ""]
         lines += [f"- {title}: {len(which)}, for example `{which[-1]}`" for title, which in unknown]
@@ -86,47 +90,47 @@ def _moments(plan: Plan, optimizer: str) -> int:
     return state.exp_avg + state.exp_avg_sq
 
 
-def first_row(target: Target, plan: Plan) -> list[str]:
+def first_row(name: str, plan: Plan) -> list[str]:
     """One line of the first table.
 
     Args:
-        target: a shipped architecture.
+        name: of a shipped architecture.
         plan: its plan in fp32 on one device.
     """
-    adamw, mini = (_moments(plan, name) for name in ("AdamW, fp32 states", "Adam-mini, adam_mini"))
+    known = facts(name)
+    adamw, mini = (_moments(plan, row) for row in ("AdamW, fp32 states", "Adam-mini, adam_mini"))
     blocks = plan.row("Adam-mini, adam_mini").n_blocks
-    reported: dict[str, Any] = target.facts.get("paper_gb") or {}
+    reported: dict[str, Any] = known.get("paper_gb") or {}
     paper = [f"{reported[key]:.2f}" if reported else "" for key in ("adamw", "adam_mini")]
-    return [target.facts["title"], f"{plan.elements:,}", f"{adamw / GB:,.2f}", f"{mini / GB:,.2f}",
+    return [known["title"], f"{plan.elements:,}", f"{adamw / GB:,.2f}", f"{mini / GB:,.2f}",
             f"{100 * (1 - mini / adamw):.2f} %", *paper, f"{blocks:,}",
             f"{100 * blocks / plan.elements:.4f} %"]  # fmt: skip
 
 
-def _paper(targets: list[Target], plans: dict[str, Plan]) -> str:
-    """What the comparison with the paper's table comes to."""
+def _paper(plans: dict[str, Plan]) -> str:
+    """How far the plans are from the paper's table, in words."""
     off: dict[str, list[float]] = {"adamw": [0.0], "adam_mini": [0.0]}
     quoted = []
-    for target in targets:
-        reported = target.facts.get("paper_gb")
+    for name, plan in plans.items():
+        reported = facts(name).get("paper_gb")
         if not reported:
             continue
         if reported["status"] == "quoted":
-            quoted.append(target.facts["title"])
-        for key, name in (("adamw", "AdamW, fp32 states"), ("adam_mini", "Adam-mini, adam_mini")):
-            off[key].append(100 * abs(_moments(plans[target.name], name) / GB / reported[key] - 1))
+            quoted.append(facts(name)["title"])
+        for key, row in (("adamw", "AdamW, fp32 states"), ("adam_mini", "Adam-mini, adam_mini")):
+            off[key].append(100 * abs(_moments(plan, row) / GB / reported[key] - 1))
     return _PAPER.format(quoted=", ".join(quoted) or "none", difference=max(off["adamw"]), mini=max(off["adam_mini"]))
 
 
-def _by_rules(target: Target, plan: Plan) -> list[str]:
+def _by_rules(name: str, plan: Plan) -> list[str]:
     rows = [plan.row(f"Adam-mini, {rules}") for rules in _RULES]
-    return [target.facts["title"], *(f"{row.state.exp_avg_sq / 1e6:,.2f} MB, {row.n_blocks:,}" for row in rows)]
+    return [facts(name)["title"], *(f"{row.state.exp_avg_sq / 1e6:,.2f} MB, {row.n_blocks:,}" for row in rows)]
 
 
-def _low_bits(target: Target) -> list[str]:
-    parameters = parameters_of(target.model)
+def _low_bits(name: str, parameters: list[Parameter]) -> list[str]:
     plan = make_plan(parameters, Setup(dtype="bf16"), ())
     sizes = [plan.rows[i].state.total for i in (1, 0, 2)]
-    for dtype in ("fp32", "bf16", "int8"):
+    for dtype in _MOMENTS:
         mini = make_plan(parameters, Setup(dtype="bf16", exp_avg_dtype=dtype), ("adam_mini",))
         sizes.append(mini.row("Adam-mini, adam_mini").state.total)
-    return [target.facts["title"], *(f"{size / GB:,.2f}" for size in sizes)]
+    return [facts(name)["title"], *(f"{size / GB:,.2f}" for size in sizes)]
