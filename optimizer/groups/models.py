@@ -14,7 +14,6 @@ from ..partition import discover
 from ..partition.discover import module_behind
 from ..partition.names import clean
 from ..state.grouping import with_names
-from .recognition import groups_of
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,26 @@ class Source:
         groups = groups_of(params)
         names = frozenset(clean(name) for group in groups if "weight_decay" in group for name, _ in group["params"])
         return cls(model, groups, names)
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters of a model into two groups: with weight decay, and without.
+
+    Norms and biases do not decay. The groups contain (name, parameter) pairs; an empty group is left out.
+
+    Raises:
+        ValueError: the model has no trainable parameters.
+    """
+    anatomies = discover(model)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameters; unfreeze some before building the optimizer")
+    # Parameters that FSDP flattened have no anatomy. They join the decaying group; their layout contains the ranges
+    # that do not decay.
+    decays = {name: name not in anatomies or anatomies[name].decays for name, _ in trainable}
+    decaying = {"params": [(name, p) for name, p in trainable if decays[name]]}
+    rest = {"params": [(name, p) for name, p in trainable if not decays[name]], "weight_decay": 0.0}
+    return [group for group in (decaying, rest) if group["params"]]
 
 
 def with_model_names(

@@ -18,26 +18,6 @@ from ..sharding.facts import facts_of
 from ..step.labels import named
 
 
-def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Split the trainable parameters of a model into two groups: with weight decay, and without.
-
-    Norms and biases do not decay. The groups contain (name, parameter) pairs; an empty group is left out.
-
-    Raises:
-        ValueError: the model has no trainable parameters.
-    """
-    anatomies = discover(model)
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("the model has no trainable parameters; unfreeze some before building the optimizer")
-    # Parameters that FSDP flattened have no anatomy. They join the decaying group; their layout contains the ranges
-    # that do not decay.
-    decays = {name: name not in anatomies or anatomies[name].decays for name, _ in trainable}
-    decaying = {"params": [(name, p) for name, p in trainable if decays[name]]}
-    rest = {"params": [(name, p) for name, p in trainable if not decays[name]], "weight_decay": 0.0}
-    return [group for group in (decaying, rest) if group["params"]]
-
-
 class Recognition:
     """Determines what parameters do, from the model, their tags or their names, and makes their layouts.
 

@@ -212,7 +212,7 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("RwkvSelfAttention",),
         library="transformers",
-        why="RWKV: no heads; every channel decays exponentially by itself",
+        why="RWKV: no heads; every channel has its own exponential decay",
         params={
             "key": rows(Role.MLP_IN),
             "value": rows(Role.MLP_IN),

@@ -181,11 +181,11 @@ def segments(*parts: tuple[Role, Size, Size | None]) -> Maker:
 
     def make(context: Context, why: str) -> Anatomy:
         sizes = [n if isinstance(n, int) else None if n == "..." else context.ask(n) for _, n, _ in parts]
-        given = sum(n for n in sizes if n is not None)
+        specified = sum(n for n in sizes if n is not None)
         sized = []
         for (role, _, dim), n in zip(parts, sizes, strict=True):
             head_dim = context.ask(dim) if isinstance(dim, str) else dim
-            sized.append(Part(role, context.outputs - given if n is None else n, head_dim))
+            sized.append(Part(role, context.outputs - specified if n is None else n, head_dim))
         return context.anatomy(sized, why)
 
     return make
