@@ -1,4 +1,4 @@
-"""Recognising what the parameters of an optimizer do, and laying them out in blocks."""
+"""Recognition of what the parameters of an optimizer do, and their layouts."""
 
 from __future__ import annotations
 
