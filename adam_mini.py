@@ -1,7 +1,7 @@
-"""The door of the published adam-mini package: ``from adam_mini import Adam_mini``, and nothing else to change.
+"""A drop-in replacement for the published adam-mini package: ``from adam_mini import Adam_mini``.
 
-The constructor and the mutable name sets are the published package's (1.1.1); the update, the partition and the
-optimizer contract are ``optimizer.AdamMini``'s.
+The constructor and the mutable name sets are those of the published package (1.1.1). The update, the partition and
+the optimizer's other methods are those of ``optimizer.AdamMini``.
 """
 
 from __future__ import annotations
@@ -44,38 +44,43 @@ _ROLES: dict[str, tuple[Role, ...]] = {
     "wv_names": (Role.VALUE,),
     "mlp_names": (Role.MLP_IN, Role.MLP_OUT, Role.EXPERT_IN, Role.EXPERT_OUT),
     "attn_proj_names": (Role.ATTENTION_OUT,),
-}  # in the order in which the published package asks
+}
+"""The roles that each name set affects, in the order in which the published package checks the sets."""
 
 
 class Adam_mini(AdamMini):
-    """The published package's optimizer class, on this project's partition and update.
+    """The optimizer class of the published package, with the partition and update of ``optimizer.AdamMini``.
 
-    What a parameter is follows from the model where it can be known (a module, ``model.named_parameters()`` not yet
-    consumed, or parameters stamped by ``optimizer.tag``), else from its name and ``dim``, ``n_heads``,
-    ``n_kv_heads``. Blocks are fixed at the first step, so the name sets ``embd_names``, ``output_names``,
-    ``wqk_names``, ``wv_names``, ``attn_proj_names``, ``mlp_names`` and ``adam_block_names`` may be changed or replaced
-    until then: an emptied set means one scalar per tensor for its role, an added word claims the parameters whose
-    lower-cased names contain it.
+    The role of a parameter follows from the model if it is available: the model itself, ``model.named_parameters()``
+    that has not been consumed, or parameters stamped by ``optimizer.tag``. Otherwise it follows from the parameter's
+    name and from ``dim``, ``n_heads`` and ``n_kv_heads``.
 
-    Where neither the model nor the name is certain, blocks are the published package's or finer. A warning at the first
-    step names the parameters whose blocks are coarser, because the model or the number of heads says so.
+    Blocks are fixed at the first step. Until then, the name sets ``embd_names``, ``output_names``, ``wqk_names``,
+    ``wv_names``, ``attn_proj_names``, ``mlp_names`` and ``adam_block_names`` may be changed or replaced. Emptying a
+    set gives the parameters of its roles one scalar per tensor. Adding a word assigns the parameters whose lower-case
+    names contain it to the set.
+
+    If neither the model nor the name determines the role, blocks are those of the published package or finer. If the
+    model or the number of heads implies coarser blocks, a warning at the first step names the parameters.
 
     Args:
-        named_parameters: ``model.named_parameters()``, any iterable of (name, parameter), or a model; parameters
-            without names or group dicts keep the caller's groups and decay.
-        lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: added outside the root.
-        weight_decay: decoupled; norms and biases are left out, as in the published package.
-        model_sharding: accepted and ignored, as in the published package.
-        dim: the model's hidden size; None where the model itself is known.
-        n_heads: number of query heads; likewise.
+        named_parameters: ``model.named_parameters()``, an iterable of (name, parameter) pairs, or a model; these are
+            split into two groups, with and without weight decay. Parameters without names and group dicts keep the
+            caller's groups and weight decay.
+        lr: learning rate, >= 0.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: number added to the square root in the denominator, >= 0.
+        weight_decay: coefficient of the decoupled weight decay, >= 0; norms and biases do not decay, as in the
+            published package.
+        model_sharding: ignored, as in the published package.
+        dim: the model's hidden size; None if unknown. It is used only for parameters recognised by name.
+        n_heads: number of query heads; None if unknown. It is used only for parameters recognised by name.
         n_kv_heads: number of key-value heads; None means ``n_heads``.
-        verbose: accepted; messages go to ``logging``.
+        verbose: ignored; messages are written with ``logging``.
 
     Raises:
-        ValueError: a number out of range, ``n_heads`` not a multiple of ``n_kv_heads``, or (at the first step) heads
-            that do not divide a query or key.
+        ValueError: a number is out of range, ``n_heads`` is not a multiple of ``n_kv_heads``, or (at the first step)
+            the number of heads does not divide the rows of a query or key.
     """
 
     embd_names: Any
@@ -118,33 +123,35 @@ class Adam_mini(AdamMini):
         model = named_parameters if isinstance(named_parameters, nn.Module) else module_behind(named_parameters)
         params: Any = model
         if model is None and isinstance(named_parameters, Tensor):
-            params = named_parameters  # torch says what is wrong with it
+            params = named_parameters  # torch raises the error for a single tensor
         elif model is None:
             params = list(named_parameters)  # type: ignore[arg-type]
             if params and all(_is_pair(item) for item in params):
                 params = _decay_groups([(str(name), p) for name, p in params], weight_decay)
         super().__init__(params, lr, betas, eps, weight_decay, rules="adam_mini")
-        del self.named_parameters  # a model must not live on in its optimizer
+        del self.named_parameters  # otherwise the optimizer would keep the model alive
 
     def recognised(self, recognition: Recognition, pairs: Sequence[tuple[Tensor, str]]) -> list[AnyLayout]:
-        """What parameters are now; how they fall into blocks is decided at the first step."""
+        """Record what the parameters do, and return preliminary layouts; blocks are decided at the first step."""
         recognition.ask_wrappers(pairs)
-        self._anatomies.append([
-            facts_of(parameter) or (clean(name).lower(), recognition.anatomy(parameter, name))
-            for parameter, name in pairs
-        ])  # fmt: skip
+        self._anatomies.append(
+            [
+                facts_of(parameter) or (clean(name).lower(), recognition.anatomy(parameter, name))
+                for parameter, name in pairs
+            ]
+        )
         self._resolved = False
         return [Layout.per_tensor(tuple(p.shape) if facts_of(p) else whole_shape(p)) for p, _ in pairs]
 
     def rearrange(self, positions: Sequence[Sequence[Position]], new: list[AnyLayout]) -> None:
-        """Let what parameters are follow them, too; how they fall into blocks is decided anew."""
+        """Reorder the recorded anatomies, too, and decide on blocks again."""
         super().rearrange(positions, new)
         self._anatomies = [[self._anatomies[g][i] for g, i in row] for row in positions]
         self._resolve()
         self._resolved = False  # the name sets may still be changed before the next step
 
     def _resolve(self) -> None:
-        """Turn names, anatomies and the name sets as they stand into layouts."""
+        """Make the layouts from the recorded names and anatomies and from the present name sets."""
         emptied = [role for key, roles in _ROLES.items() if not getattr(self, key) for role in roles]
         rules = self.rules.replace("adam_mini, name sets changed", dict.fromkeys(emptied, Unit.TENSOR))
         coarser: list[str] = []
@@ -153,54 +160,54 @@ class Adam_mini(AdamMini):
         def resolved(anatomy: Anatomy, name: str) -> Layout:
             return self._resolved_layout(clean(name).lower(), anatomy, rules, coarser, unknown)
 
-        self.replace_layouts(
-            [
-                [
-                    known.layout(resolved, exempt=True)
-                    if isinstance(known, FlatFacts)
-                    else resolved(known[1], known[0])
-                    for known in group
-                ]
-                for group in self._anatomies
-            ]
-        )
+        def layout(recorded: tuple[str, Anatomy] | FlatFacts) -> AnyLayout:
+            if isinstance(recorded, FlatFacts):
+                return recorded.layout(resolved, exempt=True)
+            name, anatomy = recorded
+            return resolved(anatomy, name)
+
+        self.replace_layouts([[layout(recorded) for recorded in group] for group in self._anatomies])
         self._resolved = True
         if coarser:
             logger.warning(
-                "%d parameter(s) share more than in the published package, because of what the model or the number of "
-                "heads says of them: %s", len(coarser), "; ".join(coarser[:8]) + ("; ..." if coarser[8:] else ""),
-            )  # fmt: skip
+                "%d parameter(s) share more than in the published package, because the model or the number of heads "
+                "determines their blocks: %s",
+                len(coarser),
+                "; ".join(coarser[:8]) + ("; ..." if coarser[8:] else ""),
+            )
         report_unknown(unknown, self.rules[Role.OTHER].value, strict=False)
 
     def _resolved_layout(
         self, name: str, anatomy: Anatomy, rules: Rules, coarser: list[str], unknown: dict[str, Anatomy]
     ) -> Layout:
-        """What is known decides; where nothing certain is, blocks are the published package's or finer.
+        """Return the layout of one parameter: the model's if it is certain, otherwise the published one or a finer one.
 
         Args:
-            name: cleaned and lower-cased.
-            anatomy: what the parameter is, as far as its model, tag or name says.
-            rules: with the units of emptied name sets.
-            coarser: takes the parameters whose blocks are not the published package's or parts of them.
-            unknown: takes the matrices that nobody recognised.
+            name: the parameter's name in lower case, without prefixes of wrappers.
+            anatomy: what the parameter does, from its model, tag or name.
+            rules: the rules, with one scalar per tensor for the roles of emptied name sets.
+            coarser: receives descriptions of parameters whose blocks do not lie inside published blocks.
+            unknown: receives the matrices that are not recognised.
         """
         named = self._named_anatomy(name, anatomy)
-        layout, theirs = layout_of(named, rules), self._published_layout(name, anatomy.shape)
-        if theirs is not None and is_guessed_vector(named):
-            return theirs
-        if theirs is not None and not layout.refines(theirs, anatomy.shape):
+        layout, published = layout_of(named, rules), self._published_layout(name, anatomy.shape)
+        if published is not None and is_guessed_vector(named):
+            return published
+        if published is not None and not layout.refines(published, anatomy.shape):
             if not named.recognised or not (named.declared or named.role in HEAD_ROLES):
-                return theirs
-            coarser.append(f"{name} {anatomy.shape}: {layout.n_blocks} instead of {theirs.n_blocks} ({named.reason})")
-        elif named is anatomy and not understood(named, rules) and (theirs is None or theirs.n_blocks == 1):
+                return published
+            coarser.append(
+                f"{name} {anatomy.shape}: {layout.n_blocks} instead of {published.n_blocks} ({named.reason})"
+            )
+        elif named is anatomy and not understood(named, rules) and (published is None or published.n_blocks == 1):
             unknown[name] = named
         return layout
 
     def _published_layout(self, name: str, shape: tuple[int, ...]) -> Layout | None:
-        """The blocks of the published package under the name sets as they stand; None for what it fails on.
+        """Return the blocks of the published package under the present name sets; None if it fails on the parameter.
 
-        Its query and key blocks are runs of ``dim * dim / n_heads`` elements, whatever the matrix. Where such runs end
-        inside a row, this returns the finest layout along the rows whose blocks lie inside them.
+        Its query and key blocks are runs of ``dim * dim / n_heads`` elements, regardless of the matrix. If such runs
+        end inside a row, the result has shorter runs along the rows, so that its blocks lie inside the published ones.
         """
         claim = _claimed_by(name, {key: getattr(self, key) for key in _ROLES})
         if claim is None:
@@ -220,21 +227,24 @@ class Adam_mini(AdamMini):
         )
 
     def _named_anatomy(self, name: str, anatomy: Anatomy) -> Anatomy:
-        """The anatomy, unless the name sets were changed in a way that touches this parameter."""
+        """Return the anatomy, or another one if changed name sets assign the parameter to another set."""
         now = _claimed_by(name, {key: getattr(self, key) for key in _ROLES})
         if now != _claimed_by(name, _DEFAULTS):
             if now is None or len(anatomy.shape) < 2:
-                return whole(Role.OTHER, anatomy.shape, "no name set claims it any more: one scalar")
+                return whole(Role.OTHER, anatomy.shape, "no longer in any name set: one scalar")
             anatomy = Anatomy(anatomy.shape, (Part(_ROLES[now][0], anatomy.shape[0]),), f"by {now}", in_axis=1)
         if any(part.head_dim is None for part in anatomy.parts if part.role in (Role.QUERY, Role.KEY)):
             return self._with_heads(name, anatomy, sure=anatomy.reason != "by wqk_names")
         return anatomy
 
     def _with_heads(self, name: str, anatomy: Anatomy, *, sure: bool) -> Anatomy:
-        """Give a query or key known by name alone the heads of the constructor's arguments.
+        """Return the anatomy of a query or key recognised by name, with heads from the constructor's arguments.
 
-        ``sure`` is False for a parameter that a name set claims, which may be a query or a key. Then, and for keys
-        whose number of heads was not given, ``dim / n_heads`` rows make a head if they divide it.
+        Args:
+            name: the parameter's name.
+            anatomy: its anatomy without heads.
+            sure: False for a parameter assigned by a name set, which may be a query or a key. For such a parameter,
+                and for keys if ``n_kv_heads`` is None, a head has ``dim / n_heads`` rows if that divides the rows.
         """
         if self.n_heads is None or len(anatomy.parts) > 1:
             return anatomy
@@ -252,61 +262,60 @@ class Adam_mini(AdamMini):
         return Anatomy(anatomy.shape, (Part(role, size, head_dim),), anatomy.reason, in_axis=1)
 
     def fix_layouts(self) -> None:
-        """The first step fixes the blocks."""
+        """Decide on blocks at the first step, unless that has been done."""
         if not self._resolved:
             self._resolve()
 
     def init_state(self) -> None:
-        """Make all state now; fixes the blocks if no step has yet."""
+        """Create all state now. This fixes the blocks, as the first step does."""
         if not self._resolved:
             self._resolve()
         super().init_state()
 
     def load_state_dict(self, state_dict: dict[str, Any], *, convert: bool = False) -> None:
-        """Load state as ``AdamMini`` does; fixes the blocks if no step has yet."""
+        """Load state as ``AdamMini.load_state_dict`` does. This fixes the blocks, as the first step does."""
         if not self._resolved:
             self._resolve()
         super().load_state_dict(state_dict, convert=convert)
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by kind; fixes the blocks if no step has yet."""
+        """Return the bytes of optimizer state on this rank by kind. This fixes the blocks, as the first step does."""
         if not self._resolved:
             self._resolve()
         return super().state_bytes()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {key: getattr(self, key) for key in (*_ROLES, "dim", "n_heads", "n_kv_heads", "verbose")}
-        return {**super().__getstate__(), **own, "_anatomies": self._anatomies, "_resolved": self._resolved}
+        attributes = {key: getattr(self, key) for key in (*_ROLES, "dim", "n_heads", "n_kv_heads", "verbose")}
+        return {**super().__getstate__(), **attributes, "_anatomies": self._anatomies, "_resolved": self._resolved}
 
 
 def _claimed_by(name: str, sets: dict[str, Any]) -> str | None:
-    """Which name set claims a parameter: the first, in the published order, of which a word is in the name."""
+    """Return the first name set, in the published order, with a word that the name contains; None without any."""
     return next((key for key in _ROLES if any(word.lower() in name for word in sets[key])), None)
 
 
 def _is_pair(item: Any) -> bool:
-    """Whether this is (name, parameter), as a tuple or a list."""
+    """Whether an item is a (name, parameter) pair, as a tuple or a list."""
     return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str)
 
 
 def _decay_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups with and without weight decay, from names, tags and shapes."""
+    """Split parameters into groups with and without weight decay, by their tags, names and shapes."""
     trainable = [(name, p) for name, p in named if p.requires_grad]
     for wrapper in wrappers():
         wrapper.describe_parameters([(p, name) for name, p in trainable], tagged_or_named)
-    keep = [_decays(name, p) for name, p in trainable]
-    groups = [
-        {
-            "params": [pair for pair, decays in zip(trainable, keep, strict=True) if decays],
-            "weight_decay": weight_decay,
-        },
-        {"params": [pair for pair, decays in zip(trainable, keep, strict=True) if not decays], "weight_decay": 0.0},
+    decays = [_decays(name, p) for name, p in trainable]
+    decaying = [pair for pair, decay in zip(trainable, decays, strict=True) if decay]
+    rest = [pair for pair, decay in zip(trainable, decays, strict=True) if not decay]
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies; a flattened parameter's parts know for themselves."""
+    """Whether weight decay applies to a parameter; to a flattened parameter it does if it applies to any part."""
     facts = facts_of(parameter)
     if facts is not None:
         return any(anatomy.decays for anatomy in facts.anatomies)

@@ -1,6 +1,18 @@
-"""What is in ``param_groups``: made from a model, recognised, and followed where the caller edits them."""
+"""What is in ``param_groups``: built from a model, recognised, and tracked while the caller edits the groups."""
 
 from .following import Arrangement, Frozen, require_groups, require_initialised
-from .recognition import Recognition, groups_of
+from .models import Source, with_model_names
+from .recognition import Recognition
+from .states import first_state, total_state_bytes
 
-__all__ = ["Arrangement", "Frozen", "Recognition", "groups_of", "require_groups", "require_initialised"]
+__all__ = [
+    "Arrangement",
+    "Frozen",
+    "Recognition",
+    "Source",
+    "first_state",
+    "require_groups",
+    "require_initialised",
+    "total_state_bytes",
+    "with_model_names",
+]

@@ -1,7 +1,8 @@
-"""What the parameters of an optimizer are, for as long as their layouts are being made."""
+"""Recognition of what the parameters of an optimizer do, and their layouts."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,36 +18,20 @@ from ..sharding.facts import facts_of
 from ..step.labels import named
 
 
-def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, with names: what decays, and norms and biases, which do not.
-
-    Raises:
-        ValueError: nothing in the model is trainable.
-    """
-    anatomies = discover(model)
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("the model has no trainable parameters; unfreeze some before building the optimizer")
-    # What FSDP flattened into one parameter has no name of its own; its layout knows what in it does not decay.
-    decays = {name: name not in anatomies or anatomies[name].decays for name, _ in trainable}
-    decaying = {"params": [(name, p) for name, p in trainable if decays[name]]}
-    rest = {"params": [(name, p) for name, p in trainable if not decays[name]], "weight_decay": 0.0}
-    return [group for group in (decaying, rest) if group["params"]]
-
-
 class Recognition:
-    """Parameters recognised by the model, else by their tags, else by their names, and laid out under rules.
+    """Determines what parameters do, from the model, their tags or their names, and makes their layouts.
 
-    It knows a model's parameters by identity, which is only right while nobody replaces them: make one, use it, and
-    let it go.
+    Parameters of the model are looked up by ``id``, which is valid only until somebody replaces them. Therefore
+    create an object, use it and discard it.
 
     Args:
-        model: the model; None where nobody gave it.
-        rules: what shares a scalar.
-        exempt: norms and biases that a library joined with what decays do not decay.
+        model: the model that the parameters belong to; None if it is not available.
+        rules: which elements share a scalar.
+        exempt: whether norms and biases are exempt from weight decay if a library joined them with weights in one
+            flattened parameter.
 
     Raises:
-        ValueError: as of ``discover``.
+        ValueError: ``discover`` refuses the model.
     """
 
     def __init__(self, model: nn.Module | None, rules: Rules, *, exempt: bool = False) -> None:
@@ -54,30 +39,38 @@ class Recognition:
         self._unknown: dict[str, Anatomy] = {}
         parameters = {} if model is None else dict(model.named_parameters())
         anatomies = {} if model is None else discover(model)
-        self._known = {id(parameters[name]): (name, a) for name, a in anatomies.items() if name in parameters}
+        self._in_model = {id(parameters[name]): (name, a) for name, a in anatomies.items() if name in parameters}
+
+    @classmethod
+    def of(cls, model: weakref.ref[nn.Module] | None, rules: Rules) -> Recognition:
+        """Recognise parameters that are added later: with the model if it still exists, then by tags and names."""
+        try:
+            return cls(None if model is None else model(), rules)
+        except ValueError:  # the model was changed and now contradicts its configuration
+            return cls(None, rules)
 
     def layouts(self, pairs: Sequence[tuple[Tensor, str]]) -> list[AnyLayout]:
-        """The layouts of (parameter, name or an empty one) pairs.
+        """Return the layouts of (parameter, name) pairs; an unnamed parameter has the name "".
 
         Raises:
-            ValueError: rules with overrides by name, and a parameter without one.
+            ValueError: the rules have overrides by name, and a parameter has no name.
         """
         self.ask_wrappers(pairs)
         return [self._layout(parameter, name) for parameter, name in pairs]
 
     def ask_wrappers(self, pairs: Sequence[tuple[Tensor, str]]) -> None:
-        """Let wrappers leave on flattened parameters what they hold."""
+        """Let the registered wrappers describe the contents of parameters that their libraries flattened."""
         for wrapper in wrappers():
             wrapper.describe_parameters(pairs, tagged_or_named)
 
     def anatomy(self, parameter: Tensor, name: str) -> Anatomy:
-        """What a parameter is."""
-        known = self._known.get(id(parameter))
-        return known[1] if known else tagged_or_named(parameter, name, whole_shape(parameter))
+        """Return what a parameter does: from the model, otherwise from its tag, otherwise from its name."""
+        entry = self._in_model.get(id(parameter))
+        return entry[1] if entry else tagged_or_named(parameter, name, whole_shape(parameter))
 
     def full_name(self, parameter: Tensor, name: str = "") -> str:
-        """The name that overrides of the rules speak of: the caller's, else the model's, else the tag's."""
-        return name or self._known.get(id(parameter), ("", None))[0] or tagged_name(parameter)
+        """Return the name that overrides are matched with: the caller's, otherwise the model's, otherwise the tag's."""
+        return name or self._in_model.get(id(parameter), ("", None))[0] or tagged_name(parameter)
 
     def _layout(self, parameter: Tensor, name: str) -> AnyLayout:
         if facts := facts_of(parameter):
@@ -96,13 +89,22 @@ class Recognition:
         return layout_of(anatomy, self._rules, full_name)
 
     def require_matches(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Every override of the rules speaks of a parameter of the model, frozen ones included, or of the groups."""
+        """Check that every override matches a parameter of the groups or of the model, frozen ones included.
+
+        Raises:
+            ValueError: an override matches none of them.
+        """
         pairs = [pair for group in groups for pair in named(group)]
-        own = (self.full_name(parameter, name) for parameter, name in pairs)
-        flat = (name for parameter, _ in pairs if (facts := facts_of(parameter)) for name in facts.names)
-        self._rules.require_matches([*own, *flat, *(name for name, _ in self._known.values())])
+        group_names = (self.full_name(parameter, name) for parameter, name in pairs)
+        flattened = (name for parameter, _ in pairs if (facts := facts_of(parameter)) for name in facts.names)
+        model_names = (name for name, _ in self._in_model.values())
+        self._rules.require_matches([*group_names, *flattened, *model_names])
 
     def report(self, *, strict: bool) -> None:
-        """Say, once, what was not recognised; raises ValueError instead with ``strict``."""
+        """Log once which parameters were not recognised.
+
+        Raises:
+            ValueError: with ``strict``, if there are any weights among them.
+        """
         report_unknown(self._unknown, self._rules[Role.OTHER].value, strict=strict)
         self._unknown = {}

@@ -1,4 +1,4 @@
-"""Which parameters may share a second-moment scalar: roles, layouts, rules."""
+"""Which elements of a parameter share a second-moment scalar: roles, rules and layouts."""
 
 from .apply import layout_of, partition
 from .discover import discover, tag

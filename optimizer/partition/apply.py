@@ -1,4 +1,4 @@
-"""From what a tensor is (its anatomy) and what the rules say to how it falls into blocks (its layout)."""
+"""Layouts: the blocks of a tensor, from what it does in the network (its anatomy) and from the rules."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ _COLUMNS = Unit.IN_NEURON
 
 
 def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str, Layout]:
-    """The layout of every parameter of a model.
+    """Return the layout of every parameter of a model.
 
     Args:
-        model: any module; frozen parameters are described too.
-        rules: a shipped set's name, a path to a rules file, or ``Rules``.
+        model: any module; frozen parameters are included.
+        rules: the name of a shipped set, the path of a rules file, or a ``Rules`` object.
 
     Returns:
-        name as in ``model.named_parameters()`` -> Layout.
+        Parameter name, as in ``model.named_parameters()``, -> Layout.
 
     Raises:
-        ValueError, FileNotFoundError: as ``Rules.load`` and ``discover``; an override that matches no parameter or
-            asks for heads where there are none.
+        FileNotFoundError: ``rules`` is a path that does not exist.
+        ValueError: the rules are invalid, ``discover`` refuses the model, or an override matches no parameter or asks
+            for attention heads of a parameter that has none.
     """
     loaded, anatomies = Rules.load(rules), discover(model)
     loaded.require_matches(anatomies)
@@ -35,13 +36,17 @@ def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str
 
 
 def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:
-    """The layout of one tensor under the rules.
+    """Return the layout of one tensor under the rules.
 
-    Overrides of the rules apply where the parameter's ``name`` is given; one sets the unit of every part.
+    A tensor whose parts all have the unit TENSOR is one block, even if it is fused. The unit IN_NEURON needs an input
+    axis and, in a fused tensor, must be the unit of every part, because runs lie along one axis. If that is not so,
+    these parts get one scalar per output unit, which is finer than the rules ask for, and the layout's note says so.
 
-    A tensor whose parts all have the unit TENSOR is one block, fused or not. Input-neuron sharing needs an input
-    axis and, in a fused tensor, that every part asks for it: runs lie along one axis. Where it is impossible the
-    parts keep one scalar per output unit (finer, never coarser than asked), and the layout's note says so.
+    Args:
+        anatomy: what the tensor does.
+        rules: the unit of each role.
+        name: the parameter's name. An override that matches it sets the unit of every part. Without a name, no
+            override applies.
 
     Raises:
         ValueError: an override asks for attention heads of a tensor that has none.
@@ -60,24 +65,24 @@ def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:
         note = "no single input axis for all parts of this tensor: one scalar per output unit"
         units = [Unit.OUT_NEURON if unit is _COLUMNS else unit for unit in units]
     if len(anatomy.shape) > anatomy.leading + 1 and any(unit is Unit.ELEMENT for unit in units):
-        return Layout.per_element(anatomy.shape)  # a part asks for Adam: the whole fused tensor gets it
+        return Layout.per_element(anatomy.shape)  # runs cannot separate the elements of one part only
     segments, notes = [], [note] if note else []
     for part, unit in zip(anatomy.parts, units, strict=True):
-        segment, remark = _segment(part, unit)
+        segment, segment_note = _segment(part, unit)
         segments.append(segment)
-        if remark:
-            notes.append(remark)
+        if segment_note:
+            notes.append(segment_note)
     return _layout(anatomy, anatomy.axis, Runs(tuple(segments), anatomy.repeat), "; ".join(notes))
 
 
 def _layout(anatomy: Anatomy, axis: int, runs: Runs, note: str = "") -> Layout:
-    """Runs along one axis of the tensor as the anatomy views it."""
+    """Return a layout whose runs lie along an axis of the tensor, counted after axis 0 is split into ``fold``."""
     leading = viewed(anatomy.shape, anatomy.fold)[: anatomy.leading]
     return Layout(axis, runs, leading, note, anatomy.fold)
 
 
 def _segment(part: Part, unit: Unit) -> tuple[tuple[int, int], str]:
-    """(run length, count) of one part, and a remark where the rules could not be followed to the letter."""
+    """Return (run length, count) of one part, and a note if the rules could not be followed exactly."""
     if part.size == 0:
         return (1, 0), ""
     if unit is Unit.TENSOR:
@@ -90,7 +95,7 @@ def _segment(part: Part, unit: Unit) -> tuple[tuple[int, int], str]:
 
 
 def _per_tensor(anatomy: Anatomy) -> Layout:
-    """One block, or one per index of the leading axes (one per expert)."""
+    """Return a layout with one block, or one block per index of the leading axes (one per expert)."""
     if not anatomy.leading or anatomy.role is Role.CONV:
         return Layout.per_tensor(anatomy.shape)
     size = viewed(anatomy.shape, anatomy.fold)[anatomy.axis]
@@ -98,23 +103,24 @@ def _per_tensor(anatomy: Anatomy) -> Layout:
 
 
 def _columns(anatomy: Anatomy, in_axis: int) -> Layout:
-    """One block per index of the input axis."""
+    """Return a layout with one block per index of the input axis."""
     return _layout(anatomy, in_axis, Runs(((1, viewed(anatomy.shape, anatomy.fold)[in_axis]),)))
 
 
 def has_heads(anatomy: Anatomy) -> bool:
-    """Whether every part that belongs to attention heads knows its head_dim."""
+    """Whether ``head_dim`` is known for every part that belongs to attention heads."""
     return all(part.head_dim is not None for part in anatomy.parts if part.role in HEAD_ROLES)
 
 
 def understood(anatomy: Anatomy, rules: Rules, name: str = "") -> bool:
-    """Whether the rules can be followed with what is known of a tensor, so that nobody needs to be warned.
+    """Whether enough is known about a tensor to apply the rules, so that no warning is needed.
 
-    Vectors always can; a matrix needs a role and, where the rules ask for heads, a head_dim, or an override by name.
+    This is always true for vectors and for parameters with an override. Other tensors need a role and, if the rules
+    ask for attention heads, a ``head_dim``.
     """
     if len(anatomy.shape) < 2 or rules.override_for(name) is not None:
         return True
-    if all(rules[role] is Unit.ELEMENT for role in Role):  # nothing is shared, so nothing has to be known
+    if all(rules[role] is Unit.ELEMENT for role in Role):  # elements share nothing, so roles do not matter
         return True
     wants_heads = any(rules[part.role] is Unit.ATTENTION_HEAD for part in anatomy.parts)
     return anatomy.recognised and (not wants_heads or has_heads(anatomy))

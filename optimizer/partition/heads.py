@@ -1,10 +1,11 @@
-"""How many attention heads a module has, asked of the module first and of the configurations around it after."""
+"""The number and size of attention heads, read from a module and from the configurations of its ancestors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+# Unformatted, because lists of names are easier to read in a block than one name per line.
 _HEAD_DIM = ("head_dim", "d_head", "dim_head", "attention_head_size", "head_size", "d_kv", "key_value_proj_dim",
              "attn_head_size", "hidden_size_per_attention_head")  # fmt: skip
 _HEADS = ("n_heads", "n_head", "num_heads", "num_attention_heads", "num_attn_heads", "n_local_heads", "nhead", "heads",
@@ -15,7 +16,7 @@ _CONFIGS = ("config", "cfg", "args", "params", "model_args", "hparams")
 
 
 def _integer(source: Any, names: Sequence[str]) -> int | None:
-    """The first of the named attributes (or keys) that holds a positive integer."""
+    """Return the first of the named attributes (or keys) that is a positive integer; None if there is none."""
     for name in names:
         value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -24,7 +25,7 @@ def _integer(source: Any, names: Sequence[str]) -> int | None:
 
 
 def sources(modules: Sequence[Any]) -> Iterator[Any]:
-    """A module, its configurations, then its ancestors' (innermost first)."""
+    """Yield each module, followed by its configurations, in the order of ``modules`` (innermost first)."""
     for module in modules:
         yield module
         for name in _CONFIGS:
@@ -34,31 +35,36 @@ def sources(modules: Sequence[Any]) -> Iterator[Any]:
 
 
 def ask(modules: Sequence[Any], names: Sequence[str]) -> int | None:
-    """The first of the named positive integers that the nearest source has, or None."""
+    """Return the first of the named positive integers that the nearest module or configuration has; None without one.
+
+    Args:
+        modules: a module, then its ancestors, innermost first.
+        names: attribute names, in order of preference.
+    """
     return next((n for source in sources(modules) if (n := _integer(source, names)) is not None), None)
 
 
 def head_dim_of(modules: Sequence[Any], query_rows: int, width: int | None = None) -> int | None:
-    """Rows per attention head of a query projection with ``query_rows`` rows.
+    """Return the number of rows per attention head of a query projection; None if it is unknown.
 
-    The nearest source that knows ``head_dim`` or a number of heads decides; a source that knows both must agree
-    with the tensor.
+    The nearest module or configuration that has ``head_dim`` or a number of heads decides. If it has both, they must
+    agree with the tensor.
 
     Args:
         modules: the attention module, then its ancestors, innermost first.
-        query_rows: rows of the query projection.
-        width: what the query projection takes in. Where a module around this one counts heads that together are as
-            wide, this one is one of them (a ``ModuleList`` of single heads).
+        query_rows: number of rows of the query projection.
+        width: number of input features of the query projection; None if unknown. If an ancestor has so many heads
+            that heads of ``query_rows`` rows fill this width, the module is a single head (of a ``ModuleList``).
 
     Raises:
-        ValueError: the nearest source contradicts the number of rows.
+        ValueError: the nearest module or configuration contradicts the number of rows.
     """
     for source in sources(modules):
         head_dim, heads = _integer(source, _HEAD_DIM), _integer(source, _HEADS)
         if head_dim is None and heads is None:
             continue
         where = type(source).__name__
-        if heads is not None and width == heads * query_rows != query_rows and not _speaks_of(modules[0], source):
+        if heads is not None and width == heads * query_rows != query_rows and not _belongs_to(modules[0], source):
             return query_rows
         if head_dim is None:
             assert heads is not None
@@ -80,19 +86,24 @@ def head_dim_of(modules: Sequence[Any], query_rows: int, width: int | None = Non
     return None
 
 
-def _speaks_of(module: Any, source: Any) -> bool:
-    """Whether a source is the module or a configuration it holds, rather than something further out."""
+def _belongs_to(module: Any, source: Any) -> bool:
+    """Whether ``source`` is the module or one of its own configurations, and not an ancestor's."""
     return source is module or any(getattr(module, name, None) is source for name in _CONFIGS)
 
 
 def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | None:
-    """(query heads, key-value heads, head_dim) of a fused [Q|K|V] projection with ``rows`` rows, or None.
+    """Return (query heads, key-value heads, head_dim) of a fused [Q|K|V] projection; None if they are unknown.
 
-    The nearest source that knows the number of heads decides. Key-value heads it does not know are looked for around
-    it; where those do not explain the rows (they belong to other modules), every query head has a key.
+    The nearest module or configuration that has the number of heads decides. If it has no number of key-value heads,
+    the ancestors are searched for one. If that number does not explain the rows, because it belongs to another
+    module, every query head has a key and a value of its own.
+
+    Args:
+        modules: the attention module, then its ancestors, innermost first.
+        rows: number of rows of the projection.
 
     Raises:
-        ValueError: the nearest source that knows the heads contradicts the number of rows.
+        ValueError: the nearest module or configuration that has the number of heads contradicts the number of rows.
     """
     for source in sources(modules):
         heads = _integer(source, _HEADS)
@@ -101,15 +112,16 @@ def fused_heads(modules: Sequence[Any], rows: int) -> tuple[int, int, int] | Non
         head_dim = _integer(source, _HEAD_DIM)
         candidates = (_integer(source, _KV_HEADS), ask(modules, _KV_HEADS), heads)
         for kv_heads in dict.fromkeys(n for n in candidates if n is not None):
-            fitted = head_dim or rows // (heads + 2 * kv_heads)
-            if (heads + 2 * kv_heads) * fitted == rows:
-                return heads, kv_heads, fitted
-        left, rest = divmod(rows - heads * head_dim, 2 * head_dim) if head_dim else (0, 1)
-        if candidates[:2] == (None, None) and not rest and left > 0 and heads % left == 0:
-            return heads, left, head_dim or 0  # nobody speaks of key-value heads; the rows that are left are theirs
+            fitted_dim = head_dim or rows // (heads + 2 * kv_heads)
+            if (heads + 2 * kv_heads) * fitted_dim == rows:
+                return heads, kv_heads, fitted_dim
+        remaining_heads, rest = divmod(rows - heads * head_dim, 2 * head_dim) if head_dim else (0, 1)
+        if candidates[:2] == (None, None) and not rest and remaining_heads > 0 and heads % remaining_heads == 0:
+            # No module has a number of key-value heads, so the rows that are not queries determine it.
+            return heads, remaining_heads, head_dim or 0
         raise ValueError(
-            f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={fitted} "
-            f"({(heads + 2 * kv_heads) * fitted} rows), but the fused projection has {rows} rows; set head_dim, and "
-            "n_kv_heads (num_key_value_heads) where keys and values have fewer heads, on the module or its config"
+            f"{type(source).__name__} says {heads} query and {kv_heads} key-value heads of head_dim={fitted_dim} "
+            f"({(heads + 2 * kv_heads) * fitted_dim} rows), but the fused projection has {rows} rows; set head_dim on "
+            "the module or its config, and n_kv_heads (num_key_value_heads) if keys and values have fewer heads"
         )
     return None

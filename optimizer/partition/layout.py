@@ -1,7 +1,8 @@
-"""The one representation: contiguous runs along one axis of a tensor.
+"""Layouts: the blocks of a tensor as contiguous runs of indices along one axis.
 
-The elements of a run, over all other axes but the leading ones, share one second-moment scalar. Every partition
-that matters is such a list of runs, fused projections and experts included, and so is any shard of one.
+All elements whose index along the axis lies in one run, and whose indices along the leading axes are equal, share one
+second-moment scalar. This representation covers every supported partition, including those of fused projections and
+of experts, and every shard of them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 
 from .roles import viewed
 
-_Held = TypeVar("_Held", torch.Tensor, torch.Tensor | None)
+_MaybeTensor = TypeVar("_MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
 class AnyLayout(Protocol):
-    """How a tensor falls into blocks, whichever form describes it: ``Layout``, or ``sharding.flat.FlatLayout``."""
+    """The blocks of a tensor: a ``Layout``, or a ``sharding.flat.FlatLayout`` for flattened parameters."""
 
     @property
     def n_blocks(self) -> int:
@@ -29,14 +30,14 @@ class AnyLayout(Protocol):
         """Whether a tensor of this shape can have this layout."""
 
     def require(self, shape: Iterable[int], what: str = "tensor") -> None:
-        """Raise ValueError, with both numbers, when ``shape`` cannot have this layout."""
+        """Raise ValueError if a tensor of this shape cannot have this layout; ``what`` names it in the message."""
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """Shape of the second moment."""
+        """Return the shape of the second moment of a tensor of this shape."""
 
 
 def _merged(segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join neighbouring segments of equal run length and drop empty ones."""
+    """Join adjacent segments of equal run length and remove empty ones."""
     out: list[tuple[int, int]] = []
     for length, count in segments:
         if count == 0:
@@ -49,7 +50,7 @@ def _merged(segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _shortest_period(items: list[tuple[int, int]]) -> int:
-    """The shortest p that divides len(items) with items = items[:p] repeated (Knuth-Morris-Pratt borders)."""
+    """Return the shortest p such that ``items`` is ``items[:p]`` repeated (by Knuth-Morris-Pratt borders)."""
     border = [0] * len(items)
     for i in range(1, len(items)):
         k = border[i - 1]
@@ -62,13 +63,17 @@ def _shortest_period(items: list[tuple[int, int]]) -> int:
 
 @dataclass(frozen=True)
 class Runs:
-    """Run lengths, compressed: ``segments`` of (length, count), the whole sequence ``repeat`` times.
+    """A compressed sequence of run lengths.
 
-    Two ``Runs`` that describe the same lengths are equal, however they were written.
+    The segments are expanded in order, ``count`` runs of ``length`` each, and the result is repeated ``repeat``
+    times. Two ``Runs`` with the same sequence of lengths are equal, because construction normalises them.
 
     Attributes:
         segments: (length, count) pairs, in order.
         repeat: how often the sequence of segments repeats.
+
+    Raises:
+        ValueError: a length or ``repeat`` is less than 1, or a count is negative.
     """
 
     segments: tuple[tuple[int, int], ...]
@@ -84,10 +89,8 @@ class Runs:
         if len(segments) == 1:
             segments, repeat = [(segments[0][0], segments[0][1] * repeat)], 1
         elif segments and segments[0][0] == segments[-1][0]:
-            segments, repeat = (
-                _merged(segments * repeat),
-                1,
-            )  # the last run of a period joins the next one's first
+            # The last segment of each repetition and the first of the next have the same run length.
+            segments, repeat = _merged(segments * repeat), 1
         if len(segments) > 1:
             period = _shortest_period(segments)
             segments, repeat = segments[:period], repeat * (len(segments) // period)
@@ -96,12 +99,12 @@ class Runs:
 
     @classmethod
     def of(cls, lengths: Iterable[int]) -> Runs:
-        """Compress a plain sequence of run lengths."""
+        """Compress a sequence of run lengths."""
         return cls(tuple((int(length), 1) for length in lengths))
 
     @property
     def total(self) -> int:
-        """Indices covered."""
+        """The number of indices in all runs together."""
         return self.repeat * sum(length * count for length, count in self.segments)
 
     def __len__(self) -> int:
@@ -114,22 +117,25 @@ class Runs:
                     yield length
 
     def lengths(self) -> torch.Tensor:
-        """The run lengths as an int64 tensor, [len(self)]."""
+        """Return the run lengths as an int64 tensor of shape [len(self)]."""
         pairs = torch.tensor(self.segments, dtype=torch.int64).reshape(-1, 2)
         return pairs[:, 0].repeat_interleave(pairs[:, 1]).repeat(self.repeat)
 
 
 @dataclass(frozen=True, init=False)
 class Layout:
-    """How one tensor falls into blocks.
+    """The blocks of one tensor: the sets of elements that share one second-moment scalar.
 
     Attributes:
         axis: the axis along which the runs lie.
-        runs: the run lengths along ``axis``; they add up to its size.
-        leading: sizes of the axes in front of ``axis`` that repeat the runs with blocks of their own.
-        fold: pieces axis 0 is split into first (experts that one axis holds one behind the other); ``axis`` and
-            ``leading`` speak of that view.
-        note: what a reader should know about how the layout was reached; not part of its identity.
+        runs: the run lengths along ``axis``; they add up to its size. Each run is a block.
+        leading: sizes of the first axes, in front of ``axis``. Every index of these axes has blocks of its own.
+        fold: the number of equal pieces that axis 0 is split into first, for tensors that concatenate experts along
+            axis 0; 1 for no split. ``axis`` and ``leading`` count the axes after the split.
+        note: how the layout differs from what the rules ask for; ignored when layouts are compared.
+
+    Raises:
+        ValueError: ``axis`` is one of the leading axes, or ``fold`` is not the size of the first leading axis.
 
     Example:
         >>> Layout(axis=0, runs=[64] * 12).n_blocks                       # a query projection, per head
@@ -149,7 +155,7 @@ class Layout:
     ) -> None:
         leading = tuple(int(size) for size in leading)
         if axis < len(leading):
-            raise ValueError(f"axis={axis} must lie behind the {len(leading)} leading axes")
+            raise ValueError(f"axis={axis} must come after the {len(leading)} leading axes")
         if fold != 1 and (not leading or leading[0] != fold):
             raise ValueError(f"fold={fold} pieces must be the first leading axis; leading axes are {leading}")
         object.__setattr__(self, "axis", int(axis))
@@ -160,14 +166,22 @@ class Layout:
 
     @classmethod
     def per_element(cls, shape: tuple[int, ...]) -> Layout:
-        """Every element its own block: Adam."""
+        """Return a layout in which every element is a block, as in Adam.
+
+        Args:
+            shape: the tensor's shape.
+        """
         if not shape:
             return cls(0, Runs(((1, 1),)))
         return cls(len(shape) - 1, Runs(((1, shape[-1]),)), shape[:-1])
 
     @classmethod
     def per_tensor(cls, shape: tuple[int, ...]) -> Layout:
-        """The whole tensor one block."""
+        """Return a layout in which the whole tensor is one block.
+
+        Args:
+            shape: the tensor's shape.
+        """
         return cls(0, Runs(((shape[0], 1),) if shape and shape[0] else (((1, 1),) if not shape else ())))
 
     @property
@@ -190,50 +204,63 @@ class Layout:
         )
 
     def require(self, shape: Iterable[int], what: str = "tensor") -> None:
-        """Raise ValueError, with both numbers, when ``shape`` cannot have this layout."""
+        """Check that a tensor of this shape can have this layout.
+
+        Args:
+            shape: the tensor's shape.
+            what: the tensor's name in the message.
+
+        Raises:
+            ValueError: it cannot; the message has the shape and the sizes that the layout needs.
+        """
         shape = tuple(shape)
         if not self.fits(shape):
             raise ValueError(
                 f"{what} has shape {shape}, but its layout holds {self.runs.total} indices along axis {self.axis}"
-                f" behind leading axes {self.leading} (axis 0 in {self.fold} piece(s)); "
+                f" after leading axes {self.leading} (axis 0 in {self.fold} piece(s)); "
                 "build the optimizer from the tensor as it is used in step()"
             )
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """Shape of the aligned second moment, one value per index of the axis and of the leading axes.
+        """Return the shape of the second moment: one value per index of ``axis`` and of the leading axes.
 
-        It broadcasts against the tensor; with ``fold`` > 1, after both have axis 0 split into (fold, rest).
+        It broadcasts against the tensor. With ``fold`` > 1, it does so after axis 0 of both is split into (fold, rest).
+
+        Args:
+            shape: the tensor's shape.
         """
         view = viewed(tuple(shape), self.fold)
-        kept = (*range(len(self.leading)), self.axis)
-        aligned = tuple(size if dim in kept else 1 for dim, size in enumerate(view))
+        block_axes = (*range(len(self.leading)), self.axis)
+        aligned = tuple(size if dim in block_axes else 1 for dim, size in enumerate(view))
         return aligned if self.fold == 1 else (aligned[0] * aligned[1], *aligned[2:])
 
     def unfolded(self) -> Layout:
-        """This layout, of the view in which axis 0 is split."""
+        """Return the same layout for the view of the tensor in which axis 0 is already split."""
         return self if self.fold == 1 else Layout(self.axis, self.runs, self.leading, self.note)
 
-    def unfold(self, *tensors: _Held) -> list[_Held]:
-        """Views in which axis 0 is split into (fold, rest), as ``axis`` and ``leading`` count it.
+    def unfold(self, *tensors: _MaybeTensor) -> list[_MaybeTensor]:
+        """Return views of tensors in which axis 0 is split into (fold, rest).
+
+        Nothing is copied, whatever the strides. With ``fold`` = 1 the tensors are returned unchanged.
 
         Args:
-            *tensors: of the tensor's shape or the aligned one; None stays None. Without a fold they are returned as
-                they are. Splitting an axis never copies, whatever the strides.
+            *tensors: tensors of the parameter's shape or of the aligned shape; None is returned as None.
         """
         if self.fold == 1:
             return list(tensors)
         return [t if t is None else t.unflatten(0, (self.fold, -1)) for t in tensors]
 
     def segments(self, aligned: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Views of an aligned second moment, the runs of one length at a time.
+        """Yield views of an aligned second moment, one for each segment of runs of equal length.
 
         Args:
-            aligned: contiguous, ``aligned_shape`` of a layout without a fold.
+            aligned: a contiguous tensor of the aligned shape; ``fold`` must be 1.
 
         Yields:
-            [..., count, length]: one run per index of the axis before the last.
+            A view [..., count, length]: each index of the second-to-last axis is one run.
         """
-        # Every other axis has size 1 or leads, so this view is the sequence of runs, once per leading index.
+        # All axes other than ``axis`` and the leading ones have size 1, so this view contains the sequence of runs
+        # once per leading index.
         flat = aligned.view(-1, self.runs.repeat, self.runs.total // self.runs.repeat)
         start = 0
         for length, count in self.runs.segments:
@@ -241,15 +268,15 @@ class Layout:
             start += length * count
 
     def refines(self, other: Layout, shape: Iterable[int]) -> bool:
-        """Whether every block of this layout lies inside one of the other's.
+        """Whether every block of this layout lies inside one block of another layout.
 
         Args:
             other: a layout of the same tensor.
             shape: the tensor's shape.
 
         Returns:
-            True only where that is certain: layouts that split axis 0 differently count as not refining each other,
-            unless the other has one block.
+            True only if this is certain. If the layouts have different ``fold``, the result is False, unless
+            ``other`` has a single block.
         """
         shape = tuple(shape)
         if other.n_blocks <= 1:
@@ -258,30 +285,36 @@ class Layout:
             return False
         view = viewed(shape, self.fold)
         single = len(self.runs) == self.runs.total  # every index of the axis has a block of its own
+        # Elements of one block have equal indices along these axes.
         fixed = {*range(len(self.leading)), *((self.axis,) if single else ())}
         if any(size > 1 and dim not in fixed for dim, size in enumerate(view[: len(other.leading)])):
             return False
         if other.axis in fixed or len(other.runs) <= 1:
             return True
-        ends, others = (layout.runs.lengths().cumsum(0) for layout in (self, other))
-        return self.axis == other.axis and bool(torch.isin(others, ends).all())
+        ends, other_ends = (layout.runs.lengths().cumsum(0) for layout in (self, other))
+        return self.axis == other.axis and bool(torch.isin(other_ends, ends).all())
 
     def numel_per_index(self, shape: Iterable[int]) -> int:
-        """How many elements share one index of the axis (and of the leading axes)."""
+        """Return how many elements have the same index along ``axis`` and the leading axes.
+
+        Args:
+            shape: the tensor's shape.
+        """
         shape = tuple(shape)
         return prod(shape) // max(1, prod(self.aligned_shape(shape)))
 
     def block_ids(self, shape: Iterable[int]) -> torch.Tensor:
-        """The block of every element.
+        """Return the block number of every element.
 
         Args:
             shape: the tensor's shape.
 
         Returns:
-            int64 tensor of that shape; blocks are numbered 0, 1, ... in order of (row-major) appearance.
+            An int64 tensor of that shape. Blocks are numbered 0, 1, ... in the order of their first elements in
+            row-major order.
 
         Raises:
-            ValueError: the shape cannot have this layout.
+            ValueError: a tensor of this shape cannot have this layout.
         """
         shape = tuple(shape)
         self.require(shape)

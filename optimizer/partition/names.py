@@ -1,4 +1,4 @@
-"""Roles from names: the last resort, where no module says what a parameter does."""
+"""Roles guessed from parameter names, used only if no module determines what a parameter does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .roles import Anatomy, Part, Role, whole
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 
-# Matched against whole components of the dotted name, never against substrings of a component.
+# Each pattern must match a whole component of the dotted name, because substrings occur in unrelated names.
 _TABLE: tuple[tuple[str, Role], ...] = (
     (
         r"(wpe|position_embeddings?|embed_positions|pos_embed\w*|pos_emb|positional_embedding)",
@@ -32,48 +32,54 @@ _TOP_HEAD = re.compile(r"(output|head|classifier|score)")
 
 
 def clean(name: str) -> str:
-    """The name without the prefixes that DDP, FSDP, torch.compile and activation checkpointing put in."""
+    """Return a parameter name without the prefixes of DDP, FSDP, torch.compile and activation checkpointing."""
     return _WRAPPERS.sub("", name)
 
 
 def role_of_name(name: str) -> Role | None:
-    """The role a dotted parameter name speaks of, or None."""
+    """Return the role that a dotted parameter name suggests; None if it suggests none."""
     parts = clean(name).lower().split(".")
     leaf = parts[-1]
     if leaf.endswith("bias"):
         return Role.BIAS
     if leaf == "weight":
         parts = parts[:-1]
-    near = len(parts) - (
-        1 if leaf == "weight" else 2
-    )  # a norm's own tensors: norm.weight, norm.scale, not norm.net.weight
-    for i, part in reversed(list(enumerate(parts))):  # innermost first: blocks.0.attn.wq is a query, not an attention
+    # Only the tensors of a norm itself are norms: norm.weight and norm.scale are, norm.net.weight is not.
+    norm_from = len(parts) - (1 if leaf == "weight" else 2)
+    for i, part in reversed(list(enumerate(parts))):  # innermost first: blocks.0.attn.wq is a query
         for pattern, role in _TABLE:
             if re.fullmatch(pattern, part):
                 return role
         if part == "c_proj":
             return Role.ATTENTION_OUT if any("attn" in p or "attention" in p for p in parts) else Role.MLP_OUT
-        if i >= near and _NORM.search(part):
+        if i >= norm_from and _NORM.search(part):
             return Role.NORM
     if len(parts) <= 2 and parts and _TOP_HEAD.fullmatch(parts[-1]):
         return Role.HEAD
     return None
 
 
+# Pickled anatomies contain this text, and ``is_guessed_vector`` compares with it: do not change it.
 _GUESSED = "a vector without a telling name, a bias or a norm: its elements share nothing"
 
 
 def is_guessed_vector(anatomy: Anatomy) -> bool:
-    """Whether this is a vector that may be a bias or a norm, as far as anybody knows."""
+    """Whether this is a vector whose name does not tell a bias from a norm."""
     return anatomy.reason == _GUESSED
 
 
 def by_name(name: str, shape: tuple[int, ...], head_dim: int | None = None) -> Anatomy:
-    """The anatomy of a parameter of which only its name and shape are known.
+    """Return the anatomy of a parameter from its name and shape alone.
 
-    Vectors are biases or norms. One that may be either counts as a bias, which shares nothing: the finer choice.
-    Matrices are taken as (out, in); a name alone makes none a norm. Anything else, or a matrix with a name that says
-    nothing, is OTHER. No family declared any of it.
+    Vectors are biases or norms. A vector that may be either is a bias, because the elements of biases share nothing,
+    which is the finer choice. Matrices are (out, in); a name never makes a matrix a norm. Matrices without a
+    recognised name, and tensors of more dimensions other than biases and position tables, have the role OTHER.
+    ``declared`` is False.
+
+    Args:
+        name: dotted parameter name.
+        shape: the parameter's shape.
+        head_dim: rows per attention head of a query, key or value; None if unknown.
     """
     return replace(_by_name(name, shape, head_dim), declared=False)
 
@@ -83,13 +89,13 @@ def _by_name(name: str, shape: tuple[int, ...], head_dim: int | None) -> Anatomy
     reason = f"by name {name!r}"
     if len(shape) <= 1:
         if role is None and name.rpartition(".")[2] == "weight":
-            return whole(Role.NORM, shape, "a layer's weight with one dimension: a norm's")
+            return whole(Role.NORM, shape, "a layer's weight with one dimension: the scale of a norm")
         return whole(role, shape, reason) if role in (Role.BIAS, Role.NORM) else whole(Role.BIAS, shape, _GUESSED)
     if role is Role.BIAS:
         return whole(role, shape, reason, axis=len(shape) - 1)
     if role is Role.POSITION_EMBEDDING:
         return whole(role, shape, reason, axis=len(shape) - 2, in_axis=len(shape) - 1)
     if role in (None, Role.NORM) or len(shape) != 2:
-        return whole(Role.OTHER, shape, f"name {name!r} and shape {shape} say nothing")
+        return whole(Role.OTHER, shape, f"the role is unknown from name {name!r} and shape {shape}")
     part = Part(role, shape[0], head_dim if role in (Role.QUERY, Role.KEY, Role.VALUE) else None)
     return Anatomy(shape, (part,), reason, axis=0, in_axis=1)

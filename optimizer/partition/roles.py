@@ -1,4 +1,4 @@
-"""The words of the partition: what a parameter does, and what may share one second-moment scalar."""
+"""Roles, units and anatomies: what a parameter does, and which of its elements may share a second-moment scalar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Role(str, Enum):
-    """What a parameter (or a part of a fused one) does in the network."""
+    """What a parameter, or a part of a fused parameter, does in the network."""
 
     TOKEN_EMBEDDING = "TOKEN_EMBEDDING"
     POSITION_EMBEDDING = "POSITION_EMBEDDING"
@@ -15,7 +15,7 @@ class Role(str, Enum):
     KEY = "KEY"
     VALUE = "VALUE"
     ATTENTION_OUT = "ATTENTION_OUT"
-    MLP_IN = "MLP_IN"  # up, gate, and every dense layer of which nothing more is known
+    MLP_IN = "MLP_IN"  # up and gate projections, and every dense layer without a more specific role
     MLP_OUT = "MLP_OUT"
     HEAD = "HEAD"  # the output layer
     EXPERT_IN = "EXPERT_IN"
@@ -29,14 +29,14 @@ class Role(str, Enum):
 
 
 class Unit(str, Enum):
-    """What shares one second-moment scalar."""
+    """The set of elements that share one second-moment scalar."""
 
     TENSOR = "TENSOR"
     ATTENTION_HEAD = "ATTENTION_HEAD"
     OUT_NEURON = "OUT_NEURON"  # a row of a Linear: one index of the output axis
     IN_NEURON = "IN_NEURON"  # a column of a Linear: one index of the input axis
     TOKEN = "TOKEN"  # a row of an embedding table or of the output layer
-    ELEMENT = "ELEMENT"  # Adam
+    ELEMENT = "ELEMENT"  # every element has its own scalar, as in Adam
 
 
 HEAD_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE})
@@ -45,15 +45,18 @@ HEAD_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE})
 
 @dataclass(frozen=True)
 class Part:
-    """A run of indices along a tensor's output axis that do the same thing.
+    """Consecutive indices along a tensor's output axis that have the same role.
 
     Attributes:
-        role: what these indices do.
-        size: how many there are.
-        head_dim: how many consecutive ones form an attention head; None where there are no heads, or where
-            nobody could tell (the rules then fall back to one scalar per index).
-        shared: whether the same units do a second thing too (Reformer's queries are its keys, DeepSeek-V4's keys its
-            values); ``role`` is the one with the finer unit.
+        role: what these output units do.
+        size: the number of indices.
+        head_dim: how many consecutive indices form an attention head; None if there are no heads or their size is
+            unknown. If it is unknown, rules that ask for heads use one scalar per index.
+        shared: whether the same units have a second role (Reformer's queries are also its keys, DeepSeek-V4's keys
+            are also its values); ``role`` is the one with the finer unit.
+
+    Raises:
+        ValueError: ``head_dim`` is not positive or does not divide ``size``.
     """
 
     role: Role
@@ -70,10 +73,10 @@ class Part:
 
 
 def viewed(shape: tuple[int, ...], fold: int) -> tuple[int, ...]:
-    """The shape with axis 0 split into (fold, rest); the shape itself for fold 1.
+    """Return the shape with axis 0 split into (fold, rest); for ``fold`` = 1, the shape itself.
 
     Raises:
-        ValueError: axis 0 does not divide.
+        ValueError: ``fold`` does not divide axis 0.
     """
     if fold == 1:
         return shape
@@ -84,20 +87,24 @@ def viewed(shape: tuple[int, ...], fold: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """How one tensor is made, whatever the rules later do with it.
+    """What the indices of one tensor do in the network, independently of any rules.
 
     Attributes:
-        shape: the full tensor's shape.
-        axis: the axis of its output units (tokens, for an embedding).
-        in_axis: the axis of its input units; None where there is none (norms, biases, position vectors).
-        leading: how many axes in front (experts, for instance) repeat the pattern independently.
-        parts: the parts along ``axis``, in order; their sizes times ``repeat`` add up to ``shape[axis]``.
+        shape: the shape of the whole tensor.
+        parts: the parts along ``axis``, in order; the sum of their sizes times ``repeat`` is the size of ``axis``.
+        reason: why these parts were chosen; shown by ``explain``.
+        axis: the axis of the output units (of the tokens, for an embedding).
+        in_axis: the axis of the input units; None if there is none (norms, biases, position vectors).
+        leading: the number of first axes, such as experts, whose indices each have the same parts independently.
         repeat: how often the sequence of parts repeats along ``axis`` (interleaved heads).
-        fold: how many pieces axis 0 is split into before anything else: experts, or groups of a transposed
-            convolution, that the tensor keeps one behind the other. The axes above are those of the split view.
-        declared: False where no family speaks of the tensor and only its layer is known.
-        trainable: False for integers a quantiser packed, which no step ever reads.
-        reason: why the parts were chosen, in words, for ``explain``.
+        fold: the number of equal pieces that axis 0 is split into first, for tensors that concatenate experts, or the
+            groups of a transposed convolution, along axis 0; 1 for no split. ``axis``, ``in_axis`` and ``leading``
+            count the axes after the split.
+        declared: whether a family describes the tensor; False if only its layer or its name is known.
+        trainable: False for integers packed by a quantiser, which are never trained.
+
+    Raises:
+        ValueError: the sizes of the parts do not add up to the size of ``axis``.
     """
 
     shape: tuple[int, ...]
@@ -114,35 +121,35 @@ class Anatomy:
     def __post_init__(self) -> None:
         view = viewed(self.shape, self.fold)
         expected = view[self.axis] if view else 1
-        found = self.repeat * sum(part.size for part in self.parts)
-        if found != expected:
+        covered = self.repeat * sum(part.size for part in self.parts)
+        if covered != expected:
             raise ValueError(
-                f"the parts of this tensor add up to {found} indices, but axis {self.axis} of its shape "
+                f"the parts of this tensor add up to {covered} indices, but axis {self.axis} of its shape "
                 f"{view} has {expected} ({self.reason}); the module's configuration contradicts its weights"
             )
 
     @property
     def role(self) -> Role:
-        """The role of the first part: the whole tensor's role unless it is fused."""
+        """The role of the first part; the role of the whole tensor unless it is fused."""
         return self.parts[0].role
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Every role in the tensor, once, in order."""
+        """The distinct roles in the tensor, in order."""
         return tuple(dict.fromkeys(part.role for part in self.parts))
 
     @property
     def recognised(self) -> bool:
-        """Whether enough is known of this tensor to train it."""
+        """Whether the role of every part is known; always True for tensors that are never trained."""
         return Role.OTHER not in self.roles or not self.trainable
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to weights of two dimensions and more, not to norms and biases."""
+        """Whether weight decay applies: to weights of two or more dimensions, but not to norms and biases."""
         return len(self.shape) >= 2 and not {Role.NORM, Role.BIAS} & set(self.roles)
 
 
 def whole(role: Role, shape: tuple[int, ...], reason: str, *, axis: int = 0, in_axis: int | None = None) -> Anatomy:
-    """The anatomy of a tensor that does one thing, its output units along ``axis``."""
+    """Return the anatomy of a tensor with a single role, whose output units lie along ``axis``."""
     size = shape[axis] if shape else 1
     return Anatomy(shape, (Part(role, size),), reason, axis=axis, in_axis=in_axis)

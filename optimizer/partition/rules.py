@@ -1,4 +1,4 @@
-"""Rules: role -> unit and single parameters' own units, plus the evidence, as files a person can read."""
+"""Rules: the unit of each role, overrides for single parameters, and the evidence for them, as JSON files."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from .roles import Role, Unit
 from .schema import SCHEMA_VERSION, checked_override, checked_units, read
 
 UnitMap = Mapping[Any, Any]
-"""Role -> unit, each as the enum or as its name (checked, since no key type fits both)."""
+"""Role -> unit, each as an enum or as its name; checked at run time, because a Mapping's key type cannot be both."""
 _SHIPPED = Path(__file__).with_name("rules")
 
 
 def shipped() -> list[str]:
-    """Names of the rule sets that come with the package."""
+    """Return the names of the rule sets that the package contains."""
     return sorted(path.stem for path in _SHIPPED.glob("*.json"))
 
 
 class Rules:
-    """Which unit shares one second-moment scalar, for every role, and for single parameters by name.
+    """Which elements share one second-moment scalar: the unit of every role, and of single parameters by name.
 
     Attributes:
         name: the rule set's name.
-        units: role -> unit, complete.
-        overrides: units of single parameters, before any role's; the first whose pattern matches a name wins.
+        units: role -> unit, for every role.
+        overrides: units of single parameters, which take precedence over the unit of the role; the first override
+            whose pattern matches the name applies.
         description: what the set is and where it comes from.
-        evidence: JSON-able measurements that justify it (empty for sets taken from a paper).
-        provenance: JSON-able record of how it was made.
+        evidence: measurements that justify the set, in JSON types; None for sets taken from a paper.
+        provenance: how the set was made, in JSON types.
 
     Example:
         >>> Rules("adam_mini")[Role.QUERY]
@@ -52,16 +53,23 @@ class Rules:
         evidence: Any = None,
         provenance: Any = None,
     ) -> None:
-        """Load a shipped set by its name, or build a set of your own from ``units``.
+        """Load a shipped set by its name, or build a new set from ``units``.
 
-        Roles missing from ``units`` take the unit they have in ``adam_mini``. ``overrides`` are pattern -> unit (or
-        ``Override`` objects), the first match wins; a pattern given twice counts once, where it stands first.
+        Args:
+            name: the name of a shipped set, or a new name if ``units`` is not None.
+            units: role -> unit, each as an enum or as its name. Missing roles get their unit in ``adam_mini``. None
+                loads the shipped set.
+            overrides: pattern -> unit, or ``Override`` objects, in order of precedence. Of two equal patterns the
+                first counts. They precede the overrides of a shipped set.
+            description: what the set is and where it comes from.
+            evidence: measurements that justify the set, in JSON types.
+            provenance: how the set was made, in JSON types.
 
         Raises:
-            ValueError: ``name`` is no shipped set and no units are given; an unknown role or unit; a unit that
-                makes no sense for its role; a pattern that is not a string.
+            ValueError: ``name`` is not a shipped set and ``units`` is None; a role or unit is unknown; a role cannot
+                have its unit; or a pattern is not a string.
         """
-        own = _own(overrides, name)
+        checked = _checked_overrides(overrides, name)
         if units is None:
             if name not in shipped():
                 raise ValueError(
@@ -70,12 +78,12 @@ class Rules:
             document = read(_SHIPPED / f"{name}.json")
             units, description = document["units"], document["description"]
             evidence, provenance = document["evidence"], document["provenance"]
-            own = _once((*own, *document["overrides"]))
+            checked = _without_repeated((*checked, *document["overrides"]))
         chosen = checked_units(units, name)
         base = {} if len(chosen) == len(Role) else Rules("adam_mini").units
         self.name = name
         self.units: dict[Role, Unit] = {**base, **chosen}
-        self.overrides = own
+        self.overrides = checked
         self.description = description
         self.evidence = evidence
         self.provenance = provenance
@@ -91,85 +99,104 @@ class Rules:
 
     def __repr__(self) -> str:
         units = ", ".join(f"{role.value}: {unit.value}" for role, unit in self.units.items())
-        own = ", ".join(f"{override.pattern!r}: {override.unit.value}" for override in self.overrides)
-        return f"Rules({self.name!r}, {{{units}}}" + (f", overrides={{{own}}})" if own else ")")
+        overrides = ", ".join(f"{override.pattern!r}: {override.unit.value}" for override in self.overrides)
+        return f"Rules({self.name!r}, {{{units}}}" + (f", overrides={{{overrides}}})" if overrides else ")")
 
     def override_for(self, name: str) -> Override | None:
-        """The override that applies to a parameter of this name, if one does (none does without a name)."""
+        """Return the override that applies to a parameter of this name; None if there is none or ``name`` is empty."""
         return _overrides.first_match(self.overrides, name) if name else None
 
     def unit_for(self, name: str, role: Role) -> Unit:
-        """What shares a scalar in a parameter of this name, in the part of this role."""
+        """Return the unit of a parameter, or of a part of a fused parameter.
+
+        Args:
+            name: the parameter's name, which overrides are matched with; "" if it has none.
+            role: the role of the parameter or part.
+        """
         override = self.override_for(name)
         return override.unit if override is not None else self.units[role]
 
     def require_matches(self, names: Iterable[str]) -> None:
-        """Check the overrides against the names of a whole model's parameters.
+        """Check that every override matches one of the names of a model's parameters.
+
+        Args:
+            names: the names of all parameters of the model.
 
         Raises:
-            ValueError: a pattern that matches none of them, with the closest names.
+            ValueError: a pattern matches no name; the message has the closest names.
         """
         if self.overrides:
             _overrides.require_matches(self.overrides, names, self.name)
 
     def override(self, units: Mapping[str, Any], name: str | None = None) -> Rules:
-        """A copy in which parameters whose names match a pattern have a unit of their own.
+        """Return a copy with units for single parameters, chosen by patterns over their names.
 
         Args:
-            units: pattern -> unit, as the enum or its name. A pattern is a glob over the whole name as
-                ``model.named_parameters()`` gives it, without the prefixes of wrappers; ``*`` crosses dots, and a
-                leading ``*.`` also matches nothing: ``*.lm_head.weight`` means a top-level ``lm_head.weight``, too.
-                The first match wins; these patterns go before the ones that are there.
+            units: pattern -> unit, as an enum or as its name. A pattern is a glob that must match the whole name in
+                ``model.named_parameters()``, without the prefixes of wrappers. ``*`` also matches dots, and a leading
+                ``*.`` also matches the empty string, so ``*.lm_head.weight`` matches a top-level ``lm_head.weight``.
+                The first match applies; these patterns precede the existing ones.
             name: the copy's name; None keeps the name.
 
         Returns:
-            new rules, evidence and provenance kept: they speak of the roles, which stay as they are.
+            New rules with the same units of roles, evidence and provenance.
 
         Raises:
-            ValueError: an unknown unit, or a pattern that is not a string. That a pattern matches nothing, or asks for
-                heads where there are none, shows when the rules meet a model.
+            ValueError: a unit is unknown, or a pattern is not a string. Whether a pattern matches a parameter, and
+                whether that parameter has the attention heads that the unit needs, is checked with a model.
 
         Example:
             >>> Rules("adam_mini").override({"*.lm_head.weight": Unit.ELEMENT}).overrides[0].unit
             <Unit.ELEMENT: 'ELEMENT'>
         """
         if not isinstance(units, Mapping):
-            raise ValueError(f"override({units!r}) must be given a dict of pattern -> unit")
-        own = _own(units, self.name)
+            raise ValueError(f"override({units!r}): the argument must be a dict of pattern -> unit")
         return Rules(
-            name or self.name, self.units, overrides=(*own, *self.overrides), description=self.description,
-            evidence=self.evidence, provenance=self.provenance,
-        )  # fmt: skip
+            name or self.name,
+            self.units,
+            overrides=(*_checked_overrides(units, self.name), *self.overrides),
+            description=self.description,
+            evidence=self.evidence,
+            provenance=self.provenance,
+        )
 
     def replace(self, name: str, units: UnitMap) -> Rules:
-        """A copy under another name with some roles' units changed; overrides stay, evidence does not."""
+        """Return a copy in which some roles have other units; it keeps the overrides, but not the evidence.
+
+        Args:
+            name: the copy's name.
+            units: role -> new unit, each as an enum or as its name.
+
+        Raises:
+            ValueError: a role or unit is unknown, or a role cannot have its unit.
+        """
         changed = {**self.units, **checked_units(units, name)}
         return Rules(name, changed, overrides=self.overrides, description=self.description)
 
     def diff(self, other: Rules) -> Differences:
-        """What differs: roles, patterns, and the order of patterns.
+        """Compare the units of roles, the overrides, and the order of overrides with other rules.
 
         Returns:
-            a tuple of ``Difference``, readable as ``str``; empty when the rules are equal.
+            A tuple of ``Difference``, empty if the rules are equal. Its ``str`` has one line per difference.
         """
-        out = [
+        differences = [
             Difference("role", role.value, self.units[role].value, other.units[role].value)
             for role in Role
             if self.units[role] is not other.units[role]
         ]
         left, right = ({o.pattern: o.unit.value for o in rules.overrides} for rules in (self, other))
-        out += [
+        differences += [
             Difference("override", pattern, left.get(pattern), right.get(pattern))
             for pattern in dict.fromkeys([*left, *right])
             if left.get(pattern) != right.get(pattern)
         ]
-        orders = [[p for p in mine if p in theirs] for mine, theirs in ((left, right), (right, left))]
-        if orders[0] != orders[1]:
-            out.append(Difference("order", "overrides", " > ".join(orders[0]), " > ".join(orders[1])))
-        return Differences(out)
+        left_order, right_order = [p for p in left if p in right], [p for p in right if p in left]
+        if left_order != right_order:
+            differences.append(Difference("order", "overrides", " > ".join(left_order), " > ".join(right_order)))
+        return Differences(differences)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON document."""
+        """Return the rules as a JSON document."""
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
@@ -181,7 +208,7 @@ class Rules:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the rules as JSON; the file appears whole or not at all."""
+        """Write the rules to a JSON file atomically; missing folders are created. Returns the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -191,12 +218,16 @@ class Rules:
 
     @classmethod
     def load(cls, source: str | os.PathLike[str] | Rules) -> Rules:
-        """Rules from a file, a shipped set's name, or rules as they are.
+        """Load rules from a file or from a shipped set.
+
+        Args:
+            source: the name of a shipped set, the path of a rules file, or ``Rules``, which are returned unchanged.
 
         Raises:
-            FileNotFoundError: a path that does not exist.
-            TypeError: neither a name, a path nor rules.
-            ValueError: not a rules file, another schema version, an unknown role, unit or key, a malformed override.
+            FileNotFoundError: the path does not exist.
+            TypeError: ``source`` is not a name, a path or ``Rules``.
+            ValueError: the file is not a rules file or has another schema version, a role, unit or key is unknown, or
+                an override is malformed.
         """
         if isinstance(source, Rules):
             return source
@@ -220,13 +251,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which two rule sets differ.
+    """One difference between two rule sets.
 
     Attributes:
         kind: "role", "override" or "order".
-        key: the role, or the pattern.
-        left: the first set's unit; None where it has no such override.
-        right: the second set's.
+        key: the role or the pattern; "overrides" for their order.
+        left: the unit in the first set, or the order of its patterns; None if it has no such override.
+        right: the unit in the second set, or the order of its patterns; None if it has no such override.
     """
 
     kind: str
@@ -239,7 +270,7 @@ class Difference:
 
 
 class Differences(tuple[Difference, ...]):
-    """Every difference, one a line as text."""
+    """All differences between two rule sets; ``str`` has one line for each."""
 
     __slots__ = ()
 
@@ -247,21 +278,21 @@ class Differences(tuple[Difference, ...]):
         return "\n".join(map(str, self))
 
 
-def _own(given: Mapping[str, Any] | Iterable[Override], where: str) -> tuple[Override, ...]:
-    """Overrides from a mapping or from objects, checked."""
-    if isinstance(given, Mapping):
-        pairs: list[tuple[Any, Any]] = list(given.items())
+def _checked_overrides(overrides: Mapping[str, Any] | Iterable[Override], where: str) -> tuple[Override, ...]:
+    """Return checked overrides from a mapping of pattern -> unit, or from ``Override`` objects."""
+    if isinstance(overrides, Mapping):
+        pairs: list[tuple[Any, Any]] = list(overrides.items())
     else:
-        listed = list(given)
+        listed = list(overrides)
         if not all(isinstance(override, Override) for override in listed):
             raise ValueError(f"rules {where!r}: overrides={listed!r} must be a dict of pattern -> unit")
         pairs = [(override.pattern, override.unit) for override in listed]
-    return _once(tuple(checked_override(pattern, unit, where) for pattern, unit in pairs))
+    return _without_repeated(tuple(checked_override(pattern, unit, where) for pattern, unit in pairs))
 
 
-def _once(given: tuple[Override, ...]) -> tuple[Override, ...]:
-    """Without the later of two equal patterns, which could never apply."""
+def _without_repeated(overrides: tuple[Override, ...]) -> tuple[Override, ...]:
+    """Remove overrides whose pattern occurs earlier, because they can never apply."""
     first: dict[str, Override] = {}
-    for override in given:
+    for override in overrides:
         first.setdefault(override.pattern, override)
     return tuple(first.values())

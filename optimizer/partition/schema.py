@@ -1,4 +1,4 @@
-"""The form of a rules file: what is checked when one is read, and the JSON Schema that says the same to others."""
+"""The format of rules files: the checks when one is read, and an equivalent JSON Schema for other programs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ _KEYS = ("schema_version", "name", "description", "units", "overrides", "evidenc
 def read(path: Path) -> dict[str, Any]:
     """Parse and check a rules file.
 
+    Args:
+        path: the file.
+
     Returns:
-        the document with every key: "units" as role -> unit and "overrides" as a tuple of ``Override``.
+        The document with all keys: "units" is a dict of role -> unit, "overrides" a tuple of ``Override``.
 
     Raises:
-        ValueError: naming the file, the key, its value and what is known.
+        ValueError: the file is invalid; the message has the file, the key, its value and the possible values.
     """
     try:
         document = parse_json(path.read_text(encoding="utf-8"))
@@ -41,22 +44,27 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"rules file {path}: unknown keys {unknown}; version {version} has {list(_KEYS)}")
     if missing := [key for key in ("name", "units") if key not in document]:
         raise ValueError(f"rules file {path}: missing keys {missing}; write it with Rules.save")
-    for key, kind, word in (
-        ("name", str, "a string"), ("description", str, "a string"), ("units", dict, "an object of role -> unit"),
+    for key, kind, expected in (
+        ("name", str, "a string"),
+        ("description", str, "a string"),
+        ("units", dict, "an object of role -> unit"),
         ("overrides", list, "a list of {'pattern': ..., 'unit': ...}"),
-    ):  # fmt: skip
+    ):
         if key in document and not isinstance(document[key], kind):
-            raise ValueError(f"rules file {path}: {key!r}={document[key]!r} must be {word}")
+            raise ValueError(f"rules file {path}: {key!r}={document[key]!r} must be {expected}")
     where, listed = str(path), document.get("overrides", ())
     return {
-        "description": "", "evidence": None, "provenance": None, **document,
+        "description": "",
+        "evidence": None,
+        "provenance": None,
+        **document,
         "units": checked_units(document["units"], where),
-        "overrides": tuple(_from_document(index, entry, where) for index, entry in enumerate(listed)),
-    }  # fmt: skip
+        "overrides": tuple(_override_from(index, entry, where) for index, entry in enumerate(listed)),
+    }
 
 
-def _from_document(index: int, entry: Any, where: str) -> Override:
-    """One entry of a file's "overrides"."""
+def _override_from(index: int, entry: Any, where: str) -> Override:
+    """Return the ``Override`` for one entry of a file's "overrides"."""
     key = f"overrides[{index}]"
     if not isinstance(entry, dict) or entry.keys() != {"pattern", "unit"}:
         raise ValueError(f"rules {where!r}: {key}={entry!r} must be an object with the keys 'pattern' and 'unit' only")
@@ -64,22 +72,40 @@ def _from_document(index: int, entry: Any, where: str) -> Override:
 
 
 def checked_override(pattern: Any, unit: Any, where: str, key: str = "override") -> Override:
-    """An ``Override`` from a pattern and a unit or its name, or a ValueError that names the offending value."""
+    """Return an ``Override`` after checking its pattern and unit.
+
+    Args:
+        pattern: a glob over parameter names.
+        unit: a ``Unit`` or its name.
+        where: the rules' name or file, for the message.
+        key: the key of the override, for the message.
+
+    Raises:
+        ValueError: the pattern is not a string or is empty, or the unit is unknown.
+    """
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"rules {where!r}: {key}: the pattern {pattern!r} must be a string such as '*.lm_head.weight'")
     return Override(pattern, _unit(unit, where, f"{key} ({pattern!r})"))
 
 
 def checked_units(units: Mapping[Any, Any], where: str) -> dict[Role, Unit]:
-    """Roles and units as enums, or a ValueError that names the offending word and the ones that exist."""
-    out: dict[Role, Unit] = {}
+    """Return role -> unit as enums.
+
+    Args:
+        units: role -> unit, each as an enum or as its name.
+        where: the rules' name or file, for the message.
+
+    Raises:
+        ValueError: a role or unit is unknown, or the unit is ATTENTION_HEAD for a role without heads.
+    """
+    checked: dict[Role, Unit] = {}
     for key, value in units.items():
         try:
             role = Role(key)
         except ValueError:
-            known = [role.value for role in Role]
+            roles = [role.value for role in Role]
             raise ValueError(
-                f"rules {where!r} name an unknown role {key!r} (unit {value!r}){_nearest(key, known)}; known: {known}"
+                f"rules {where!r} name an unknown role {key!r} (unit {value!r}){_nearest(key, roles)}; known: {roles}"
             ) from None
         unit = _unit(value, where, role.value)
         if unit is Unit.ATTENTION_HEAD and role not in HEAD_ROLES:
@@ -87,39 +113,41 @@ def checked_units(units: Mapping[Any, Any], where: str) -> dict[Role, Unit]:
                 f"rules {where!r} give {role.value} the unit ATTENTION_HEAD, which only "
                 f"{sorted(r.value for r in HEAD_ROLES)} have; choose OUT_NEURON or TENSOR"
             )
-        out[role] = unit
-    return out
+        checked[role] = unit
+    return checked
 
 
 def _unit(value: Any, where: str, receiver: str) -> Unit:
+    """Return a unit from the enum or its name; ``where`` and ``receiver`` are for the message."""
     try:
         return Unit(value)
     except ValueError:
-        known = [unit.value for unit in Unit]
+        units = [unit.value for unit in Unit]
         raise ValueError(
-            f"rules {where!r} give {receiver} an unknown unit {value!r}{_nearest(value, known)}; known: {known}"
+            f"rules {where!r} give {receiver} an unknown unit {value!r}{_nearest(value, units)}; known: {units}"
         ) from None
 
 
-def _nearest(word: Any, known: Iterable[str]) -> str:
-    """ ", did you mean ...?" where a known word is near."""
-    near = difflib.get_close_matches(str(word).upper(), list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+def _nearest(word: Any, allowed: Iterable[str]) -> str:
+    """Return ", did you mean ...?" if an allowed word is similar, otherwise an empty string."""
+    similar = difflib.get_close_matches(str(word).upper(), list(allowed), n=1)
+    return f", did you mean {similar[0]!r}?" if similar else ""
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema (draft 2020-12) of a rules file, from the words this release knows."""
+    """Return the JSON Schema (draft 2020-12) of a rules file, with the roles and units of this release."""
     units = [unit.value for unit in Unit]
     without_heads = [unit for unit in units if unit != Unit.ATTENTION_HEAD.value]
     override = {
         "type": "object",
-        "description": "The unit of every parameter whose name matches; the first match of the list wins.",
+        "description": "The unit of every parameter whose name matches; the first match in the list applies.",
         "properties": {
             "pattern": {
                 "type": "string",
                 "minLength": 1,
-                "description": "Glob over the whole parameter name without wrappers' prefixes. '*' crosses dots; a "
-                "leading '*.' also matches nothing. A pattern that matches no parameter of a model is an error.",
+                "description": "A glob that must match the whole parameter name, without prefixes of wrappers. '*' "
+                "also matches dots; a leading '*.' also matches the empty string. A pattern that matches no parameter "
+                "of a model is an error.",
             },
             "unit": {"enum": units},
         },
@@ -132,16 +160,15 @@ def json_schema() -> dict[str, Any]:
         "description": {"type": "string", "description": "What the set is and where it comes from."},
         "units": {
             "type": "object",
-            "description": "Role -> what shares one second-moment scalar. A missing role has adam_mini's unit.",
-            "properties": {
-                role.value: {"enum": units if role in HEAD_ROLES else without_heads} for role in Role
-            },
+            "description": "Role -> the elements that share one second-moment scalar. A missing role has the unit it "
+            "has in adam_mini.",
+            "properties": {role.value: {"enum": units if role in HEAD_ROLES else without_heads} for role in Role},
             "additionalProperties": False,
         },
         "overrides": {"type": "array", "items": override},
         "evidence": {"description": "Measurements that justify the set; null for sets taken from a paper."},
         "provenance": {"description": "How the set was made."},
-    }  # fmt: skip
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Partition rules of adam-mini-lab",

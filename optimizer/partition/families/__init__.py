@@ -1,9 +1,9 @@
-"""The table of model families: which module makes its parameters how.
+"""The table of model families: what the parameters of known kinds of modules do.
 
-To add a family, add one ``Family`` to the file of its kind: the class (or the children) it is recognised by, one line
-per parameter, and why. The first family that matches a module speaks of its parameters, and the next ones of those it
-left; parameters no family claims are left to the plain layers (``LAYERS``), then to ``BARE``, then to names. Prove an
-entry with ``python -m optimizer verify``.
+To add a family, add one ``Family`` to the file of its kind: the class or the children that identify the module, one
+line per parameter, and the reason. The first family that matches a module describes its parameters; later ones
+describe only those that are left. Parameters that no family claims are looked up among the plain layers (``LAYERS``),
+then in ``BARE``, and then by name. Check an entry with ``python -m optimizer verify``.
 """
 
 from .attention import SEPARATE
@@ -17,17 +17,17 @@ from .table import Context, Family, Maker, is_convolution, is_dense, is_wrapper,
 FAMILIES: tuple[Family, ...] = (*FUSED, *LATENT, *SEPARATE, *MIXERS, *FEEDFORWARD)
 
 __all__ = [
-           "BARE",
-           "FAMILIES",
-           "LAYERS",
-           "Bare",
-           "Context",
-           "Family",
-           "Maker",
-           "is_convolution",
-           "is_dense",
-           "is_wrapper",
-           "parametrised",
-           "resolve",
-           "stored",
-]  # fmt: skip
+    "BARE",
+    "FAMILIES",
+    "LAYERS",
+    "Bare",
+    "Context",
+    "Family",
+    "Maker",
+    "is_convolution",
+    "is_dense",
+    "is_wrapper",
+    "parametrised",
+    "resolve",
+    "stored",
+]

@@ -1,6 +1,6 @@
-"""Attention with query, key and value projections of their own, and the output projections beside them.
+"""Attention with separate query, key and value projections, and its output projections.
 
-The rows of such projections are (head, head_dim) in every library we know; only the names of the children differ.
+The rows of such projections are (head, head_dim) in every supported library; only the names of the children differ.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from ..roles import Role
 from .makers import K, Q, V, heads, one_head, per_slice, rows, same_heads, stacked, table_first, table_rows, vector
 from .table import Family, Maker, is_dense
 
+# Unformatted, because lists of names are easier to read in a block than one name per line.
 _OUT = ("o_proj", "out_proj", "wo", "Wo", "dense", "proj", "out_lin", "output", "attention_out", "post_proj",
         "proj_out", "o", "projection_layer", "projection", "to_out", "to_out.0", "linear_out", "linear_o",
         "output.dense", "final", "output_projection.o_proj", "dense_proj")  # fmt: skip
@@ -24,11 +25,11 @@ _EXTRA = ("gate_proj", "g_proj", "output_gate", "output_projection.gate_proj", "
 
 
 _POSITIONS = ("linear_pos", "relative_k_proj", "rel_pos_proj", "pos_proj", "pos_key_proj", "pos_query_proj")
-"""Projections of relative positions, which the queries meet (or, the other way round, the keys): heads like keys."""
+"""Projections of relative positions. Queries (or keys) are multiplied with them, so they have heads like keys."""
 
 
 def _separate(q: str, k: str, v: str, why: str, *, extra: dict[str, Maker] | None = None) -> Family:
-    """Query, key and value projections of their own, called by these names."""
+    """Return a family of attentions whose query, key and value projections are children with these names."""
     params: dict[str, Maker] = {
         q: heads(Q, query=(q,)),
         k: heads(K, query=(q,)),
@@ -41,45 +42,46 @@ def _separate(q: str, k: str, v: str, why: str, *, extra: dict[str, Maker] | Non
 
 
 class Alike(Family):
-    """Names that differ in q, k and v (or query, key and value) alone: W_q, q_linear, w_qs, queries, and so on."""
+    """Attentions with three children whose names differ only in q, k, v or query, key, value: W_q, w_qs, queries."""
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether there are three such children."""
+        """Whether the module has three such children."""
         return _alike(module) is not None
 
     def claims(self, module: nn.Module) -> dict[str, Maker]:
-        """The three, and the output projection beside them."""
+        """Return parameter path -> maker for the three projections and the output projection."""
         names = _alike(module)
         return _separate(*names, self.why).params if names is not None else {}
 
 
 def _alike(module: nn.Module) -> tuple[str, str, str] | None:
+    """Return the names of the query, key and value projections, which differ only in these words; None without any."""
     names = [name for name, child in module._modules.items() if child is not None and is_dense(child)]
     for name in names:
         for q, k, v in (("queries", "keys", "values"), ("query", "key", "value"), ("q", "k", "v"), ("Q", "K", "V")):
-            for found in re.finditer(q, name):
-                others = [name[: found.start()] + word + name[found.end() :] for word in (k, v)]
-                if all(other in names for other in others):
-                    return name, others[0], others[1]
+            for match in re.finditer(q, name):
+                key_name, value_name = (name[: match.start()] + word + name[match.end() :] for word in (k, v))
+                if key_name in names and value_name in names:
+                    return name, key_name, value_name
     return None
 
 
 _HUGGING_FACE = "separate projections: rows are (head, head_dim)"
 
-_GLOBAL = {  # Longformer and LED: a second set of projections for the tokens that attend everywhere
+_GLOBAL = {  # Longformer and LED: a second set of projections for the tokens with global attention
     "query_global": heads(Q, query=("query",)),
     "key_global": heads(K, query=("query",)),
     "value_global": heads(V, query=("query",), key=("key",)),
 }
 _LUKE = {name: heads(Q, query=("query",)) for name in ("w2e_query", "e2w_query", "e2e_query")}
-_ADDED = {  # diffusers' joint attention: the same heads for the second stream
+_ADDED = {  # joint attention of diffusers: the second stream has the same heads
     "add_q_proj": heads(Q, query=("to_q",)),
     "add_k_proj": heads(K, query=("to_q",)),
     "add_v_proj": heads(V, query=("to_q",), key=("to_k",)),
     "to_add_out": rows(Role.ATTENTION_OUT),
     "to_out.1": rows(Role.ATTENTION_OUT),
 }
-_DELTA = {  # gated delta rules with projections of their own
+_DELTA = {  # gated delta rules with separate projections
     "q_proj": heads(Q, dim=("head_k_dim", "head_dim")),
     "k_proj": heads(K, dim=("head_k_dim", "head_dim")),
     "v_proj": heads(V, dim=("head_v_dim", "head_dim")),
@@ -113,9 +115,9 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("ZayaCCAProjection",),
         library="transformers",
-        why="Zaya: values are half this token's, half the last one's",
+        why="Zaya: half of the values come from the current token, half from the previous one",
         params={
-            "q_proj": heads(Q, query=("q_proj",), shared=True),  # their mean goes into the keys, and back
+            "q_proj": heads(Q, query=("q_proj",), shared=True),  # the mean of queries and keys is added to both
             "k_proj": heads(K, query=("q_proj",), shared=True),
             "v_proj_current": heads(V, query=("q_proj",)),
             "v_proj_delayed": heads(V, query=("q_proj",)),
@@ -130,7 +132,7 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("XLNetRelativeAttention",),
         library="transformers",
-        why="XLNet: (in, head, head_dim); values have no single axis, so as in Adam",
+        why="XLNet: (in, head, head_dim); the units of values span two axes, so values get the unit of biases",
         params={
             "q": per_slice(Q),
             "k": per_slice(K),
@@ -142,7 +144,7 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("LiltSelfAttention",),
         library="transformers",
-        why="LiLT: the layout stream has the same heads, narrower",
+        why="LiLT: the layout stream has the same number of heads, but narrower ones",
         params={
             "layout_query": same_heads(Q),
             "layout_key": same_heads(K),
@@ -152,7 +154,7 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("Aimv2AttentionPoolingHead",),
         library="transformers",
-        why="pooling by a learned query",
+        why="attention pooling with a learned query",
         params={
             "k_proj": heads(K, query=("k_proj",)),
             "v_proj": heads(V, query=("k_proj",)),
@@ -161,7 +163,7 @@ SEPARATE: tuple[Family, ...] = (
     ),
     Family(
         children=("sampling_offsets", "attention_weights"),
-        why="deformable attention: no keys; offsets and weights of each sample stand for themselves",
+        why="deformable attention: no keys; one unit per offset and per weight of a sample",
         params={
             "sampling_offsets": rows(Role.MLP_IN),
             "attention_weights": rows(Role.MLP_IN),
@@ -181,7 +183,7 @@ SEPARATE: tuple[Family, ...] = (
     _separate("to_q", "to_k", "to_v", "diffusers: rows are (head, head_dim)", extra=_ADDED),
     Family(
         children=("add_q_proj", "add_k_proj", "add_v_proj"),
-        why="diffusers: joint attention's second stream",
+        why="diffusers: the second stream of joint attention",
         params={
             "add_q_proj": heads(Q, query=("add_q_proj",)),
             "add_k_proj": heads(K, query=("add_q_proj",)),
@@ -191,14 +193,14 @@ SEPARATE: tuple[Family, ...] = (
     ),
     Family(
         children=("to_q", "to_kv"),
-        why="a query projection and keys and values in one, [K|V]",
+        why="a query projection, and a fused key and value projection [K|V]",
         params={"to_q": heads(Q, query=("to_q",)), "to_kv": stacked(K, V)}
         | {name: rows(Role.ATTENTION_OUT) for name in ("to_out", "to_out.0", "to_out.1")},
     ),
     Family(
         classes=("LSHSelfAttention",),
         library="transformers",
-        why="Reformer: one projection is query and key at once",
+        why="Reformer: one projection is both query and key",
         params={"query_key": heads(Q, query=("query_key",), shared=True), "value": heads(V, query=("query_key",))},
     ),
     Family(
@@ -210,7 +212,7 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("RwkvSelfAttention",),
         library="transformers",
-        why="RWKV: no heads; channels mix by exponential decay",
+        why="RWKV: no heads; every channel has its own exponential decay",
         params={
             "key": rows(Role.MLP_IN),
             "value": rows(Role.MLP_IN),
@@ -221,7 +223,7 @@ SEPARATE: tuple[Family, ...] = (
     Family(
         classes=("SwiftFormerEfficientAdditiveAttention",),
         library="transformers",
-        why="additive attention: no products of queries and keys, every unit acts for itself",
+        why="additive attention: no products of queries and keys, so units are independent",
         params={
             "to_query": rows(Role.MLP_IN),
             "to_key": rows(Role.MLP_IN),
@@ -232,41 +234,41 @@ SEPARATE: tuple[Family, ...] = (
     ),
     Family(
         children=("wq_b", "wk", "weights_proj"),
-        why="sparse-attention indexer: its own heads, which only choose tokens",
+        why="sparse-attention indexer: separate heads that only select tokens",
         params={
             "wq_b": heads(Q, dim=("index_head_dim", "head_dim")),
             "wk": heads(K, dim=("index_head_dim", "head_dim")),
             "weights_proj": rows(Role.MLP_IN),
         },
     ),
-    Alike(why="projections of queries, keys and values by their names: rows are (head, head_dim)", params={}),
+    Alike(why="query, key and value projections, recognised by similar names: rows are (head, head_dim)", params={}),
     Family(
         children=("o_gate", "wo"),
-        why="torchtitan: gates, one for each unit that leaves the heads",
+        why="torchtitan: one gate per output unit of the heads",
         params={"o_gate": rows(Role.MLP_IN), "wo": rows(Role.ATTENTION_OUT)},
     ),
     Family(
         classes=("LxmertAttentionOutput",),
         library="transformers",
-        why="leads back from the heads of the attention beside it",
+        why="LXMERT: output projection of a neighbouring attention module",
         params={"dense": rows(Role.ATTENTION_OUT)},
     ),
     Family(
         classes=("LEDEncoderAttention", "BigBirdPegasusEncoderAttention"),
         library="transformers",
-        why="output leads back from the heads of the inner attention",
+        why="output projection of the inner attention module",
         params={"output": rows(Role.ATTENTION_OUT)},
     ),
     Family(
         classes=("AriaCrossAttention",),
         library="transformers",
-        why="projections before and after an inner MultiheadAttention",
+        why="Aria: output projection after an inner MultiheadAttention",
         params={"linear": rows(Role.ATTENTION_OUT)},
     ),
     Family(
         classes=("Gemma3nTextAttention", "Gemma4TextAttention", "Gemma4UnifiedTextAttention"),
         library="transformers",
-        why="Gemma: late layers take their keys and values from an earlier one",
+        why="Gemma: late layers reuse the keys and values of an earlier layer",
         params={
             "q_proj": heads(Q, dim=("head_dim",)),
             "k_proj": heads(K, dim=("head_dim",)),
@@ -276,8 +278,8 @@ SEPARATE: tuple[Family, ...] = (
     ),
     Family(
         children=("self.query", "output.dense"),
-        why="BERT-style attention: output.dense leads back from the heads",
+        why="BERT-style attention: output.dense is the output projection",
         params={"output.dense": rows(Role.ATTENTION_OUT)},
     ),
 )
-"""Order matters: a row that asks for more comes before one that asks for less."""
+"""In order of precedence: a row with more conditions comes before a row with fewer."""

@@ -1,50 +1,56 @@
-"""Feed-forward blocks: dense, gated, and in experts."""
+"""Feed-forward blocks: dense, gated, and those of experts."""
 
 from __future__ import annotations
 
 from ..roles import Anatomy, Part, Role
-from .makers import rows
 from .table import Context, Family, Maker
 
 
 def into(context: Context, why: str) -> Anatomy:
-    """A matrix up to the hidden neurons; with three axes, one per expert."""
+    """Describe a matrix that leads to the hidden neurons; with three axes, axis 0 counts experts."""
     return _dense_or_expert(context, why, Role.MLP_IN, Role.EXPERT_IN)
 
 
 def back(context: Context, why: str) -> Anatomy:
-    """The matrix back from the hidden neurons; with three axes, one per expert."""
+    """Describe a matrix that leads from the hidden neurons to the output; with three axes, axis 0 counts experts."""
     return _dense_or_expert(context, why, Role.MLP_OUT, Role.EXPERT_OUT)
 
 
 def _dense_or_expert(context: Context, why: str, dense: Role, expert: Role) -> Anatomy:
+    """Describe a matrix with the role ``dense``, or a stack of matrices with the role ``expert``."""
     shape = context.shape
     if len(shape) != 3:
         return context.plain(dense, why)
-    if _keeps_inputs_first(context):
-        why = f"{why}; experts keep (expert, in, out)"
+    if _has_inputs_first(context):
+        why = f"{why}; experts are (expert, in, out)"
         return Anatomy(shape, (Part(expert, shape[2]),), why, axis=2, in_axis=1, leading=1)
-    return Anatomy(shape, (Part(expert, shape[1]),), f"{why}; experts keep (expert, out, in)", axis=1, in_axis=2,
-                   leading=1)  # fmt: skip
+    why = f"{why}; experts are (expert, out, in)"
+    return Anatomy(shape, (Part(expert, shape[1]),), why, axis=1, in_axis=2, leading=1)
 
 
-def _keeps_inputs_first(context: Context) -> bool:
-    """Whether experts keep (expert, in, out): as the module says, else as its bias, one per output, shows."""
+def _has_inputs_first(context: Context) -> bool:
+    """Whether experts are (expert, in, out): from the module's flag, otherwise from the size of its bias."""
     if context.flag("is_transposed") or type(context.owner).__name__ in _TRANSPOSED:
         return True
-    own = dict(context.owner.named_parameters(recurse=False))
-    leaf = next((name for name, tensor in own.items() if tensor is context.tensor), "")
-    bias = next((own[n] for n in (f"{leaf}_bias", leaf.replace("weight", "bias")) if n in own and n != leaf), None)
+    siblings = dict(context.owner.named_parameters(recurse=False))
+    leaf = next((name for name, tensor in siblings.items() if tensor is context.tensor), "")
+    bias_names = (f"{leaf}_bias", leaf.replace("weight", "bias"))
+    bias = next((siblings[name] for name in bias_names if name in siblings and name != leaf), None)
     _, first, second = context.shape
     return bias is not None and first != second and bias.shape[-1] == second
 
 
 _TRANSPOSED = ("Llama4TextExperts", "GptOssExperts")
-"""Experts that say nothing of ``is_transposed`` and are."""
+"""Classes of experts that are (expert, in, out) but have no attribute ``is_transposed``."""
 
 
 def folded(role: Role, *, transposed: bool) -> Maker:
-    """DBRX: (experts x ffn, hidden) in one matrix; w2 is used transposed, so that its outputs are the columns."""
+    """Describe experts that are concatenated along axis 0, (experts x ffn, hidden), as in DBRX.
+
+    Args:
+        role: the role of the experts.
+        transposed: whether the matrix is used transposed (DBRX's w2), so that its columns are the output units.
+    """
 
     def make(context: Context, why: str) -> Anatomy:
         experts = context.ask("moe_num_experts", "num_experts")
@@ -58,7 +64,14 @@ def folded(role: Role, *, transposed: bool) -> Maker:
 
 
 def _mlp(up: tuple[str, ...], down: str, why: str, classes: tuple[str, ...] = ()) -> Family:
-    """A feed-forward block: matrices up to the hidden neurons, one back; known by its children."""
+    """Return a family of feed-forward blocks, identified by the names of their children.
+
+    Args:
+        up: names of the matrices that lead to the hidden neurons.
+        down: name of the matrix that leads back.
+        why: the reason shown by ``explain``.
+        classes: class names that a block must have; empty for any class.
+    """
     params: dict[str, Maker] = dict.fromkeys(up, into)
     params[down] = back
     return Family(why=why, params=params, classes=classes, children=(*up, down))
@@ -77,9 +90,9 @@ FEEDFORWARD: tuple[Family, ...] = (
     ),
     _mlp(("w1", "w3"), "w2", "Llama feed-forward: w1 gate, w3 up, w2 down"),
     _mlp(("w1",), "w2", "feed-forward w1, w2"),
-    _mlp(("w12",), "w3", "SwiGLU, gate and up in one"),
+    _mlp(("w12",), "w3", "SwiGLU, gate and up fused"),
     _mlp(("gate_proj", "up_proj"), "down_proj", "gated feed-forward"),
-    _mlp(("gate_up_proj",), "down_proj", "gated feed-forward, gate and up in one"),
+    _mlp(("gate_up_proj",), "down_proj", "gated feed-forward, gate and up fused"),
     _mlp(("up_proj",), "down_proj", "feed-forward up, down"),
     _mlp(("gate_proj",), "down_proj", "feed-forward gate, down"),
     _mlp(("c_fc",), "c_proj", "GPT-2 feed-forward"),
@@ -95,7 +108,7 @@ FEEDFORWARD: tuple[Family, ...] = (
     _mlp(("w_in", "w_gated"), "w_out", "CPM-Ant's gated feed-forward"),
     _mlp(("lin1",), "lin2", "DistilBERT's feed-forward"),
     _mlp(("linear_1",), "linear_2", "feed-forward linear_1, linear_2"),
-    _mlp(("linear_fc1",), "linear_fc2", "Megatron's names"),
+    _mlp(("linear_fc1",), "linear_fc2", "Megatron's feed-forward"),
     _mlp(("layer_1",), "layer_2", "feed-forward layer_1, layer_2"),
     _mlp(("dense1",), "dense2", "feed-forward dense1, dense2"),
     _mlp(("intermediate_dense",), "output_dense", "feed-forward of speech encoders"),
@@ -109,7 +122,4 @@ FEEDFORWARD: tuple[Family, ...] = (
     _mlp(("net.0.proj",), "net.2", "diffusers feed-forward; GEGLU's projection is [hidden|gate]"),
     _mlp(("key",), "value", "RWKV's channel mixing", classes=("RwkvFeedForward",)),
 )
-"""The context where hidden neurons begin and end matters to rule sets that share along inputs."""
-
-ROUTER = rows(Role.MLP_IN)
-"""Routers: one row per expert."""
+"""Roles distinguish the matrices to and from the hidden neurons, because rules such as ``slim_adam`` may need it."""

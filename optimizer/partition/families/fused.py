@@ -1,4 +1,4 @@
-"""Attention whose projections are fused into one tensor, class by class: one name stands for many layouts."""
+"""Attention with fused projections, declared per class, because one name is used for several layouts."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from .table import Context, Family
 
 
 def gpt2_c_attn(context: Context, why: str) -> Anatomy:
-    """[Q|K|V] in self attention, [K|V] in cross attention."""
+    """Describe GPT-2's c_attn: [Q|K|V] in self-attention, [K|V] in cross-attention."""
     return (stacked(K, V) if context.flag("is_cross_attention") else stacked(Q, K, V))(context, why)
 
 
 def bigcode_c_attn(context: Context, why: str) -> Anatomy:
-    """GPTBigCode: [Q|K|V] with one key head; (head, 3, head_dim) without multi-query; [K|V] in cross attention."""
+    """Describe GPTBigCode's c_attn.
+
+    It is [K|V] in cross-attention, [Q|K|V] with one key head in multi-query attention, and (head, 3, head_dim)
+    otherwise.
+    """
     if context.flag("is_cross_attention"):
-        return stacked(K, V)(context, f"{why}; [K|V] under cross attention")
+        return stacked(K, V)(context, f"{why}; [K|V] in cross-attention")
     if context.flag("multi_query"):
         return stacked(Q, K, V)(context, f"{why}; multi-query: [Q|K|V] with one key head")
     return thirds_per_head(Q, K, V)(context, f"{why}; (head, 3, head_dim)")
 
 
 def falcon_query_key_value(context: Context, why: str) -> Anatomy:
-    """Falcon's three layouts, by the flags of its attention module."""
+    """Describe Falcon's query_key_value, which has one of three layouts, depending on flags of the module."""
     if context.flag("new_decoder_architecture"):
         return per_group(context, f"{why}; 40B: (kv group, queries + 2, head_dim)")
     if context.flag("multi_query"):
@@ -33,7 +37,7 @@ def falcon_query_key_value(context: Context, why: str) -> Anatomy:
 
 
 def codegen_qkv(context: Context, why: str) -> Anatomy:
-    """CodeGen: four chunks, each [Q|V|K]."""
+    """Describe CodeGen's qkv_proj: four chunks, each [Q|V|K]."""
     chunks = 4
     size, n_heads = context.outputs, context.ask("num_attention_heads", "n_head")
     if size % (3 * n_heads) or n_heads % chunks:
@@ -45,39 +49,40 @@ def codegen_qkv(context: Context, why: str) -> Anatomy:
 
 
 def levit_qkv(context: Context, why: str) -> Anatomy:
-    """LeViT: per head a query and a key of key_dim, a value of attention_ratio * key_dim."""
+    """Describe LeViT's qkv: per head, a query and a key of key_dim units and a value of attention_ratio * key_dim."""
     dim = context.ask("key_dim")
     return per_head((Q, dim), (K, dim), (V, context.ask("attention_ratio") * dim))(context, why)
 
 
 def levit_kv(context: Context, why: str) -> Anatomy:
-    """LeViT's subsampling attention: per head a key and a value."""
+    """Describe the kv projection of LeViT's subsampling attention: per head, a key and a value."""
     dim = context.ask("key_dim")
     return per_head((K, dim), (V, context.ask("attention_ratio") * dim))(context, why)
 
 
 def channel_groups(context: Context, why: str) -> Anatomy:
-    """[Q|K|V], where channels attend to channels of their group."""
+    """Describe [Q|K|V] of channel attention, in which channels attend to the channels of their group."""
     size = context.outputs // 3
     width = size // context.ask("groups")
     return context.anatomy([Part(role, size, width) for role in (Q, K, V)], why)
 
 
 def transformer_engine_qkv(context: Context, why: str) -> Anatomy:
-    """Interleaved by group, or all queries, then keys, then values: the module's flag says which."""
+    """Describe TransformerEngine's qkv: interleaved by group or [Q|K|V], depending on a flag of the module."""
     if context.flag("qkv_weight_interleaved"):
         return per_group(context, f"{why}; (kv group, queries + 2, head_dim)")
     return stacked(Q, K, V)(context, f"{why}; [Q|K|V]")
 
 
 def qwen_qkvz(context: Context, why: str) -> Anatomy:
-    """Qwen3-Next: per key head [q | k | v of its value heads | z of its value heads]."""
+    """Describe Qwen3-Next's in_proj_qkvz: per key head, [q | k | v of its value heads | z of its value heads]."""
     k_dim, v_dim = context.ask("head_k_dim"), context.ask("head_v_dim")
     ratio = context.ask("num_v_heads") // context.ask("num_k_heads")
     parts = ((Q, k_dim), (K, k_dim), (V, ratio * v_dim), (Role.MLP_IN, ratio * v_dim))
     return per_head(*parts, heads=("num_k_heads",))(context, why)
 
 
+# Unformatted, because one name per line would take forty lines.
 # fmt: off
 _VISION = (
     "BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention",
@@ -107,7 +112,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("MultiheadAttention",),
         library="torch",
-        why="torch MultiheadAttention: in_proj is [Q|K|V] by rows, separate when kdim or vdim differ",
+        why="torch MultiheadAttention: in_proj is [Q|K|V] by rows; separate projections if kdim or vdim differ",
         params={
             "in_proj_weight": stacked(Q, K, V),
             "q_proj_weight": heads(Q, query=("q_proj_weight",)),
@@ -123,7 +128,7 @@ FUSED: tuple[Family, ...] = (
         classes=("GPT2Attention", "ImageGPTAttention", "DecisionTransformerGPT2Attention", "Attention"),
         children=("c_attn", "c_proj"),
         library="transformers",
-        why="transformers GPT-2: Conv1D (in, out), columns [Q|K|V], [K|V] under cross attention",
+        why="transformers GPT-2: Conv1D (in, out) with columns [Q|K|V], or [K|V] in cross-attention",
         params={
             "c_attn": gpt2_c_attn,
             "q_attn": heads(Q, query=("q_attn",)),
@@ -155,7 +160,7 @@ FUSED: tuple[Family, ...] = (
             "MiniMaxLightningAttention",
         ),
         library="transformers",
-        why="query, key and value of a head lie together: (head, 3, head_dim)",
+        why="query, key and value of each head are adjacent: (head, 3, head_dim)",
         params={
             "query_key_value": thirds_per_head(Q, K, V),
             "qkv_proj": thirds_per_head(Q, K, V),
@@ -167,7 +172,7 @@ FUSED: tuple[Family, ...] = (
         classes=("DisentangledSelfAttention",),
         children=("in_proj",),
         library="transformers",
-        why="DeBERTa v1: query, key and value of a head lie together",
+        why="DeBERTa v1: query, key and value of each head are adjacent: (head, 3, head_dim)",
         params={
             "in_proj": thirds_per_head(Q, K, V),
             "pos_proj": heads(K, query=("pos_proj",)),
@@ -183,7 +188,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("Phi3Attention", "Phi4MultimodalAttention", "DbrxAttention", "MptAttention", "ModernBertAttention"),
         library="transformers",
-        why="[Q|K|V] by rows, keys and values in their own number of heads",
+        why="[Q|K|V] by rows; keys and values may have fewer heads than queries",
         params={"qkv_proj": stacked(Q, K, V), "Wqkv": stacked(Q, K, V)} | _OUTPUT,
     ),
     Family(
@@ -195,19 +200,19 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("Florence2VisionChannelAttention",),
         library="transformers",
-        why="channel attention: qkv is (3, group, channels of a group) by rows",
+        why="channel attention: qkv is (3, group, channels per group) by rows",
         params={"qkv": channel_groups} | _OUTPUT,
     ),
     Family(
         classes=("LevitAttention",),
         library="transformers",
-        why="LeViT: per head query, key and a wider value",
+        why="LeViT: per head, a query, a key and a wider value",
         params={"queries_keys_values.linear": levit_qkv, "projection.linear": rows(Role.ATTENTION_OUT)},
     ),
     Family(
         classes=("LevitAttentionSubsample",),
         library="transformers",
-        why="LeViT's subsampling attention",
+        why="LeViT's subsampling attention: per head, a key and a wider value",
         params={
             "queries.linear": heads(Q, dim=("key_dim",)),
             "keys_values.linear": levit_kv,
@@ -217,7 +222,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("MobileViTV2LinearSelfAttention",),
         library="transformers",
-        why="separable attention: one score, then context and value channels, each acting for itself",
+        why="separable attention: one score, then context and value channels, all independent units",
         params={
             "qkv_proj.convolution": rows(Role.MLP_IN),
             "out_proj.convolution": rows(Role.ATTENTION_OUT),
@@ -226,7 +231,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("JetMoeAttention",),
         library="transformers",
-        why="JetMoE: keys and values [K|V]; queries come from experts",
+        why="JetMoE: kv_proj is [K|V]; queries are projected by experts",
         params={
             "kv_proj": segments((K, "kv_projection_size", "head_dim"), (V, "kv_projection_size", "head_dim")),
             "experts.input_linear": heads(Q, dim=("head_dim", "kv_channels")),
@@ -259,7 +264,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("Qwen3NextGatedDeltaNet",),
         library="transformers",
-        why="gated delta rule: per key head [q|k|v|z]",
+        why="gated delta rule: per key head, [q|k|v|z]",
         params={
             "in_proj_qkvz": qwen_qkvz,
             "in_proj_ba": rows(Role.MLP_IN),
@@ -269,7 +274,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         children=("in_proj_qkv", "in_proj_z", "out_proj"),
         library=None,
-        why="gated delta rule: [q|k|v], gates apart",
+        why="gated delta rule: [q|k|v], with separate gates",
         params={
             "in_proj_qkv": segments(
                 (Q, "key_dim", "head_k_dim"), (K, "key_dim", "head_k_dim"), (V, "...", "head_v_dim")
@@ -299,14 +304,14 @@ FUSED: tuple[Family, ...] = (
         params={
             "qkv": stacked(Q, K, V),
             "proj": rows(Role.ATTENTION_OUT),
-            "proj_l": rows(Role.MLP_IN),  # CaiT mixes heads before and after the softmax
+            "proj_l": rows(Role.MLP_IN),  # CaiT mixes heads before the softmax with proj_l, after it with proj_w
             "proj_w": rows(Role.MLP_IN),
         },
     ),
     Family(
         children=("q", "kv", "proj"),
         fused=True,
-        why="timm: a query projection, keys and values in one, [K|V]",
+        why="timm: a query projection, and a fused key and value projection [K|V]",
         params={"q": heads(Q, query=("q",)), "kv": stacked(K, V), "proj": rows(Role.ATTENTION_OUT)},
     ),
     Family(
@@ -318,7 +323,7 @@ FUSED: tuple[Family, ...] = (
     Family(
         classes=("FusedQKVLinear", "InternLM2Attention", "InternLM2FlashAttention2"),
         children=("wqkv",),
-        why="torchtitan's fused projection, InternLM2 (read, not run): (kv group, queries + 2, head_dim)",
+        why="torchtitan and InternLM2 (from their source, not run): (kv group, queries + 2, head_dim)",
         params={"wqkv": per_group, "wo": rows(Role.ATTENTION_OUT)},
     ),
     Family(

@@ -1,4 +1,7 @@
-"""Makers: how a tensor is made, in the words the table of families is written in."""
+"""Makers: the functions that the table of families uses to describe tensors.
+
+A maker takes the context of a parameter and the reason to show, and returns the parameter's anatomy.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from .table import Context, Maker
 
 Q, K, V = Role.QUERY, Role.KEY, Role.VALUE
 Size = str | int
-"""Units of a part: a number, or the attribute of the module or its configuration that says it."""
+"""The number of units of a part, or the name of the attribute of the module or its configuration that has it."""
 
 
 def rows(role: Role) -> Maker:
-    """A matrix whose output units stand for themselves."""
+    """Describe a matrix whose output units are independent of each other."""
 
     def make(context: Context, why: str) -> Anatomy:
         return context.plain(role, why)
@@ -30,14 +33,14 @@ def heads(
     dim: Sequence[str] = (),
     shared: bool = False,
 ) -> Maker:
-    """A query, key or value projection of its own: output units are (head, head_dim).
+    """Describe a separate query, key or value projection, whose output units are (head, head_dim).
 
     Args:
         role: QUERY, KEY or VALUE.
-        query: where the query projection is, whose rows over the number of heads give head_dim.
-        key: where the key projection is, whose number of heads is the value's, whatever the value's head_dim.
-        dim: attributes that say head_dim outright; then nothing else is asked.
-        shared: whether the units do a second thing too (``Part.shared``).
+        query: possible paths of the query projection; head_dim is its number of rows divided by the number of heads.
+        key: possible paths of the key projection; a value projection has as many heads, but may have another head_dim.
+        dim: names of attributes that contain head_dim; if given, nothing else is used.
+        shared: whether the units have a second role (``Part.shared``).
     """
 
     def make(context: Context, why: str) -> Anatomy:
@@ -45,8 +48,8 @@ def heads(
         if dim:
             head_dim: int | None = context.ask(*dim)
         else:
-            into = context.frame[2]
-            width = context.shape[into] if into is not None else None
+            in_axis = context.frame[2]
+            width = context.shape[in_axis] if in_axis is not None else None
             head_dim = head_dim_of(context.modules, context.rows_of(query) or size, width)
         key_rows = context.rows_of(key) if role is V and not dim else None
         if key_rows and head_dim:
@@ -58,7 +61,7 @@ def heads(
 
 
 def one_head(role: Role, *, shared: bool = False) -> Maker:
-    """A projection for the only head there is."""
+    """Describe the projection of an attention with a single head."""
 
     def make(context: Context, why: str) -> Anatomy:
         return context.anatomy((Part(role, context.outputs, context.outputs, shared),), why)
@@ -67,7 +70,7 @@ def one_head(role: Role, *, shared: bool = False) -> Maker:
 
 
 def per_slice(role: Role) -> Maker:
-    """(in, head, head_dim), used by einsum: a head is a slice of axis 1."""
+    """Describe a tensor (in, head, head_dim) that is used with einsum: a head is one index of axis 1."""
 
     def make(context: Context, why: str) -> Anatomy:
         return Anatomy(context.shape, (Part(role, context.shape[1], 1),), why, axis=1, in_axis=0)
@@ -76,7 +79,7 @@ def per_slice(role: Role) -> Maker:
 
 
 def same_heads(role: Role) -> Maker:
-    """A projection with the number of heads its module has, whatever the width of a head."""
+    """Describe a projection that has as many heads as its module, but may have another head_dim."""
 
     def make(context: Context, why: str) -> Anatomy:
         n_heads = context.ask("num_attention_heads", "num_heads", "n_heads")
@@ -88,7 +91,7 @@ def same_heads(role: Role) -> Maker:
 
 
 def table_first(role: Role) -> Maker:
-    """Output units along axis 0, whatever comes behind."""
+    """Describe a tensor whose output units lie along axis 0, regardless of its other axes."""
 
     def make(context: Context, why: str) -> Anatomy:
         return whole(role, context.shape, why)
@@ -97,18 +100,22 @@ def table_first(role: Role) -> Maker:
 
 
 def stacked(*order: Role) -> Maker:
-    """[Q|K|V] (or [K|V], or any order) one after the other along the output axis."""
+    """Describe projections that are concatenated along the output axis, for example [Q|K|V].
+
+    Args:
+        order: the roles in order. Without QUERY, all parts have the same size.
+    """
 
     def make(context: Context, why: str) -> Anatomy:
         size = context.outputs
-        if Q not in order:  # [K|V] beside a query projection, or of cross attention: halves
+        if Q not in order:  # keys and values have equally many heads
             half = size // len(order)
             head_dim = head_dim_of(context.modules, context.rows_of(("q_proj", "to_q", "query", "q_attn", "q")) or half)
             return context.anatomy([Part(role, half, head_dim) for role in order], why)
-        found = fused_heads(context.modules, size)
-        if found is None:
+        fused = fused_heads(context.modules, size)
+        if fused is None:
             return context.plain(Role.OTHER, f"{why}; but no number of heads was found")
-        n_heads, n_kv_heads, head_dim = found
+        n_heads, n_kv_heads, head_dim = fused
         sizes = {role: (n_heads if role is Q else n_kv_heads) * head_dim for role in order}
         return context.anatomy([Part(role, sizes[role], head_dim) for role in order], why)
 
@@ -116,11 +123,12 @@ def stacked(*order: Role) -> Maker:
 
 
 def per_head(*parts: tuple[Role, Size], heads: Sequence[str] = ()) -> Maker:
-    """The same sequence of parts for every head, for example (Q, K, V), or MLA's (key, value).
+    """Describe a tensor with the same sequence of parts for every head, for example (query, key, value).
 
     Args:
-        parts: (role, units of one head).
-        heads: attributes that say how many heads there are, checked against the tensor.
+        parts: (role, number of units per head).
+        heads: names of attributes that contain the number of heads, which is checked against the tensor; if empty,
+            the number follows from the tensor's shape.
     """
 
     def make(context: Context, why: str) -> Anatomy:
@@ -132,14 +140,14 @@ def per_head(*parts: tuple[Role, Size], heads: Sequence[str] = ()) -> Maker:
                 f"{type(context.modules[0]).__name__} says {expected} heads of {sizes} units "
                 f"({expected * sum(sizes)}), but the weight has {context.outputs}"
             )
-        made = [Part(role, n, n if role in (Q, K, V) else None) for (role, _), n in zip(parts, sizes, strict=True)]
-        return context.anatomy(made, why, repeat=repeat)
+        sized = [Part(role, n, n if role in (Q, K, V) else None) for (role, _), n in zip(parts, sizes, strict=True)]
+        return context.anatomy(sized, why, repeat=repeat)
 
     return make
 
 
 def thirds_per_head(*order: Role) -> Maker:
-    """(head, 3, head_dim): the three parts of a head lie together."""
+    """Describe a tensor (head, 3, head_dim): the three parts of each head are adjacent."""
 
     def make(context: Context, why: str) -> Anatomy:
         n_heads = context.ask("num_heads", "num_attention_heads", "n_head")
@@ -152,7 +160,7 @@ def thirds_per_head(*order: Role) -> Maker:
 
 
 def per_group(context: Context, why: str) -> Anatomy:
-    """(kv group, queries of the group + 2, head_dim): each group's queries, then its key, then its value."""
+    """Describe a tensor (kv group, queries + 2, head_dim): the queries of each group, then its key and its value."""
     n_heads = context.ask("num_heads", "num_attention_heads", "n_head", "n_heads")
     groups = context.ask(
         "num_kv_heads", "num_key_value_heads", "num_query_groups", "n_query_groups", "n_kv_heads", "num_gqa_groups"
@@ -165,26 +173,26 @@ def per_group(context: Context, why: str) -> Anatomy:
 
 
 def segments(*parts: tuple[Role, Size, Size | None]) -> Maker:
-    """Parts of stated sizes one after the other; one size may be "..." for the rest.
+    """Describe parts of given sizes that are concatenated along the output axis.
 
     Args:
-        parts: (role, units, units of a head or None).
+        parts: (role, number of units, units per head or None). One number may be "..." for all remaining units.
     """
 
     def make(context: Context, why: str) -> Anatomy:
         sizes = [n if isinstance(n, int) else None if n == "..." else context.ask(n) for _, n, _ in parts]
-        known = sum(n for n in sizes if n is not None)
-        made = []
+        specified = sum(n for n in sizes if n is not None)
+        sized = []
         for (role, _, dim), n in zip(parts, sizes, strict=True):
             head_dim = context.ask(dim) if isinstance(dim, str) else dim
-            made.append(Part(role, context.outputs - known if n is None else n, head_dim))
-        return context.anatomy(made, why)
+            sized.append(Part(role, context.outputs - specified if n is None else n, head_dim))
+        return context.anatomy(sized, why)
 
     return make
 
 
 def vector(role: Role) -> Maker:
-    """A tensor without an input axis: norms, biases."""
+    """Describe a tensor without an input axis: a norm or a bias."""
 
     def make(context: Context, why: str) -> Anatomy:
         return whole(role, context.shape, why, axis=max(context.tensor.ndim - 1, 0))
@@ -193,21 +201,21 @@ def vector(role: Role) -> Maker:
 
 
 def table_rows(role: Role) -> Maker:
-    """A bare table [..., rows, features] that is looked up or broadcast: one unit per row."""
+    """Describe a bare table [..., rows, features] that is indexed or broadcast: one unit per row."""
 
     def make(context: Context, why: str) -> Anatomy:
         ndim = context.tensor.ndim
         if ndim < 2:
             return whole(role, context.shape, why)
-        lead = tuple(size for size in context.shape[: ndim - 2])
-        return Anatomy(context.shape, (Part(role, context.shape[-2]),), why, axis=ndim - 2, in_axis=ndim - 1,
-                       leading=0 if all(size == 1 for size in lead) else ndim - 2)  # fmt: skip
+        leading = 0 if all(size == 1 for size in context.shape[: ndim - 2]) else ndim - 2
+        part = Part(role, context.shape[-2])
+        return Anatomy(context.shape, (part,), why, axis=ndim - 2, in_axis=ndim - 1, leading=leading)
 
     return make
 
 
 def kernel(context: Context, why: str) -> Anatomy:
-    """A convolution kernel; the transposed ones keep (in, out / groups), so that groups fold into axis 0."""
+    """Describe a convolution kernel; a transposed convolution is (in, out / groups), with groups along axis 0."""
     shape, owner = context.shape, context.owner
     if not getattr(owner, "transposed", False):
         return Anatomy(shape, (Part(Role.CONV, shape[0]),), why, axis=0, in_axis=1)

@@ -1,4 +1,4 @@
-"""Sequence mixers that are no attention: state spaces, gated recurrences, short convolutions."""
+"""Sequence mixers other than attention: state spaces, gated recurrences, short convolutions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .table import Context, Family, Maker
 
 
 def transposed(role: Role) -> Maker:
-    """A bare matrix used as x @ W: (in, out), any axes in front standing for themselves."""
+    """Describe a bare matrix (in, out), used as x @ W; each index of the axes in front has its own units."""
 
     def make(context: Context, why: str) -> Anatomy:
         ndim = context.tensor.ndim
-        return Anatomy(context.shape, (Part(role, context.shape[-1]),), why, axis=ndim - 1, in_axis=ndim - 2,
-                       leading=ndim - 2)  # fmt: skip
+        part = Part(role, context.shape[-1])
+        return Anatomy(context.shape, (part,), why, axis=ndim - 1, in_axis=ndim - 2, leading=ndim - 2)
 
     return make
 
@@ -23,7 +23,7 @@ _CONSTANTS = {name: vector(Role.BIAS) for name in ("A_log", "D", "dt_bias", "dt_
 MIXERS: tuple[Family, ...] = (
     Family(
         children=("in_proj", "out_proj", "A_log"),
-        why="state space: in_proj is [gate|x B C|dt] by rows; A, D and dt's bias are constants of a channel or head",
+        why="state space: in_proj is [gate|x B C|dt] by rows; A, D and dt's bias have one constant per channel or head",
         params={
             "in_proj": rows(Role.MLP_IN),
             "x_proj": rows(Role.MLP_IN),
@@ -39,11 +39,11 @@ MIXERS: tuple[Family, ...] = (
         why="short convolution between two dense layers",
         params={"in_proj": rows(Role.MLP_IN), "out_proj": rows(Role.MLP_OUT)},
     ),
-    Family(children=("A_log",), why="constants of a head or channel", params=_CONSTANTS),
+    Family(children=("A_log",), why="state space: one constant per channel or head", params=_CONSTANTS),
     Family(
         classes=("RecurrentGemmaRglru",),
         library="transformers",
-        why="RG-LRU: a gate matrix (in, out) per head",
+        why="RG-LRU: one gate matrix (in, out) per head",
         params={"input_gate_weight": transposed(Role.MLP_IN), "recurrent_gate_weight": transposed(Role.MLP_IN)},
     ),
     Family(
@@ -55,18 +55,18 @@ MIXERS: tuple[Family, ...] = (
     Family(
         classes=("InklingRelativeLogits", "Inkling2RelativeLogits"),
         library="transformers",
-        why="bias profiles used as x @ W: (in, distance)",
+        why="relative position biases, used as x @ W: (in, distance)",
         params={"proj": transposed(Role.MLP_IN)},
     ),
     Family(
         classes=("Inkling2DynamicShortConvolution",),
         library="transformers",
-        why="depthwise taps (tap, channel): one unit per channel",
+        why="depthwise convolution (tap, channel): one unit per channel",
         params={"static_weight": transposed(Role.CONV)},
     ),
     Family(
         children=("mm_input_projection_weight",),
-        why="projection used as x @ W: (in, out)",
+        why="projection, used as x @ W: (in, out)",
         params={"mm_input_projection_weight": transposed(Role.MLP_IN)},
     ),
 )

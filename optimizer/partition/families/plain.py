@@ -1,4 +1,4 @@
-"""Layers that mean the same wherever they stand, and bare parameters known by what they are called."""
+"""Layers that have the same role everywhere in a model, and bare parameters recognised by their names."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ LAYERS: tuple[Family, ...] = (
         params={"weight": lambda context, why: whole(Role.MLP_IN, context.shape, why)},
     ),
 )
-"""Embedding and Linear are in ``discover``, for they depend on where they stand."""
+"""Embedding and Linear layers are handled in ``discover``, because their roles depend on the modules around them."""
 
 
 @dataclass(frozen=True)
 class Bare:
-    """A parameter no family claims, known by the class that holds it and by its own name.
+    """One row for parameters that no family claims, recognised by the class of their module and their own name.
 
     Attributes:
-        owner: regular expression found in the class name of the holding module.
-        leaf: regular expression that matches the parameter's own name whole.
-        make: how it is made.
-        why: the reason.
-        least: fewest dimensions it speaks of.
-        vectors: whether it speaks only of tensors with at most one axis longer than 1. What a parameter is called
-            makes a vector a scale or a bias, but never a matrix: for a matrix the class has to say so.
+        owner: regular expression that is searched for in the class name of the module that owns the parameter.
+        leaf: regular expression that must match the parameter's whole name in that module.
+        make: describes the parameter.
+        why: the reason shown by ``explain``.
+        least: the smallest number of dimensions that the row matches.
+        vectors: whether the row matches only tensors with at most one axis longer than 1. The name alone identifies a
+            vector as a scale or a bias, but for a matrix the class must confirm it.
     """
 
     owner: str
@@ -63,7 +63,7 @@ class Bare:
     vectors: bool = False
 
     def matches(self, context: Context, leaf: str) -> bool:
-        """Whether this row speaks of the parameter."""
+        """Whether this row matches the parameter; ``leaf`` is its name in the module that owns it."""
         return (
             context.tensor.ndim >= self.least
             and not (self.vectors and sum(size > 1 for size in context.shape) > 1)
@@ -79,14 +79,15 @@ _TOKENS = (
 )
 _SCALE = r"weight|scale|gamma|g|alpha"
 _CONSTANTS = r"A_log|D|A|dt_bias|time_\w+|\w*_sinks?|sinks"
-_EACH_ITS_OWN = "constants of a channel or head: each its own, like biases"
+_CONSTANT_WHY = "one constant per channel or head: nothing is shared, as in biases"
+# Unformatted, because the rows are easier to compare on one line each.
 BARE: tuple[Bare, ...] = (
     Bare(r"(?i)router|gate$|gating", r"weight|.*classifier.*", rows(Role.MLP_IN), "router: one row per expert", 2),
     Bare(r"", r"\w*bias(es)?|\w*bias_([a-z]|[A-Z]+)|bias_\w+|r_[rsw]_bias", vector(Role.BIAS), "a bias"),
     Bare(r"", r"b\d", vector(Role.BIAS), "a bias", vectors=True),
     Bare(r"", _TOKENS, _LEARNED, "learned tokens: one unit per token"),
-    Bare(r"", r"\w*quer(y|ies)", _LEARNED, "learned queries: one unit each", 3),
-    Bare(r"(?i)residual|projector", r"query", _LEARNED, "learned queries: one unit each", 2),
+    Bare(r"", r"\w*quer(y|ies)", _LEARNED, "learned queries: one unit per query", 3),
+    Bare(r"(?i)residual|projector", r"query", _LEARNED, "learned queries: one unit per query", 2),
     Bare(
         r"",
         r"(rel(ative)?_pos\w*|relative_position_bias_table|\w*pos(ition)?_embed\w*|\w*positional_embedding\w*|embedding"
@@ -95,15 +96,15 @@ BARE: tuple[Bare, ...] = (
         "a table of learned vectors: one unit per row",
         2,
     ),
-    Bare(r"(?i)(norm(\d?d)?|grn|l2clip\w*)$", _SCALE, vector(Role.NORM), "scale of a normalisation"),
-    Bare(r"(?i)norm", _SCALE, vector(Role.NORM), "scale of a normalisation", vectors=True),
+    Bare(r"(?i)(norm(\d?d)?|grn|l2clip\w*)$", _SCALE, vector(Role.NORM), "scale of a normalisation layer"),
+    Bare(r"(?i)norm", _SCALE, vector(Role.NORM), "scale of a normalisation layer", vectors=True),
     Bare(r"", r"layer_scale\w*|gamma\w*|\w*scale|temperature|lambda\w*|alpha", vector(Role.NORM), "a scale",
          vectors=True),
-    Bare(r"", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN, vectors=True),
-    Bare(r"(?i)mamba|mixer|ssm|rwkv|delta|retention", _CONSTANTS, vector(Role.BIAS), _EACH_ITS_OWN),
+    Bare(r"", _CONSTANTS, vector(Role.BIAS), _CONSTANT_WHY, vectors=True),
+    Bare(r"(?i)mamba|mixer|ssm|rwkv|delta|retention", _CONSTANTS, vector(Role.BIAS), _CONSTANT_WHY),
     Bare(r"HyperConnection|HyperHead", r"\w*fn", rows(Role.MLP_IN), "mixing of streams: one unit per output", 2),
     Bare(r"Indexer", r"\w+_gate", rows(Role.MLP_IN), "gate of an indexer: one unit per output", 2),
     Bare(r"ParametrizationList", r"original0", vector(Role.NORM), "weight norm: length of the weight", vectors=True),
     Bare(r"", r"\w*weight_g|weight_\w+_g", vector(Role.NORM), "weight norm: length of the weight", vectors=True),
 )  # fmt: skip
-"""Read from the top; the first row that matches decides."""
+"""In order of precedence: the first row that matches a parameter describes it."""

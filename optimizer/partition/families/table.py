@@ -1,4 +1,4 @@
-"""What a row of the table of families says, and how it finds its parameters."""
+"""The rows of the table of families, and how they find parameters in a module."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..roles import Anatomy, Part, Role
 
 @dataclass(frozen=True)
 class Context:
-    """Where a parameter was found: all that a maker may look at.
+    """A parameter and the modules around it: the only input of a maker.
 
     Attributes:
         tensor: the parameter.
-        owner: the module that holds it directly.
-        modules: the module the family matched, then its ancestors, innermost first.
+        owner: the module that the parameter is a direct member of.
+        modules: the module that the family matched, then its ancestors, innermost first.
     """
 
     tensor: Tensor
@@ -35,8 +35,8 @@ class Context:
     def frame(self) -> tuple[int, int, int | None]:
         """(number of leading axes, output axis, input axis) of the parameter.
 
-        Linear keeps (out, in); transformers' Conv1D (in, out); convolutions (out, in, ...); anything with more axes
-        is a stack of (out, in) matrices, one per expert or codebook.
+        Linear layers are (out, in), Conv1D of transformers is (in, out), and convolutions are (out, in, ...). Any
+        other tensor of more than two axes is a stack of (out, in) matrices, one per expert or codebook.
         """
         ndim = self.tensor.ndim
         if is_convolution(self.owner):
@@ -51,30 +51,41 @@ class Context:
         return self.shape[self.frame[1]] if self.shape else 1
 
     def anatomy(self, parts: Sequence[Part], why: str, *, repeat: int = 1) -> Anatomy:
-        """An anatomy whose parts lie along the output axis."""
-        leading, axis, into = self.frame
-        return Anatomy(self.shape, tuple(parts), why, axis=axis, in_axis=into, leading=leading, repeat=repeat)
+        """Return an anatomy whose parts lie along the output axis.
+
+        Args:
+            parts: the parts, in order.
+            why: the reason shown by ``explain``.
+            repeat: how often the sequence of parts repeats.
+        """
+        leading, axis, in_axis = self.frame
+        return Anatomy(self.shape, tuple(parts), why, axis=axis, in_axis=in_axis, leading=leading, repeat=repeat)
 
     def plain(self, role: Role, why: str) -> Anatomy:
-        """An anatomy of one part: every output unit does the same thing."""
+        """Return an anatomy with a single part: all output units have the same role."""
         return self.anatomy((Part(role, self.outputs),), why)
 
     def ask(self, *names: str) -> int:
-        """The first of these attributes that the matched module, its configuration or an ancestor knows.
+        """Return the first of these attributes, a positive integer, of the module, its configuration or an ancestor.
 
         Raises:
-            ValueError: nobody knows any of them.
+            ValueError: none of the modules has any of these attributes.
         """
-        found = ask(self.modules, names)
-        if found is None:
+        value = ask(self.modules, names)
+        if value is None:
             raise ValueError(
-                f"{type(self.modules[0]).__name__} and the modules around it know none of {', '.join(names)}, which "
-                "say how this weight is laid out; set one on the module or its configuration"
+                f"{type(self.modules[0]).__name__} and the modules around it have none of the attributes "
+                f"{', '.join(names)}, which determine the layout of this weight; set one on the module or its "
+                "configuration"
             )
-        return found
+        return value
 
     def number(self, name: str) -> int:
-        """Like ``ask``, where zero is an answer too: the innermost source that has the attribute decides."""
+        """Return an integer attribute, which may be zero, of the nearest module or configuration that has it.
+
+        Raises:
+            ValueError: none of the modules has the attribute.
+        """
         for source in sources(self.modules):
             value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
@@ -82,36 +93,36 @@ class Context:
         return self.ask(name)
 
     def flag(self, name: str) -> bool:
-        """Whether the matched module says so (its configuration, where it does not know)."""
+        """Return the truth value of an attribute of the module, otherwise of its ``config``; False without either."""
         module = self.modules[0]
         return bool(getattr(module, name, getattr(getattr(module, "config", None), name, False)))
 
     def rows_of(self, paths: Sequence[str]) -> int | None:
-        """Output size of the first of these sub-parameters of the matched module that exists."""
+        """Return the output size of the first of these parameters below the module that exists; None without any."""
         for path in paths:
-            found = resolve(self.modules[0], path)
-            if found is not None:
-                owner, tensor = found
+            target = resolve(self.modules[0], path)
+            if target is not None:
+                owner, tensor = target
                 return Context(tensor, owner, self.modules).outputs
         return None
 
 
 Maker = Callable[[Context, str], Anatomy]
+"""A function that describes a parameter, given its context and the reason to show."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """One row of the table: a kind of module, and what its parameters do.
 
     Attributes:
-        why: the reason, shown by ``explain``.
-        params: parameter path below the matched module -> how it is made. A path to a sub-module means its weight.
-        classes: names of the classes it is for, the module's bases included; with ``library`` set, only classes
-            defined in that package count.
-        children: sub-modules (or parameters) that must all exist, instead of, or besides, a class.
-        library: the package the classes are defined in; None for any.
-        fused: whether the layout inside a fused tensor is assumed from a name; never applied to a class of
-            transformers, because there one name stands for several layouts.
+        why: the reason shown by ``explain``.
+        params: parameter path below the module -> maker. The path of a sub-module means its weight.
+        classes: class names, one of which the module or one of its base classes must have; empty for any class.
+        children: paths of sub-modules or parameters that must all exist.
+        library: the package in which the class must be defined; None for any.
+        fused: whether the layout of a fused tensor is guessed from its name. Such a row never matches classes of
+            transformers, because there the same name is used for several layouts.
     """
 
     why: str
@@ -122,11 +133,11 @@ class Family:
     fused: bool = field(default=False)
 
     def claims(self, module: nn.Module) -> dict[str, Maker]:
-        """The parameters of a matching module it speaks of."""
+        """Return parameter path -> maker for a module that matches."""
         return self.params
 
     def matches(self, module: nn.Module) -> bool:
-        """Whether this row speaks of the module."""
+        """Whether this row describes the module."""
         if self.classes and not any(
             cls.__name__ in self.classes and self.library in (None, cls.__module__.split(".")[0])
             for cls in type(module).__mro__
@@ -135,22 +146,22 @@ class Family:
         if self.fused and type(module).__module__.startswith("transformers."):
             return False
         if self.children and not _has(module, self.children[0].partition(".")[0]):
-            return False  # by far the most frequent answer, given without looking further
+            return False  # a quick test that settles most cases
         return all(resolve(module, child) is not None for child in self.children)
 
 
 def resolve(module: nn.Module, path: str) -> tuple[nn.Module, Tensor] | None:
-    """(owner, parameter) at a dotted path below a module; a path to a sub-module means its ``weight``.
+    """Return (owner, parameter) at a dotted path below a module; None if there is no such parameter.
 
-    A sub-module that only wraps one layer called ``linear``, ``base_layer``, ``base_module`` or ``original_module``
-    stands for that layer, so that wrapped projections (PEFT's, DDP's, activation checkpointing's) are still found.
+    The path of a sub-module means its ``weight``. If the sub-module wraps a layer named ``linear``, ``base_layer``,
+    ``base_module`` or ``original_module``, that layer is used instead, so that projections wrapped by PEFT, DDP or
+    activation checkpointing are found.
     """
     target: object = module
     for name in path.removesuffix(".weight").split("."):
         owner, target = target, _child(target, name)
     if isinstance(target, nn.Module):
-        # An adapter layer has a weight of its own to show, its base layer's, and FSDP1 that of what it wraps: what is
-        # inside says how the weight is laid out.
+        # Adapter layers and FSDP1 also expose a ``weight``, but the class of the inner layer determines its axes.
         while "base_layer" in target._modules or is_wrapper(target) or stored(target) is None:
             inner = next((m for n in _WRAPPED if isinstance(m := getattr(target, n, None), nn.Module)), None)
             if inner is None:
@@ -165,11 +176,15 @@ def resolve(module: nn.Module, path: str) -> tuple[nn.Module, Tensor] | None:
 
 
 def stored(module: nn.Module, leaf: str = "weight") -> nn.Parameter | None:
-    """The parameter that a module's tensor of this name is, or is computed from element by element.
+    """Return the parameter with the rows and columns of a module's tensor; None if there is none.
 
-    A parametrization (``torch.nn.utils.parametrize``, and the older ``weight_norm`` and ``spectral_norm``) replaces
-    the parameter by others. The one of the tensor's own shape has its rows and columns: weight norm's direction, for
-    instance. None where there is no such parameter.
+    This is the tensor itself unless it is parametrized. A parametrization (``torch.nn.utils.parametrize``, or the
+    older ``weight_norm`` and ``spectral_norm``) replaces the parameter by others, from which the tensor is computed.
+    Then it is the one with the shape of the tensor, for example the direction in weight normalisation.
+
+    Args:
+        module: the module.
+        leaf: the name of the tensor in the module.
     """
     tensor = getattr(module, leaf, None)
     if isinstance(tensor, nn.Parameter):
@@ -184,7 +199,14 @@ def stored(module: nn.Module, leaf: str = "weight") -> nn.Parameter | None:
 
 
 def parametrised(context: Context, leaf: str) -> tuple[nn.Module, str]:
-    """The module and the name of the tensor that a parameter stands for: its own, unless a parametrization holds it."""
+    """Return the (module, name) of the tensor that a parametrization computes from a parameter.
+
+    Without a parametrization, it is the parameter's own module and name.
+
+    Args:
+        context: the parameter and the modules around it.
+        leaf: the parameter's name in the module that owns it.
+    """
     modules = context.modules
     if len(modules) > 2 and isinstance(context.owner, ParametrizationList):
         names = (name for name, module in modules[1].named_children() if module is context.owner)
@@ -196,38 +218,44 @@ def parametrised(context: Context, leaf: str) -> tuple[nn.Module, str]:
     return context.owner, leaf
 
 
-_WRAPPED = ("base_layer", "linear", "original_module", "base_module", "module", "_orig_mod",
-            "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # fmt: skip
-
-
+_WRAPPED = (
+    "base_layer",
+    "linear",
+    "original_module",
+    "base_module",
+    "module",
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+)
 _AROUND = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 
 
 def _has(module: nn.Module, name: str) -> bool:
-    """Whether a module, or the one it wraps, has a child or parameter of this name."""
+    """Whether a module may have a child or parameter of this name; always True for wrappers."""
     return name in module._modules or name in module._parameters or is_wrapper(module)
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module only stands around another one: FSDP1's, activation checkpointing's, torch.compile's."""
+    """Whether a module is a wrapper of FSDP1, activation checkpointing or torch.compile around another module."""
     return any(name in module._modules for name in _AROUND)
 
 
 def _child(parent: object, name: str) -> object:
-    """A child by attribute, through the wrappers that put a layer between."""
-    found = getattr(parent, name, None)
+    """Return an attribute of a module, or of the module that it wraps; None if neither has it."""
+    child = getattr(parent, name, None)
     for wrapper in _AROUND:
-        if found is None and isinstance(inner := getattr(parent, wrapper, None), nn.Module):
+        if child is None and isinstance(inner := getattr(parent, wrapper, None), nn.Module):
             return _child(inner, name)
-    return found
+    return child
 
 
 def is_convolution(module: nn.Module) -> bool:
-    """torch's own convolutions and what derives from them."""
+    """Whether a module is one of torch's convolutions or derived from one."""
     return isinstance(module, nn.modules.conv._ConvNd)
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether a module's weight is a plain matrix whose output axis we know."""
+    """Whether a module is a dense layer, whose weight is a matrix with a known output axis."""
     names = [cls.__name__ for cls in type(module).__mro__]
     return any(n.endswith(("Linear", "Linear4bit", "Linear8bitLt")) or n == "Conv1D" for n in names)
