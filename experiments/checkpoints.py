@@ -281,12 +281,12 @@ def verified(path: Path) -> dict[str, Any]:
         raise ValueError("the manifest was changed")
     if manifest["manifest_version"] != MANIFEST_VERSION:
         raise ValueError(f"manifest_version={manifest['manifest_version']}, this release reads {MANIFEST_VERSION}")
-    for name, wanted in files.items():
+    for name, recorded in files.items():
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
-        if (path / name).stat().st_size != wanted["bytes"]:
-            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {wanted['bytes']}")
-        if _fingerprint(path / name) != wanted:
+        if (path / name).stat().st_size != recorded["bytes"]:
+            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {recorded['bytes']}")
+        if _fingerprint(path / name) != recorded:
             raise ValueError(f"{name} has other content")
     return manifest
 

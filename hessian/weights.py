@@ -273,8 +273,8 @@ class Weighing:
             if conventional is None:
                 counts = "; ".join(f"{m.what}: {[m.of(b) for b in self._batches[:4]]}" for m in self._distinct(fitting))
                 raise ValueError(
-                    f"the loss may be a mean over several things that weight the batches differently, and which it is "
-                    f"cannot be told ({counts}); pass count=, a function of a batch that returns how many examples or "
+                    "the loss may be a mean over several quantities that weight the batches differently, and which of "
+                    f"them cannot be told ({counts}); pass count=, a function of a batch that returns how many examples or "
                     "tokens its mean is over"
                 )
             best = conventional

@@ -41,9 +41,9 @@ def evidence_table(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "07_evidence",
         "Which partitions are real",
-        f"z of the mass inside the blocks against {n} random partitions of the same sizes (medians over layers). "
-        "Above 6 counts as structure. Finer partitions and larger matrices have a tighter null, so z says that "
-        "structure is there, not how much: compare z along a row, not between rows.",
+        f"z-score of the mass inside the blocks against {n} random partitions of the same sizes (medians over layers). "
+        "A z above 6 counts as structure. The null of finer partitions and larger matrices varies less, so z shows "
+        "whether there is structure, but not how much. Compare z along a row, not between rows.",
     )
 
 
@@ -78,9 +78,9 @@ def spectra(report: HessianReport, out: Path) -> Caption:
     save(figure, out, "08_spectra")
     return Caption(
         "08_spectra",
-        "The spectrum, exactly and from products alone",
-        "Density of all eigenvalues, smoothed by a Gaussian of 1 % of the largest. Dashed: stochastic Lanczos "
-        f"quadrature, {report.report['settings']['slq_steps']} steps, band two standard errors.",
+        "The spectrum, exactly and from matrix-vector products",
+        "Density of all eigenvalues, smoothed by a Gaussian whose width is 1 % of the largest. Dashed: stochastic "
+        f"Lanczos quadrature with {report.report['settings']['slq_steps']} steps; the band is two standard errors.",
     )
 
 
@@ -102,11 +102,10 @@ def block_spectra(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "09_block_spectra",
         "Matrices of one model have different spectra",
-        "Top: absolute eigenvalues of every matrix's diagonal block, largest first, relative to the largest; one "
-        "line a "
-        "matrix, coloured by role. Bottom: Jensen-Shannon distance between the eigenvalue densities of every "
-        "pair of matrices at 100 % of training "
-        "(0 equal, 1 disjoint); the mean over pairs is in each title. The classifier has one pair only.",
+        "Top: absolute eigenvalues of every matrix's diagonal block, largest first, relative to the largest. Each line "
+        "is a matrix, coloured by role. Bottom: Jensen-Shannon distance between the eigenvalue densities of every pair "
+        "of matrices at 100 % of training (0 is equal, 1 is disjoint). The mean over pairs is in each title. The "
+        "classifier has only one pair.",
     )
 
 
@@ -148,9 +147,9 @@ def jensen(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "10_jensen_gap",
         "What sharing costs",
-        "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over layers): "
-        "zero when all elements of a block would get the same learning rate anyway; half of it is the mean log "
-        "ratio of learning rates. A bar as long as its tick is no better than chance.",
+        "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over layers). It "
+        "is zero if Adam gives all elements of a block the same learning rate; half of it is the mean log ratio of "
+        "learning rates. A bar as long as its tick is no better than a random partition.",
     )
 
 
@@ -176,6 +175,6 @@ def training_check(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "11_training_check",
         "Do the rules train?",
-        f"Held-out loss with the derived rules, the paper's and AdamW: mean over {len(runs)} seeds, band smallest "
-        "to largest. A sanity check on tiny models, one learning rate; the ablation is where arms are compared.",
+        f"Held-out loss with the derived rules, the paper's rules and AdamW: mean over {len(runs)} seeds, band from "
+        "smallest to largest. This is a sanity check on tiny models at one learning rate; the ablation compares arms.",
     )

@@ -85,10 +85,10 @@ def query_key(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "01_query_key_heads",
         "Queries and keys fall into heads",
-        "|H| of one query and one key matrix (first layer) before, halfway through and after training; rows and "
-        "columns are the matrix's elements in row-major order, blue lines the borders of the heads. See the mass "
-        "gather in the diagonal squares; z says by how many standard deviations of a random partition of the same "
-        "sizes.",
+        "|H| of one query and one key matrix (first layer) before, halfway through and after training. Rows and "
+        "columns are the matrix's elements in row-major order; blue lines are the borders of the heads. During "
+        "training the mass concentrates in the diagonal squares. z is its excess over random partitions of the same sizes, in "
+        "standard deviations.",
     )
 
 
@@ -112,10 +112,9 @@ def rows_and_columns(report: HessianReport, out: Path, name: str, roles: tuple[s
     return Caption(
         name,
         title,
-        "|H| at 100 % of training, left in row-major order with the borders of the rows (output neurons or "
-        "tokens), right the same numbers reordered column by column with the borders of the columns (input "
-        "neurons). The z over each says whether the partition is real (above 6 counts); compare how much lies "
-        "outside the squares.",
+        "|H| at 100 % of training. Left: row-major order with the borders of the rows (output neurons or tokens). "
+        "Right: the same entries in column-major order with the borders of the columns (input neurons). A z above 6 "
+        "counts as structure; compare how much mass lies outside the squares.",
     )
 
 
@@ -133,7 +132,7 @@ def classifier(report: HessianReport, out: Path) -> Caption:
     save(figure, out, "05_mlp_classifier")
     return Caption(
         "05_mlp_classifier",
-        "For contrast: a one-hidden-layer classifier",
+        "For comparison: a classifier with one hidden layer",
         "|H| of both matrices of an MLP that predicts the next character class, with the borders of its output "
         "neurons, at 0, 50 and 100 % of training.",
     )
@@ -150,7 +149,8 @@ def whole_model(report: HessianReport, out: Path) -> Caption:
         grid[row, 0].set_yticks([])
         area = np.outer(arrays["sizes"], arrays["sizes"])
         exact, probed = np.sqrt(arrays["norms_exact"] / area), np.sqrt(arrays["norms_mean"] / area)
-        error = 0.5 * arrays["norms_stderr"] / (area * np.maximum(probed, 1e-30))  # of the root, first order
+        # First-order error propagation through the square root.
+        error = 0.5 * arrays["norms_stderr"] / (area * np.maximum(probed, 1e-30))
         positive = exact[exact > 0]
         norm = LogNorm(float(np.quantile(positive, 0.02)), float(positive.max()))
         axes = grid[row, 1]
@@ -178,8 +178,8 @@ def whole_model(report: HessianReport, out: Path) -> Caption:
     return Caption(
         "06_whole_model",
         "The whole model, exactly and by probes",
-        "Left: the exact |H| of every parameter, averaged into cells. Middle: root mean square entry of every "
-        "block (heads where there are heads, else tensors) from Rademacher probes, one product per block and "
-        "probe: what scales to models whose Hessian never fits. Right: the probes against the exact norms, bars "
-        "one standard error.",
+        "Left: the exact |H| of all parameters, averaged into cells. Middle: root mean square entry of every block (an "
+        "attention head, or a tensor without heads) from Rademacher probes, with one product per block and probe. This "
+        "estimate scales to models whose Hessian does not fit in memory. Right: the estimates against the exact norms; "
+        "bars are one standard error.",
     )

@@ -19,7 +19,8 @@ from experiments.studies.low_bit_moments import stability
 from experiments.studies.low_bit_moments.candidates import FAST, SCREENED
 from experiments.studies.low_bit_moments.runs import CONFIG, Arm, name_of, run
 
-MARGIN = 0.02  # nats: the rule's second condition
+MARGIN = 0.02
+"""Upper bound of the interval in nats, the second condition of the rule."""
 STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
     "screen": (("fp32", "bf16", "int8", "int4", *SCREENED), (100, 101, 102), 300, 3e-3),
     "fast": (("fp32", "int8", "int4", *FAST), (100, 101, 102), 300, 1e-2),
