@@ -87,8 +87,8 @@ def query_key(report: HessianReport, out: Path) -> Caption:
         "Queries and keys fall into heads",
         "|H| of one query and one key matrix (first layer) before, halfway through and after training. Rows and "
         "columns are the matrix's elements in row-major order; blue lines are the borders of the heads. During "
-        "training the mass concentrates in the diagonal squares. z is its excess over random partitions of the same sizes, in "
-        "standard deviations.",
+        "training the mass concentrates in the diagonal squares. z is its excess over random partitions of the same "
+        "sizes, in standard deviations.",
     )
 
 
