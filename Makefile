@@ -1,9 +1,9 @@
-# Every target builds .venv first when it is missing or out of date, so each can be the first command in a fresh clone.
+# Every target first builds .venv if it is missing or out of date, so each can be the first command in a fresh clone.
 #   make hessian     measure the structure, derive rules, write out/hessian/index.html
-#   make test        the test suite
-#   make interop     every trainer and launcher for real, in an environment of its own; docs/integrations.md
-# A CPU build of torch is installed. For a GPU: make setup TORCH=cu128 (any tag of PyTorch's wheel index), or TORCH=pypi;
-# later targets keep the choice.
+#   make test        run the test suite
+#   make interop     run every supported trainer and launcher in a separate environment; see docs/integrations.md
+# The default is a CPU build of torch. For a GPU, use make setup TORCH=cu128 (any tag of PyTorch's wheel index) or
+# TORCH=pypi. Later targets use the same build.
 
 PYTHON  ?= python3
 TORCH   ?= $(or $(firstword $(patsubst .venv/.ready-%,%,$(wildcard .venv/.ready-*))),cpu)
@@ -33,8 +33,9 @@ help:
 
 setup: $(READY)
 
-# torch first and alone, so that nothing else can pull in a CUDA build: a wheel at hand (PIP_FIND_LINKS) if there is
-# one, else PyTorch's own index. The published adam-mini stays out of the import path: its name is ours, too.
+# torch is installed first, so that no other package can install a CUDA build as its dependency. The wheel comes from
+# PIP_FIND_LINKS if it is there, and otherwise from PyTorch's index. The published adam-mini is installed outside the
+# import path, because this project has a module of the same name.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
@@ -60,8 +61,9 @@ hessian: $(READY)
 test: $(READY)
 	$(PY) -m pytest
 
-# DeepSpeed is built from source against the torch that is there, so what it is built with comes first. torchtitan asks for
-# an older datasets than the others (and wandb); what it needs is among the requirements.
+# DeepSpeed is built from source against the installed torch, so torch and the build tools are installed first.
+# torchtitan is installed without dependencies, because it requires an older datasets than the others, and wandb; the
+# packages that it needs are in requirements.txt.
 $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 	@echo "building $(INTEROP) (once, some minutes)"
 	@rm -rf $(INTEROP) && $(PYTHON) -m venv $(INTEROP)
@@ -73,8 +75,9 @@ $(INTEROP)/.ready: tests/interop/requirements.txt constraints.txt pyproject.toml
 	@$(INTEROP_PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# LLaMA-Factory's pins exclude the others'. It imports torchaudio, whose wheel is linked against CUDA: without its
-# libraries it is plain Python and imports. A distribution called adam-mini is what its argument parser asks for.
+# LLaMA-Factory's pins conflict with those of the others, so it has a separate environment. It imports torchaudio, whose
+# libraries are linked against CUDA; without them, torchaudio can be imported on a CPU. Its argument parser requires an
+# installed distribution named adam-mini.
 $(FACTORY)/.ready: tests/interop/llamafactory.txt tests/interop/llamafactory-sdist.txt examples/llamafactory/adam-mini/pyproject.toml constraints.txt
 	@echo "building $(FACTORY) (once, some minutes)"
 	@rm -rf $(FACTORY) && $(PYTHON) -m venv $(FACTORY)
@@ -88,12 +91,13 @@ $(FACTORY)/.ready: tests/interop/llamafactory.txt tests/interop/llamafactory-sdi
 	@$(FACTORY_PIP) install --no-deps --no-build-isolation --editable . ./examples/llamafactory/adam-mini
 	@touch $@
 
-# One part alone: make interop CHECK=tests/interop/check_ddp.py. The table is written also where a check fails.
+# To run one check: make interop CHECK=tests/interop/check_ddp.py. The table is written even if a check fails.
 CHECK ?= tests/interop
-# DeepSpeed compiles its shared-memory operator at its first start; ranks that wait for it would give up.
+# DeepSpeed compiles its shared-memory operator at its first start. It is compiled before the checks, because ranks that
+# wait for the compilation would time out.
 interop: export TORCH_EXTENSIONS_DIR := $(abspath $(INTEROP))/extensions
 interop: $(INTEROP)/.ready $(FACTORY)/.ready
-	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock  # of a build that was killed
+	@rm -f $(TORCH_EXTENSIONS_DIR)/*/lock  # left by builds that were killed
 	@PATH=$(abspath $(INTEROP))/bin:$$PATH $(INTEROP)/bin/python -c 'from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)'
 	@$(INTEROP)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 $(CHECK); status=$$?; \
 		$(INTEROP)/bin/python -m tests.interop.matrix; exit $$status
@@ -103,21 +107,22 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# torchao is a contestant of the bench and stays out of the import path: transformers would import it, too.
+# torchao takes part in the benchmark. It is installed outside the import path, because transformers imports it if it can.
 $(PEERS): $(READY)
 	@rm -rf $(VENV)/peers && $(PIP) --no-deps --target $(VENV)/peers torchao==0.18.0 && touch $(PEERS)
 
-# Random steps of every engine against the paper's transcription.
+# Compare random steps of every engine with the transcription of the paper.
 MINUTES ?= 30
 fuzz: $(READY)
 	$(PY) -m tests.fuzz --minutes $(MINUTES)
 
-# The native loop's tests under ASan and UBSan, then TSan (the latter wants clang-16, libomp-16-dev, libclang-rt-16-dev).
+# Run the native loop's tests under ASan and UBSan, then under TSan, which needs clang-16, libomp-16-dev and
+# libclang-rt-16-dev.
 sanitize: $(READY)
 	PYTHON=$(PY) tests/optimizer/sanitize_native.sh address
 	PYTHON=$(PY) tests/optimizer/sanitize_native.sh thread
 
-# Few-bit first moments in training: hours; finished runs are kept.
+# Train with few-bit first moments. This takes hours; finished runs are not repeated.
 low-bit: $(READY)
 	$(PY) -m experiments.studies.low_bit_moments
 
@@ -133,15 +138,15 @@ coverage: $(READY)
 	$(PY) -m benchmarks.coverage
 	$(PY) -m optimizer plan --table docs/memory.md
 
-# docs/scaling.md; --check --ranks 2 3 counts what real ranks send.
+# Write the tables of docs/scaling.md. To count what real ranks send: python -m benchmarks.scaling --check --ranks 2 3.
 scaling: $(READY)
 	$(PY) -m benchmarks.scaling
 
-# SWEEP: further options, e.g. SWEEP="--cluster slurm --partition night --time 120" (docs/training.md).
+# SWEEP has further options, for example SWEEP="--cluster slurm --partition night --time 120" (docs/training.md).
 ablation: $(READY)
 	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS) $(SWEEP)
 
-# Twenty SIGKILLs of a run of two FSDP2 ranks, some minutes.
+# Kill a run of two FSDP2 ranks with SIGKILL twenty times. This takes some minutes.
 kills: $(READY)
 	$(PY) -m tests.experiments.kills --kills 20
 

@@ -1,1 +1,1 @@
-"""From stored results to tables: load-only, and a missing row is an error, never a zero."""
+"""Build tables from stored results. Nothing is recomputed, and a missing row is an error."""

@@ -1,4 +1,4 @@
-"""The ablation's results as tables: every run accounted for, differences taken within a seed."""
+"""Tables of the ablation's results. Every run is accounted for, and differences are computed within a seed."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam",
 
 
 def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
-    """One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, parameters, curve.
+    """Load the runs of an experiment.
 
     Args:
         folder: results of one experiment.
-        partial: leave out runs that are not results (instead of refusing the folder). How many, by their state, is
-            in ``attrs["left_out"]`` of the table.
+        partial: leave out runs that are neither finished nor diverged; without it they raise an error. The table's
+            ``attrs["left_out"]`` counts them by state.
+
+    Returns:
+        One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, parameters, steps, curve.
 
     Raises:
-        FileNotFoundError: no runs there.
-        ValueError: a damaged or foreign folder, a run that is neither finished nor diverged, or runs of two
-            experiments.
+        FileNotFoundError: the folder has no runs.
+        ValueError: a run's folder is damaged or not a run, a run is neither finished nor diverged, or the folder mixes
+            two experiments.
     """
     rows, left_out = [], Counter[str]()
     for run in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
@@ -61,107 +64,120 @@ def _count(states: Mapping[str, int]) -> str:
 
 
 def _require_one_experiment(folder: Path, table: pd.DataFrame) -> None:
-    """All runs have one config but for arm, rate and seed; of two experiments in one folder no mean means anything.
+    """Check that all configs are equal except for arm, learning rate and seed, so that means over runs are meaningful.
 
     Raises:
-        ValueError: they have not, naming two runs and the field.
+        ValueError: two configs differ in another field; the message names the runs and the field.
     """
-    free = {"arm", "lr", "seed", "rules_hash"}  # each arm has its rules: within an arm they are one content
+    variable = {"arm", "lr", "seed", "rules_hash"}  # Arms differ in their rules; runs of one arm must not.
     for _, group in [("", table), *table.groupby("arm")]:
         first, *others = group.config
         for other in others:
             keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-            kept = free if group is table else free - {"rules_hash"}
-            if odd := [key for key in keys if key not in kept]:
+            allowed = variable if group is table else variable - {"rules_hash"}
+            if odd := [key for key in keys if key not in allowed]:
                 raise ValueError(
                     f"{folder} mixes two experiments: {config_hash(first)} has {odd[0]}={first.get(odd[0])!r}, "
-                    f"{config_hash(other)} has {other.get(odd[0])!r}; move one kind to a folder of its own"
+                    f"{config_hash(other)} has {other.get(odd[0])!r}; move one of the two to another folder"
                 )
 
 
 def require_complete(runs: pd.DataFrame, arms: Sequence[str] = ARMS) -> None:
-    """Raise ValueError naming the rows the grid of arms, learning rates and seeds lacks."""
-    have = {(arm, lr, seed) for arm, lr, seed in runs[["arm", "lr", "seed"]].itertuples(index=False)}
-    wanted = set(itertools.product(arms, sorted(runs.lr.unique()), sorted(runs.seed.unique())))
-    if missing := sorted(wanted - have):
+    """Check that the grid of arms, learning rates and seeds is complete.
+
+    Raises:
+        ValueError: runs are missing; the message names them.
+    """
+    present = {(arm, lr, seed) for arm, lr, seed in runs[["arm", "lr", "seed"]].itertuples(index=False)}
+    grid = set(itertools.product(arms, sorted(runs.lr.unique()), sorted(runs.seed.unique())))
+    if missing := sorted(grid - present):
         names = "; ".join(f"arm={arm} lr={lr} seed={seed}" for arm, lr, seed in missing[:6])
         raise ValueError(f"{len(missing)} runs are missing: {names}; run `make ablation`, or draw with --partial")
 
 
 def best_rates(runs: pd.DataFrame) -> dict[str, float]:
-    """Each arm's learning rate with the lowest mean final loss over seeds; a divergence counts as infinite."""
+    """Return each arm's learning rate with the lowest mean final loss over seeds; a divergence counts as infinite."""
     means = runs.groupby(["arm", "lr"]).final_val_loss.mean()
     return {arm: float(means[arm].idxmin()) for arm in runs.arm.unique()}
 
 
 def at_best(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs at each arm's best learning rate."""
+    """Return the runs at each arm's best learning rate."""
     rates = best_rates(runs)
     return runs[[rates[arm] == lr for arm, lr in zip(runs.arm, runs.lr, strict=True)]].reset_index(drop=True)
 
 
 def paired_difference(runs: pd.DataFrame, arm: str, *, lr: float | None = None) -> Interval | None:
-    """Final loss of an arm minus the baseline's, seed by seed.
+    """Return an arm's final loss minus the baseline's, paired by seed.
 
     Args:
         runs: all runs.
         arm: the arm.
-        lr: both at this rate; None for each at its own best.
+        lr: learning rate of both arms; None for the best rate of each.
 
     Returns:
-        The mean and its interval, or None where a run of either diverged.
+        The mean and its 95 % interval, or None if a run of either arm diverged.
 
     Raises:
         ValueError: the two arms have different seeds.
     """
     chosen = at_best(runs) if lr is None else runs[runs.lr == lr]
-    ours = chosen[chosen.arm == arm].set_index("seed").final_val_loss
+    losses = chosen[chosen.arm == arm].set_index("seed").final_val_loss
     base = chosen[chosen.arm == BASELINE].set_index("seed").final_val_loss
-    if set(ours.index) != set(base.index) or ours.empty:
+    if set(losses.index) != set(base.index) or losses.empty:
         raise ValueError(
-            f"arm={arm!r} and {BASELINE!r} have different seeds: {sorted(ours.index)}, {sorted(base.index)}"
+            f"arm={arm!r} and {BASELINE!r} have different seeds: {sorted(losses.index)}, {sorted(base.index)}; run the "
+            "missing ones with `make ablation`"
         )
-    difference = (ours - base.loc[ours.index]).to_numpy()
+    difference = (losses - base.loc[losses.index]).to_numpy()
     if not all(abs(value) < float("inf") for value in difference):
         return None
     return t_interval(difference.tolist())
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm at its best rate: mean loss, spread, scalars, difference to the baseline; best first.
+    """Return one row per arm at its best learning rate, lowest loss first.
 
-    The difference is NaN where a run diverged or, in a grid with holes, the seeds do not pair.
+    A row has the mean loss, its interval, the number of scalars and the paired difference to the baseline. The
+    difference is NaN if a run diverged, or if the grid is incomplete and the two arms have different seeds.
     """
     rates, rows = best_rates(runs), []
     for arm, group in at_best(runs).groupby("arm"):
         finite = group.final_val_loss[group.final_val_loss < float("inf")].tolist()
-        # An arm that diverged at every rate has no mean loss; it stays in the table, last.
+        # An arm that diverged at every rate has no mean loss. It stays in the table, as the last row.
         loss = t_interval(finite) if finite else Interval(float("inf"), float("inf"), 0)
         try:
             difference = paired_difference(runs, str(arm))
-        except ValueError:  # seeds that do not pair: only in a grid with holes, which ``require_complete`` refuses
+        except ValueError:  # The seeds differ. This happens only with --partial; otherwise the grid is complete.
             difference = None
-        rows.append({
-            "arm": arm, "lr": rates[str(arm)], "n": len(group), "diverged": int((group.state == "diverged").sum()),
-            "loss": loss.mean, "loss_half": loss.half,
-            "scalars": int(group.second_moment_scalars.iloc[0]), "parameters": int(group.parameters.iloc[0]),
-            "difference": difference.mean if difference else float("nan"),
-            "difference_half": difference.half if difference else float("nan"),
-            "differs": bool(difference and difference.excludes_zero),
-        })  # fmt: skip
+        rows.append(
+            {
+                "arm": arm,
+                "lr": rates[str(arm)],
+                "n": len(group),
+                "diverged": int((group.state == "diverged").sum()),
+                "loss": loss.mean,
+                "loss_half": loss.half,
+                "scalars": int(group.second_moment_scalars.iloc[0]),
+                "parameters": int(group.parameters.iloc[0]),
+                "difference": difference.mean if difference else float("nan"),
+                "difference_half": difference.half if difference else float("nan"),
+                "differs": bool(difference and difference.excludes_zero),
+            }
+        )
     return pd.DataFrame(rows).sort_values("loss").reset_index(drop=True)
 
 
 def with_prediction(runs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, float]:
-    """The summary with each arm's predicted cost, and Spearman's rank correlation with the final loss.
+    """Return the summary with each arm's predicted cost, and its Spearman rank correlation with the final loss.
 
     Args:
         runs: all runs.
-        path: what ``experiments.studies.predicted_cost`` wrote.
+        path: JSON file that ``experiments.studies.predicted_cost`` wrote.
 
     Raises:
-        FileNotFoundError: no prediction there.
-        ValueError: a damaged file, or an arm whose prediction is missing or no finite number.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or an arm's prediction is missing or not a finite number.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run `python -m experiments.studies.predicted_cost`")

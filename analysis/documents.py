@@ -1,4 +1,4 @@
-"""JSON files that are read as evidence: there, whole, one object, and no key twice."""
+"""Strict reading of JSON files: a file must contain one object, and no object may have a key twice."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 
 def parse(text: str) -> Any:
-    """JSON in which no object names a key twice.
+    """Parse JSON in which no object has a key twice.
 
     Raises:
-        ValueError: it is not JSON, or a key stands twice in one object, of which all but the last would be lost.
+        ValueError: the text is not JSON, or an object has a key twice; Python's parser would keep only the last value.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    return json.loads(text, object_pairs_hook=_unique_keys)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document = dict(pairs)
     if len(document) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} is there {keys.count(twice)} times")
+        raise ValueError(f"the key {twice!r} occurs {keys.count(twice)} times")
     return document
 
 
 def read_object(path: Path, mend: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read a JSON file that contains one object.
 
     Args:
         path: the file.
-        mend: what to do about a damaged one, for the message.
+        mend: how to repair a damaged file, for the message.
 
     Raises:
-        ValueError: the file cannot be read, is not JSON, holds no object, or names a key twice.
+        ValueError: the file cannot be read, is not JSON, is not an object, or has a key twice.
     """
     try:
         document = parse(path.read_text(encoding="utf-8"))
@@ -46,10 +46,10 @@ def read_object(path: Path, mend: str) -> dict[str, Any]:
 
 
 def damaged(path: Path, why: str, mend: str) -> ValueError:
-    """The error that names a damaged file or folder, what is wrong with it, and the next action."""
+    """Return an error that names a damaged file or folder, what is wrong with it, and the next action."""
     return ValueError(f"{path} is damaged ({why}); {mend}")
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value from a JSON file is a finite number; true and false are none."""
+    """Return whether a value from a JSON file is a finite number; true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

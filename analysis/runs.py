@@ -1,4 +1,4 @@
-"""One training run as its folder holds it: only a finished or a diverged run is a result, and only a whole one."""
+"""Read the folder of one training run. Only a finished or diverged run whose files are all valid is a result."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ FORMAT_VERSION = 1
 RESULTS = ("finished", "diverged")
 """States of a run that are results."""
 _MEND = "delete the folder and run `make ablation` again"
-"""A damaged run counts as finished for the runner, so its folder has to go before it is run again."""
+"""The runner treats a damaged run as finished, so its folder has to be deleted before the run is repeated."""
 _CONFIG = ("arm", "lr", "seed", "steps", "eval_every")
 
 
 def state_of(run: Path) -> str:
-    """The state that a run's ``status.json`` names, or "without a status".
+    """Return the state in a run's ``status.json``, or "without a status" if there is no such file.
 
     Raises:
-        ValueError: a damaged status, or one of another format version.
+        ValueError: the file is damaged or has another format version.
     """
     path = run / "status.json"
     if not path.is_file():
@@ -38,14 +38,14 @@ def state_of(run: Path) -> str:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """The row of a finished or diverged run; a diverged one has an infinite loss.
+    """Read a finished or diverged run.
 
     Returns:
-        arm, lr, seed, state, final_val_loss, second_moment_scalars, parameters, steps, curve, and ``config``, the
-        whole content of ``config.json``.
+        arm, lr, seed, state, final_val_loss (infinite for a diverged run), second_moment_scalars, parameters, steps,
+        curve, and ``config``, the content of ``config.json``.
 
     Raises:
-        ValueError: the run is damaged: a file is missing or cut, or two of its files contradict each other.
+        ValueError: the run is damaged: a file is missing or truncated, or two files contradict each other.
     """
     config, status = _read(run / "config.json"), _read(run / "status.json")
     if missing := [key for key in _CONFIG if key not in config]:
@@ -53,25 +53,31 @@ def read_run(run: Path) -> dict[str, Any]:
     for key in ("steps", "eval_every"):
         if not isinstance(config[key], int) or config[key] < 1:
             raise _damaged(run, f"{key}={config[key]!r} in config.json is no number of steps")
-    if (found := config_hash(config)) != run.name:
-        raise _damaged(run, f"its config.json has the hash {found}, which is not the folder's name")
+    if (digest := config_hash(config)) != run.name:
+        raise _damaged(run, f"its config.json has the hash {digest}, which is not the folder's name")
     _read(run / "environment.json")
     for key in ("second_moment_scalars", "parameters"):
         if not isinstance(count := status.get(key), int) or isinstance(count, bool) or count < 1:
             raise _damaged(run, f"{key}={count!r} in status.json is no number of elements")
     curve = _curve(run)
     if status["state"] == "finished":
-        _require_whole(run, config, status, curve)
+        _require_complete_curve(run, config, status, curve)
     return {
-        "arm": config["arm"], "lr": config["lr"], "seed": config["seed"], "state": status["state"],
+        "arm": config["arm"],
+        "lr": config["lr"],
+        "seed": config["seed"],
+        "state": status["state"],
         "final_val_loss": status["final_val_loss"] if status["state"] == "finished" else float("inf"),
-        "second_moment_scalars": status["second_moment_scalars"], "parameters": status["parameters"],
-        "steps": config["steps"], "curve": curve, "config": config,
-    }  # fmt: skip
+        "second_moment_scalars": status["second_moment_scalars"],
+        "parameters": status["parameters"],
+        "steps": config["steps"],
+        "curve": curve,
+        "config": config,
+    }
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """The name that the trainer gives the folder of a config: twelve digits of its content's sha256."""
+    """Return the name of a config's folder: the first twelve digits of the sha256 of its content."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -89,7 +95,7 @@ def _damaged(run: Path, why: str) -> ValueError:
 
 
 def _curve(run: Path) -> list[Any]:
-    """The points of ``metrics.jsonl``; none where there is no file, as when a run diverges before its first."""
+    """Read the points of ``metrics.jsonl``; a run that diverges before its first point has no such file."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -99,19 +105,19 @@ def _curve(run: Path) -> list[Any]:
         raise _damaged(run, f"{path.name}: {error}") from error
 
 
-def _require_whole(run: Path, config: dict[str, Any], status: dict[str, Any], curve: list[Any]) -> None:
-    """The curve of a finished run has every point, and ends with the loss that its status names."""
+def _require_complete_curve(run: Path, config: dict[str, Any], status: dict[str, Any], curve: list[Any]) -> None:
+    """Check that a finished run's curve has every point and ends with the loss in its status."""
     steps, every, loss = config["steps"], config["eval_every"], status.get("final_val_loss")
-    wanted = [*range(every, steps, every), steps]
-    for place, step in enumerate(wanted):
-        point = curve[place] if place < len(curve) else None
+    expected_steps = [*range(every, steps, every), steps]
+    for i, step in enumerate(expected_steps):
+        point = curve[i] if i < len(curve) else None
         if not isinstance(point, dict) or point.get("step") != step:
             raise _damaged(run, f"metrics.jsonl lacks the point of step {step}, though status.json says finished")
         for key in ("tokens", "val_loss"):
             if not is_finite(value := point.get(key)):
                 raise _damaged(run, f"{key}={value!r} of step {step} in metrics.jsonl is no finite number")
-    if len(curve) > len(wanted):
-        raise _damaged(run, f"metrics.jsonl has {len(curve)} points, not {len(wanted)}")
+    if len(curve) > len(expected_steps):
+        raise _damaged(run, f"metrics.jsonl has {len(curve)} points, not {len(expected_steps)}")
     if not is_finite(loss):
         raise _damaged(run, f"final_val_loss={loss!r} in status.json is no finite number, though the run finished")
     if loss != curve[-1]["val_loss"]:

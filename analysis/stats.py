@@ -1,4 +1,4 @@
-"""Intervals for few paired runs."""
+"""Confidence intervals for small numbers of runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interval:
 
     Attributes:
         mean: sample mean.
-        half: half width; infinite for a single value.
+        half: half the width of the interval; infinite for a single value.
         n: sample size.
     """
 
@@ -26,29 +26,33 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end."""
+        """Lower end of the interval."""
         return self.mean - self.half
 
     @property
     def high(self) -> float:
-        """Upper end."""
+        """Upper end of the interval."""
         return self.mean + self.half
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside."""
+        """Whether zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's interval of the mean.
+    """Return Student's t-interval of the mean.
+
+    Args:
+        values: the sample.
+        confidence: the confidence level.
 
     Raises:
-        ValueError: no values, or one that is not finite.
+        ValueError: there are no values, or one is not finite.
     """
     array = np.asarray(values, dtype=float)
     if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(f"values={list(values)} must be finite and at least one")
+        raise ValueError(f"values={list(values)} must contain at least one number, and all must be finite")
     if array.size == 1:
         return Interval(float(array[0]), math.inf, 1)
     quantile = float(scipy.stats.t.ppf(0.5 + confidence / 2, array.size - 1))

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: interleaved, with medians and spread, written to ``benchmarks/results``."""
+"""Benchmarks of speed and memory. Calls are interleaved, and ``benchmarks/results`` has medians and quartiles."""

@@ -1,4 +1,4 @@
-"""What the optimizer is held to, and whether a run of the bench holds it."""
+"""Limits on the optimizer's speed and memory, called bars, and the verdict of a benchmark run on each."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ Results = Mapping[str, Any]
 MAIN_CASE = "llama-45M fp32 2 threads"
 BF16_CASE = "llama-45M bf16 2 threads"
 STATE_CASES = ("llama-100M fp32 2 threads", "llama-100M bf16 2 threads")
-ENOUGH = 25  # rounds
-QUIET = (
-    0.1  # cores that other processes may take before a time says nothing: two threads of two cores wait for each other
-)
+ENOUGH = 25
+"""Rounds that a verdict on a time needs."""
+QUIET = 0.1
+"""Cores that other processes may use during a valid timing; with more, two threads on two cores wait for each other."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar.
+    """One upper limit.
 
     Attributes:
-        what: in words.
-        most: what the number may be at most, in ``unit``.
-        unit: of both.
-        value: the number of a run.
-        source: for times, what was measured: how many rounds (``n``), how quiet the machine was (``others_cores``).
-        enough: rounds without which there is no verdict.
+        what: the measured quantity in words.
+        most: the limit, in ``unit``.
+        unit: unit of the limit and of the value.
+        value: function of a run's results that returns the measured value.
+        source: for times, function of the results that returns the number of rounds (``n``) and the cores that other
+            processes used (``others_cores``).
+        enough: number of rounds that a verdict needs.
     """
 
     what: str
@@ -37,7 +38,7 @@ class Bar:
     enough: int = 1
 
     def objection(self, results: Results) -> str:
-        """Why a number of this run is not a verdict, or nothing."""
+        """Return why this run allows no verdict, or "" if it allows one."""
         if self.source is None:
             return ""
         source = self.source(results)
@@ -50,7 +51,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar beside a run. ``value`` is None where the run did not measure it."""
+    """A bar and a run's verdict on it; ``value`` is None if the run did not measure it."""
 
     bar: Bar
     value: float | None
@@ -66,12 +67,12 @@ def _number(case: str, contestant: str, key: str) -> Callable[[Results], float]:
 
 
 def _time(what: str, most: float, case: str, contestant: str) -> Bar:
-    """The median of ratios to the fused AdamW of the same round, from at least 25 rounds."""
+    """Return a bar on the median ratio to fused AdamW in the same round, from at least 25 rounds."""
     return Bar(what, most, "x", _number(case, contestant, "ratio"), _row(case, contestant), ENOUGH)
 
 
 def _temporary(what: str, most: float, contestant: str, key: str) -> Bar:
-    """The worst of the fp32 and the bf16 case."""
+    """Return a bar on a temporary's size, the larger of the fp32 and the bf16 case."""
     return Bar(what, most, "%", lambda r: 100 * max(_row(c, contestant)(r)[key] for c in (MAIN_CASE, BF16_CASE)))
 
 
@@ -116,7 +117,7 @@ BARS = (
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Every bar: PASS, FAIL, or why there is no verdict. Times need a quiet machine; bytes do not."""
+    """Return PASS, FAIL or the reason for no verdict for every bar. Times need a quiet machine; bytes do not."""
     out = []
     for bar in BARS:
         try:

@@ -1,4 +1,4 @@
-"""One case of the bench, in a process of its own: one model, one dtype, one number of threads, every contestant.
+"""Run one case of the benchmark in a separate process: one model, dtype and number of threads, with all contestants.
 
 python -m benchmarks.case --model llama-1M --dtype fp32 --threads 2 --rounds 5 --peers DIR --out FILE
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Others, interleaved, machine, replace, summary
+from benchmarks.common import OtherProcesses, interleaved, machine, replace, summary
 from benchmarks.contestants import BASELINE, CONTESTANTS, add_peers, state_bytes
 from benchmarks.memory import allocations
 from benchmarks.models import build
@@ -23,15 +23,17 @@ from benchmarks.models import build
 logger = logging.getLogger("benchmarks")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COPY = "copy"
-_COPIED = 1 << 26  # elements of the array whose copy measures the bandwidth: 256 MiB in fp32
-_BUDGET = 6 << 30  # bytes of parameters and gradients that a heat may hold
+_COPIED = 1 << 26
+"""Elements of the array whose copy measures the memory bandwidth; 256 MiB in fp32."""
+_BUDGET = 6 << 30
+"""Largest number of bytes of all parameters and gradients in one heat."""
 
 
 class Share:
-    """Parameters and gradients for the contestants of a heat: their own each, one set for all where that is too much.
+    """Parameters and gradients for the contestants of a heat.
 
-    Own ones are as cold for each contestant as a training step leaves them; shared ones are only used where they are
-    larger than any cache.
+    Each contestant gets separate ones, which are then not in the caches when it steps, as in training. If those need
+    too much memory, all contestants share one set, which is then larger than any cache.
     """
 
     def __init__(self, name: str, dtype: torch.dtype, contestants: int) -> None:
@@ -41,21 +43,34 @@ class Share:
         self.shared = contestants * bytes_each > _BUDGET
 
     def model(self) -> nn.Module:
-        """A contestant's model."""
+        """Return a model for the next contestant."""
         if self.shared:
             assert self._first is not None
             return self._first
-        mine, self._first = self._first, None
-        return build(self._name, self._dtype) if mine is None else mine
+        first, self._first = self._first, None
+        return build(self._name, self._dtype) if first is None else first
 
 
 def copying() -> tuple[Tensor, Tensor]:
-    """(target, source) in memory that exists."""
+    """Return (target, source) tensors whose memory pages have been written."""
     return torch.zeros(_COPIED), torch.ones(_COPIED)
 
 
 def heat(name: str, dtype: torch.dtype, contestants: list[str], rounds: int) -> dict[str, dict[str, Any]]:
-    """Rows of the contestants, the baseline and a plain copy, interleaved."""
+    """Time contestants and a plain copy in interleaved rounds.
+
+    Args:
+        name: name of the model.
+        dtype: dtype of the parameters.
+        contestants: names of the contestants, including the baseline.
+        rounds: number of timed rounds.
+
+    Returns:
+        By contestant, its measurements, or the error with which it failed.
+
+    Raises:
+        RuntimeError: an optimizer of this project failed.
+    """
     share = Share(name, dtype, len(contestants))
     optimizers: dict[str, torch.optim.Optimizer] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -74,8 +89,9 @@ def heat(name: str, dtype: torch.dtype, contestants: list[str], rounds: int) -> 
     target, source = copying()
     calls: dict[str, Any] = {each: optimizer.step for each, optimizer in optimizers.items()}
     calls[COPY] = lambda: target.copy_(source)
-    others = Others()
-    table = summary(interleaved(calls, rounds, warmup=1), BASELINE)  # beside the step that made the states
+    others = OtherProcesses()
+    # One warm-up round is enough, because every optimizer has already taken the step that creates its state.
+    table = summary(interleaved(calls, rounds, warmup=1), BASELINE)
     disturbed = others.cores()
     for contestant, optimizer in optimizers.items():
         rows[contestant] = table[contestant] | _facts(optimizer, table[contestant]["median_s"])
@@ -85,34 +101,39 @@ def heat(name: str, dtype: torch.dtype, contestants: list[str], rounds: int) -> 
 
 
 def _facts(optimizer: torch.optim.Optimizer, median: float) -> dict[str, Any]:
-    """Traffic, state and temporaries; shares are of the largest tensor and of all parameters of the optimizer."""
+    """Compute traffic, state and temporaries of a step, also as shares of the largest tensor and of all parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sizes = [p.numel() * p.element_size() for p in parameters]
     count = sum(p.numel() for p in parameters)
     state = state_bytes(optimizer)
-    traffic = 3 * sum(sizes) + 2 * state  # p read and written, g read; state read and written
+    traffic = 3 * sum(sizes) + 2 * state  # The parameter and the state are read and written, the gradient is read.
     new = allocations(optimizer.step)
     return {
-        "parameters": count, "state_bytes_per_parameter": state / count, "traffic_bytes_per_parameter": traffic / count,
-        "gb_per_s": traffic / median / 1e9, "largest_temporary": new.largest, "peak_new_bytes": new.peak,
-        "largest_temporary_of_largest": new.largest / max(sizes), "peak_of_largest": new.peak / max(sizes),
+        "parameters": count,
+        "state_bytes_per_parameter": state / count,
+        "traffic_bytes_per_parameter": traffic / count,
+        "gb_per_s": traffic / median / 1e9,
+        "largest_temporary": new.largest,
+        "peak_new_bytes": new.peak,
+        "largest_temporary_of_largest": new.largest / max(sizes),
+        "peak_of_largest": new.peak / max(sizes),
         "peak_of_group": new.peak / sum(sizes),
-    }  # fmt: skip
+    }
 
 
 def run(model: str, dtype: str, contestants: list[str], rounds: int, peers: Path) -> dict[str, Any]:
-    """All heats of a case; the baseline's row is that of the first."""
+    """Run all heats of a case. The baseline runs in every heat, and its row is that of the first."""
     rows: dict[str, dict[str, Any]] = {}
     heats = dict.fromkeys(CONTESTANTS[name].heat for name in contestants)
     for which in heats:
         members = [name for name in contestants if CONTESTANTS[name].heat == which and name != BASELINE]
         if not members:
             continue
-        if which == "compiled":  # not sooner: transformers would import torchao, too
+        if which == "compiled":  # Added only here, because transformers imports torchao if it can.
             add_peers(peers)
-        few = {"slow": max(3, rounds // 3), "compiled": 3}.get(which, rounds)
-        found = heat(model, DTYPES[dtype], [BASELINE, *members], few)
-        for name, row in found.items():
+        heat_rounds = {"slow": max(3, rounds // 3), "compiled": 3}.get(which, rounds)
+        heat_rows = heat(model, DTYPES[dtype], [BASELINE, *members], heat_rounds)
+        for name, row in heat_rows.items():
             row["heat"] = which
             rows.setdefault(name, row)
             if name in (BASELINE, COPY):
@@ -134,8 +155,8 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     torch.set_num_threads(arguments.threads)
-    found = run(arguments.model, arguments.dtype, arguments.contestants, arguments.rounds, arguments.peers)
-    replace(arguments.out, json.dumps(found))
+    document = run(arguments.model, arguments.dtype, arguments.contestants, arguments.rounds, arguments.peers)
+    replace(arguments.out, json.dumps(document))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Interleaved timing and the record of the machine it ran on."""
+"""Interleaved timing, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds per call, ``rounds`` each, every contestant once per round so that noise hits all alike."""
+    """Time every contestant once per round, so that noise affects all of them equally.
+
+    Args:
+        contestants: name -> function to time.
+        rounds: number of timed rounds.
+        warmup: number of rounds before them that are not timed.
+
+    Returns:
+        By contestant, the seconds of its call in each round.
+    """
     for _ in range(warmup):
         for call in contestants.values():
             call()
@@ -31,26 +40,33 @@ def interleaved(contestants: dict[str, Callable[[], Any]], rounds: int, warmup: 
 
 
 def summary(seconds: dict[str, list[float]], baseline: str) -> dict[str, dict[str, float]]:
-    """Median and quartiles per contestant, and the median of its per-round ratios to the baseline."""
+    """Return each contestant's median and quartiles, and the median of its per-round ratios to the baseline."""
     out = {}
     for name, values in seconds.items():
         quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
         ratio = statistics.median(a / b for a, b in zip(values, seconds[baseline], strict=True))
         out[name] = {
-            "median_s": quartiles[1], "q1_s": quartiles[0], "q3_s": quartiles[2], "ratio": ratio, "n": len(values),
-        }  # fmt: skip
+            "median_s": quartiles[1],
+            "q1_s": quartiles[0],
+            "q3_s": quartiles[2],
+            "ratio": ratio,
+            "n": len(values),
+        }
     return out
 
 
-class Others:
-    """How many cores other processes (and the machine's host) took since this was made; own children are not others."""
+class OtherProcesses:
+    """Measure how many cores other processes, including the machine's host, have used since construction.
+
+    This process and its children do not count.
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._used = self._others()
 
     def cores(self) -> float | None:
-        """Average since the start, or None where the system does not say."""
+        """Return the average number of cores since construction, or None on a system without /proc/stat."""
         used = self._others()
         if used is None or self._used is None:
             return None
@@ -67,7 +83,7 @@ class Others:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """Describe the machine and the versions, as JSON."""
     return {
         "processor": next(
             (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
@@ -86,7 +102,7 @@ def _cpuinfo() -> list[str]:
 
 
 def write(name: str, document: dict[str, Any]) -> Path:
-    """Write a result with the machine beside it; whole or not at all."""
+    """Write a result and a description of the machine to ``RESULTS``, atomically."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     replace(path, json.dumps({"machine": machine(), **document}, indent=1) + "\n")
@@ -94,7 +110,7 @@ def write(name: str, document: dict[str, Any]) -> Path:
 
 
 def replace(path: Path, content: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(content, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every way to step that the bench compares, and the peers it takes from outside the environment."""
+"""The optimizers that the benchmark compares, including peers that are installed outside the import path."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ Make = Callable[[nn.Module, str], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way to step.
+    """One optimizer in the benchmark.
 
     Attributes:
-        make: model and its name in ``models.MODELS`` → optimizer.
-        heat: who is timed together; every heat has the baseline in it, so a slow one does not thin the others' rounds.
-        ours: an error of ours ends the bench; one of a peer's is written down in its row.
+        make: (model, its name in ``models.MODELS``) -> optimizer.
+        heat: contestants of one heat are timed together, with the baseline in every heat. Slow contestants have their
+            own heat, so that the others can have more rounds.
+        ours: whether the optimizer belongs to this project. An error of such an optimizer ends the benchmark; an error
+            of another is recorded in its row.
     """
 
     make: Make
@@ -61,7 +63,11 @@ def _published(model: nn.Module, name: str) -> torch.optim.Optimizer:
 
 
 def published() -> ModuleType:
-    """The published package; it is installed outside the import path, for its name is this project's, too."""
+    """Import the published package, which is installed outside the import path because this project has its name, too.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
     path = Path(sys.prefix) / "published" / "adam_mini" / "__init__.py"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `make setup` installs the published package there")
@@ -76,7 +82,11 @@ def published() -> ModuleType:
 
 
 def add_peers(folder: Path) -> None:
-    """Let this process import what `make bench` keeps apart; nothing else of the project ever sees it."""
+    """Add the peers' folder to this process's import path; no other process of the project has it there.
+
+    Raises:
+        FileNotFoundError: the peers are not installed in the folder.
+    """
     if not (folder / "torchao").is_dir():
         raise FileNotFoundError(f"{folder}/torchao is missing: `make bench` installs it there")
     sys.path.append(str(folder))
@@ -102,7 +112,7 @@ MAIN = (BASELINE, "AdamMini fused", "AdamMini fused, int8 moment", "AdamMini eag
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state, parts of tensor subclasses included, scalars not."""
+    """Return the bytes of all tensors in an optimizer's state, including the parts of tensor subclasses."""
     return sum(_bytes(value) for state in optimizer.state.values() for value in _tensors(state.values()))
 
 

@@ -1,8 +1,8 @@
-"""Columns per second of a dense Hessian: this project's products beside a plain loop of double backward.
+"""Compare this project's Hessian products with a loop of double backward, in columns of a dense Hessian per second.
 
     python -m benchmarks.dense_hessian [--columns 64] [--rounds 7] [--threads 1]
 
-One interleaved run on the study's tiny Llama (4,944 parameters, float64, 32 x 16 tokens).
+The model is the study's tiny Llama (4,944 parameters, float64, 32 x 16 tokens). Rounds of the two are interleaved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     vectors = torch.eye(n, dtype=torch.float64)[:, : arguments.columns].contiguous()
 
     def double_backward() -> Tensor:
-        """One gradient graph, kept, and one backward pass through it per column."""
+        """Build one gradient graph and run one backward pass through it per column."""
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             gradient = torch.autograd.grad(lm_loss(model, batch), parameters, create_graph=True)
             flat = torch.cat([g.flatten() for g in gradient])
@@ -60,7 +60,7 @@ def main() -> None:
             "%-16s %7.1f columns/s (n=%d rounds), time ratio %.2f", name, row["columns_per_s"], row["n"], row["ratio"]
         )
     speedup = 1 / rows["ours"]["ratio"]
-    logger.info("ours is %.2fx as fast; largest difference of an entry %.1e", speedup, worst)
+    logger.info("ours is %.2fx as fast; the largest difference of an entry is %.1e", speedup, worst)
     document = {
         "parameters": n,
         "columns": arguments.columns,

@@ -1,4 +1,4 @@
-"""What a step allocates: every allocation and release of torch's CPU allocator, in order."""
+"""Measure what a call allocates, from the events of torch's CPU allocator."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(frozen=True)
 class Allocations:
-    """Of one call, in bytes, beyond what was there before.
+    """Allocations of one call, in bytes, not counting memory allocated before it.
 
     Attributes:
         largest: the largest single allocation.
-        peak: the most that lived at one time.
+        peak: the largest sum of live allocations.
     """
 
     largest: int
@@ -23,18 +23,20 @@ class Allocations:
 
 
 def allocations(call: Callable[[], Any]) -> Allocations:
-    """Measure one call.
+    """Measure the allocations of one call.
 
-    torch's profiler reports the allocator's events, those inside an operation too (copies that a cast makes, for
-    instance), which a dispatch mode, seeing operations from outside, would miss. Neither sees what C++ code takes from
-    malloc itself: the native loop's sums per column and per piece, kilobytes.
+    torch's profiler reports all events of the allocator, including those inside an operation, such as the copy of a
+    cast. A dispatch mode would miss those. C++ code that calls malloc directly is not measured; in the native loop
+    these are some kilobytes, for the sums per column and per chunk.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     assert recorded.profiler is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     living = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):  # stable: ties stay in the order of recording
+    for event in sorted(
+        events, key=lambda e: e.start_ns()
+    ):  # A stable sort keeps simultaneous events in recorded order.
         living += event.nbytes()
         peak = max(peak, living)
     return Allocations(max((e.nbytes() for e in events), default=0), peak)

@@ -1,9 +1,10 @@
-"""What a training iteration holds and allocates under each way to save memory.
+"""Measure the memory of a training iteration under each method that saves memory.
 
     python -m benchmarks.memory_tricks
 
-A 10M-parameter Llama, 2 x 64 tokens. "Peak" is the most that one whole iteration (forward, backward, step) holds above
-parameters and state, from the profiler's allocation events; activations are in it, the same for all.
+The model is a Llama of 10M parameters on 2 x 64 tokens. "Peak" is the largest number of bytes that one iteration
+(forward, backward, step) allocates in addition to parameters and state, from the profiler's allocation events. It
+includes the activations, which are the same for all methods.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ CONTESTANTS: dict[str, tuple[torch.dtype, Callable[[nn.Module], torch.optim.Opti
     "bf16 moment": (torch.float32, lambda model: AdamMini(model, exp_avg_dtype=torch.bfloat16)),
     "gradient release": (torch.float32, lambda model: gradient_release(AdamMini(model)).optimizer),
     "release, bf16 moment": (
-        torch.float32, lambda model: gradient_release(AdamMini(model, exp_avg_dtype=torch.bfloat16)).optimizer,
+        torch.float32,
+        lambda model: gradient_release(AdamMini(model, exp_avg_dtype=torch.bfloat16)).optimizer,
     ),
     "bf16 parameters": (torch.bfloat16, lambda model: AdamMini(model)),
     "release, bf16 parameters": (torch.bfloat16, lambda model: gradient_release(AdamMini(model)).optimizer),
     "CPUOffload": (torch.float32, lambda model: CPUOffload(model)),
     "CPUOffload, offload_gradients": (torch.float32, lambda model: CPUOffload(model, offload_gradients=True)),
-}  # fmt: skip
+}
 
 
 def iteration(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """One iteration of an ordinary training loop."""
+    """Return a function that runs one iteration of an ordinary training loop."""
 
     def run() -> None:
         optimizer.zero_grad()
@@ -52,22 +54,25 @@ def iteration(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[]
 
 
 def peak(run: Callable[[], None]) -> int:
-    """The most bytes that are allocated at once inside ``run`` and were not before it."""
+    """Return the largest number of bytes allocated at one time in ``run``, not counting memory allocated before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    held = most = 0
+    live = most = 0
     for event in recorded.profiler.kineto_results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+            live += event.nbytes()
+            most = max(most, live)
     return most
 
 
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes between two iterations, by what holds them; gradients are what ``zero_grad`` will free."""
+    """Return the bytes in use between two iterations, by kind; the next ``zero_grad`` frees the gradients."""
     state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
-    out = {"parameters": sum(p.nbytes for p in model.parameters()), "state": sum(t.nbytes for t in state),
-           "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)}  # fmt: skip
+    out = {
+        "parameters": sum(p.nbytes for p in model.parameters()),
+        "state": sum(t.nbytes for t in state),
+        "gradients": sum(p.grad.nbytes for p in model.parameters() if p.grad is not None),
+    }
     if isinstance(optimizer, CPUOffload):
         copies = [mirror.host for mirror in optimizer._mirrors.values()]
         out["host_copies"] = sum(t.nbytes + (0 if t.grad is None else t.grad.nbytes) for t in copies)

@@ -1,9 +1,9 @@
-"""Every way to step beside torch's AdamW: time, memory, traffic, start-up; at the end what it is held to.
+"""Compare optimizers with torch's AdamW in time, memory, traffic and start-up, and check the bars.
 
     python -m benchmarks.optimizer_step --peers .venv/peers [--quick] [--cases REGEX] [--rounds 25]
 
-Each case runs in a process of its own. A whole run is written to benchmarks/results/, a quick or partial one to
-out/bench/, so that the two are never mixed.
+Each case runs in a separate process. A complete run writes to benchmarks/results/, a quick or partial run to
+out/bench/, so that their results are never mixed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OURS = (BASELINE, *(name for name, entry in CONTESTANTS.items() if entry.ours))
 
 @dataclass(frozen=True)
 class Case:
-    """One model, dtype and number of threads, with who takes part and in how many rounds (slow ones fewer)."""
+    """One model, dtype and number of threads, with its contestants and rounds; slow heats have fewer rounds."""
 
     model: str
     dtype: str = "fp32"
@@ -45,12 +45,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As results and ``--cases`` have it."""
+        """Name of the case in results and for ``--cases``."""
         return f"{self.model} {self.dtype} {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-# torchao compiles a step per shape and takes 38 times fused AdamW's on a CPU: three sizes show it.
+# torchao compiles a step for every shape, and its step takes 38 times as long as fused AdamW's on a CPU, so it runs in
+# three sizes only.
 UNCOMPILED = tuple(name for name, entry in CONTESTANTS.items() if entry.heat != "compiled")
+# Several cases per line, because one argument per line would hide the list's structure.
 CASES = (
     Case("llama-1M"), Case("llama-10M"), Case("llama-45M"), Case("llama-100M", contestants=UNCOMPILED, rounds=15),
     Case("llama-300M", contestants=MAIN, rounds=7), Case("gpt2-124M", contestants=UNCOMPILED, rounds=15),
@@ -61,20 +63,41 @@ CASES = (
     Case("llama-45M", threads=1, contestants=UNCOMPILED, rounds=15),
     Case("llama-45M", "bf16", threads=1, contestants=OURS, rounds=15),
 )  # fmt: skip
-PEERS_QUICK = tuple(name for name in ALL if name != "AdamW 4-bit (torchao)")  # its compilation takes too long here
-QUICK = (Case("llama-1M", contestants=PEERS_QUICK, rounds=9), Case("llama-45M", contestants=OURS, rounds=9),
-         Case("llama-45M", "bf16", contestants=OURS, rounds=5))  # fmt: skip
+PEERS_QUICK = tuple(name for name in ALL if name != "AdamW 4-bit (torchao)")  # It compiles too long for a quick run.
+QUICK = (
+    Case("llama-1M", contestants=PEERS_QUICK, rounds=9),
+    Case("llama-45M", contestants=OURS, rounds=9),
+    Case("llama-45M", "bf16", contestants=OURS, rounds=5),
+)
 
 
 def measure(case: Case, rounds: int, peers: Path) -> dict[str, Any]:
-    """Run one case in its own process."""
+    """Run one case in a separate process and return its results.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "case.json"
         command = [
-            sys.executable, "-m", "benchmarks.case", "--model", case.model, "--dtype", case.dtype, "--threads",
-            str(case.threads), "--rounds", str(rounds), "--peers", str(peers.resolve()), "--out", str(out),
-            "--contestants", *case.contestants,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "benchmarks.case",
+            "--model",
+            case.model,
+            "--dtype",
+            case.dtype,
+            "--threads",
+            str(case.threads),
+            "--rounds",
+            str(rounds),
+            "--peers",
+            str(peers.resolve()),
+            "--out",
+            str(out),
+            "--contestants",
+            *case.contestants,
+        ]
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if result.returncode:
             raise RuntimeError(f"case {case.name!r} failed:\n{result.stderr[-3000:]}")
@@ -82,11 +105,11 @@ def measure(case: Case, rounds: int, peers: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, write, and print what passes."""
+    """Run the cases, write the results, and print the verdicts on the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few cases, few rounds: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="a few cases with few rounds, under two minutes")
     parser.add_argument("--cases", default="", help="only cases whose name matches this expression")
-    parser.add_argument("--rounds", type=int, default=None, help="instead of each case's own")
+    parser.add_argument("--rounds", type=int, default=None, help="number of rounds of every case")
     parser.add_argument("--peers", type=Path, default=Path(sys.prefix) / "peers", help="where torchao was installed")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
@@ -94,16 +117,16 @@ def main() -> None:
     chosen = [case for case in (QUICK if arguments.quick else CASES) if re.search(arguments.cases, case.name)]
     if not chosen:
         parser.error(f"--cases {arguments.cases!r} matches none of: {'; '.join(case.name for case in CASES)}")
-    whole = not (arguments.quick or arguments.cases or arguments.rounds)
+    complete = not (arguments.quick or arguments.cases or arguments.rounds)
     results: dict[str, Any] = {"machine": machine(), "cases": {}}
     for case in chosen:
         results["cases"][case.name] = measured = measure(case, arguments.rounds or case.rounds, arguments.peers)
         logger.info("%s", case_text(case.name, measured))
-    results["overhead"] = overhead(arguments.rounds or (25 if whole else 9))
-    results["startup"] = startup(5 if whole else 1)
+    results["overhead"] = overhead(arguments.rounds or (25 if complete else 9))
+    results["startup"] = startup(5 if complete else 1)
     results["seconds"] = time.perf_counter() - started
     results["machine_after"] = machine()
-    folder = RESULTS if whole else QUICK_RESULTS
+    folder = RESULTS if complete else QUICK_RESULTS
     replace(folder / "optimizer_step.json", json.dumps(results, indent=1) + "\n")
     write_report(results, folder)
     logger.info("%s\n%.0f s; written to %s", bars_text(verdicts(results)), results["seconds"], folder)

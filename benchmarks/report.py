@@ -1,4 +1,4 @@
-"""The bench's table and figure, from its JSON file alone.
+"""Build the benchmark's tables and figure from its JSON file.
 
 python -m benchmarks.report [--results benchmarks/results] [--docs docs/speed.md]
 """
@@ -21,8 +21,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COPY, BASELINE = "copy", "AdamW fused"
-HEADER = ("optimizer", "median ms", "quartiles", "n", "x fused AdamW", "state B/param", "GB/s", "largest temporary",
-          "peak of new bytes", "of all parameters")  # fmt: skip
+HEADER = (
+    "optimizer",
+    "median ms",
+    "quartiles",
+    "n",
+    "x fused AdamW",
+    "state B/param",
+    "GB/s",
+    "largest temporary",
+    "peak of new bytes",
+    "of all parameters",
+)
 INTRO = """# Speed of a step
 
 Written by `python -m benchmarks.report --docs docs/speed.md` from `benchmarks/results/optimizer_step.json`, which
@@ -54,17 +64,23 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cells(name: str, row: dict[str, Any]) -> list[str]:
     if "error" in row:
-        return [name, f"cannot: {row['error'].replace('|', '/')}", *[""] * (len(HEADER) - 2)]
+        return [name, f"failed: {row['error'].replace('|', '/')}", *[""] * (len(HEADER) - 2)]
     timing = [f"{1e3 * row['median_s']:.2f}", f"{1e3 * row['q1_s']:.2f} to {1e3 * row['q3_s']:.2f}", str(row["n"])]
     if name == COPY:
         return ["a copy of 256 MiB", *timing, "", "", f"{row['gb_per_s']:.1f}", "", "", ""]
     shares = (row["largest_temporary_of_largest"], row["peak_of_largest"], row["peak_of_group"])
-    return [name, *timing, f"{row['ratio']:.2f}", f"{row['state_bytes_per_parameter']:.3f}", f"{row['gb_per_s']:.1f}",
-            *(f"{100 * share:.2f} %" for share in shares)]  # fmt: skip
+    return [
+        name,
+        *timing,
+        f"{row['ratio']:.2f}",
+        f"{row['state_bytes_per_parameter']:.3f}",
+        f"{row['gb_per_s']:.1f}",
+        *(f"{100 * share:.2f} %" for share in shares),
+    ]
 
 
 def case_text(name: str, case: dict[str, Any]) -> str:
-    """One case as a Markdown section."""
+    """Return one case as a Markdown section."""
     rows = case["rows"]
     count = next(row["parameters"] for row in rows.values() if "parameters" in row)
     order = [n for n in rows if n != COPY] + [n for n in rows if n == COPY]
@@ -75,7 +91,7 @@ def case_text(name: str, case: dict[str, Any]) -> str:
 
 
 def bars_text(found: Sequence[Verdict]) -> str:
-    """The bars as a Markdown table."""
+    """Return the verdicts on the bars as a Markdown table."""
     rows = [
         (
             v.bar.what,
@@ -106,7 +122,7 @@ def _startup_text(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Every case, and the bars, with the machine named."""
+    """Return the report: the machine, the bars, every case, and the start-up times."""
     machine = results["machine"]
     head = (
         f"Measured on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, Python "
@@ -118,7 +134,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Medians and quartiles of one case as bars, and the ratio of our engines over the sizes."""
+    """Plot the ratios of one case as horizontal bars, and the ratios of this project's engines against model size."""
     name = MAIN_CASE if MAIN_CASE in results["cases"] else next(iter(results["cases"]))
     rows = {n: r for n, r in results["cases"][name]["rows"].items() if "error" not in r and n != COPY}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
@@ -156,7 +172,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """The table and the figure beside the JSON file they are built from."""
+    """Write the report and the figure to the folder of the JSON file."""
     replace(folder / "optimizer_step.md", markdown(results))
     plot(results, folder / "optimizer_step.png")
 
@@ -166,11 +182,11 @@ FACTS = ("parameters", "state_bytes_per_parameter", "largest_temporary_of_larges
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """A run of the bench, every number of it there: a null or a NaN would get a verdict like any other value.
+    """Load a run of the benchmark and check that it is complete, because a null or a NaN would get a verdict, too.
 
     Raises:
-        FileNotFoundError: nothing was measured yet.
-        ValueError: the file is damaged; naming what is missing.
+        FileNotFoundError: there is no run in the folder.
+        ValueError: the file is damaged; the message names what is missing.
     """
     path = folder / "optimizer_step.json"
     if not path.is_file():
@@ -182,7 +198,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def _hole(results: dict[str, Any]) -> str:
-    """What the report needs and does not find, or nothing."""
+    """Describe the first thing that the report needs and the results lack; return "" if they are complete."""
     for key in ("machine", "machine_after", "cases", "overhead", "startup"):
         if not isinstance(results.get(key), dict):
             return f"it has no {key}"
@@ -196,26 +212,27 @@ def _hole(results: dict[str, Any]) -> str:
         if not isinstance(rows, dict) or not rows:
             return f"the case {name!r} has no rows"
         for contestant, row in rows.items():
-            wanted = TIMING if contestant == COPY else (*TIMING, *FACTS, "others_cores")
-            if not isinstance(row, dict) or ("error" not in row and (lost := [k for k in wanted if k not in row])):
-                return f"{contestant!r} of the case {name!r} has no {lost[0] if isinstance(row, dict) else 'numbers'}"
+            keys = TIMING if contestant == COPY else (*TIMING, *FACTS, "others_cores")
+            if not isinstance(row, dict) or ("error" not in row and (missing := [k for k in keys if k not in row])):
+                first = missing[0] if isinstance(row, dict) else "numbers"
+                return f"{contestant!r} of the case {name!r} has no {first}"
     return ""
 
 
 def _odd_number(where: str, value: Any) -> str:
-    """The first null or number that is not finite, below a value of the document, or nothing."""
-    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in below:
-        if why := _odd_number(f"{where}/{key}" if where else str(key), one):
+    """Describe the first null or non-finite number in a value of the document; return "" if there is none."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        if why := _odd_number(f"{where}/{key}" if where else str(key), child):
             return why
-    unknown = value is None and where.endswith("others_cores")  # where the system does not say
+    unknown = value is None and where.endswith("others_cores")  # null on systems without /proc/stat
     if (value is None or isinstance(value, float)) and not (is_finite(value) or unknown):
         return f"{where}={value!r} is no finite number"
     return ""
 
 
 def main() -> None:
-    """Build the report again, and, where asked, the page of the documentation."""
+    """Build the report and, with --docs, the page of the documentation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, default=None)

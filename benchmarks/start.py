@@ -1,4 +1,4 @@
-"""What comes before and beside the arithmetic: import, the first step of a deep model, Python per tensor.
+"""Measure start-up and overhead: the import, the first step of a deep model, and the Python time per tensor.
 
 python -m benchmarks.start import|first      one measurement in a fresh process, a JSON object on standard output
 """
@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-LAYERS = {"layers": 32, "dim": 384, "hidden": 1024, "vocab": 8192}  # 63M parameters
+LAYERS = {"layers": 32, "dim": 384, "hidden": 1024, "vocab": 8192}
+"""Sizes of the deep model, which has 63M parameters."""
 TENSORS = (10, 100, 1000)
 
 
 def importing() -> dict[str, float]:
-    """Seconds for torch, then for optimizer on top of it; in a process that has neither yet."""
+    """Return the seconds to import torch, and then optimizer; the process must not have imported either before."""
     start = time.perf_counter()
     import torch  # noqa: F401 (its import is what is timed)
 
@@ -31,7 +32,7 @@ def importing() -> dict[str, float]:
 
 
 def first_step() -> dict[str, float]:
-    """Seconds to build AdamMini for a 32-layer model and take its first and second step, imports not counted."""
+    """Return the seconds to build AdamMini for a 32-layer model and to take its first and second step."""
     import torch
 
     from benchmarks.models import deep_llama
@@ -49,7 +50,7 @@ def first_step() -> dict[str, float]:
     return {"build_s": built - start, "first_s": first - start, "second_s": time.perf_counter() - first}
 
 
-def _elsewhere(what: str, cache: str | None = None) -> dict[str, float]:
+def _in_fresh_process(what: str, cache: str | None = None) -> dict[str, float]:
     environment = {**os.environ, **({"ADAM_MINI_CACHE": cache} if cache else {})}
     command = [sys.executable, "-m", "benchmarks.start", what]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -64,24 +65,28 @@ def _median(measure: Callable[[], dict[str, float]], n: int) -> dict[str, Any]:
 
 
 def startup(n: int) -> dict[str, Any]:
-    """Import and first step, cold (an empty cache each time) and warm, each ``n`` times in fresh processes."""
-    from benchmarks.common import Others
+    """Measure the import, and the first step with an empty and with a filled cache, ``n`` times in fresh processes."""
+    from benchmarks.common import OtherProcesses
 
-    others = Others()
+    others = OtherProcesses()
     with tempfile.TemporaryDirectory() as folder:
         caches = iter(f"{folder}/{i}" for i in range(n))
-        cold = _median(lambda: _elsewhere("first", next(caches)), n)
-        warm = _median(lambda: _elsewhere("first", f"{folder}/0"), n)
-    imports = _median(lambda: _elsewhere("import"), n)
+        cold = _median(lambda: _in_fresh_process("first", next(caches)), n)
+        warm = _median(lambda: _in_fresh_process("first", f"{folder}/0"), n)
+    imports = _median(lambda: _in_fresh_process("import"), n)
     return {"import": imports, "warm": warm, "cold": cold, "others_cores": others.cores()}
 
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Microseconds of a step per tensor beside the arithmetic: the slope over numbers of tensors of 8 elements."""
+    """Measure the overhead of a step per tensor, in microseconds.
+
+    The tensors have 8 elements, so arithmetic takes almost no time. The overhead is the slope of the step time over the
+    number of tensors.
+    """
     import torch
     from torch import nn
 
-    from benchmarks.common import Others, interleaved
+    from benchmarks.common import OtherProcesses, interleaved
     from optimizer import AdamMini
 
     calls: dict[str, Callable[[], Any]] = {}
@@ -91,9 +96,10 @@ def overhead(rounds: int) -> dict[str, Any]:
             for parameter in parameters:
                 parameter.grad = torch.ones(8)
             named = [(f"norm{i}.weight", p) for i, p in enumerate(parameters)]
-            made = AdamMini(named, fused=True) if "Mini" in name else torch.optim.AdamW(parameters, fused=True)
-            calls[f"{name} {count}"] = made.step
-    others = Others()
+            mini = "Mini" in name
+            optimizer = AdamMini(named, fused=True) if mini else torch.optim.AdamW(parameters, fused=True)
+            calls[f"{name} {count}"] = optimizer.step
+    others = OtherProcesses()
     seconds = {name: statistics.median(values) for name, values in interleaved(calls, rounds).items()}
     out: dict[str, Any] = {"n": rounds, "others_cores": others.cores()}
     for name in ("AdamMini fused", "AdamW fused"):

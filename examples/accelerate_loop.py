@@ -1,6 +1,7 @@
-"""Accelerate: a loop of one's own, with gradient accumulation: ``accelerate launch examples/accelerate_loop.py``.
+"""A hand-written Accelerate loop with gradient accumulation: ``accelerate launch examples/accelerate_loop.py``.
 
-``--fsdp 1`` and ``--fsdp 2`` shard; ``--folder F`` saves in the middle; ``--folder F --resume yes`` goes on from there.
+``--fsdp 1`` and ``--fsdp 2`` shard the model. ``--folder F`` saves the state after half of the steps, and
+``--folder F --resume yes`` resumes from there.
 """
 
 from __future__ import annotations
@@ -19,25 +20,30 @@ ACCUMULATE = 2
 
 
 def sharding(version: str) -> FullyShardedDataParallelPlugin | None:
-    """How FSDP is to wrap."""
+    """Return the plugin for a version of FSDP, or None for no sharding."""
     if version == "no":
         return None
     return FullyShardedDataParallelPlugin(
-        fsdp_version=int(version), auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], use_orig_params=True if version == "1" else None,
+        fsdp_version=int(version),
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="SHARDED_STATE_DICT",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        use_orig_params=True if version == "1" else None,
         cpu_ram_efficient_loading=False,
-    )  # fmt: skip
+    )
 
 
 def train(accelerator: Accelerator, options: argparse.Namespace) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of all batches, and the weights at the end."""
+    """Train; return the losses of all batches and the final weights."""
     model = tiny_llama()
-    if options.fsdp == "1":  # FSDP1 makes new parameters: prepare the model first
+    if (
+        options.fsdp == "1"
+    ):  # FSDP1 replaces the parameters, so the optimizer has to be built after the model is prepared.
         model = accelerator.prepare(model)
     optimizer = AdamMini(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    if options.fsdp == "1":  # load_state fills what is there, and a new optimizer, AdamW too, has no state yet
+    if options.fsdp == "1":  # load_state needs existing state to load into, and a new optimizer has none.
         optimizer.init_state()
-    world = accelerator.num_processes  # Accelerate steps a schedule once per process
+    world = accelerator.num_processes  # Accelerate steps a schedule once for every process.
     schedule = get_scheduler("cosine", optimizer, 2 * world, options.steps * world)
     loader = torch.utils.data.DataLoader(Windows(ACCUMULATE * options.steps * 4 * world), batch_size=4)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
@@ -62,13 +68,13 @@ def train(accelerator: Accelerator, options: argparse.Namespace) -> tuple[list[f
 
 
 def main() -> None:
-    """Train, and leave losses and weights."""
+    """Train, then print and save the losses and the weights."""
     options = arguments(fsdp=("no", "1", "2"), precision=("no", "bf16"), folder=None, resume=None)
     accelerator = Accelerator(
         gradient_accumulation_steps=ACCUMULATE, fsdp_plugin=sharding(options.fsdp), mixed_precision=options.precision
     )
     losses, weights = train(accelerator, options)
-    accelerator.free_memory()  # a DDP module that outlives the process group can hang in its destructor
+    accelerator.free_memory()  # A DDP module can hang in its destructor if it is freed after the process group.
     leave(options.out, losses, weights)
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: nothing to do. ``torchrun --nproc-per-node 2 examples/ddp.py``."""
+"""DistributedDataParallel needs no changes for AdamMini: ``torchrun --nproc-per-node 2 examples/ddp.py``."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ from optimizer import AdamMini
 
 
 def train(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses, and the weights at the end."""
+    """Train; return the losses and the final weights."""
     model = DistributedDataParallel(tiny_llama())
     optimizer = AdamMini(model, lr=5e-3, betas=(0.9, 0.95), weight_decay=0.1)
     losses = []
@@ -26,12 +26,13 @@ def train(steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def main() -> None:
-    """Train, and leave losses and weights."""
+    """Train, then print and save the losses and the weights."""
     options = arguments()
     dist.init_process_group("gloo")
     losses, weights = train(options.steps)
     leave(options.out, losses, weights)
-    dist.destroy_process_group()  # after the DDP module is gone: one that outlives the group can hang in its destructor
+    # A DDP module can hang in its destructor if it is freed after the process group, so train() has freed it before.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO. ``torchrun --nproc-per-node 2 examples/deepspeed_zero.py --stage 3``."""
+"""DeepSpeed's ZeRO: ``torchrun --nproc-per-node 2 examples/deepspeed_zero.py --stage 3``."""
 
 import deepspeed
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from optimizer.wrappers.deepspeed.launch import initialize
 
 
 def main() -> None:
-    """Train, and leave losses and weights."""
+    """Train, then print and save the losses and the weights."""
     options = arguments(stage=("2", "0", "1", "3"))
     deepspeed.init_distributed("gloo")
     config = {
@@ -35,4 +35,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()  # after everything that communicates is gone
+    dist.destroy_process_group()  # main() has freed everything that communicates.

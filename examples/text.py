@@ -1,4 +1,4 @@
-"""What the examples share: real text that is always there, and a language model small enough for a processor."""
+"""Shared code of the examples: text that needs no download, and a language model small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 256
-"""Tokens are bytes."""
+"""Number of tokens; tokens are bytes."""
 LENGTH = 64
+"""Tokens per sequence."""
 
 
 @functools.cache
 def corpus() -> Tensor:
-    """The sources of Python's standard library as bytes, uint8 [about 5 million]."""
+    """Return the sources of Python's standard library as bytes, uint8 [about 5 million]."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
 
 
 def window(index: int) -> Tensor:
-    """The text from a place that only ``index`` decides, int64 [LENGTH]."""
+    """Return a sequence of the text, int64 [LENGTH]; its position depends only on ``index``."""
     start = index * 7_919 * LENGTH % (len(corpus()) - LENGTH)
     return corpus()[start : start + LENGTH].long()
 
 
 def batch(step: int, rank: int = 0, world: int = 1, size: int = 4) -> Tensor:
-    """A rank's own sequences of a step, int64 [size, LENGTH]: no two ranks and no two steps have the same."""
+    """Return a rank's sequences of a step, int64 [size, LENGTH]; they differ between ranks and between steps."""
     first = (step * world + rank) * size
     return torch.stack([window(first + i) for i in range(size)])
 
 
 class Windows(torch.utils.data.Dataset):
-    """The same sequences, in the same order, as a dataset for trainers."""
+    """The sequences of ``batch``, in the same order, as a dataset for trainers."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -50,20 +51,33 @@ class Windows(torch.utils.data.Dataset):
 
 
 def tiny_llama(seed: int = 0) -> Any:
-    """A Llama of 108,000 parameters with random weights: 4 query heads, 2 key and value heads."""
+    """Build a Llama of 108,000 parameters with random weights, 4 query heads, and 2 key and value heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=LENGTH, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        use_cache=False,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=LENGTH,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            use_cache=False,
+        )
+    )
 
 
 def arguments(**choices: Any) -> argparse.Namespace:
-    """The command line of an example: ``--out``, ``--steps``, and options given as name=(default, *others) or name=None
-    where anything may be said."""
+    """Parse the command line of an example: ``--out``, ``--steps`` and the example's options.
+
+    Args:
+        choices: name=(default, *other choices) for an option with choices, name=None for an option with any value.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, help="where rank 0 saves losses and weights")
     parser.add_argument("--steps", type=int, default=10)
@@ -73,11 +87,12 @@ def arguments(**choices: Any) -> argparse.Namespace:
 
 
 def whole_weights(model: Any) -> dict[str, Tensor]:
-    """Every weight, gathered from all ranks, under its name in the model as it was before it was wrapped."""
+    """Gather every weight from all ranks, under its name in the model before wrapping."""
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
     from torch.distributed.tensor import DTensor
 
-    if isinstance(model, FullyShardedDataParallel):  # offload_to_cpu would hand out freed memory where all is on CPUs
+    if isinstance(model, FullyShardedDataParallel):
+        # If the model is on the CPU, offload_to_cpu=True returns memory that FSDP has already freed.
         full = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
         with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, full):
             return {name: w.clone() for name, w in model.state_dict().items()}
@@ -85,12 +100,19 @@ def whole_weights(model: Any) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(p).clone() for name, p in model.module.named_parameters()}
-    held = {name.removeprefix("module."): w for name, w in model.state_dict().items()}
-    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in held.items()}
+    weights = {name.removeprefix("module."): w for name, w in model.state_dict().items()}
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in weights.items()}
 
 
 def leave(out: Path | None, losses: list[float], weights: dict[str, Tensor], **more: Any) -> None:
-    """Print the losses; save them, the weights and anything else if asked to. Rank 0 does, the others do nothing."""
+    """Print the losses on rank 0, and save them with the weights if ``out`` is a path; other ranks do nothing.
+
+    Args:
+        out: path of the file, or None to save nothing.
+        losses: loss of each step.
+        weights: name -> full weight.
+        more: further entries of the file.
+    """
     if int(os.environ.get("RANK", "0")):
         return
     print(" ".join(f"{loss:.3f}" for loss in losses))

@@ -1,1 +1,1 @@
-"""Training runs that compare partitions: config -> one run -> results."""
+"""Training runs that compare partitions. A config defines one run, and a run writes one folder of results."""

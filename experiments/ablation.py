@@ -1,4 +1,4 @@
-"""The first ablation: which partition trains how well. ``make ablation PROFILE=cpu``, protocol in docs/protocol.md."""
+"""Compare how well partitions train: ``make ablation PROFILE=cpu``. The protocol is in docs/protocol.md."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ SEEDS = (0, 1, 2)
 
 
 def grid(profile: str, arms: tuple[str, ...] = ARMS) -> list[TrainConfig]:
-    """The runs of a profile, seed by seed, so that an interrupted ablation is balanced.
+    """Return the configs of a profile, seed by seed, so that an interrupted ablation has similar numbers of all arms.
 
     Args:
-        profile: ``cpu`` for the committed results, ``smoke`` for seconds of the same code.
-        arms: which arms.
+        profile: ``cpu`` for the committed results, or ``smoke`` for a run of some seconds with the same code.
+        arms: the arms to run.
+
+    Raises:
+        ValueError: an arm is unknown.
     """
     unknown = set(arms) - set(ARMS)
     if unknown:
@@ -51,20 +54,20 @@ def main(
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
     slurm: Annotated[Slurm, tyro.conf.arg(name="")] = Slurm(),  # noqa: B008 (frozen)
 ) -> None:
-    """Run the grid, resuming what was interrupted; on a cluster, submit it.
+    """Run the grid and resume interrupted runs; on a cluster, submit the runs.
 
     Args:
         profile: cpu (the committed results) or smoke.
-        workers: runs at a time.
+        workers: number of runs at a time.
         results: root of the results folders.
         arms: a subset of the arms.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
-        processes: processes of each run.
-        options: how each is run.
-        slurm: what is asked of Slurm.
+        processes: number of processes of each run.
+        options: options of each run that do not change its results folder.
+        slurm: resources of each run on Slurm.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Runs are processes of their own, so what is raised here is a matter of what was asked for.
+    # Every run is a separate process, so an error in this process is about the arguments.
     with refusals(ValueError, OSError, RuntimeError):
         configs, folder = grid(profile, arms), results / f"ablation_{profile}"
         each = Launch(processes, options)
@@ -83,7 +86,7 @@ def main(
 
 
 def command() -> None:
-    """The command line; options are checked while it is parsed."""
+    """Run the command line. Invalid options end it with a message and exit code 2."""
     with refusals(ValueError):
         tyro.cli(main)
 

@@ -1,9 +1,10 @@
-"""Checkpoints that are there whole or not at all, written beside the training and read by any number of processes.
+"""Atomic checkpoints, written in the background during training and readable by any number of processes.
 
-A checkpoint is a folder ``checkpoints/step-000100`` of ``torch.distributed.checkpoint``: every process writes what it
-holds, under the model's names, so that one process, DDP and FSDP2 on any number of ranks read each other's. It is
-written as ``.step-000100.tmp-...``; the last file is a manifest with the size and sha256 of every other one; then one
-rename makes it visible. Whatever is found under its final name and does not agree with its manifest is not used.
+A checkpoint is a folder ``checkpoints/step-000100`` of ``torch.distributed.checkpoint``. Every process writes its
+shards under the model's parameter names, so a single process, DDP and FSDP2 on any number of ranks can read each
+other's checkpoints. The folder is written as ``.step-000100.tmp-...``. Its last file is a manifest with the size and
+sha256 of every other file. One rename then gives the folder its final name. A folder under a final name that does not
+agree with its manifest is not used.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from experiments.parallel import Team
 from experiments.storage import sync_folder, write_atomic
 
 logger = logging.getLogger("experiments")
-# A single process is what was meant, and torch says so on every save and load.
+# torch warns at every save and load of a single process, which is a normal way to run.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 MANIFEST = "manifest.json"
@@ -43,30 +44,30 @@ _NAME = re.compile(r"step-[0-9]+")
 
 
 class State:
-    """Model and optimizer as ``torch.distributed.checkpoint`` takes them (its Stateful protocol)."""
+    """Model and optimizer under the Stateful protocol of ``torch.distributed.checkpoint``."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """Under the model's parameter names, however it is wrapped."""
+        """Return both state dicts, with the unwrapped model's parameter names."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
     def load_state_dict(self, document: dict[str, Any]) -> None:
-        """The inverse."""
+        """Load what ``state_dict`` returned."""
         set_state_dict(
             self.model, self.optimizer, model_state_dict=document["model"], optim_state_dict=document["optimizer"]
         )
 
 
 @dataclass(frozen=True)
-class Found:
-    """A checkpoint whose files are what its manifest says.
+class VerifiedCheckpoint:
+    """A checkpoint whose files agree with its manifest.
 
     Attributes:
-        path: its folder.
-        manifest: step, config, processes, progress, files.
+        path: the checkpoint's folder.
+        manifest: step, config, processes, progress and files.
     """
 
     path: Path
@@ -74,23 +75,23 @@ class Found:
 
     @property
     def step(self) -> int:
-        """Steps taken when it was written."""
+        """Number of optimizer steps before the checkpoint was written."""
         return int(self.manifest["step"])
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    Every process of the run makes one and calls its methods in the same order.
+    Every process of the run creates one instance and calls its methods in the same order.
 
     Args:
-        folder: where they lie.
-        identity: what a checkpoint must have in common with the run to be of use to it (config, data).
+        folder: folder of the checkpoints.
+        identity: entries of the manifest (config, data) that must be equal to the run's for a checkpoint to be loaded.
         team: the run's processes.
-        keep: how many are kept; one more lies there while it is written.
+        keep: number of checkpoints that stay on disk; one more exists while it is being written.
 
     Attributes:
-        failures: writes that did not come to their end.
+        failures: number of writes that failed.
 
     Raises:
         ValueError: ``keep`` is not positive.
@@ -101,7 +102,7 @@ class Checkpoints:
             raise ValueError(f"keep={keep} must be at least 1: how many checkpoints stay on disk")
         self.folder, self.identity, self.team, self.keep = folder, identity, team, keep
         self.failures = 0
-        # Writes talk while training does: in a group of their own, so that no message meets another's.
+        # Writes communicate during training, so they need a process group that training does not use.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._name = team.from_first(secrets.token_hex(4))
         self._pending: tuple[Future[Any], int] | None = None
@@ -109,40 +110,38 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------- writing
 
     def save(self, state: State, step: int, progress: dict[str, Any]) -> None:
-        """Copy the run to host memory and write it while training goes on; waits for the write before, if any.
+        """Copy the run to host memory and write it in the background; first wait for the previous write to end.
 
         Args:
-            state: model and optimizer; may change as soon as this returns.
-            step: steps taken.
-            progress: JSON-able, given back by ``newest``; may change likewise.
+            state: model and optimizer; the caller may change them once this method has returned.
+            step: number of optimizer steps so far.
+            progress: JSON-able document for the manifest; the caller may change it once this method has returned.
         """
         self.wait()
-        progress = copy.deepcopy(progress)  # as the tensors are: what grows later belongs to a later checkpoint
+        progress = copy.deepcopy(progress)  # The caller appends to it while the write is under way.
         temporary = self.folder / f".{_folder_name(step)}.tmp-{self._name}"
         document = {"run": state, "rng": {str(self.team.rank): _random_state(self.team.device)}}
         writer = _Writer(temporary, partial(self._commit, temporary, step, progress))
-        future = dcp.async_save(
-            document, storage_writer=writer, process_group=self._group, no_dist=self._group is None
-        )  # fmt: skip
-        self._pending = future, step  # type: ignore[assignment]  # no response object was asked for
+        future = dcp.async_save(document, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        self._pending = future, step  # type: ignore[assignment]  # a Future, as staging is not asynchronous
 
     def poll(self) -> None:
-        """Take note of a write that has ended."""
+        """Handle the result of the pending write if it has ended."""
         if self._pending is not None and self._pending[0].done():
             self.wait()
 
     def wait(self) -> bool:
-        """Wait for the write in flight.
+        """Wait for the pending write.
 
         Returns:
-            False where it failed: logged, what it had written removed, the checkpoints before it as they were.
+            False if it failed. The failure is then logged, its files are removed, and earlier checkpoints remain.
         """
         if self._pending is None:
             return True
         (future, step), self._pending = self._pending, None
         try:
             future.result()
-        except (CheckpointException, Exception) as error:  # the former is no Exception
+        except (CheckpointException, Exception) as error:  # CheckpointException derives from BaseException.
             self.failures += 1
             if self.team.rank == 0:
                 logger.error("the checkpoint of step %d was not written, training goes on: %s", step, error)
@@ -151,12 +150,18 @@ class Checkpoints:
         return True
 
     def _commit(self, temporary: Path, step: int, progress: dict[str, Any]) -> None:
-        """Once every process has written: the manifest, then the name. Called on the first process."""
+        """Write the manifest and rename the folder. Called on the first process after every process has written."""
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         manifest = {
-            "manifest_version": MANIFEST_VERSION, **self.identity, "step": step, "processes": self.team.world,
-            "parallel": self.team.kind, "torch": torch.__version__, "progress": progress, "files": files,
-        }  # fmt: skip
+            "manifest_version": MANIFEST_VERSION,
+            **self.identity,
+            "step": step,
+            "processes": self.team.world,
+            "parallel": self.team.kind,
+            "torch": torch.__version__,
+            "progress": progress,
+            "files": files,
+        }
         manifest["sha256"] = _digest(manifest)
         write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(temporary)
@@ -168,41 +173,47 @@ class Checkpoints:
             self._remove(old)
 
     def _remove(self, path: Path) -> None:
-        """Out of sight first: a folder under a checkpoint's name is whole at every moment."""
+        """Remove a file or folder. A checkpoint is renamed first, so that a final name never has a partial folder."""
         if path.is_file() or path.is_symlink():
             path.unlink()
         elif path.exists():
-            gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.tmp-gone")
-            if gone is not path:
-                shutil.rmtree(gone, ignore_errors=True)
-                path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.tmp-gone")
+            if hidden is not path:
+                shutil.rmtree(hidden, ignore_errors=True)
+                path.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove them all: the run has ended."""
+        """Remove all checkpoints after the run has ended."""
         if self.team.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------------------- reading
 
     def _all(self) -> list[Path]:
-        """The checkpoints, old ones first; whatever else lies there is nobody's to read or to remove."""
-        found = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        """Return the checkpoints, oldest first. Folders with other names are ignored."""
+        folders = [path for path in self.folder.glob("step-*") if _NAME.fullmatch(path.name)]
+        return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def newest(self) -> Found | None:
-        """The newest checkpoint that can be trusted. Damaged ones and unfinished writes are logged and removed.
+    def newest(self) -> VerifiedCheckpoint | None:
+        """Return the newest checkpoint that agrees with its manifest, or None if there is none.
+
+        Damaged checkpoints and unfinished writes are logged and removed.
 
         Raises:
-            ValueError: it belongs to another run.
+            ValueError: the checkpoint belongs to another run.
         """
-        found = self.team.from_first(self._search() if self.team.rank == 0 else None)
-        if isinstance(found, ValueError):
-            raise found
-        return found
+        checkpoint = self.team.from_first(self._search() if self.team.rank == 0 else None)
+        if isinstance(checkpoint, ValueError):
+            raise checkpoint
+        return checkpoint
 
-    def _search(self) -> Found | ValueError | None:
-        """On the first process alone; an error is handed to all, as no process may wait for one that has gone."""
+    def _search(self) -> VerifiedCheckpoint | ValueError | None:
+        """Find the newest checkpoint, on the first process only.
+
+        An error is returned, not raised, so that ``newest`` can raise it on every process. Otherwise the others would
+        wait for the first process forever.
+        """
         for leftover in self.folder.glob(".step-*.tmp-*"):
             logger.warning("%s was never finished: removed", leftover)
             self._remove(leftover)
@@ -216,28 +227,31 @@ class Checkpoints:
                 logger.warning("checkpoint %s is torn or damaged (%s): the one before it is used", path, error)
                 self._remove(path)
                 continue
-            for key, own in self.identity.items():
-                if manifest.get(key) != own:
-                    return ValueError(f"{path} belongs to {key} {manifest.get(key)}, this run has {own}; delete it")
-            return Found(path, manifest)
+            for key, value in self.identity.items():
+                if manifest.get(key) != value:
+                    return ValueError(f"{path} belongs to {key} {manifest.get(key)}, this run has {value}; delete it")
+            return VerifiedCheckpoint(path, manifest)
         return None
 
-    def load(self, found: Found, state: State) -> None:
-        """Put a checkpoint into model, optimizer and, on as many processes as wrote it, the random generators."""
+    def load(self, checkpoint: VerifiedCheckpoint, state: State) -> None:
+        """Load a checkpoint into model and optimizer.
+
+        The states of the random generators are loaded, too, if as many processes wrote the checkpoint.
+        """
         document: dict[str, Any] = {"run": state}
-        same = found.manifest["processes"] == self.team.world
-        if same:
+        same_world = checkpoint.manifest["processes"] == self.team.world
+        if same_world:
             document["rng"] = {str(self.team.rank): _random_state(self.team.device)}
-        reader = dcp.FileSystemReader(found.path)
+        reader = dcp.FileSystemReader(checkpoint.path)
         dcp.load(document, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
-        if same:
+        if same_world:
             _set_random_state(document["rng"][str(self.team.rank)], self.team.device)
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes and flushes every file, then calls back on the first process: the last thing a save does.
+    """A writer that flushes every file and calls a function on the first process at the end of a save.
 
-    What the callback raises reaches all processes as the save's failure.
+    An exception of that function makes the save fail on all processes.
     """
 
     def __init__(self, folder: Path, commit: Callable[[], None]) -> None:
@@ -245,34 +259,34 @@ class _Writer(dcp.FileSystemWriter):
         self._commit = commit
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """After all processes have written."""
+        """Commit the checkpoint; torch calls this on the first process after all processes have written."""
         super().finish(metadata, results)
         self._commit()
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what it says.
+    """Check a checkpoint's files against its manifest and return the manifest.
 
     Raises:
-        ValueError: they are not, in words.
+        ValueError: the manifest is missing, or a file does not agree with it; the message says which.
     """
     if not (path / MANIFEST).is_file():
         raise ValueError("no manifest")
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        files, said = manifest["files"], manifest.pop("sha256")
+        files, stored_digest = manifest["files"], manifest.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("the manifest cannot be read") from None
-    if said != _digest(manifest):
+    if stored_digest != _digest(manifest):
         raise ValueError("the manifest was changed")
     if manifest["manifest_version"] != MANIFEST_VERSION:
         raise ValueError(f"manifest_version={manifest['manifest_version']}, this release reads {MANIFEST_VERSION}")
-    for name, wanted in files.items():
+    for name, recorded in files.items():
         if not (path / name).is_file():
             raise ValueError(f"{name} is missing")
-        if (path / name).stat().st_size != wanted["bytes"]:
-            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {wanted['bytes']}")
-        if _fingerprint(path / name) != wanted:
+        if (path / name).stat().st_size != recorded["bytes"]:
+            raise ValueError(f"{name} has {(path / name).stat().st_size} bytes, not {recorded['bytes']}")
+        if _fingerprint(path / name) != recorded:
             raise ValueError(f"{name} has other content")
     return manifest
 
@@ -294,7 +308,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's generators; nothing here draws from Python's or numpy's."""
+    """Return the states of torch's generators; training draws no numbers from Python's or numpy's generators."""
     state = {"cpu": torch.get_rng_state()}
     return state if device.type == "cpu" else {**state, device.type: torch.cuda.get_rng_state(device)}
 

@@ -1,4 +1,4 @@
-"""Complete configurations as functions; variants are a base with a few fields replaced."""
+"""Functions that return complete configurations; a variant is a base configuration with a few fields replaced."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from experiments.optimizers import ADAMW, CONTROL
 from optimizer import Rules
 
 FORMAT_VERSION = 1
-"""Of a results folder; raised whenever the meaning of its files changes."""
+"""Version of the format of a results folder; it increases whenever the meaning of a file changes."""
 MOST_SEEDS = 2**63
+"""Seeds must be below this value, which is the limit of torch's generators."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, whole. Two runs with equal configs give equal results.
+    """The complete configuration of one training run. Two runs with equal configs give equal results.
 
     Attributes:
-        experiment: folder the run belongs to, below the results root.
-        model: sizes of the model; its class follows from the config's.
-        data: corpus name (``experiments.data.load``).
+        experiment: name of the run's folder below the results root.
+        model: sizes of the model; the type of this config determines the model's class.
+        data: name of the corpus, as in ``experiments.data.load``.
         arm: a rule set (name or path), ``permuted`` or ``torch_adamw``.
-        rules_hash: of the arm's rules at the time of the run; filled in by ``with_rules_hash``.
+        rules_hash: hash of the arm's rules at the time of the run; ``with_rules_hash`` fills it in.
         lr: peak learning rate.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        weight_decay: decoupled.
-        clip: gradient norm limit; 0 for none.
-        warmup: share of the steps with linearly rising learning rate; then it falls linearly to 0.
+        beta1: decay rate of the first moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1).
+        weight_decay: decoupled weight decay.
+        clip: limit of the gradient norm; 0 for no limit.
+        warmup: share of the steps over which the learning rate rises linearly; then it falls linearly to 0.
         batch: sequences per step, over all processes.
         seq_len: tokens per sequence.
-        steps: optimizer steps.
-        eval_every: steps between validation losses; the last step has one, too.
-        eval_batches: fixed validation batches of ``batch`` sequences.
-        checkpoint_every: steps between checkpoints; 0 for none.
-        seed: of the initial weights, the data order and the control's shuffle.
+        steps: number of optimizer steps.
+        eval_every: steps between validation losses; the last step always has one.
+        eval_batches: number of fixed validation batches of ``batch`` sequences.
+        checkpoint_every: steps between checkpoints; 0 for no checkpoints.
+        seed: seed of the initial weights, the data order and the control's shuffle.
     """
 
     experiment: str
@@ -77,7 +78,7 @@ class TrainConfig:
             if _whole(name, getattr(self, name)) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.seed >= MOST_SEEDS:
-            raise ValueError(f"seed={self.seed} must be less than 2**63, the most that torch's generators take")
+            raise ValueError(f"seed={self.seed} must be less than 2**63, the limit of torch's generators")
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= _number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -102,22 +103,24 @@ class TrainConfig:
             raise ValueError(f"model: {error}") from error
         if isinstance(self.model, GPTConfig) and self.seq_len > self.model.block_size:
             raise ValueError(
-                f"seq_len={self.seq_len} must be at most model.block_size={self.model.block_size}, the positions that "
-                "the model knows"
+                f"seq_len={self.seq_len} must be at most model.block_size={self.model.block_size}, the model's "
+                "number of positions"
             )
         if isinstance(self.model, MLPConfig) and self.seq_len != self.model.context:
-            raise ValueError(f"seq_len={self.seq_len} must be model.context={self.model.context}, what the model sees")
+            raise ValueError(
+                f"seq_len={self.seq_len} must be model.context={self.model.context}, the model's input length"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, with the model's class."""
+        """Return the config as a JSON-able dict that includes the name of the model's config class."""
         return {**dataclasses.asdict(self), "model": {"kind": type(self.model).__name__, **vars(self.model)}}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of ``to_dict``.
+        """Build a config from a dict that ``to_dict`` returned.
 
         Raises:
-            ValueError: another format version, a key too many or too few, or a value out of its range.
+            ValueError: the format version differs, a key is unknown or missing, or a value is out of range.
         """
         if not isinstance(document, Mapping):
             raise ValueError(f"a config must be a JSON object, not a {type(document).__name__}")
@@ -137,16 +140,16 @@ class TrainConfig:
 
     @property
     def hash(self) -> str:
-        """Twelve hexadecimal digits of the config's content."""
+        """Hash of the config's content, twelve hexadecimal digits; it names the run's folder."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     def with_rules_hash(self) -> TrainConfig:
-        """The config with the content of its rules folded in, so that changed rules make another run."""
+        """Return the config with the hash of its arm's rules, so that changed rules give another run."""
         if self.arm in (CONTROL, ADAMW):
             return self
         rules = Rules.load(self.arm)
         content: dict[str, object] = {role.value: unit.value for role, unit in rules.units.items()}
-        if rules.overrides:  # only then, so that runs from before there were any keep their hashes
+        if rules.overrides:  # Rules without overrides keep the hash that they had before overrides existed.
             content["overrides"] = [[override.pattern, override.unit.value] for override in rules.overrides]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
         return dataclasses.replace(self, rules_hash=digest)
@@ -171,24 +174,24 @@ def _require_keys(what: str, document: Mapping[str, Any], wanted: set[str]) -> N
 
 
 def tiny_gpt() -> TrainConfig:
-    """The paper's tiny Transformer in GPT style: small enough for an exact Hessian."""
+    """A tiny Transformer in GPT style as in the Adam-mini paper, small enough for an exact Hessian."""
     model = GPTConfig(vocab=8, block_size=16, n_embd=16, n_layer=1, n_head=4)
     return TrainConfig("tiny_gpt", model, data="python-stdlib-8", batch=32, seq_len=16, steps=2000, eval_every=200)
 
 
 def tiny_llama() -> TrainConfig:
-    """The same in Llama style, with grouped heads."""
+    """A tiny Transformer in Llama style with grouped heads, small enough for an exact Hessian."""
     model = LlamaConfig(vocab=8, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden=32)
     return TrainConfig("tiny_llama", model, data="python-stdlib-8", batch=32, seq_len=16, steps=2000, eval_every=200)
 
 
 def byte_llama() -> TrainConfig:
-    """A 0.85M-parameter byte-level Llama: the CPU ablation's model."""
+    """A byte-level Llama of 0.85M parameters, the model of the CPU ablation."""
     return TrainConfig("byte_llama", LlamaConfig(), batch=16, seq_len=64, steps=400)
 
 
 def smoke() -> TrainConfig:
-    """A run of seconds: the same code, nothing to learn from."""
+    """A run of a few seconds that only tests the code."""
     model = LlamaConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden=48)
     return TrainConfig(
         "smoke", model, batch=4, seq_len=32, steps=20, eval_every=10, eval_batches=2, checkpoint_every=10
@@ -196,5 +199,8 @@ def smoke() -> TrainConfig:
 
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {
-    "tiny-gpt": tiny_gpt, "tiny-llama": tiny_llama, "byte-llama": byte_llama, "smoke": smoke,
-}  # fmt: skip
+    "tiny-gpt": tiny_gpt,
+    "tiny-llama": tiny_llama,
+    "byte-llama": byte_llama,
+    "smoke": smoke,
+}

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish: the running step ends, the run is saved, then the process goes."""
+"""Handle SIGTERM and SIGINT so that a run finishes its current step and saves a checkpoint before it exits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ logger = logging.getLogger("experiments")
 
 
 class Interruption:
-    """While this is entered, SIGTERM and SIGINT are remembered instead of obeyed.
+    """A context in which SIGTERM and SIGINT are recorded and do not end the process.
 
-    Schedulers and terminals often send a signal to a whole process group and torchrun passes it on once more, so a
-    second one changes nothing; SIGKILL is always there. Outside the main thread, where Python allows no handlers,
-    nothing is caught.
+    Schedulers and terminals often send a signal to a whole process group, and torchrun forwards it again. A second
+    signal therefore has no effect; use SIGKILL to end the process at once. Python allows signal handlers only in the
+    main thread, so in another thread this context does nothing.
 
     Attributes:
-        signal: the first signal that came, 0 for none.
+        signal: number of the first signal received, 0 for none.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,8 +43,9 @@ class Interruption:
 
 
 def exit_code(number: int = signal.SIGTERM) -> int:
-    """Of a process that was asked to stop and has saved its work: 128 + the signal's number, as shells have it.
+    """Return the exit code of a process that a signal stopped after it saved its work.
 
-    0 under torchrun, which takes anything else for a failure and would start the run again.
+    It is 128 plus the signal's number, as in shells. Under torchrun it is 0, because torchrun treats every other code
+    as a failure and starts the run again.
     """
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + int(number)

@@ -1,4 +1,4 @@
-"""From an arm's name to an optimizer, and what its second moments cost."""
+"""Create the optimizer of an arm, and count its second-moment scalars."""
 
 from __future__ import annotations
 
@@ -16,37 +16,46 @@ ADAMW = "torch_adamw"
 def make_optimizer(
     model: nn.Module, arm: str, *, lr: float, betas: tuple[float, float], weight_decay: float, seed: int
 ) -> torch.optim.Optimizer:
-    """The optimizer of an arm: a rule set's name or path, ``permuted`` (the control) or ``torch_adamw``.
+    """Create the optimizer of an arm. Every arm gets the same two parameter groups.
 
-    Every arm sees the same two parameter groups. ``seed`` shuffles the control's blocks.
+    Args:
+        model: the model to train.
+        arm: a rule set's name or path, ``permuted`` (the control) or ``torch_adamw``.
+        lr: learning rate.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        weight_decay: decoupled weight decay.
+        seed: seed that shuffles the blocks of ``permuted``.
 
     Raises:
-        ValueError: the control, for a sharded model.
+        ValueError: the arm is ``permuted`` and the model is sharded.
     """
     if arm == CONTROL:
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ValueError(f"arm={arm!r} has blocks of random elements, which cannot be sharded; use parallel='ddp'")
         return PermutedAdamMini(model, lr, betas, weight_decay=weight_decay, seed=seed)
-    ours = AdamMini(model, lr, betas, weight_decay=weight_decay, rules="elementwise" if arm == ADAMW else arm)
+    adam_mini = AdamMini(model, lr, betas, weight_decay=weight_decay, rules="elementwise" if arm == ADAMW else arm)
     if arm == ADAMW:
-        return torch.optim.AdamW(ours.param_groups, lr=lr, betas=betas, weight_decay=weight_decay)
-    return ours
+        return torch.optim.AdamW(adam_mini.param_groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    return adam_mini
 
 
 def second_moment_scalars(model: nn.Module, arm: str) -> int:
-    """How many second-moment scalars an arm keeps for a model's trainable parameters."""
+    """Return how many second-moment scalars an arm stores for a model's trainable parameters."""
     rules = {CONTROL: "adam_mini", ADAMW: "elementwise"}.get(arm, arm)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     return sum(layout.n_blocks for name, layout in partition(model, Rules.load(rules)).items() if name in trainable)
 
 
 def require_coverage(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer holds exactly the model's trainable parameters, each once.
+    """Check that the optimizer has exactly the model's trainable parameters, each once.
 
     Raises:
         RuntimeError: it does not.
     """
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    wanted = {id(p) for p in model.parameters() if p.requires_grad}
-    if len(held) != len(set(held)) or set(held) != wanted:
-        raise RuntimeError(f"the optimizer holds {len(held)} parameters, the model has {len(wanted)} trainable ones")
+    optimized = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if len(optimized) != len(set(optimized)) or set(optimized) != trainable:
+        raise RuntimeError(
+            f"the optimizer holds {len(optimized)} parameters, the model has {len(trainable)} trainable ones; give it "
+            "every trainable parameter once"
+        )

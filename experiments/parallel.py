@@ -1,4 +1,4 @@
-"""One process or many: who holds what of a model, and the one message that a step sends besides gradients."""
+"""Run on one process or many: wrap the model, split batches, and exchange the loss and the wish to stop."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ Device = Literal["cpu", "cuda"]
 
 @contextmanager
 def process_group(device: Device) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; the first one logs, the others only warn."""
+    """Initialise the process group if torchrun started this process.
+
+    Inside the context, the first process logs from level INFO and the others from level WARNING.
+    """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield
         return
     store, rank, world = next(iter(dist.rendezvous("env://")))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # torchrun keeps its store over a restart, and with it the addresses of the processes that died. Agents of
-        # several nodes count restarts each for themselves: there, it must be told not to share its store.
+        # torchrun keeps its store over a restart, with the addresses of the dead processes, so every attempt needs its
+        # own prefix. On several nodes this prefix would be wrong, because each agent counts restarts separately; there,
+        # the user must tell torchrun not to share its store.
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    # Checkpoints are written from host memory, also where gradients travel between GPUs.
+    # Checkpoints are written from host memory, so gloo is needed in addition to NCCL.
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     logging.getLogger().setLevel(logging.INFO if dist.get_rank() == 0 else logging.WARNING)
@@ -47,10 +51,10 @@ class Team:
     """The processes of a run, seen from one of them.
 
     Attributes:
-        rank: of this process.
-        world: how many there are.
+        rank: rank of this process.
+        world: number of processes.
         kind: ``alone``, ``ddp`` or ``fsdp2``.
-        device: where this process computes.
+        device: device of this process.
     """
 
     rank: int
@@ -60,10 +64,15 @@ class Team:
 
     @classmethod
     def here(cls, parallel: Parallel, device: Device, batch: int) -> Team:
-        """The processes that there are.
+        """Describe the current processes.
+
+        Args:
+            parallel: ``ddp`` or ``fsdp2``.
+            device: ``cpu`` or ``cuda``.
+            batch: number of sequences of a global batch.
 
         Raises:
-            ValueError: the batch does not divide over them, FSDP2 without a process group, or no GPU.
+            ValueError: the batch does not divide over the processes, FSDP2 has no process group, or there is no GPU.
         """
         joined = dist.is_initialized()
         rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
@@ -76,12 +85,13 @@ class Team:
             )
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no GPU; use device='cpu', or install a CUDA build of torch")
-        where = torch.device("cpu") if device == "cpu" else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        local_device = torch.device("cpu") if device == "cpu" else torch.device("cuda", index)
         kind: Any = "fsdp2" if parallel == "fsdp2" else "ddp" if world > 1 else "alone"
-        return cls(rank, world, kind, where)
+        return cls(rank, world, kind, local_device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What to call in the place of the model; under FSDP2 the model itself is sharded, block by block."""
+        """Return the module to call instead of the model. Under FSDP2 the model itself is sharded, block by block."""
         if self.kind == "ddp":
             return DistributedDataParallel(model)
         if self.kind == "fsdp2":
@@ -91,37 +101,40 @@ class Team:
             fully_shard(model)
         return model
 
-    def own(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """This process's rows of a global batch."""
+    def local_rows(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return this process's rows of a global batch."""
         inputs, targets = (part[self.rank :: self.world].to(self.device) for part in batch)
         return inputs, targets
 
     def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
-        """The global batch's loss, and whether anyone wants to stop: one all-reduce, so that all stop at one step."""
+        """Return the global batch's loss, and whether any process wants to stop.
+
+        One all-reduce carries both, so that all processes stop after the same step.
+        """
         if self.world == 1:
             return loss.item(), stop
         message = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
         dist.all_reduce(message)
         return (message[0] / self.world).item(), bool(message[1] > 0)
 
-    def from_first(self, thing: Any) -> Any:
-        """What the first process holds, on every process."""
+    def from_first(self, value: Any) -> Any:
+        """Return the first process's value on every process."""
         if not dist.is_initialized():
-            return thing
-        box = [thing]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 over every tensor of the model's state, whole and in the order of their names.
+    """Return the sha256 over every full tensor of the model's state, in the order of their names.
 
-    Every process has to call it: sharded tensors are gathered, one at a time.
+    Every process has to call this function, because it gathers sharded tensors, one at a time.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        content = whole.detach().cpu().contiguous()
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        content = full.detach().cpu().contiguous()
         digest.update(f"{name} {content.dtype} {tuple(content.shape)}\n".encode())
         digest.update(content.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

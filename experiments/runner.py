@@ -1,7 +1,7 @@
-"""Many runs on this machine: local processes, a few at a time. For a cluster, see ``experiments.slurm``.
+"""Run many configs on this machine, a few at a time, in local processes.
 
-Each run is ``python -m experiments.train``-equivalent work in a process (or a torchrun group) of its own, so that a
-crash, a kill or a leak touches nothing else. A lock file per run folder keeps two runners from working on the same run.
+Each run has its own process, or its own torchrun group, so a crash, a kill or a leak affects no other run. A lock file
+in each run's folder prevents two runners from working on the same run. ``experiments.slurm`` runs configs on a cluster.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from experiments.train import DEFAULTS, Options, finished, launch, read_status, 
 logger = logging.getLogger("experiments")
 ROOT = Path(__file__).resolve().parents[1]
 RESTARTS = 3
-"""How often torchrun starts a group again of which a process died."""
+"""How often torchrun restarts a group after one of its processes died."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Outcome:
     """How a batch of runs ended.
 
     Attributes:
-        done: runs that have results, those found finished included.
-        failed: folders of runs that ended with an error; their status.json or stderr.txt says which.
-        interrupted: folders of runs that were asked to stop and have saved their work.
+        done: number of runs that have results, including those that were finished before.
+        failed: folders of runs that ended with an error; their status.json or stderr.txt has the error.
+        interrupted: folders of runs that a signal stopped, or that were not started because of it.
     """
 
     done: int
@@ -48,11 +48,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Launch:
-    """The processes that one run is given.
+    """How to start the processes of one run.
 
     Attributes:
-        processes: how many; more than one are started by torchrun.
-        options: what they are told.
+        processes: number of processes; torchrun starts them if there are several.
+        options: options of the run that are not part of its config.
     """
 
     processes: int = 1
@@ -63,34 +63,55 @@ class Launch:
             raise ValueError(f"processes={self.processes} must be at least 1")
 
     def command(self, config_file: Path, root: Path) -> list[str]:
-        """The command line of the run whose config lies in a file."""
-        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}",
-                    f"--max-restarts={RESTARTS}", "-m"]  # fmt: skip
+        """Return the command line that runs the config in a file."""
+        torchrun = [
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={self.processes}",
+            f"--max-restarts={RESTARTS}",
+            "-m",
+        ]
         options = [f"--{f.name}={getattr(self.options, f.name)}" for f in dataclasses.fields(self.options)]
         several = self.processes > 1 or self.options.parallel == "fsdp2"
-        return [sys.executable, "-m", *(torchrun if several else []), "experiments.runner",
-                str(config_file.resolve()), str(root.resolve()), *options]  # fmt: skip
+        return [
+            sys.executable,
+            "-m",
+            *(torchrun if several else []),
+            "experiments.runner",
+            str(config_file.resolve()),
+            str(root.resolve()),
+            *options,
+        ]
 
     def start(self, config: TrainConfig, root: Path, *, own_session: bool = False) -> subprocess.Popen[bytes]:
-        """Start a run, its errors written to its folder. ``own_session``: signals to our group do not reach it."""
+        """Start a run in a subprocess and write its stderr to its folder.
+
+        Args:
+            config: the run.
+            root: results root.
+            own_session: start the process in a new session, so that signals to this process's group do not reach it.
+        """
         folder = run_folder(root, config)
         write_json(folder / "config.json", config.to_dict())
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with (folder / "stderr.txt").open("ab") as errors:
             return subprocess.Popen(
-                self.command(folder / "config.json", root), env=environment, stdout=subprocess.DEVNULL,
-                stderr=errors, start_new_session=own_session,
-            )  # fmt: skip
+                self.command(folder / "config.json", root),
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=own_session,
+            )
 
 
 SINGLE = Launch()
 
 
 def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainConfig], int]:
-    """The configs that have no finished results yet, in the given order, and how many there are in all.
+    """Return the configs without finished results, in the given order, and the number of all configs.
 
     Raises:
-        ValueError: two equal configs, or a folder of another format version.
+        ValueError: two configs are equal, or a folder has another format version.
     """
     configs = [config.with_rules_hash() for config in configs]
     if len({run_folder(root, config) for config in configs}) < len(configs):
@@ -99,36 +120,40 @@ def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainCo
 
 
 def run_many(
-    configs: Sequence[TrainConfig], root: Path, *, workers: int = 2, each: Launch = SINGLE,
+    configs: Sequence[TrainConfig],
+    root: Path,
+    *,
+    workers: int = 2,
+    each: Launch = SINGLE,
     say: Callable[[str], None] = logger.info,
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     """Run every config that has no finished results yet, ``workers`` at a time, in the given order.
 
-    SIGTERM and SIGINT are passed on: the runs save, and the same call goes on later.
+    SIGTERM and SIGINT are forwarded to the runs, which save a checkpoint and stop. The same call later resumes them.
 
     Args:
         configs: the runs.
         root: results root.
-        workers: runs at a time, one torch thread per process.
-        each: the processes of one run.
-        say: where messages go.
+        workers: number of runs at a time, one torch thread per process.
+        each: how to start the processes of one run.
+        say: function that receives progress messages.
 
     Raises:
-        ValueError: two equal configs, workers < 1, or a folder of another format version.
+        ValueError: two configs are equal, workers is below 1, or a folder has another format version.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     waiting, total = unfinished(configs, root)
     say(f"{total} runs, {total - len(waiting)} already finished, {workers} at a time")
     running: dict[subprocess.Popen[bytes], Path] = {}
-    left = total - len(waiting)
+    done_before = total - len(waiting)
     failed: list[Path] = []
     interrupted: list[Path] = []
-    with tqdm(total=total, initial=left, desc="runs", smoothing=0.1) as bar, Interruption() as interruption:
-        asked = False
+    with tqdm(total=total, initial=done_before, desc="runs", smoothing=0.1) as bar, Interruption() as interruption:
+        signal_sent = False
         while running or (waiting and not interruption.signal):
-            if interruption.signal and not asked:
-                asked = True
+            if interruption.signal and not signal_sent:
+                signal_sent = True
                 for process in running:
                     process.terminate()
             while waiting and len(running) < workers and not interruption.signal:
@@ -149,11 +174,11 @@ def run_many(
 
 
 def run_one(config_file: Path, root: Path, options: Options = DEFAULTS) -> None:
-    """Work of one process: the run whose config lies in a file.
+    """Train the config in a file, as one process of a run.
 
     Raises:
         SystemExit: another process works on the run, or the run was interrupted.
-        ValueError: the file holds no config, or as ``train``.
+        ValueError: the file has no valid config, or the run cannot start with it.
     """
     code = launch(read_config(config_file), root, options, threads=1)
     if code:
@@ -163,10 +188,10 @@ def run_one(config_file: Path, root: Path, options: Options = DEFAULTS) -> None:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The config that a file holds.
+    """Read a config from a file.
 
     Raises:
-        ValueError: none, or one of another format version; naming the file.
+        ValueError: the file has no valid config, or one of another format version; the message names the file.
     """
     try:
         return TrainConfig.from_dict(read_json(path))
@@ -175,12 +200,12 @@ def read_config(path: Path) -> TrainConfig:
 
 
 def main(config_file: tyro.conf.Positional[Path], root: tyro.conf.Positional[Path], options: Options) -> None:
-    """What ``run_many`` starts.
+    """Train one run; ``run_many`` starts this command.
 
     Args:
         config_file: a run's config.json.
         root: results root.
-        options: how it is run.
+        options: options of the run that are not part of its config.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with refusals(ValueError):

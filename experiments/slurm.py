@@ -1,4 +1,4 @@
-"""Many runs on a Slurm cluster, through submitit: one job array, a task per run, requeued when its time is up."""
+"""Run many configs on a Slurm cluster with submitit: a job array with one task per run, requeued at its time limit."""
 
 from __future__ import annotations
 
@@ -24,66 +24,77 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("experiments")
 GRACE_SECONDS = 120
-"""Between Slurm's warning and the end of a job's time: the running step and one checkpoint have to fit."""
+"""Seconds between Slurm's warning and the time limit; the current step and one checkpoint have to fit in."""
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """What is asked of Slurm for each run."""
+    """Resources of each run on Slurm."""
 
     partition: str | None = None
-    """Its name; None for the cluster's default."""
+    """Name of the partition; None for the cluster's default."""
     time: int = 240
-    """Minutes; a run that needs more is requeued and goes on from its checkpoint."""
+    """Time limit in minutes; a longer run is requeued and resumes from its checkpoint."""
     gpus: int = 0
-    """GPUs of a run, one process each; 0 trains on the CPU."""
+    """Number of GPUs of a run, with one process for each; 0 trains on the CPU."""
     cpus: int = 2
-    """Cores of each process."""
+    """Number of cores of each process."""
     account: str | None = None
-    """Whose hours."""
+    """Account that is charged; None for the cluster's default."""
     extra: tuple[str, ...] = ()
     """Further sbatch options as KEY=VALUE, e.g. qos=high."""
 
     def launch(self, each: Launch) -> Launch:
-        """The processes of one run: with GPUs, one for each of them.
+        """Return how to start one run; with GPUs, it has one process for each GPU.
 
         Raises:
-            ValueError: another number of processes than of GPUs.
+            ValueError: the number of processes is neither 1 nor the number of GPUs.
         """
         if not self.gpus:
             return each
         if each.processes not in (1, self.gpus):
-            raise ValueError(f"processes={each.processes} and gpus={self.gpus}: each process has a GPU; leave one out")
+            raise ValueError(
+                f"processes={each.processes} and gpus={self.gpus}: each process has one GPU; leave one of the two out"
+            )
         return Launch(self.gpus, dataclasses.replace(each.options, device="cuda"))
 
     def parameters(self, workers: int, each: Launch) -> dict[str, Any]:
-        """As submitit takes them.
+        """Return the parameters for submitit's executor.
+
+        Args:
+            workers: number of runs at a time.
+            each: how to start the processes of one run.
 
         Raises:
-            ValueError: a number out of range, or an extra option without a value.
+            ValueError: a number is out of range, or an extra option has no value.
         """
         for name, least in (("time", 1), ("cpus", 1), ("gpus", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if bad := [option for option in self.extra if not option.partition("=")[2]]:
             raise ValueError(f"extra={bad} must be KEY=VALUE, as in qos=high")
-        asked = {
-            "timeout_min": self.time, "nodes": 1, "tasks_per_node": 1,
+        parameters = {
+            "timeout_min": self.time,
+            "nodes": 1,
+            "tasks_per_node": 1,
             "cpus_per_task": self.cpus * self.launch(each).processes,
-            "gpus_per_node": self.gpus or None, "slurm_partition": self.partition, "slurm_account": self.account,
-            "slurm_array_parallelism": workers, "slurm_signal_delay_s": GRACE_SECONDS,
+            "gpus_per_node": self.gpus or None,
+            "slurm_partition": self.partition,
+            "slurm_account": self.account,
+            "slurm_array_parallelism": workers,
+            "slurm_signal_delay_s": GRACE_SECONDS,
             "slurm_setup": [f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"],
             "slurm_additional_parameters": dict(option.split("=", 1) for option in self.extra) or None,
-        }  # fmt: skip
-        return {name: value for name, value in asked.items() if value is not None}
+        }
+        return {name: value for name, value in parameters.items() if value is not None}
 
 
 @dataclass
 class Task:
-    """One run as submitit runs it: called on the node, asked for a checkpoint before Slurm takes the node away.
+    """One run as a submitit task: submitit calls it on the node, and calls ``checkpoint`` before the time limit.
 
-    The run is a process of its own in a session of its own, so that Slurm's warning, which goes to every process of
-    a job, reaches only the one that knows what to do with it.
+    The run is a separate process in a separate session. Slurm's warning, which goes to every process of a job,
+    therefore reaches only submitit's process, which handles it.
     """
 
     config: TrainConfig
@@ -92,17 +103,17 @@ class Task:
     _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def __call__(self) -> dict[str, Any]:
-        """Run to the end.
+        """Train until the run ends.
 
         Returns:
-            the content of ``status.json``.
+            The content of ``status.json``.
 
         Raises:
             RuntimeError: the run failed.
-            ValueError: its status is damaged.
+            ValueError: the run's status.json is damaged.
         """
         self._process = self.each.start(self.config, self.root, own_session=True)
-        while self._process.poll() is None:  # not wait(): it would hold a lock while the signal's handler runs
+        while self._process.poll() is None:  # wait() would hold a lock that the signal handler needs.
             time.sleep(0.2)
         folder = run_folder(self.root, self.config)
         status = read_status(folder)
@@ -114,12 +125,12 @@ class Task:
         return status
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """submitit's protocol: let the run save and go, and say what to start in its place. Called in a handler."""
+        """Stop the run after it saves, and return the task that submitit starts next. Called in a signal handler."""
         import submitit
 
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(ChildProcessError):  # it had ended
+            with contextlib.suppress(ChildProcessError):  # The process had ended before.
                 os.waitpid(self._process.pid, 0)
         return submitit.helpers.DelayedSubmission(dataclasses.replace(self, _process=None))
 
@@ -127,21 +138,21 @@ class Task:
 def submit(
     configs: Sequence[TrainConfig], root: Path, *, slurm: Slurm, workers: int, each: Launch = SINGLE
 ) -> list[str]:
-    """Hand every config that has no finished results yet to Slurm, and return at once.
+    """Submit every config without finished results to Slurm, and return at once.
 
     Args:
         configs: the runs, all of one experiment.
         root: results root, on a file system that the nodes share.
-        slurm: what to ask for.
-        workers: runs at a time.
-        each: the processes of one run.
+        slurm: resources of each run.
+        workers: number of runs at a time.
+        each: how to start the processes of one run.
 
     Returns:
-        the jobs' ids; empty where everything is finished.
+        The ids of the jobs; empty if all runs are finished.
 
     Raises:
-        ValueError: two equal configs, impossible options, or a folder of another format version.
-        RuntimeError: submitit is not installed, or this is no machine to submit from (no srun).
+        ValueError: two configs are equal, an option is invalid, or a folder has another format version.
+        RuntimeError: submitit is not installed, or this machine cannot submit jobs (it has no srun).
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
@@ -157,7 +168,7 @@ def submit(
         raise RuntimeError("cluster='slurm' needs submitit; pip install submitit, or use cluster='local'") from None
     experiment = waiting[0].experiment
     folder = root.resolve() / experiment / ".slurm"
-    # A run may be requeued as often as it takes: it stops by itself when it has taken its steps.
+    # The number of requeues needs no limit, because a run ends after its last step.
     executor = submitit.AutoExecutor(folder=folder, cluster="slurm", slurm_max_num_timeout=10_000)
     executor.update_parameters(name=experiment, **parameters)
     return [job.job_id for job in executor.submit_array([Task(c, root.resolve(), each) for c in waiting])]

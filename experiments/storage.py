@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, checked when they are read back."""
+"""Files of a run: written atomically, and checked when they are read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optimizer.partition.documents import parse_json
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path``: the old file or the new one, never a part."""
+    """Write ``content`` to ``path`` atomically: a reader sees the old file or the new one, never a partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,13 +26,13 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # on a full disk a part of a file would keep it full
+    except OSError:  # On a full disk, the partial file would keep the disk full.
         temporary.unlink(missing_ok=True)
         raise
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's names, so that a rename survives a power cut."""
+    """Flush a folder's directory entries, so that a rename survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,15 +41,15 @@ def sync_folder(path: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """JSON, indented, atomic."""
+    """Write a document as indented JSON, atomically."""
     write_atomic(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """JSON, or None where there is no such file.
+    """Read a JSON file; return None if it does not exist.
 
     Raises:
-        ValueError: the file is not JSON, or names a key twice.
+        ValueError: the file is not JSON, or an object in it has a key twice.
     """
     if not path.is_file():
         return None
@@ -60,14 +60,14 @@ def read_json(path: Path) -> Any:
 
 
 def require_writable(folder: Path, argument: str) -> None:
-    """Make a folder that results go to, and check that files can be made in it.
+    """Create a results folder and check that files can be created in it.
 
     Args:
-        folder: which.
-        argument: its name on the command line.
+        folder: the folder.
+        argument: name of the command-line argument, for the message.
 
     Raises:
-        PermissionError: they cannot.
+        PermissionError: the folder or a file in it cannot be created.
     """
     probe = folder / f".probe.{os.getpid()}"
     try:
@@ -82,10 +82,10 @@ def require_writable(folder: Path, argument: str) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder: no other process works on it meanwhile. The lock goes when the process does.
+    """Lock a run's folder, so that no other process works on it. The lock ends with the process at the latest.
 
     Raises:
-        SystemExit: another process holds it.
+        SystemExit: another process has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -100,7 +100,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran on, for its results folder."""
+    """Return the versions and the machine that a run uses, for its results folder."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,8 +1,9 @@
-"""One trainer. ``python -m experiments.train byte-llama --lr 1e-3``, or under torchrun for DDP and FSDP2.
+"""Train one config: ``python -m experiments.train byte-llama --lr 1e-3``, under torchrun for DDP and FSDP2.
 
-Leaves ``results/<experiment>/<hash>/{config.json, environment.json, metrics.jsonl, status.json}``. A finished run is
-not run again, a failed one stays recorded as failed (and is tried again), a killed one goes on from its newest whole
-checkpoint to the same bits: the data order is a pure function of the step. docs/training.md says what survives what.
+A run writes ``results/<experiment>/<hash>/{config.json, environment.json, metrics.jsonl, status.json}``. A finished run
+is not repeated. A failed run is recorded as failed, and the same command starts it again. A killed run resumes from its
+newest valid checkpoint and gives the same bits, because the data order is a pure function of the step.
+docs/training.md lists which failures a run survives.
 """
 
 from __future__ import annotations
@@ -39,27 +40,27 @@ logger = logging.getLogger("experiments")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then linear decay to zero; ``step`` counts from 0."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then linear decay to zero."""
     warm = max(1, round(config.warmup * config.steps))
     return config.lr * min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm))
 
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean loss over fixed batches of equal size."""
+    """Return the mean loss over fixed batches of equal size."""
     return sum(lm_loss(model, batch).item() for batch in batches) / len(batches)
 
 
 def run_folder(root: Path, config: TrainConfig) -> Path:
-    """Where a config's results lie."""
+    """Return the folder of a config's results."""
     return root / config.experiment / config.hash
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The content of a run's ``status.json``; empty where there is none.
+    """Return the content of a run's ``status.json``, or an empty dict if there is no such file.
 
     Raises:
-        ValueError: the folder was written under another format version, or is damaged.
+        ValueError: the folder has another format version, or is damaged.
     """
     status = read_json(folder / "status.json")
     if status is None:
@@ -75,28 +76,28 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def finished(folder: Path) -> bool:
-    """Whether the run in a folder has come to its end (a divergence is one).
+    """Return whether the run in a folder has ended, finished or diverged.
 
     Raises:
-        ValueError: as ``read_status``.
+        ValueError: the folder has another format version, or is damaged.
     """
     return read_status(folder).get("state") in ("finished", "diverged")
 
 
 class Refused(ValueError):
-    """A run that cannot start as it was asked for; the message names the value and the next action."""
+    """A run cannot start with these arguments; the message names the value and the next action."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run is run: nothing here is part of the config or its hash."""
+    """Options of a run that are not part of its config or its hash."""
 
     parallel: Parallel = "ddp"
-    """What several processes do: ddp (each holds everything) or fsdp2 (each holds a slab of every tensor)."""
+    """Parallelism of several processes: ddp (each has the whole model) or fsdp2 (each has a shard of every tensor)."""
     keep: int = 2
-    """Checkpoints kept while the run is under way."""
+    """Number of checkpoints that stay on disk during the run."""
     device: Device = "cpu"
-    """Where to compute."""
+    """Device to train on."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -107,17 +108,17 @@ DEFAULTS = Options()
 
 
 def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[str, Any]:
-    """Run a config to its end, or until SIGTERM or SIGINT, from wherever it stands.
+    """Train a config to its end or until SIGTERM or SIGINT, starting from its newest checkpoint if there is one.
 
-    Every process of a group calls it alike.
+    Every process of a group calls this function with the same arguments.
 
     Returns:
-        the content of ``status.json``; its state is ``finished``, ``diverged`` or ``interrupted``.
+        The content of ``status.json``; its state is ``finished``, ``diverged`` or ``interrupted``.
 
     Raises:
-        Refused: a ValueError; a batch that does not divide over the processes, sizes that the data does not fit, or
-            checkpoints of another run.
-        ValueError: files of another release, or damaged ones.
+        Refused: the batch does not divide over the processes, the data does not fit the model's sizes, or the
+            checkpoints belong to another run. Refused is a ValueError.
+        ValueError: a file has another format version, or is damaged.
     """
     config = config.with_rules_hash()
     folder = run_folder(root, config)
@@ -147,29 +148,33 @@ def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[
 
 
 class _Run:
-    """One run in flight: model, optimizer, data, and the records so far."""
+    """The state of one run: model, optimizer, data, and the records so far."""
 
     def __init__(self, config: TrainConfig, folder: Path, options: Options, interruption: Interruption) -> None:
         self.config, self.folder, self.interruption = config, folder, interruption
         self.team = team = Team.here(options.parallel, options.device, config.batch)
         if team.rank == 0:
-            for torn in folder.glob(".*.tmp"):
-                torn.unlink()
-            how = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
-            write_json(folder / "environment.json", {**environment(), **how})
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink()
+            processes = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
+            write_json(folder / "environment.json", {**environment(), **processes})
         self._seed()
         self.model = build(config.model, config.seed).to(team.device)
         self.parallel = team.wrap(self.model)
         self.optimizer = make_optimizer(
-            self.model, config.arm, lr=config.lr, betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay, seed=config.seed,
-        )  # fmt: skip
+            self.model,
+            config.arm,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+        )
         require_coverage(self.model, self.optimizer)
         self.corpus = data.load(config.data)
         if self.corpus.vocab > config.model.vocab:
             raise ValueError(
                 f"model.vocab={config.model.vocab} must be at least {self.corpus.vocab}, the tokens of "
-                f"data={config.data!r}; raise it, or choose other data"
+                f"data={config.data!r}; increase it, or choose other data"
             )
         batches = data.fixed_batches(self.corpus.validation, config.eval_batches, config.batch, config.seq_len)
         is_mlp = isinstance(config.model, MLPConfig)
@@ -183,6 +188,7 @@ class _Run:
         self._resume()
 
     def go(self) -> dict[str, Any]:
+        """Train to the end, a divergence or a signal, and return the status."""
         config = self.config
         logger.info("config %s", json.dumps(config.to_dict(), sort_keys=True))
         started = time.perf_counter() - self.seconds
@@ -194,7 +200,7 @@ class _Run:
                     return self._status("diverged")
                 if self.step % config.eval_every == 0 or self.step == config.steps:
                     self._record(loss)
-                    if not math.isfinite(self.records[-1]["val_loss"]):  # the last step alone can spoil the weights
+                    if not math.isfinite(self.records[-1]["val_loss"]):  # The last update can make the weights NaN.
                         return self._status("diverged")
                 if self.step == config.steps:
                     break
@@ -210,10 +216,10 @@ class _Run:
         return self._status("finished")
 
     def _one_step(self) -> float:
-        """One optimizer step on this process's rows of the global batch; the loss is the global batch's."""
+        """Take one optimizer step on this process's rows of the global batch; return the global batch's loss."""
         config = self.config
         batch = self.sample(self.corpus.train, config.seed, self.step, config.batch, config.seq_len)
-        loss = lm_loss(self.parallel, self.team.own(batch))
+        loss = lm_loss(self.parallel, self.team.local_rows(batch))
         loss.backward()
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -222,21 +228,27 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        shown, self.stopping = self.team.agree(loss.detach(), bool(self.interruption.signal))
-        return shown
+        global_loss, self.stopping = self.team.agree(loss.detach(), bool(self.interruption.signal))
+        return global_loss
 
     def _record(self, loss: float) -> None:
-        """Every process takes part in the validation: under FSDP2 none has a whole model."""
+        """Compute the validation loss and store a record.
+
+        Every process has to call this method, because under FSDP2 no process has the whole model.
+        """
         record = {
-            "step": self.step, "tokens": self.step * self.config.batch * self.config.seq_len, "train_loss": loss,
-            "val_loss": validation_loss(self.model, self.validation), "lr": learning_rate(self.config, self.step - 1),
+            "step": self.step,
+            "tokens": self.step * self.config.batch * self.config.seq_len,
+            "train_loss": loss,
+            "val_loss": validation_loss(self.model, self.validation),
+            "lr": learning_rate(self.config, self.step - 1),
             "seconds": round(self.seconds, 3),
-        }  # fmt: skip
+        }
         self.records.append(record)
         logger.info("step %(step)d train %(train_loss).4f val %(val_loss).4f lr %(lr).2e", record)
         try:
             self._write_records()
-        except OSError as error:  # a full disk, maybe with a checkpoint in flight; the next record writes them all
+        except OSError as error:  # The disk may be full for a moment. The next record writes all records again.
             logger.error("the records up to step %d were not written, training goes on: %s", self.step, error)
 
     def _write_records(self) -> None:
@@ -245,27 +257,29 @@ class _Run:
             write_atomic(self.folder / "metrics.jsonl", lines.encode())
 
     def _stop(self) -> dict[str, Any]:
-        number = self.interruption.signal or signal.SIGTERM  # it may have come to another process
+        number = self.interruption.signal or signal.SIGTERM  # 0 here means that another process received the signal.
         saved = self.checkpoints.wait()
         logger.warning(
-            "%s: stopped after step %d, %s; the same command goes on", signal.Signals(number).name, self.step,
+            "%s: stopped after step %d, %s; the same command resumes the run",
+            signal.Signals(number).name,
+            self.step,
             "saved" if saved else "NOT saved: the checkpoint before it will be used",
-        )  # fmt: skip
+        )
         return {**self._status("interrupted"), "signal": int(number)}
 
     def _resume(self) -> None:
-        found = self.checkpoints.newest()
-        if found is None:
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is None:
             return
-        self.checkpoints.load(found, State(self.model, self.optimizer))
-        progress = found.manifest["progress"]
-        self.step, self.seconds, self.records = found.step, progress["seconds"], progress["records"]
-        if found.manifest["processes"] != self.team.world:
+        self.checkpoints.load(checkpoint, State(self.model, self.optimizer))
+        progress = checkpoint.manifest["progress"]
+        self.step, self.seconds, self.records = checkpoint.step, progress["seconds"], progress["records"]
+        if checkpoint.manifest["processes"] != self.team.world:
             self._seed()
         logger.info("resumed %s at step %d", self.folder, self.step)
 
     def _seed(self) -> None:
-        """torch's generators from (seed, rank, step): for a start, and where other processes go on."""
+        """Seed torch's generators from (seed, rank, step), at the start and if the number of processes changed."""
         words = f"{self.config.seed} {self.team.rank} {getattr(self, 'step', 0)}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
 
@@ -273,26 +287,38 @@ class _Run:
         last = self.records[-1]["val_loss"] if self.records and state == "finished" else None
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {
-            "state": state, "format_version": FORMAT_VERSION, "steps": self.step, "final_val_loss": last,
-            "parameters": parameters, "second_moment_scalars": second_moment_scalars(self.model, self.config.arm),
-            "data_fingerprint": self.corpus.fingerprint[:16], "seconds": round(self.seconds, 2),
+            "state": state,
+            "format_version": FORMAT_VERSION,
+            "steps": self.step,
+            "final_val_loss": last,
+            "parameters": parameters,
+            "second_moment_scalars": second_moment_scalars(self.model, self.config.arm),
+            "data_fingerprint": self.corpus.fingerprint[:16],
+            "seconds": round(self.seconds, 2),
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            "weights_sha256": weights_sha256(self.model), "failed_checkpoints": self.checkpoints.failures,
-        }  # fmt: skip
+            "weights_sha256": weights_sha256(self.model),
+            "failed_checkpoints": self.checkpoints.failures,
+        }
 
 
 def launch(config: TrainConfig, root: Path, options: Options, threads: int = 0) -> int:
-    """Train as this process's environment says: alone, or as one of those that torchrun started.
+    """Train a config in this process, alone or as one of the processes that torchrun started.
+
+    Args:
+        config: the run.
+        root: results root.
+        options: options of the run that are not part of its config.
+        threads: number of torch threads; 0 keeps torch's default.
 
     Returns:
-        the exit code.
+        The exit code.
 
     Raises:
         SystemExit: another process works on the run.
-        ValueError: negative threads, or as ``train``.
+        ValueError: threads is negative, the run cannot start with its arguments, or a file is damaged.
     """
     if threads < 0:
-        raise Refused(f"threads={threads} must be at least 0; 0 leaves torch's choice")
+        raise Refused(f"threads={threads} must be at least 0; 0 keeps torch's default")
     if threads:
         torch.set_num_threads(threads)
     with process_group(options.device):
@@ -304,29 +330,29 @@ def launch(config: TrainConfig, root: Path, options: Options, threads: int = 0) 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to run, and how."""
+    """The arguments of the command line."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    """The run."""
+    """The run's config."""
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS
-    """How it is run."""
+    """Options of the run that are not part of its config."""
     results: Path = Path("results")
     """Root of the results folders."""
     threads: int = 0
-    """torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 keeps torch's default."""
 
 
 def main() -> None:
-    """The command line: a config's name, then overrides of its fields."""
+    """Run the command line: a config's name, followed by overrides of its fields."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in CONFIGS.items()}
-    with refusals(ValueError, OSError):  # a value out of its range, an arm that is no rule set, a damaged folder
+    with refusals(ValueError, OSError):  # A value is out of range, an arm is no rule set, or a folder is damaged.
         job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
         config = job.config.with_rules_hash()
         require_writable(job.results, "results")
         done = finished(run_folder(job.results, config))
     if not done:
-        with refusals(ValueError, OSError, RuntimeError):  # unknown data, or data that cannot be fetched
+        with refusals(ValueError, OSError, RuntimeError):  # The data is unknown or cannot be downloaded.
             data.load(config.data)
     with refusals(Refused, OSError):
         code = launch(job.config, job.results, job.options, job.threads)

@@ -1,4 +1,4 @@
-"""Curvature of a model: exact where it fits, probed where it does not, and the partition rules that follow.
+"""Measure a model's curvature, exactly if it is small and by probes if it is large, and derive rules from it.
 
 from hessian import HessianOperator, dense, slq, block_norms, block_structure, derive
 H = HessianOperator(model, loss, params, batches)
@@ -13,7 +13,22 @@ from .results import BlockNorms, BlockStructure, SpectralDensity
 from .structure import block_structure, preconditioned_ratio, snr, tau
 
 __all__ = [
-    "BlockNorms", "BlockStructure", "Evidence", "HessianOperator", "LinearMap", "MatrixOperator", "SpectralDensity",
-    "block_norms", "block_structure", "dense", "derive", "extreme_eigenvalues", "jensen_gap", "js_distance",
-    "preconditioned_ratio", "slq", "snr", "tau",
-]  # fmt: skip
+    "BlockNorms",
+    "BlockStructure",
+    "Evidence",
+    "HessianOperator",
+    "LinearMap",
+    "MatrixOperator",
+    "SpectralDensity",
+    "block_norms",
+    "block_structure",
+    "dense",
+    "derive",
+    "extreme_eigenvalues",
+    "jensen_gap",
+    "js_distance",
+    "preconditioned_ratio",
+    "slq",
+    "snr",
+    "tau",
+]

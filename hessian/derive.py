@@ -1,17 +1,18 @@
-"""From measurements to rules: for each role, which unit may share one second-moment scalar, and why.
+"""Derive rules from measurements: for each role, choose the unit that shares one second-moment scalar.
 
-Two questions are asked of every candidate partition of a tensor.
+Two numbers describe every candidate partition of a tensor.
 
-*Does the Hessian see it?* The lift: how much more of |H| lies inside the blocks than inside the blocks of a random
-partition of the same sizes, with the z-score of that permutation null (``structure.block_structure``).
+*The lift* says whether the partition is visible in the Hessian H: how much more of |H| lies inside the blocks than
+inside the blocks of a random partition of the same sizes. The z-score of that permutation null comes with it
+(``structure.block_structure``).
 
-*What does sharing cost?* The Jensen gap of the second moment v: log(mean of v) - mean(log v) inside the blocks. It
-is zero when v is constant in every block. Half of it is the mean log ratio between the learning rate Adam would use
-and the shared one, so it is a predicted cost in the units of the optimizer.
+*The Jensen gap* says what sharing costs: log(mean of v) - mean(log v) inside the blocks, where v is the second moment.
+It is zero if v is constant in every block. Half of it is the mean log ratio between the learning rate that Adam would
+use and the shared one, so it predicts the cost in the units of the optimizer.
 
-Neither suffices alone: blocks that hold all of |H| can still be a poor place to share, and a finer partition always
-has a smaller gap. The rule below uses the first as a gate and the second to choose, and asks finer partitions to
-pay for their scalars. It was fixed before the training runs that test it.
+Neither number suffices alone: v can vary inside blocks that contain all of |H|, and a finer partition always has a
+smaller gap. The decision rule therefore uses the z-score as a gate and the gap to choose, and accepts a finer partition
+only if its gap is clearly smaller. The rule was fixed before the training runs that test it.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from .checks import at_least
 from .probing import check_block_ids
 
 Z_GATE = 6.0
-"""A candidate's structure counts as real when its median z over trained checkpoints exceeds this."""
+"""A candidate's structure counts as real if its median z over trained checkpoints exceeds this value."""
 WORTH = 0.95
-"""A finer candidate must bring the gap to at most this share of a coarser one's."""
+"""A finer candidate replaces a coarser one if its gap is at most this share of the coarser candidate's gap."""
 FLOOR = 1e-6
-"""Second moments below this share of their tensor's mean are raised to it: a factor of 1,000 in learning rate."""
+"""Second moments below this share of their tensor's mean are raised to it: a factor of 1,000 in the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class Evidence:
     """One measurement: one tensor (or part of a fused one), one candidate unit, one checkpoint.
 
     Attributes:
-        model: which model it was measured on.
-        tensor: the parameter's name, with the part's role where it is fused.
+        model: name of the model that was measured.
+        tensor: the parameter's name; for a part of a fused tensor, the part's role follows it.
         role: name of the ``Role``.
         unit: name of the candidate ``Unit``.
         checkpoint: share of training done, 0 to 1.
-        n_params: elements of the tensor.
-        n_blocks: blocks of the candidate partition.
-        mass_inside: share of off-diagonal |H| mass inside the blocks.
-        expected: the same under size-matched random partitions, mean.
-        z: (mass_inside - expected) in standard deviations of the null.
-        mean_ratio: mean |H| entry inside over mean outside.
-        jensen: Jensen gap of v under the candidate.
-        jensen_null: the same under size-matched random partitions, mean.
+        n_params: number of elements of the tensor.
+        n_blocks: number of blocks of the candidate partition.
+        mass_inside: share of the off-diagonal |H| mass that lies inside the blocks.
+        expected: mean of ``mass_inside`` over size-matched random partitions.
+        z: (mass_inside - expected) in standard deviations over the random partitions.
+        mean_ratio: mean |H| entry inside the blocks over the mean outside.
+        jensen: Jensen gap of v under the candidate, in nats.
+        jensen_null: mean Jensen gap over size-matched random partitions, in nats.
     """
 
     model: str
@@ -77,13 +78,13 @@ class Candidate:
     """A unit's evidence for one role, over tensors, models and trained checkpoints.
 
     Attributes:
-        unit: the candidate.
+        unit: name of the candidate ``Unit``.
         blocks_per_parameter: second-moment scalars per element.
-        z: median z against the permutation null.
-        lift: median of mass inside over what the null holds.
-        jensen: gap, averaged with the tensors' sizes as weights: the predicted cost.
-        jensen_null: the null's gap, averaged likewise.
-        n: measurements behind it.
+        z: median z-score against the permutation null.
+        lift: median ratio of the mass inside the blocks to its expectation under the null.
+        jensen: Jensen gap averaged over tensors, weighted by size; this is the predicted cost.
+        jensen_null: Jensen gap of the null averaged over tensors, weighted by size.
+        n: number of measurements.
     """
 
     unit: str
@@ -96,30 +97,30 @@ class Candidate:
 
 
 def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float]:
-    """The Jensen gap of second moments under a partition, and under random partitions of the same sizes.
+    """Return the Jensen gap of second moments under a partition and under random partitions of the same sizes.
 
     Args:
         v: second moments (mean squared gradients), any shape, non-negative.
-        block_ids: int64, as many: the block of every element, numbered 0, 1, ...
-        permutations: random partitions in the null.
-        seed: of the permutations.
+        block_ids: int64, as many elements as v; the block of every element, numbered 0, 1, ...
+        permutations: number of random partitions.
+        seed: seed of the random partitions.
 
     Returns:
-        (gap, mean gap of the null), both in nats and >= 0.
+        (gap, mean gap of the random partitions), both in nats and >= 0.
 
     Raises:
-        TypeError: v or block_ids is no tensor, permutations no integer.
-        ValueError: sizes differ; a second moment is negative or not finite, or all are zero; ids that are not int64
-            or leave out a number; no permutation.
+        TypeError: v or block_ids is not a tensor, or permutations is not an integer.
+        ValueError: the sizes differ; a second moment is negative or not finite, or all are zero; the ids are not int64
+            or skip a number; or permutations is below 1.
     """
     if not isinstance(v, Tensor) or not isinstance(block_ids, Tensor):
         raise TypeError(f"v is a {type(v).__name__}, block_ids a {type(block_ids).__name__}; both must be tensors")
-    at_least("permutations", permutations, 1, "the null is a mean over them")
+    at_least("permutations", permutations, 1, "the null is a mean over random partitions")
     flat, ids = v.detach().reshape(-1).to(torch.float64), block_ids.reshape(-1)
     if flat.numel() != ids.numel():
         raise ValueError(f"v has {flat.numel()} elements but block_ids has {ids.numel()}; give one id per element")
     if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
-        raise ValueError("v must be finite, non-negative and not all zero: mean squared gradients of some batches")
+        raise ValueError("v must be finite, non-negative and not all zero; pass mean squared gradients of some batches")
     check_block_ids(ids, ids.numel())
     flat = flat.clamp_min(FLOOR * float(flat.mean()))
     sizes = torch.bincount(ids).to(torch.float64)
@@ -135,23 +136,23 @@ def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int =
 
 
 def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: Any = None) -> Rules:
-    """Choose a unit for every role there is evidence about.
+    """Choose a unit for every role that has evidence.
 
-    For each role: candidates whose median z over trained checkpoints exceeds ``Z_GATE`` are admitted (one scalar per
-    tensor always is; if nothing else passes, every candidate is); starting from the fewest scalars, a finer
-    candidate replaces a coarser one when its gap is at most ``WORTH`` of the coarser's. Roles without evidence keep
-    the unit they have in ``adam_mini``.
+    The choice for a role has two steps. First, candidates whose median z over trained checkpoints exceeds ``Z_GATE``
+    are admitted; one scalar per tensor is always admitted, and if no candidate passes the gate, all are admitted. Then,
+    starting from the fewest scalars, a finer candidate replaces a coarser one if its gap is at most ``WORTH`` times the
+    coarser candidate's gap. Roles without evidence keep the unit that they have in ``adam_mini``.
 
     Args:
-        evidence: measurements; those at checkpoint 0 are kept in the file but do not vote, unless there are no others.
+        evidence: measurements; those at checkpoint 0 are stored, but used for the choice only if there are no others.
         name: the rule set's name.
-        provenance: how the measurements were made (seeds, models, versions), stored as given.
+        provenance: how the measurements were made (seeds, models, versions); stored unchanged.
 
     Returns:
-        Rules whose ``evidence`` holds the candidates, the choice and its reason for every role, and the raw table.
+        Rules whose ``evidence`` contains the candidates, the choice and its reason for every role, and all rows.
 
     Raises:
-        ValueError: no evidence, or a row of it with an unknown role or unit, without elements or blocks, or with a NaN.
+        ValueError: there is no evidence, or a row has an unknown role or unit, no elements, no blocks, or a NaN.
     """
     if not evidence:
         raise ValueError("derive needs at least one Evidence row; `make hessian` measures them")
@@ -163,28 +164,35 @@ def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: A
         candidates = _candidates([row for row in trained if row.role == role])
         chosen, why = _choose(candidates)
         units[role] = chosen.unit
-        choices[role] = {"unit": chosen.unit, "predicted_cost": chosen.jensen, "why": why,
-                         "candidates": [asdict(candidate) for candidate in candidates]}  # fmt: skip
+        choices[role] = {
+            "unit": chosen.unit,
+            "predicted_cost": chosen.jensen,
+            "why": why,
+            "candidates": [asdict(candidate) for candidate in candidates],
+        }
     for missing in (role.value for role in Role if role.value not in units):
         choices[missing] = {"unit": Rules("adam_mini")[Role(missing)].value, "why": "not measured: as in adam_mini"}
     return Rules(
         name,
         units,
         description="Chosen by the Hessian laboratory: permutation-null structure as the gate, Jensen gap as the cost.",
-        evidence={"rule": {"z_gate": Z_GATE, "worth": WORTH, "floor": FLOOR}, "choices": choices,
-                  "table": [asdict(row) for row in evidence]},
+        evidence={
+            "rule": {"z_gate": Z_GATE, "worth": WORTH, "floor": FLOOR},
+            "choices": choices,
+            "table": [asdict(row) for row in evidence],
+        },
         provenance=provenance,
-    )  # fmt: skip
+    )
 
 
 def _check(evidence: Sequence[Evidence]) -> None:
-    """Raise ValueError, naming the row and the field, for evidence that no rule can be derived from."""
+    """Raise ValueError, naming the row and the field, if a row of evidence is not valid."""
     roles, units = {role.name for role in Role}, {unit.name for unit in Unit}
     for i, row in enumerate(evidence):
         where = f"evidence[{i}] ({row.model}, {row.tensor}, {row.unit})"
-        for field, value, known in (("role", row.role, roles), ("unit", row.unit, units)):
-            if value not in known:
-                raise ValueError(f"{where} has {field}={value!r}; it must be one of {sorted(known)}")
+        for field, value, valid in (("role", row.role, roles), ("unit", row.unit, units)):
+            if value not in valid:
+                raise ValueError(f"{where} has {field}={value!r}; it must be one of {sorted(valid)}")
         if row.n_params < 1 or row.n_blocks < 1:
             raise ValueError(f"{where} has n_params={row.n_params}, n_blocks={row.n_blocks}; both must be at least 1")
         for field in ("z", "mass_inside", "expected", "jensen", "jensen_null", "checkpoint"):
@@ -193,27 +201,27 @@ def _check(evidence: Sequence[Evidence]) -> None:
 
 
 def _candidates(rows: Sequence[Evidence]) -> list[Candidate]:
-    """Evidence for one role, one entry per unit, fewest scalars first."""
+    """Combine the evidence for one role into one candidate per unit, fewest scalars first."""
     out = []
     for unit in dict.fromkeys(row.unit for row in rows):
-        mine = [row for row in rows if row.unit == unit]
-        weight = sum(row.n_params for row in mine)
+        unit_rows = [row for row in rows if row.unit == unit]
+        weight = sum(row.n_params for row in unit_rows)
         out.append(
             Candidate(
                 unit=unit,
-                blocks_per_parameter=sum(row.n_blocks for row in mine) / weight,
-                z=_median([row.z for row in mine]),
-                lift=_median([row.mass_inside / row.expected if row.expected > 0 else 1.0 for row in mine]),
-                jensen=sum(row.n_params * row.jensen for row in mine) / weight,
-                jensen_null=sum(row.n_params * row.jensen_null for row in mine) / weight,
-                n=len(mine),
+                blocks_per_parameter=sum(row.n_blocks for row in unit_rows) / weight,
+                z=_median([row.z for row in unit_rows]),
+                lift=_median([row.mass_inside / row.expected if row.expected > 0 else 1.0 for row in unit_rows]),
+                jensen=sum(row.n_params * row.jensen for row in unit_rows) / weight,
+                jensen_null=sum(row.n_params * row.jensen_null for row in unit_rows) / weight,
+                n=len(unit_rows),
             )
         )
     return sorted(out, key=lambda candidate: candidate.blocks_per_parameter)
 
 
 def _choose(candidates: Sequence[Candidate]) -> tuple[Candidate, str]:
-    """The decision rule, and the decision in words."""
+    """Apply the decision rule; return the chosen candidate and the reason in words."""
     passing = [c for c in candidates if c.z > Z_GATE]
     admitted = [c for c in candidates if c in passing or c.unit == Unit.TENSOR.value] if passing else list(candidates)
     chosen, steps = admitted[0], [f"{admitted[0].unit} (gap {admitted[0].jensen:.3f})"]

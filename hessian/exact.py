@@ -1,4 +1,4 @@
-"""The Hessian as a matrix, where it fits."""
+"""The Hessian as a dense matrix, for models small enough that it fits in memory."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ def dense(
     max_bytes: int = DEFAULT_MAX_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Every column of an operator.
+    """Compute every column of an operator.
 
-    Memory beyond the result is that of one chunk of products.
+    In addition to the result, memory is needed for one chunk of products.
 
     Args:
         operator: ``HessianOperator`` or any ``LinearMap``.
-        chunk: columns asked for at a time.
-        max_bytes: refuse a larger result.
+        chunk: number of columns computed at a time.
+        max_bytes: raise an error if the result would be larger.
         progress: called with (columns done, columns in all) after each chunk.
 
     Returns:
-        [n, n], column j the product with the j-th unit vector; symmetric up to rounding.
+        [n, n]; column j is the product with the j-th unit vector. Symmetric up to rounding.
 
     Raises:
-        TypeError: a chunk that is no integer.
-        ValueError: the result would be larger than ``max_bytes``, or a chunk below 1.
+        TypeError: chunk is not an integer.
+        ValueError: the result would be larger than ``max_bytes``, or chunk is below 1.
     """
-    at_least("chunk", chunk, 1, "how many products are asked for at a time")
+    at_least("chunk", chunk, 1, "it is the number of products computed at a time")
     n = operator.shape[0]
     needed = n * n * operator.dtype.itemsize
     if needed > max_bytes:

@@ -1,4 +1,4 @@
-"""Spectra from products alone: stochastic Lanczos quadrature, extreme eigenvalues, distances between spectra."""
+"""Spectra from matrix-vector products: stochastic Lanczos quadrature, extreme eigenvalues, distances of spectra."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def slq(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> SpectralDensity:
-    """Stochastic Lanczos quadrature with full reorthogonalisation.
+    """Estimate an operator's spectral density by stochastic Lanczos quadrature with full reorthogonalisation.
 
-    Every probe is a random sign vector; ``steps`` Lanczos steps on it give a quadrature of its spectral measure, whose
-    mean over probes estimates the density of eigenvalues (Ghorbani et al., arXiv 1901.10159). Probes advance together,
-    one block product per step. Recurrences are in float64 whatever the operator's dtype; each new vector is
-    orthogonalised twice against all before it, so no eigenvalue appears twice.
+    Every probe is a random sign vector. ``steps`` Lanczos steps from it give a quadrature of its spectral measure. The
+    mean over probes estimates the density of eigenvalues (Ghorbani et al., arXiv 1901.10159). All probes advance
+    together, with one block product per step. Recurrences run in float64 for every dtype of the operator. Each new
+    vector is orthogonalised twice against all earlier ones, so no eigenvalue appears twice.
 
     Args:
         operator: symmetric, order n.
-        steps: Lanczos steps; beyond n there is nothing left to find.
+        steps: Lanczos steps; more than n steps give nothing new.
         probes: random start vectors, >= 2 for standard errors.
-        seed: of the start vectors.
+        seed: seed of the start vectors.
         progress: called with (steps done, steps in all).
 
     Returns:
-        ``SpectralDensity``. Where a probe's Krylov space ends early, its remaining nodes have weight 0.
+        ``SpectralDensity``. If a probe's Krylov space ends early, its remaining nodes have weight 0.
 
     Raises:
-        TypeError: steps or probes that are no integers.
-        ValueError: steps or probes < 1, or products with NaN or infinite entries.
+        TypeError: steps or probes is not an integer.
+        ValueError: steps or probes is below 1, or a product has NaN or infinite entries.
     """
     at_least("steps", steps, 1)
     at_least("probes", probes, 1)
     n = operator.shape[0]
-    asked, steps = steps, min(steps, n)
+    requested_steps, steps = steps, min(steps, n)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (n, probes), generator=generator).mul_(2).sub_(1)
     current = (signs.to(torch.float64) / math.sqrt(n)).to(operator.device)
@@ -59,26 +59,26 @@ def slq(
         product = operator.matmat(current.to(operator.dtype)).to(torch.float64)
         finite("a product of the operator", product)
         alpha[step] = (product * current).sum(0)
-        known = basis[: step + 1]
+        earlier = basis[: step + 1]
         for _ in range(2):
-            product = product - torch.einsum("snp,sp->np", known, torch.einsum("snp,np->sp", known, product))
+            product = product - torch.einsum("snp,sp->np", earlier, torch.einsum("snp,np->sp", earlier, product))
         beta[step] = product.norm(dim=0)
         scale = torch.maximum(scale, alpha[step].abs() + beta[step])
-        # An invariant subspace is reached when what is left is rounding; the probe then rests at zero.
+        # A remainder of the size of rounding means an invariant subspace. The probe's vectors are zero from then on.
         alive = beta[step] > 1e-10 * scale if operator.dtype == torch.float64 else beta[step] > 1e-5 * scale
         beta[step] = torch.where(alive, beta[step], 0.0)
         current = torch.where(alive, product / beta[step].clamp_min(1e-300), 0.0)
         if progress is not None:
             progress(step + 1, steps)
     nodes, weights = zip(*(_quadrature(alpha[:, p].cpu(), beta[:, p].cpu()) for p in range(probes)), strict=True)
-    pad = (0, asked - steps)
+    pad = (0, requested_steps - steps)
     return SpectralDensity(
         torch.nn.functional.pad(torch.stack(nodes), pad), torch.nn.functional.pad(torch.stack(weights), pad), n
     )
 
 
 def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of one probe's tridiagonal matrix, padded with weight 0 behind its end."""
+    """Return nodes and weights of one probe's tridiagonal matrix; entries after its end have weight 0."""
     ended = (beta[:-1] == 0).nonzero()
     length = int(ended[0]) + 1 if len(ended) else len(alpha)
     tridiagonal = torch.diag(alpha[:length])
@@ -92,16 +92,22 @@ def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed: int = 0) -> Tensor:
-    """The k eigenvalues scipy's ``eigsh`` calls ``which`` ("LM", "LA", "SA", ...), in descending order, float64 [k].
+    """Return k eigenvalues from one end of the spectrum, in descending order, float64 [k].
+
+    Args:
+        operator: symmetric, order n.
+        k: number of eigenvalues, below n.
+        which: the end of the spectrum, as in scipy's ``eigsh``: "LM", "LA", "SA", ...
+        seed: seed of the start vector.
 
     Raises:
-        TypeError: k is no integer.
-        ValueError: k < 1, or k >= n, where Lanczos has no room: take ``torch.linalg.eigvalsh(dense(operator))``.
+        TypeError: k is not an integer.
+        ValueError: k is below 1, or k >= n; for all n use ``torch.linalg.eigvalsh(dense(operator))``.
     """
     at_least("k", k, 1)
     if k >= operator.shape[0]:
         raise ValueError(
-            f"k={k} must be below the operator's order {operator.shape[0]}; for all eigenvalues take "
+            f"k={k} must be below the operator's order {operator.shape[0]}; for all eigenvalues use "
             "torch.linalg.eigvalsh(dense(operator))"
         )
     start = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -112,24 +118,25 @@ def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed
 
 
 def js_distance(first: Tensor, second: Tensor, *, sigma: float = 0.2, points: int = 512) -> float:
-    """Jensen-Shannon distance between the densities of two sets of eigenvalues.
+    """Return the Jensen-Shannon distance between the densities of two sets of eigenvalues.
 
-    Blocks' eigenvalues differ by orders of magnitude, so densities are compared on the axis asinh(x / s), linear near
-    zero and logarithmic beyond, with s the geometric mean of the two median absolute eigenvalues; Gaussians of standard
-    deviation ``sigma`` on that axis smooth them (the measure of arXiv 2402.16788, on a scale of our choice).
+    Eigenvalues of different blocks differ by orders of magnitude. The densities are therefore compared on the axis
+    asinh(x / s), which is linear near zero and logarithmic beyond; s is the geometric mean of the two median absolute
+    eigenvalues. Gaussians of standard deviation ``sigma`` on that axis smooth the densities. The distance is that of
+    arXiv 2402.16788; the axis is a choice of this project.
 
     Args:
-        first: eigenvalues, any number.
-        second: eigenvalues, any number.
+        first: eigenvalues, any number of them.
+        second: eigenvalues, any number of them.
         sigma: smoothing width on the asinh axis.
-        points: grid size.
+        points: number of grid points.
 
     Returns:
         The square root of the Jensen-Shannon divergence in bits, 0 (equal) to 1 (disjoint).
 
     Raises:
-        TypeError: points that are no integer.
-        ValueError: no eigenvalues, or NaN or infinite ones; sigma that is not positive, fewer than two points.
+        TypeError: points is not an integer.
+        ValueError: a set has no eigenvalues, or NaN or infinite ones; sigma is not positive; or points is below 2.
     """
     positive_sigma(sigma)
     at_least("points", points, 2, "a density needs a grid")
@@ -137,7 +144,7 @@ def js_distance(first: Tensor, second: Tensor, *, sigma: float = 0.2, points: in
         if values.numel() == 0 or not bool(torch.isfinite(values).all()):
             raise ValueError(
                 f"{name} holds {values.numel()} eigenvalues; at least one is needed and all must be finite: leave that "
-                "block out"
+                "block out of the comparison"
             )
     first, second = first.flatten().to(torch.float64), second.flatten().to(torch.float64)
     typical = [max(float(x.abs().median()), 1e-3 * float(x.abs().max()), 1e-300) for x in (first, second)]

@@ -1,8 +1,7 @@
 """The Hessian of a mean loss as a linear operator over any subset of a model's parameters.
 
-Algorithms need no more of an operator than ``LinearMap``: shape, dtype, device and products with blocks of vectors.
-Any symmetric matrix can stand in for a model's Hessian (``MatrixOperator``), so each can be tested where the answer is
-known.
+Algorithms use only ``LinearMap``: shape, dtype, device and products with blocks of vectors. ``MatrixOperator`` wraps
+any symmetric matrix as such an operator, so every algorithm can be tested on a matrix whose answer is known.
 """
 
 from __future__ import annotations
@@ -25,34 +24,37 @@ from .weights import Weighing, counted
 
 logger = logging.getLogger("hessian")
 LINEARISE_AFTER = 128
-"""Columns after which tracing the products pays (it costs about as much as that many of them)."""
+"""Number of columns after which products are traced; tracing costs about as much as this many products."""
 
 
 class LinearMap(Protocol):
-    """What the algorithms ask of a symmetric operator."""
+    """The interface of a symmetric operator that the algorithms use."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, n)."""
+        """Order of the operator, as (n, n)."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the vectors it takes and gives."""
+        """Dtype of the vectors and of the products."""
 
     @property
     def device(self) -> torch.device:
-        """Where they lie."""
+        """Device of the vectors and of the products."""
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """[n, k] -> [n, k]."""
+        """Multiply a block of vectors, [n, k] -> [n, k]."""
 
 
 class MatrixOperator:
     """A symmetric matrix as an operator.
 
+    Args:
+        matrix: [n, n], symmetric up to rounding.
+
     Raises:
-        TypeError: not a floating-point tensor.
-        ValueError: not square, empty, not finite or not symmetric.
+        TypeError: the matrix is not a floating-point tensor.
+        ValueError: the matrix is not square, is empty, is not finite, or is not symmetric.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -60,20 +62,20 @@ class MatrixOperator:
         off, allowed = float((matrix - matrix.T).abs().max()), symmetry.tolerance(matrix.dtype)
         if off > allowed * float(matrix.abs().max()):
             raise ValueError(
-                f"matrix is not symmetric: it differs from its transpose by {off:.2g}; every algorithm here takes it "
-                "to be: pass (matrix + matrix.T) / 2 if that is what is meant"
+                f"matrix is not symmetric: it differs from its transpose by {off:.2g}, but every algorithm here needs "
+                "a symmetric matrix: pass (matrix + matrix.T) / 2 if you mean its symmetric part"
             )
         self.matrix = matrix
         self.shape = (len(matrix), len(matrix))
         self.dtype, self.device = matrix.dtype, matrix.device
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """[n, k] -> [n, k]."""
+        """Multiply a block of vectors, [n, k] -> [n, k]."""
         return self.matrix @ vectors
 
 
 class _LossModule(nn.Module):
-    """loss(model, batch) as a forward pass, so that the model's parameters can be swapped by name."""
+    """A module whose forward pass is loss(model, batch), so that ``functional_call`` can replace the parameters."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -88,36 +90,38 @@ class HessianOperator:
     """The Hessian of the mean loss over all examples of all batches.
 
     ``H @ v`` and ``H.matmat(V)`` are exact products (forward-over-reverse, Pearlmutter 1994, under ``vmap``); no matrix
-    is formed. The model is read only: weights, buffers, ``.grad`` and ``requires_grad`` stay as they are. The Hessian
-    is that of the weights at construction; leave the model alone while the operator is in use. torch's fused attention
-    kernels have no second derivative, so the math kernel takes their place inside; so do plain operations for
-    ``mse_loss``, ``huber_loss`` and weight normalisation, whose second derivatives torch lacks or gets wrong.
+    is formed. The operator only reads the model: weights, buffers, ``.grad`` and ``requires_grad`` do not change. The
+    Hessian is taken at the weights at construction; do not change the model while the operator is in use. torch's fused
+    attention kernels have no second derivative, so the operator uses the math kernel. It also uses plain operations for
+    ``mse_loss``, ``huber_loss`` and weight normalisation, whose second derivatives torch lacks or computes wrongly.
 
-    Construction costs two products per batch, which show whether the Hessian is symmetric, a few forward passes, which
-    show whether the loss is a mean and the same each time, and, with several batches, up to two products of two batches
-    together, which show what the loss is a mean over: the weights of batches follow from that.
+    Construction computes two products per batch to check that the Hessian is symmetric, and a few forward passes to
+    check that the loss is deterministic and a mean. With several batches, it also computes up to two products of two
+    batches joined into one. They show what the loss is a mean over, which determines the weights of the batches.
 
-    After ``LINEARISE_AFTER`` columns each batch's product is traced once into a straight-line linear program (one
-    gradient's intermediates are kept), which spares every later chunk the gradient itself and its dispatch.
+    After ``LINEARISE_AFTER`` columns, each batch's product is traced once into a straight-line linear program that
+    stores the intermediates of one gradient. Later chunks then need not compute the gradient again.
 
     Args:
         model: the model, in eval mode if it has dropout or batch normalisation.
         loss: ``loss(model, batch)`` -> 0-dim tensor, the mean over the batch.
-        params: name -> tensor (the model's own, or other values to take the Hessian at); None for all trainable ones.
-            The vector order is this order, each tensor flattened row-major.
+        params: name -> tensor: the model's parameters, or other values at which to take the Hessian; None for all
+            trainable parameters. Vectors follow the order of this dict, each tensor flattened row-major.
         batches: batches of one structure; they may differ in size.
-        count: what a batch's loss is a mean over, as a function of the batch: its number of examples, or of predicted
-            tokens (labels other than -100, the first of each row left out for a causal language model). It weights the
-            batch, and is taken as given. Default: found from the batches (rows, entries, labels, masks) and the loss;
-            refused where that leaves a doubt.
-        mean_check: False for losses that compare the examples of a batch with each other (contrastive ones): the loss
-            of the same examples twice is not asked to be the same, nor that of two batches together to be their mean.
-            The operator is then the Hessian of the weighted mean of the batches' losses.
-        chunk: vectors per pass in ``matmat``; small chunks stay in cache and bound memory.
+        count: function of a batch that returns what its loss is a mean over: the number of examples, or of predicted
+            tokens (labels other than -100, without the first of each row for a causal language model). The batch is
+            weighted by it, without a check. By default the count is inferred from the batches (rows, entries, labels,
+            masks) and the loss; if the inference is ambiguous, an error is raised.
+        mean_check: False for losses that compare the examples of a batch with each other, such as contrastive losses.
+            The operator then does not check that the loss stays equal if every example occurs twice, nor that the loss
+            of two joined batches is the mean of their losses. It is the Hessian of the weighted mean of the batches'
+            losses.
+        chunk: number of vectors per pass in ``matmat``; small chunks stay in cache and bound memory.
 
     Raises:
-        ValueError, TypeError: see ``hessian.checks``.
-        RuntimeError: something in the model has no second derivative.
+        TypeError: params, a batch or the loss has the wrong type.
+        ValueError: params, a batch or the loss is not usable: empty, not finite, random, not a mean, or asymmetric.
+        RuntimeError: an operation in the model has no second derivative.
 
     Example:
         >>> H = HessianOperator(model, loss, dict(model.named_parameters()), batches)
@@ -136,31 +140,31 @@ class HessianOperator:
         chunk: int = 16,
     ) -> None:
         checks.at_least("chunk", chunk, 1)
-        own = checks.own_parameters(model, params)
+        tensors = checks.checked_parameters(model, params)
         checks.deterministic(model)
         self._batches = checks.usable_batches(batches)
         self._module = _LossModule(model, loss)
-        self._theta = {name: tensor.detach().clone() for name, tensor in own.items()}
+        self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._sizes = [tensor.numel() for tensor in own.values()]
+        self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
         self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
         self._columns_asked = 0
         self._programs: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
-        first = next(iter(own.values()))
+        first = next(iter(tensors.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shape = (sum(self._sizes), sum(self._sizes))
         with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
             with torch.no_grad():
                 checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
-            checks.dependence(self._reverse_gradients, list(own), self._batches)
+            checks.dependence(self._reverse_gradients, list(tensors), self._batches)
         self._choose_mode(self._batches[0])
         self._weights = self._weigh(model, count, mean_check)
         if not self._forward_mode:
             warnings.warn(
-                f"the loss has no forward-mode second derivative ({self._no_forward_mode}): products are taken reverse "
-                "over reverse and cannot be traced, so that each of them computes the gradient again; plain torch "
-                "operations in place of the one named make them faster",
+                f"the loss has no forward-mode second derivative ({self._no_forward_mode}): products are computed "
+                "reverse over reverse and cannot be traced, so each of them computes the gradient again; for faster "
+                "products replace the named operation with plain torch operations",
                 stacklevel=2,
             )
 
@@ -177,42 +181,42 @@ class HessianOperator:
         return functional_call(self._module, swapped, (batch,), tie_weights=True)
 
     def _reverse_gradients(self, batch: Any, names: list[str]) -> dict[str, Tensor | None]:
-        """Plain gradients, None where the loss does not depend on a parameter."""
+        """Return gradients by reverse mode, None for a parameter that the loss does not depend on."""
         theta = {name: tensor.clone().requires_grad_(name in names) for name, tensor in self._theta.items()}
         try:
             value = self._value(theta, batch)
             if not value.requires_grad:
                 return dict.fromkeys(names)
-            found = torch.autograd.grad(value, [theta[name] for name in names], allow_unused=True)
+            grads = torch.autograd.grad(value, [theta[name] for name in names], allow_unused=True)
         except RuntimeError as error:
             if checks.checkpointed(error):
                 raise checks.second_derivative(error) from error
             raise
-        reentrant = "CheckpointFunctionBackward"  # hides what the module inside it depends on
-        if None in found and any(node.name() == reentrant for node in symmetry.graph_of(value)):
+        reentrant = "CheckpointFunctionBackward"  # This node hides the parameters used inside it from autograd.
+        if None in grads and any(node.name() == reentrant for node in symmetry.graph_of(value)):
             raise RuntimeError(checks.CHECKPOINTING)
-        return dict(zip(names, found, strict=True))
+        return dict(zip(names, grads, strict=True))
 
     def _choose_mode(self, batch: Any) -> None:
-        """One product, to choose forward mode where it exists and to fail now rather than an hour from now.
+        """Compute one product to choose the differentiation mode, so that an unsupported model fails at construction.
 
-        Tried in this order: forward over reverse; the same with plain operations for functions torch lacks the
-        derivatives of; reverse over reverse.
+        The modes are tried in this order: forward over reverse; forward over reverse with plain operations instead of
+        the functions whose derivatives torch lacks; reverse over reverse.
         """
         ones = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
         errors: list[Exception] = []
         for forward_mode, plain in ((True, False), (True, True), (False, self._plain)):
             self._forward_mode, self._plain = forward_mode, plain
             try:
-                self._alone(ones, batch)
+                self._batch_product(ones, batch)
                 return
             except (RuntimeError, NotImplementedError) as error:
                 errors.append(error)
                 self._no_forward_mode = str(errors[0]).splitlines()[0]
         raise checks.second_derivative(errors[-1]) from errors[-1]
 
-    def _alone(self, tangent: dict[str, Tensor], batch: Any) -> Tensor:
-        """Product of one vector with the Hessian of one batch, flat."""
+    def _batch_product(self, tangent: dict[str, Tensor], batch: Any) -> Tensor:
+        """Return the product of one vector with the Hessian of one batch, [n]."""
         with self._differentiable(), torch.inference_mode(False), torch.no_grad():
             return self._flat(self._product(tangent, batch))
 
@@ -220,10 +224,12 @@ class HessianOperator:
         return torch.cat([by_name[name].flatten() for name in self._theta])
 
     def _weigh(self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool) -> list[float]:
-        """The share of each batch in the mean; on the way every batch's product is checked."""
+        """Return the share of each batch in the mean, and check every batch's product."""
         if count is None and len(self._batches) > 1:
             signs = symmetry.directions(self._theta)[0]
-            weighing = Weighing(model, self._batches, lambda batch: self._alone(signs, batch), ask=mean_check)
+            weighing = Weighing(
+                model, self._batches, lambda batch: self._batch_product(signs, batch), independent=mean_check
+            )
             return weighing.shares(self._checked_products())
         weights = [1.0] if count is None else counted(count, self._batches)
         for _ in self._checked_products():
@@ -231,12 +237,12 @@ class HessianOperator:
         return weights
 
     def _checked_products(self) -> Iterator[Tensor]:
-        """Each batch's product with one fixed vector, once it is known to be finite and symmetric."""
+        """Yield each batch's product with one fixed vector, after checking that it is finite and symmetric."""
         u, v = symmetry.directions(self._theta)
         for i, batch in enumerate(self._batches):
             try:
                 Hu, off = self._symmetric_product(u, v, batch, i)
-            except (RuntimeError, NotImplementedError):  # this batch takes a way through the loss that others did not
+            except (RuntimeError, NotImplementedError):  # This batch runs a branch of the loss that no earlier one ran.
                 self._choose_mode(batch)
                 Hu, off = self._symmetric_product(u, v, batch, i)
             if off > symmetry.tolerance(self.dtype) and not self._plain:
@@ -249,8 +255,8 @@ class HessianOperator:
     def _symmetric_product(
         self, u: dict[str, Tensor], v: dict[str, Tensor], batch: Any, i: int
     ) -> tuple[Tensor, float]:
-        """H u for one batch, and how far its Hessian is from symmetric."""
-        Hu, Hv = self._alone(u, batch), self._alone(v, batch)
+        """Return H u for one batch, and the asymmetry of its Hessian H."""
+        Hu, Hv = self._batch_product(u, batch), self._batch_product(v, batch)
         checks.finite(f"the Hessian of batches[{i}] (its product with a vector of signs)", Hu + Hv)
         return Hu, symmetry.asymmetry(self._flat(u), self._flat(v), Hu, Hv)
 
@@ -265,7 +271,7 @@ class HessianOperator:
         return symmetry.message(i, off, symmetry.tolerance(self.dtype), operations, names)
 
     def _product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """Hessian-vector product of one batch's loss."""
+        """Return the Hessian-vector product of one batch's loss."""
         gradient = grad(self._value)
 
         def gradient_at(theta: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -279,24 +285,24 @@ class HessianOperator:
         return out
 
     def _unflatten(self, columns: Tensor) -> dict[str, Tensor]:
-        """[k, n] -> name -> [k, *shape]."""
-        pieces = columns.split(self._sizes, dim=1)
-        return {n: p.reshape(-1, *t.shape) for (n, t), p in zip(self._theta.items(), pieces, strict=True)}
+        """Split vectors [k, n] into name -> [k, *shape]."""
+        parts = columns.split(self._sizes, dim=1)
+        return {n: p.reshape(-1, *t.shape) for (n, t), p in zip(self._theta.items(), parts, strict=True)}
 
     def matmat(self, vectors: Tensor) -> Tensor:
-        """Products with a block of vectors.
+        """Multiply a block of vectors.
 
         Args:
-            vectors: [n, k], the operator's dtype and device.
+            vectors: [n, k]; converted to the operator's dtype and device.
 
         Returns:
-            [n, k].
+            The products, [n, k].
 
         Raises:
-            ValueError: another number of rows.
+            ValueError: vectors does not have n rows and two axes.
         """
         if vectors.dim() != 2 or len(vectors) != self.shape[0]:
-            raise ValueError(f"vectors has shape {tuple(vectors.shape)}; this operator takes [{self.shape[0]}, k]")
+            raise ValueError(f"vectors has shape {tuple(vectors.shape)}; this operator needs [{self.shape[0]}, k]")
         columns = vectors.to(self.device, self.dtype).T
         out = torch.empty_like(columns, memory_format=torch.contiguous_format)
         with torch.no_grad(), self._differentiable():
@@ -315,7 +321,7 @@ class HessianOperator:
         return out.T
 
     def _linearise(self) -> list[Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
-        """One traced product per batch, each checked against the untraced one; empty where tracing does not work."""
+        """Trace one product per batch and check it against the untraced one; return [] if tracing fails."""
         probe = {
             name: torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).reshape(t.shape)
             for name, t in self._theta.items()
@@ -324,24 +330,26 @@ class HessianOperator:
         for batch in self._batches:
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch's tracer speaks of its own graph nodes
+                    warnings.simplefilter("ignore")  # torch's tracer warns about nodes of its own graph.
                     program = linearize(lambda theta, b=batch: grad(self._value)(theta, b), self._theta)[1]
                     traced, plain = program(probe), self._product(probe, batch)
-            except Exception as error:  # whatever a tracer may stumble on, the plain product is right
-                logger.info("products cannot be traced (%s: %s); going on without", type(error).__name__, error)
+            except Exception as error:  # Tracing is only an optimisation: the untraced product is always correct.
+                logger.info(
+                    "products cannot be traced (%s: %s); untraced products are used", type(error).__name__, error
+                )
                 return []
             scale = max(float(plain[name].abs().max()) for name in plain)
             if not all(float((traced[name] - plain[name]).abs().max()) <= 1e-5 * scale for name in plain):
-                logger.warning("traced products differ from plain ones; going on without")
+                logger.warning("traced products differ from untraced ones; untraced ones are used")
                 return []
             programs.append(program)
         return programs
 
     def _chunk_product(self, tangents: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-        """Products of a chunk of vectors with the Hessian of batch i."""
+        """Multiply a chunk of vectors by the Hessian of batch i."""
         batch = self._batches[i]
         program = self._programs[i] if self._programs else lambda tangent: self._product(tangent, batch)
-        if len(next(iter(tangents.values()))) == 1:  # vmap over one vector is all overhead
+        if len(next(iter(tangents.values()))) == 1:  # For one vector, vmap adds overhead and saves nothing.
             single = program({name: tensor[0] for name, tensor in tangents.items()})
             return {name: tensor.unsqueeze(0) for name, tensor in single.items()}
         out: dict[str, Tensor] = vmap(program)(tangents)
@@ -353,21 +361,21 @@ class HessianOperator:
         return self.matmat(vectors)
 
     def gradient(self) -> Tensor:
-        """Gradient of the mean loss, [n]."""
+        """Return the gradient of the mean loss, [n]."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         with torch.no_grad(), self._differentiable():
             for weight, batch in zip(self._weights, self._batches, strict=True):
-                one = grad(self._value)(self._theta, batch)
-                total.add_(torch.cat([one[name].flatten() for name in self._theta]), alpha=weight)
+                batch_gradient = grad(self._value)(self._theta, batch)
+                total.add_(self._flat(batch_gradient), alpha=weight)
         return total
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
-        """A float64 scipy ``LinearOperator``, for ``scipy.sparse.linalg.eigsh`` and its like."""
+        """Return a float64 scipy ``LinearOperator``, for functions such as ``scipy.sparse.linalg.eigsh``."""
         return as_scipy(self)
 
 
 def as_scipy(operator: LinearMap) -> scipy.sparse.linalg.LinearOperator:
-    """Any ``LinearMap`` as a float64 scipy ``LinearOperator``."""
+    """Wrap any ``LinearMap`` as a float64 scipy ``LinearOperator``."""
 
     def matmat(vectors: np.ndarray) -> np.ndarray:
         block = torch.from_numpy(np.ascontiguousarray(vectors.reshape(operator.shape[0], -1)))
@@ -376,6 +384,10 @@ def as_scipy(operator: LinearMap) -> scipy.sparse.linalg.LinearOperator:
         return out
 
     return scipy.sparse.linalg.LinearOperator(
-        shape=operator.shape, dtype=np.dtype(np.float64), matmat=matmat, rmatmat=matmat,
-        matvec=lambda v: matmat(v).reshape(-1), rmatvec=lambda v: matmat(v).reshape(-1),
-    )  # fmt: skip
+        shape=operator.shape,
+        dtype=np.dtype(np.float64),
+        matmat=matmat,
+        rmatmat=matmat,
+        matvec=lambda v: matmat(v).reshape(-1),
+        rmatvec=lambda v: matmat(v).reshape(-1),
+    )

@@ -1,4 +1,4 @@
-"""Norms of an operator's blocks from products alone: it scales to models whose Hessian never fits."""
+"""Norms of an operator's blocks from matrix-vector products, for models whose dense Hessian does not fit in memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from .results import BlockNorms
 
 
 def check_block_ids(block_ids: Tensor, n: int) -> int:
-    """The number of blocks.
+    """Check block ids and return the number of blocks B.
+
+    Args:
+        block_ids: int64 [n]; they must use every number 0, 1, ..., B - 1.
+        n: number of parameters.
 
     Raises:
-        TypeError: not a tensor.
-        ValueError: none, another length than n, not int64, or numbers that are not 0, 1, ..., B - 1.
+        TypeError: block_ids is not a tensor.
+        ValueError: block_ids is empty, does not have length n, is not int64, or skips a number.
     """
     if not isinstance(block_ids, Tensor):
         raise TypeError(f"block_ids is a {type(block_ids).__name__}; it must be an int64 tensor: torch.as_tensor(ids)")
@@ -45,32 +49,32 @@ def block_norms(
     chunk: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> BlockNorms:
-    """Squared Frobenius norms of all blocks, from Rademacher probes supported on one block each.
+    """Estimate the squared Frobenius norms of all blocks, from Rademacher probes supported on one block each.
 
-    For v_b of independent signs on block b and zero elsewhere, E ||(H v_b)_c||^2 = ||H_cb||_F^2. One product per block
-    and probe. A symmetric operator's block is seen from both of its sides, and the two estimates are averaged (where
-    one is exact, it stands alone).
+    For v_b with independent signs on block b and zeros elsewhere, E ||(H v_b)_c||^2 = ||H_cb||_F^2. This costs one
+    product per block and probe. The operator is symmetric, so probes on b and probes on c both estimate the norm of
+    block (b, c); the result is the mean of the two estimates, or the exact one of them if there is one.
 
     Args:
         operator: symmetric, order n.
         block_ids: int64 [n], blocks numbered 0, 1, ..., B - 1.
-        probes: probes per block, >= 2 (blocks of one element need and use one).
-        seed: of the signs.
-        chunk: products at a time.
+        probes: probes per block, >= 2; a block of one element uses a single probe, which is exact.
+        seed: seed of the signs.
+        chunk: number of products computed at a time.
         progress: called with (products done, products in all).
 
     Returns:
         ``BlockNorms`` with mean and standard error, [B, B] each.
 
     Raises:
-        TypeError: ids that are no tensor; probes or a chunk that are no integers.
-        ValueError: ids that do not cover the parameters, fewer than two probes, a chunk below 1, or products with NaN
+        TypeError: block_ids is not a tensor, or probes or chunk is not an integer.
+        ValueError: block_ids does not cover the parameters, probes is below 2, chunk is below 1, or a product has NaN
             or infinite entries.
     """
     n = operator.shape[0]
     blocks = check_block_ids(block_ids, n)
     at_least("probes", probes, 2, "a standard error needs two")
-    at_least("chunk", chunk, 1, "how many products are asked for at a time")
+    at_least("chunk", chunk, 1, "it is the number of products computed at a time")
     ids = block_ids.to(operator.device)
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.bincount(ids, minlength=blocks)
@@ -95,23 +99,31 @@ def block_norms(
 
 
 def _variance_of_mean(samples: Tensor) -> Tensor:
-    """[B, probes, B] -> [B, B], cautious: a few skewed samples that all fall low also look as if they vary little.
+    """Estimate the variance of the mean over probes, [B, probes, B] -> [B, B], rather too high than too low.
 
-    The larger of an entry's own variance and the one that the relative variance of all probes of its source block
-    predicts from its size.
+    A few skewed samples that are all small also have a small sample variance. Each entry therefore gets the larger of
+    two variances: its sample variance, and the one predicted from its mean by the relative variance of all entries of
+    the same source block.
     """
-    mean, own = samples.mean(1), samples.var(1)
-    relative = own.sum(1, keepdim=True) / mean.square().sum(1, keepdim=True).clamp_min(1e-300)
-    return torch.maximum(own, relative * mean.square()) / samples.shape[1]
+    mean, sample_variance = samples.mean(1), samples.var(1)
+    relative = sample_variance.sum(1, keepdim=True) / mean.square().sum(1, keepdim=True).clamp_min(1e-300)
+    return torch.maximum(sample_variance, relative * mean.square()) / samples.shape[1]
 
 
 def _both_sides(mean: Tensor, variance: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard error of the symmetric matrix; a row that is exact overrules the column it meets."""
+    """Average the two estimates of each block; return mean and standard error.
+
+    Args:
+        mean: [B, B], entry (b, c) estimated from probes on block b.
+        variance: [B, B], variances of ``mean``.
+        exact: bool [B]; the estimates from these blocks are exact and replace the estimates of the same norms from
+            other blocks.
+    """
     weight = torch.full_like(mean, 0.5)
     weight[exact] = 1.0
     weight[:, exact] = 0.0
     weight[exact[:, None] & exact[None, :]] = 0.5
     mean = weight * mean + weight.T * mean.T
     both = (weight.square() * variance + weight.T.square() * variance.T).sqrt()
-    alone = torch.eye(len(mean), dtype=torch.bool)  # a diagonal block has one side only
-    return mean, torch.where(alone, variance.sqrt(), both)
+    diagonal = torch.eye(len(mean), dtype=torch.bool)  # Both estimates of a diagonal block are the same number.
+    return mean, torch.where(diagonal, variance.sqrt(), both)

@@ -1,4 +1,4 @@
-"""What the algorithms return: frozen, with standard errors, shapes stated per field."""
+"""Results of the algorithms: frozen dataclasses with standard errors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor
 def positive_sigma(sigma: float) -> None:
     """Raise ValueError unless ``sigma``, the width of a Gaussian, is positive and finite."""
     if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"sigma={sigma} must be positive: the width of the Gaussian, in units of the eigenvalues")
+        raise ValueError(
+            f"sigma={sigma} must be positive and finite; it is the width of the Gaussian, in units of the eigenvalues"
+        )
 
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Stochastic Lanczos quadrature of a symmetric operator's spectral density.
+    """A symmetric operator's spectral density by stochastic Lanczos quadrature.
 
     Attributes:
         nodes: [probes, steps] Ritz values, float64.
-        weights: [probes, steps] their weights, each row sums to 1; 0 where Lanczos stopped early.
+        weights: [probes, steps] weights of the nodes; each row sums to 1, and nodes after an early end have weight 0.
         n: order of the operator.
     """
 
@@ -30,22 +32,22 @@ class SpectralDensity:
     n: int
 
     def per_probe(self, grid: Tensor, sigma: float) -> Tensor:
-        """Density on a grid for each probe, [probes, len(grid)], smoothed by Gaussians of standard deviation sigma."""
+        """Return each probe's density on a grid, [probes, len(grid)], smoothed by Gaussians of width sigma."""
         positive_sigma(sigma)
         gap = (grid.to(self.nodes)[None, None, :] - self.nodes[:, :, None]) / sigma
         kernel = torch.exp(-0.5 * gap.square()) / (sigma * math.sqrt(2 * math.pi))
         return (self.weights[:, :, None] * kernel).sum(1)
 
     def density(self, grid: Tensor, sigma: float) -> Tensor:
-        """Mean density over probes, [len(grid)], per unit of eigenvalue; integrates to 1."""
+        """Return the mean density over probes, [len(grid)], per unit of eigenvalue; it integrates to 1."""
         return self.per_probe(grid, sigma).mean(0)
 
     def density_stderr(self, grid: Tensor, sigma: float) -> Tensor:
-        """Standard error of ``density`` over probes, [len(grid)]; NaN with a single probe."""
+        """Return the standard error of ``density`` over probes, [len(grid)]; NaN with a single probe."""
         return self.per_probe(grid, sigma).std(0) / math.sqrt(len(self.nodes))
 
     def moment(self, k: int) -> tuple[float, float]:
-        """(estimate, standard error) of trace(H^k) / n."""
+        """Return (estimate, standard error) of trace(H^k) / n."""
         each = (self.weights * self.nodes**k).sum(1)
         return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
 
@@ -56,8 +58,8 @@ class BlockNorms:
 
     Attributes:
         mean: [B, B] estimates of ||H_bc||_F^2, symmetric.
-        stderr: [B, B] standard errors over probes; 0 where the estimate is exact (blocks of one element).
-        probes: probes per block.
+        stderr: [B, B] standard errors over probes; 0 if the estimate is exact (blocks of one element).
+        probes: number of probes per block.
     """
 
     mean: Tensor
@@ -67,14 +69,14 @@ class BlockNorms:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """How much of a matrix lies inside the blocks of a partition, against chance.
+    """How much of a matrix lies inside the blocks of a partition, compared with random partitions.
 
     Attributes:
         mass_inside: share of the off-diagonal sum of |A_ij| with i and j in one block.
-        expected: its mean over size-matched random partitions.
-        z: (mass_inside - expected) in standard deviations of that null; 0 where the null cannot vary.
-        mean_ratio: mean |A_ij| inside the blocks over mean outside, the diagonal left out.
-        permutations: random partitions in the null.
+        expected: mean of ``mass_inside`` over size-matched random partitions.
+        z: (mass_inside - expected) in standard deviations over the random partitions; 0 if they cannot differ.
+        mean_ratio: mean |A_ij| inside the blocks over the mean outside, without the diagonal.
+        permutations: number of random partitions.
     """
 
     mass_inside: float

@@ -1,4 +1,4 @@
-"""Second derivatives where torch's own kernels have none, or a wrong one: the same function in plain operations.
+"""Replace torch functions that have no second derivative, or a wrong one, with the same function in plain operations.
 
 torch 2.13 has no forward-mode derivative of the backward pass of ``mse_loss`` and ``huber_loss``, and its double
 backward of weight normalisation drops terms. Its fused attention kernels have no second derivative at all.
@@ -31,7 +31,7 @@ def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: f
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """g v / ||v||, the norm over every axis but ``dim`` (over all of them for -1)."""
+    """Return g v / ||v||, with the norm over every axis except ``dim``, or over all axes if ``dim`` is -1."""
     axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim]
     return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else g / v.abs())
 
@@ -44,25 +44,30 @@ PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
 
 
 class _PlainOperations(TorchFunctionMode):
-    """Calls of the functions in ``PLAIN`` go to their replacements; arguments those do not know go to the original."""
+    """Redirect calls of the functions in ``PLAIN`` to their replacements.
+
+    A call with arguments that the replacement does not support goes to the original function.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plain = PLAIN.get(func)
         if plain is None:
             return func(*args, **kwargs)
-        known = {name: value for name, value in kwargs.items() if value is not None}
+        set_kwargs = {name: value for name, value in kwargs.items() if value is not None}
         # size_average and reduce, the third and fourth arguments of mse_loss, are deprecated spellings of reduction.
-        if (plain is _mse_loss and len(args) > 2) or not set(known) <= set(plain.__annotations__):
+        if (plain is _mse_loss and len(args) > 2) or not set(set_kwargs) <= set(plain.__annotations__):
             return func(*args, **kwargs)
-        return plain(*args, **known)
+        return plain(*args, **set_kwargs)
 
 
 @contextlib.contextmanager
 def twice_differentiable(*, plain: bool = False) -> Iterator[None]:
-    """Only attention kernels with second derivatives, for as long as it lasts; with ``plain`` also plain losses.
+    """Restrict attention to kernels with second derivatives inside the context.
 
-    Replacing functions costs a call in Python for every operation, so it is asked for only where it is needed.
+    Args:
+        plain: whether to replace the functions in ``PLAIN``, too. This adds a Python call to every operation, so it is
+            off by default.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

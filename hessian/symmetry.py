@@ -1,4 +1,7 @@
-"""Is the product symmetric? Some double backward passes drop terms, and nothing else in a result shows it."""
+"""Check that Hessian-vector products are symmetric.
+
+Some double backward passes drop terms. The products then look plausible, and only their asymmetry shows the error.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
-"""Of |u.Hv - v.Hu| over the products' norms; float64 models that compute in float32 inside stay within it."""
+"""Largest |u.Hv - v.Hu| over the products' norms, by dtype. float64 models that compute in float32 inside pass."""
 COARSE = 5e-2
-"""The same for 16-bit types."""
+"""Largest |u.Hv - v.Hu| over the products' norms for 16-bit dtypes."""
 MOST_TENSORS = 64
-"""Parameters up to which those that take part are looked for: two products each."""
+"""With more parameters than this, asymmetric ones are not searched for: the search costs two products for each."""
 
 
 def directions(theta: Mapping[str, Tensor], k: int = 2) -> list[dict[str, Tensor]]:
-    """k fixed vectors of random signs, by parameter name."""
+    """Return k fixed vectors of random signs, each a dict by parameter name."""
     generator = torch.Generator().manual_seed(0)
 
     def signs(like: Tensor) -> Tensor:
@@ -28,17 +31,17 @@ def directions(theta: Mapping[str, Tensor], k: int = 2) -> list[dict[str, Tensor
 
 
 def rounding(product: Tensor) -> float:
-    """Norm of what is left of a product when the Hessian is zero but for rounding (of losses and weights near 1)."""
+    """Return the norm that rounding alone gives a product with a zero Hessian, for losses and weights near 1."""
     return 64 * torch.finfo(product.dtype).eps * math.sqrt(product.numel())
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How asymmetric rounding alone may make a product."""
+    """Return the asymmetry that rounding alone may cause."""
     return TOLERANCE.get(dtype, COARSE)
 
 
 def asymmetry(u: Tensor, v: Tensor, Hu: Tensor, Hv: Tensor) -> float:
-    """|u.Hv - v.Hu| over |Hu| + |Hv|: for random signs about the share of ||H - H^T|| in ||H||."""
+    """Return |u.Hv - v.Hu| over |Hu| + |Hv|; for random signs it is about ||H - H^T|| / ||H||."""
     noise = rounding(Hu) / tolerance(Hu.dtype)
     u, v, Hu, Hv = (x.to(torch.float64) for x in (u, v, Hu, Hv))
     return float((u @ Hv - v @ Hu).abs()) / (float(Hu.norm() + Hv.norm()) + noise)
@@ -47,7 +50,7 @@ def asymmetry(u: Tensor, v: Tensor, Hu: Tensor, Hv: Tensor) -> float:
 def asymmetric_parameters(
     theta: Mapping[str, Tensor], product: Callable[[dict[str, Tensor]], dict[str, Tensor]]
 ) -> list[str]:
-    """The parameters between whose blocks the asymmetry lies, most of it first; empty where there are too many."""
+    """Return the parameters with asymmetric Hessian blocks, the worst first; [] if there are too many to search."""
     names = list(theta)
     if len(names) > MOST_TENSORS:
         return []
@@ -57,9 +60,9 @@ def asymmetric_parameters(
     off = torch.tensor(
         [[float(abs((u[b] * left[a][b]).sum() - (v[a] * right[b][a]).sum())) for b in names] for a in names]
     )
-    each = off.sum(0) + off.sum(1)
-    order = each.argsort(descending=True).tolist()
-    return [names[i] for i in order if float(each[i]) > 0.1 * float(each.max())]
+    per_parameter = off.sum(0) + off.sum(1)
+    order = per_parameter.argsort(descending=True).tolist()
+    return [names[i] for i in order if float(per_parameter[i]) > 0.1 * float(per_parameter.max())]
 
 
 def _only(name: str, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,7 +70,7 @@ def _only(name: str, vector: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def graph_of(value: Tensor) -> Iterator[Any]:
-    """The nodes of a value's autograd graph, each once."""
+    """Yield every node of a value's autograd graph once."""
     seen: set[Any] = set()
     stack: list[Any] = [value.grad_fn]
     while stack:
@@ -80,33 +83,41 @@ def graph_of(value: Tensor) -> Iterator[Any]:
 
 
 def suspects(model: nn.Module, value: Tensor) -> list[str]:
-    """What may have a wrong second derivative: autograd functions that somebody wrote, and known cases of torch.
+    """Name the operations that may have a wrong second derivative: custom autograd functions, and known torch cases.
 
     Args:
         model: the model.
-        value: its loss, with a graph.
+        value: its loss, with an autograd graph.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for node in graph_of(value):
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            found.add(f"the autograd function {type(node).__name__.removesuffix('Backward')}")
+            names.add(f"the autograd function {type(node).__name__.removesuffix('Backward')}")
         elif "WeightNorm" in node.name():
-            found.add("torch's weight_norm")
+            names.add("torch's weight_norm")
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            found.add(
+            names.add(
                 f"the embedding {name!r}, whose gradient leaves row {module.padding_idx} out although the loss depends "
                 "on it (set its padding_idx to None)"
             )
-    return sorted(found)
+    return sorted(names)
 
 
 def message(i: int, off: float, allowed: float, operations: Sequence[str], names: Sequence[str]) -> str:
-    """Why a product was refused."""
-    where = f"; it lies in parameters {list(names[:5])}" if names else ""
-    who = f"; suspect {', '.join(operations)}" if operations else ""
+    """Return the error message for an asymmetric Hessian.
+
+    Args:
+        i: index of the batch.
+        off: the asymmetry.
+        allowed: the tolerance.
+        operations: operations that may cause it, from ``suspects``.
+        names: parameters with asymmetric blocks, from ``asymmetric_parameters``.
+    """
+    where = f"; the asymmetry is in the parameters {list(names[:5])}" if names else ""
+    who = f"; the cause may be {', '.join(operations)}" if operations else ""
     return (
         f"the Hessian of batches[{i}] is not symmetric: |u.Hv - v.Hu| is {off:.2g} of the products' norms, rounding "
-        f"allows {allowed:.0e}{where}{who}. Some operation has a wrong second derivative: replace it by plain torch "
+        f"allows {allowed:.0e}{where}{who}. Some operation has a wrong second derivative: replace it with plain torch "
         "operations, or leave those parameters out of params"
     )

@@ -1,1 +1,1 @@
-"""Figures, tables and pages from stored results alone."""
+"""Build figures, tables and pages from stored results, without recomputing any."""

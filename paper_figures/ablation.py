@@ -1,4 +1,4 @@
-"""``make figures``: loss curves, final loss against number of scalars, and the tables, from stored results alone."""
+"""Draw the ablation's figures and tables from stored results; ``make figures`` runs this module."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from paper_figures.style import ARM_COLOURS, save, setup
 
 
 def loss_curves(runs: pd.DataFrame, out: Path, note: str) -> Path:
-    """Validation loss against tokens, each arm at its best learning rate; the baseline subtracted on the right."""
+    """Plot validation loss against tokens, each arm at its best learning rate; on the right minus the baseline."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
     best = at_best(runs)
-    whole = best[best.state == "finished"]  # a diverged run's curve stops early
+    finished = best[best.state == "finished"]  # The curve of a diverged run is shorter.
     curves = {
         arm: np.array([[point["val_loss"] for point in curve] for curve in group.curve])
-        for arm, group in whole.groupby("arm")
+        for arm, group in finished.groupby("arm")
     }
-    seeds = {arm: group.seed.tolist() for arm, group in whole.groupby("arm")}
-    tokens = np.array([point["tokens"] for point in whole.curve.iloc[0]]) if len(whole) else np.array([])
+    seeds = {arm: group.seed.tolist() for arm, group in finished.groupby("arm")}
+    tokens = np.array([point["tokens"] for point in finished.curve.iloc[0]]) if len(finished) else np.array([])
     for arm in sorted(curves, key=lambda a: curves[a][:, -1].mean()):
         label = f"{arm} (lr {best_rates(runs)[arm]:g})"
         values, colour = curves[arm], ARM_COLOURS[arm]
@@ -55,13 +55,13 @@ def loss_curves(runs: pd.DataFrame, out: Path, note: str) -> Path:
 
 
 def loss_against_scalars(runs: pd.DataFrame, out: Path, note: str) -> Path:
-    """Final loss with its 95 % interval against the number of second-moment scalars."""
+    """Plot the final loss with its 95 % interval against the number of second-moment scalars."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2))
     table = summary(runs)
     for row in table.itertuples():
         colour = ARM_COLOURS[row.arm]
         left.errorbar(row.scalars, row.loss, yerr=row.loss_half, fmt="o", color=colour, capsize=3)
-        # Seeds share weights and batches, so most of the left bars' length is common to all arms.
+        # Runs of one seed share weights and batches, so paired differences vary less than the losses on the left.
         base = row.arm == BASELINE
         difference, half = (0.0, 0.0) if base else (row.difference, row.difference_half)
         right.errorbar(row.scalars, difference, yerr=half, fmt="o", color=colour, capsize=3, label=row.arm)
@@ -78,7 +78,7 @@ def loss_against_scalars(runs: pd.DataFrame, out: Path, note: str) -> Path:
 
 
 def learning_rates(runs: pd.DataFrame, out: Path, note: str) -> Path:
-    """Final loss against learning rate, every run."""
+    """Plot the final loss of every run against its learning rate."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     for arm, group in runs[runs.state == "finished"].groupby("arm"):
         means = group.groupby("lr").final_val_loss.mean()
@@ -93,7 +93,7 @@ def learning_rates(runs: pd.DataFrame, out: Path, note: str) -> Path:
 
 
 def prediction(runs: pd.DataFrame, out: Path, note: str, path: Path) -> Path:
-    """Final loss against the cost of sharing measured on the tiny models."""
+    """Plot the final loss against the cost of sharing that was measured on the tiny models."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4))
     table, rank = with_prediction(runs, path)
     for row in table.itertuples():
@@ -110,16 +110,16 @@ def prediction(runs: pd.DataFrame, out: Path, note: str, path: Path) -> Path:
 
 
 def tables(runs: pd.DataFrame) -> str:
-    """The summary at the best rates, and the paired difference at each rate, as Markdown."""
+    """Return the summary at the best rates and the paired difference at each rate, as Markdown."""
     lines = [
         "| arm | scalars | best lr | final loss | minus elementwise, paired | differs | n | diverged |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in summary(runs).itertuples():
         base = row.arm == BASELINE
-        known = not base and np.isfinite(row.difference)
-        difference = f"{row.difference:+.4f} ± {row.difference_half:.4f}" if known else "–"
-        verdict = "–" if not known else "yes" if row.differs else "no"
+        has_difference = not base and np.isfinite(row.difference)
+        difference = f"{row.difference:+.4f} ± {row.difference_half:.4f}" if has_difference else "–"
+        verdict = "–" if not has_difference else "yes" if row.differs else "no"
         lines.append(
             f"| {row.arm} | {row.scalars:,} | {row.lr:g} | {row.loss:.4f} ± {row.loss_half:.4f} | {difference} | "
             f"{verdict} | {row.n} | {row.diverged} |"
@@ -134,7 +134,7 @@ def tables(runs: pd.DataFrame) -> str:
         for lr in rates:
             try:
                 difference = paired_difference(runs, arm, lr=lr)
-            except ValueError:  # only an incomplete grid lacks one of the pair
+            except ValueError:  # The arms have different seeds, which happens only in an incomplete grid.
                 cells.append("missing")
                 continue
             cells.append("diverged" if difference is None else f"{difference.mean:+.4f} ± {difference.half:.4f}")
@@ -143,12 +143,14 @@ def tables(runs: pd.DataFrame) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw everything from a folder of results."""
+    """Draw all figures and tables from a folder of results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results/ablation_cpu"))
     parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
-    parser.add_argument("--prediction", type=Path, help="predicted costs, for the figure that compares them")
-    parser.add_argument("--partial", action="store_true", help="draw although runs are missing, and say so")
+    parser.add_argument(
+        "--prediction", type=Path, help="JSON file of predicted costs; adds a figure that compares them"
+    )
+    parser.add_argument("--partial", action="store_true", help="draw although runs are missing, and mark the figures")
     arguments = parser.parse_args(argv)
     with refusals(FileNotFoundError, ValueError):
         runs = load_runs(arguments.results, partial=arguments.partial)
@@ -169,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     partly = f"Incomplete: {len(runs)} runs; left out: {left_out or 'none that has begun'}.\n\n"
     temporary.write_text((partly if arguments.partial else "") + tables(runs))
     os.replace(temporary, path)
-    said = f" ({left_out} left out)" if left_out else ""
-    print(f"{len(runs)} runs{said}; {', '.join(str(p) for p in drawn)}; {path}")
+    left_out_note = f" ({left_out} left out)" if left_out else ""
+    print(f"{len(runs)} runs{left_out_note}; {', '.join(str(p) for p in drawn)}; {path}")
 
 
 if __name__ == "__main__":

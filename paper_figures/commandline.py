@@ -1,4 +1,4 @@
-"""What the commands of ``paper_figures`` do with what they cannot read: one line on stderr, exit code 2."""
+"""Error handling of the commands of ``paper_figures``: unreadable results give one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def refusals(*kinds: type[Exception]) -> Iterator[None]:
-    """Around what reads results.
+    """Turn exceptions about unreadable results into a one-line message and exit code 2.
 
     Args:
         kinds: the exceptions whose message names the file, what is wrong with it, and the next action.
 
     Raises:
-        SystemExit: code 2, after the message; its text is the message, for who calls a ``main`` from Python.
+        SystemExit: one of ``kinds`` was raised. Its code is 2, and its text is the message, for callers in Python.
     """
     try:
         yield
     except kinds as error:
         sys.stderr.write(f"error: {error}\n")
-        ended = SystemExit(str(error))
-        ended.code = 2
-        raise ended from error
+        exit_error = SystemExit(str(error))
+        exit_error.code = 2
+        raise exit_error from error

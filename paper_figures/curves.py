@@ -1,4 +1,4 @@
-"""Tables of evidence, spectra, and the training runs that check the rules, as figures."""
+"""Figures of the evidence, of spectra, and of the training runs that check the rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHORT = {"TENSOR": "tensor", "ATTENTION_HEAD": "head", "OUT_NEURON": "row", "IN_
 
 
 def evidence_table(report: HessianReport, out: Path) -> Caption:
-    """z of every candidate, per role, model and checkpoint."""
+    """Draw a table of the z-score of every candidate, per role, model and checkpoint."""
     figure, grid = plt.subplots(1, 2, figsize=(10.2, 7.4))
     for axes, model in zip(grid, ("gpt", "llama"), strict=True):
         tables = [report.by_role(model, c).query("unit != 'TENSOR'") for c in (0.0, 0.5, 1.0)]
@@ -28,7 +28,7 @@ def evidence_table(report: HessianReport, out: Path) -> Caption:
         top = max(100.0, float(np.abs(values).max()))
         image = axes.imshow(values, norm=SymLogNorm(6, vmin=-top, vmax=top), cmap="RdBu_r", aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            dark = abs(value) > 14  # on the symmetric log scale colours are dark well before the ends
+            dark = abs(value) > 14  # Colours of a symmetric log scale are dark well below its ends.
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
         axes.set_yticks(range(len(labels)), labels)
         axes.set_xticks(range(3), ["0 %", "50 %", "100 %"])
@@ -39,15 +39,16 @@ def evidence_table(report: HessianReport, out: Path) -> Caption:
     save(figure, out, "07_evidence")
     n = report.report["settings"]["permutations"]
     return Caption(
-        "07_evidence", "Which partitions are real",
-        f"z of the mass inside the blocks against {n} random partitions of the same sizes (medians over layers). "
-        "Above 6 counts as structure. Finer partitions and larger matrices have a tighter null, so z says that "
-        "structure is there, not how much: compare z along a row, not between rows.",
-    )  # fmt: skip
+        "07_evidence",
+        "Which partitions are real",
+        f"z-score of the mass inside the blocks against {n} random partitions of the same sizes (medians over layers). "
+        "A z above 6 counts as structure. The null of finer partitions and larger matrices varies less, so z shows "
+        "whether there is structure, but not how much. Compare z along a row, not between rows.",
+    )
 
 
 def spectra(report: HessianReport, out: Path) -> Caption:
-    """Exact spectrum against stochastic Lanczos quadrature."""
+    """Plot the exact spectrum and its estimate by stochastic Lanczos quadrature."""
     figure, grid = plt.subplots(1, 2, figsize=(9.6, 3.6))
     for axes, model in zip(grid, ("gpt", "llama"), strict=True):
         arrays = report.arrays(f"hessian-{model}-100")
@@ -76,14 +77,15 @@ def spectra(report: HessianReport, out: Path) -> Caption:
         axes.legend()
     save(figure, out, "08_spectra")
     return Caption(
-        "08_spectra", "The spectrum, exactly and from products alone",
-        "Density of all eigenvalues, smoothed by a Gaussian of 1 % of the largest. Dashed: stochastic Lanczos "
-        f"quadrature, {report.report['settings']['slq_steps']} steps, band two standard errors.",
-    )  # fmt: skip
+        "08_spectra",
+        "The spectrum, exactly and from matrix-vector products",
+        "Density of all eigenvalues, smoothed by a Gaussian whose width is 1 % of the largest. Dashed: stochastic "
+        f"Lanczos quadrature with {report.report['settings']['slq_steps']} steps; the band is two standard errors.",
+    )
 
 
 def block_spectra(report: HessianReport, out: Path) -> Caption:
-    """Distances between the spectra of a model's matrices."""
+    """Plot the spectra of a model's matrices and the distances between them."""
     figure, (curves, grid) = plt.subplots(2, 3, figsize=(12.6, 8.8), width_ratios=(1.2, 1.6, 0.7), height_ratios=(2, 3))
     for top, axes, model in zip(curves, grid, ("gpt", "llama", "mlp"), strict=True):
         _sorted_spectra(top, report, model)
@@ -98,17 +100,17 @@ def block_spectra(report: HessianReport, out: Path) -> Caption:
     figure.colorbar(image, ax=grid, shrink=0.6, label="Jensen-Shannon distance")
     save(figure, out, "09_block_spectra")
     return Caption(
-        "09_block_spectra", "Matrices of one model have different spectra",
-        "Top: absolute eigenvalues of every matrix's diagonal block, largest first, relative to the largest; one "
-        "line a "
-        "matrix, coloured by role. Bottom: Jensen-Shannon distance between the eigenvalue densities of every "
-        "pair of matrices at 100 % of training "
-        "(0 equal, 1 disjoint); the mean over pairs is in each title. The classifier has one pair only.",
-    )  # fmt: skip
+        "09_block_spectra",
+        "Matrices of one model have different spectra",
+        "Top: absolute eigenvalues of every matrix's diagonal block, largest first, relative to the largest. Each line "
+        "is a matrix, coloured by role. Bottom: Jensen-Shannon distance between the eigenvalue densities of every pair "
+        "of matrices at 100 % of training (0 is equal, 1 is disjoint). The mean over pairs is in each title. The "
+        "classifier has only one pair.",
+    )
 
 
 def _sorted_spectra(axes: Axes, report: HessianReport, model: str) -> None:
-    """Eigenvalues of a model's diagonal blocks, largest first."""
+    """Plot the eigenvalues of a model's diagonal blocks, largest first."""
     arrays, roles = report.arrays(f"hessian-{model}-100"), report.evidence.groupby("tensor").role.first()
     names = report.report["js"][model]["names"]
     palette = dict(zip(dict.fromkeys(roles[name] for name in names), ROLE_COLOURS, strict=False))
@@ -125,7 +127,7 @@ def _sorted_spectra(axes: Axes, report: HessianReport, model: str) -> None:
 
 
 def jensen(report: HessianReport, out: Path) -> Caption:
-    """The predicted cost of sharing, per role and unit."""
+    """Plot the predicted cost of sharing, per role and unit."""
     figure, grid = plt.subplots(1, 2, figsize=(10.2, 5.6))
     for axes, model in zip(grid, ("gpt", "llama"), strict=True):
         table = report.by_role(model)
@@ -143,15 +145,16 @@ def jensen(report: HessianReport, out: Path) -> Caption:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save(figure, out, "10_jensen_gap")
     return Caption(
-        "10_jensen_gap", "What sharing costs",
-        "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over layers): "
-        "zero when all elements of a block would get the same learning rate anyway; half of it is the mean log "
-        "ratio of learning rates. A bar as long as its tick is no better than chance.",
-    )  # fmt: skip
+        "10_jensen_gap",
+        "What sharing costs",
+        "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over layers). It "
+        "is zero if Adam gives all elements of a block the same learning rate; half of it is the mean log ratio of "
+        "learning rates. A bar as long as its tick is no better than a random partition.",
+    )
 
 
 def training_check(report: HessianReport, out: Path) -> Caption:
-    """Loss curves with the derived rules beside AdamW and the paper's rules."""
+    """Plot loss curves of the derived rules, the paper's rules and AdamW."""
     figure, grid = plt.subplots(1, 2, figsize=(9.6, 3.6))
     table = report.check
     for axes, model in zip(grid, ("gpt", "llama"), strict=True):
@@ -170,7 +173,8 @@ def training_check(report: HessianReport, out: Path) -> Caption:
         axes.legend(title=f"final, mean ± 95 % interval, n = {len(runs)}")
     save(figure, out, "11_training_check")
     return Caption(
-        "11_training_check", "Do the rules train?",
-        f"Held-out loss with the derived rules, the paper's and AdamW: mean over {len(runs)} seeds, band smallest "
-        "to largest. A sanity check on tiny models, one learning rate; the ablation is where arms are compared.",
-    )  # fmt: skip
+        "11_training_check",
+        "Do the rules train?",
+        f"Held-out loss with the derived rules, the paper's rules and AdamW: mean over {len(runs)} seeds, band from "
+        "smallest to largest. This is a sanity check on tiny models at one learning rate; the ablation compares arms.",
+    )

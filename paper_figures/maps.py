@@ -1,4 +1,4 @@
-"""Pictures of |H|: the blocks of single matrices, and of whole models."""
+"""Figures of |H|, for single matrices and for whole models."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TITLES = {"gpt": "GPT style", "llama": "Llama style", "mlp": "MLP classifier"}
 
 @dataclass(frozen=True)
 class Caption:
-    """A figure and what to see in it.
+    """The caption of a figure.
 
     Attributes:
         name: file name without suffix.
-        title: a headline.
-        text: what to see, n, seed.
+        title: headline.
+        text: what the figure shows, with n and seed.
     """
 
     name: str
@@ -31,24 +31,28 @@ class Caption:
     text: str
 
 
-def first_piece(report: HessianReport, model: str, role: str) -> str:
-    """The first tensor of a role in a model (layer 0)."""
+def first_tensor(report: HessianReport, model: str, role: str) -> str:
+    """Return the name of a role's first tensor in a model (layer 0).
+
+    Raises:
+        KeyError: the study measured no tensor of this role in this model.
+    """
     table = report.evidence
-    found = table[(table.model == model) & (table.role == role)].tensor
-    if found.empty:
+    tensors = table[(table.model == model) & (table.role == role)].tensor
+    if tensors.empty:
         raise KeyError(f"the study measured no {role} in {model}")
-    return str(found.iloc[0])
+    return str(tensors.iloc[0])
 
 
 def blocks_of(report: HessianReport, model: str, tensor: str, unit: str) -> int:
-    """Number of blocks of a candidate partition of a tensor."""
+    """Return the number of blocks of a candidate partition of a tensor."""
     table = report.evidence
     row = table[(table.model == model) & (table.tensor == tensor) & (table.unit == unit)]
     return int(row.n_blocks.iloc[0])
 
 
 def z_of(report: HessianReport, model: str, tensor: str, unit: str, checkpoint: float) -> float:
-    """z of a candidate partition of a tensor at a checkpoint."""
+    """Return the z-score of a candidate partition of a tensor at a checkpoint."""
     table = report.evidence
     row = table[
         (table.model == model) & (table.tensor == tensor) & (table.unit == unit) & (table.checkpoint == checkpoint)
@@ -61,16 +65,16 @@ def _borders(n: int, blocks: int) -> list[int]:
 
 
 def _by_columns(matrix: np.ndarray, columns: int) -> np.ndarray:
-    """Reorder a row-major vectorised matrix's Hessian to column-major, so that input neurons are contiguous."""
+    """Reorder a matrix's Hessian from row-major to column-major order, so that input neurons are contiguous."""
     order = np.arange(len(matrix)).reshape(-1, columns).T.ravel()
     return matrix[np.ix_(order, order)]
 
 
 def query_key(report: HessianReport, out: Path) -> Caption:
-    """Query and key blocks with head borders at every checkpoint."""
+    """Draw the blocks of query and key matrices with head borders, at every checkpoint."""
     figure, grid = plt.subplots(4, 3, figsize=(8.6, 11.2))
     for row, (model, role) in enumerate((m, r) for m in ("gpt", "llama") for r in ("QUERY", "KEY")):
-        tensor = first_piece(report, model, role)
+        tensor = first_tensor(report, model, role)
         heads = blocks_of(report, model, tensor, "ATTENTION_HEAD")
         for axes, percent in zip(grid[row], PERCENTS, strict=True):
             matrix = report.arrays(f"hessian-{model}-{percent}")[f"block/{tensor}"]
@@ -79,41 +83,43 @@ def query_key(report: HessianReport, out: Path) -> Caption:
             draw_matrix(axes, matrix, _borders(len(matrix), heads), label)
     save(figure, out, "01_query_key_heads")
     return Caption(
-        "01_query_key_heads", "Queries and keys fall into heads",
-        "|H| of one query and one key matrix (first layer) before, halfway through and after training; rows and "
-        "columns are the matrix's elements in row-major order, blue lines the borders of the heads. See the mass "
-        "gather in the diagonal squares; z says by how many standard deviations of a random partition of the same "
-        "sizes.",
-    )  # fmt: skip
+        "01_query_key_heads",
+        "Queries and keys fall into heads",
+        "|H| of one query and one key matrix (first layer) before, halfway through and after training. Rows and "
+        "columns are the matrix's elements in row-major order; blue lines are the borders of the heads. During "
+        "training the mass concentrates in the diagonal squares. z is its excess over random partitions of the same "
+        "sizes, in standard deviations.",
+    )
 
 
 def rows_and_columns(report: HessianReport, out: Path, name: str, roles: tuple[str, ...], title: str) -> Caption:
-    """Blocks of some roles at the end of training, by rows and by columns."""
+    """Draw the blocks of some roles at the end of training, by rows and by columns."""
     figure, grid = plt.subplots(2 * len(roles), 2, figsize=(7.0, 6.4 * len(roles)), squeeze=False)
     for row, (model, role) in enumerate((m, r) for r in roles for m in ("gpt", "llama")):
-        tensor = first_piece(report, model, role)
+        tensor = first_tensor(report, model, role)
         matrix = report.arrays(f"hessian-{model}-100")[f"block/{tensor}"]
         unit = "TOKEN" if role in ("TOKEN_EMBEDDING", "HEAD") else "OUT_NEURON"
         columns = blocks_of(report, model, tensor, "IN_NEURON")
         for axes, candidate, shown in (
-            (grid[row, 0], unit, matrix), (grid[row, 1], "IN_NEURON", _by_columns(matrix, columns)),
-        ):  # fmt: skip
+            (grid[row, 0], unit, matrix),
+            (grid[row, 1], "IN_NEURON", _by_columns(matrix, columns)),
+        ):
             z = z_of(report, model, tensor, candidate, 1.0)
             what = {"TOKEN": "tokens", "OUT_NEURON": "rows"}.get(candidate, "columns")
             label = f"{TITLES[model]}, {role_name(role)} by {what}: z = {z:.0f}"
             draw_matrix(axes, shown, _borders(len(matrix), blocks_of(report, model, tensor, candidate)), label)
     save(figure, out, name)
     return Caption(
-        name, title,
-        "|H| at 100 % of training, left in row-major order with the borders of the rows (output neurons or "
-        "tokens), right the same numbers reordered column by column with the borders of the columns (input "
-        "neurons). The z over each says whether the partition is real (above 6 counts); compare how much lies "
-        "outside the squares.",
-    )  # fmt: skip
+        name,
+        title,
+        "|H| at 100 % of training. Left: row-major order with the borders of the rows (output neurons or tokens). "
+        "Right: the same entries in column-major order with the borders of the columns (input neurons). A z above 6 "
+        "counts as structure; compare how much mass lies outside the squares.",
+    )
 
 
 def classifier(report: HessianReport, out: Path) -> Caption:
-    """The MLP's two matrices at three checkpoints."""
+    """Draw the classifier's two matrices at three checkpoints."""
     table = report.evidence
     tensors = list(dict.fromkeys(table[table.model == "mlp"].tensor))[:2]
     figure, grid = plt.subplots(2, 3, figsize=(8.6, 5.9))
@@ -125,14 +131,15 @@ def classifier(report: HessianReport, out: Path) -> Caption:
             draw_matrix(axes, matrix, _borders(len(matrix), neurons), f"{tensor}, {percent} %: z = {z:.0f}")
     save(figure, out, "05_mlp_classifier")
     return Caption(
-        "05_mlp_classifier", "For contrast: a one-hidden-layer classifier",
+        "05_mlp_classifier",
+        "For comparison: a classifier with one hidden layer",
         "|H| of both matrices of an MLP that predicts the next character class, with the borders of its output "
         "neurons, at 0, 50 and 100 % of training.",
-    )  # fmt: skip
+    )
 
 
 def whole_model(report: HessianReport, out: Path) -> Caption:
-    """The full |H| and the block-norm map, exact and probed."""
+    """Draw the full |H| and the block norms, exact and by probes."""
     figure, grid = plt.subplots(2, 3, figsize=(10.4, 6.6))
     for row, model in enumerate(("gpt", "llama")):
         arrays = report.arrays(f"hessian-{model}-100")
@@ -142,7 +149,8 @@ def whole_model(report: HessianReport, out: Path) -> Caption:
         grid[row, 0].set_yticks([])
         area = np.outer(arrays["sizes"], arrays["sizes"])
         exact, probed = np.sqrt(arrays["norms_exact"] / area), np.sqrt(arrays["norms_mean"] / area)
-        error = 0.5 * arrays["norms_stderr"] / (area * np.maximum(probed, 1e-30))  # of the root, to first order
+        # First-order error propagation through the square root.
+        error = 0.5 * arrays["norms_stderr"] / (area * np.maximum(probed, 1e-30))
         positive = exact[exact > 0]
         norm = LogNorm(float(np.quantile(positive, 0.02)), float(positive.max()))
         axes = grid[row, 1]
@@ -154,17 +162,24 @@ def whole_model(report: HessianReport, out: Path) -> Caption:
         axes = grid[row, 2]
         axes.loglog(exact.ravel(), exact.ravel(), color=COLOURS[6], lw=0.8, label="equal")
         axes.errorbar(
-            exact.ravel(), probed.ravel(), yerr=error.ravel(), fmt="o", ms=2.2, lw=0.5, color=COLOURS[0],
+            exact.ravel(),
+            probed.ravel(),
+            yerr=error.ravel(),
+            fmt="o",
+            ms=2.2,
+            lw=0.5,
+            color=COLOURS[0],
             label=f"{exact.size:,} blocks",
-        )  # fmt: skip
+        )
         axes.set_xlabel("exact")
         axes.set_ylabel(f"probed ({report.report['settings']['norm_probes']} probes a block)")
         axes.legend()
     save(figure, out, "06_whole_model")
     return Caption(
-        "06_whole_model", "The whole model, exactly and by probes",
-        "Left: the exact |H| of every parameter, averaged into cells. Middle: root mean square entry of every "
-        "block (heads where there are heads, else tensors) from Rademacher probes, one product per block and "
-        "probe: what scales to models whose Hessian never fits. Right: the probes against the exact norms, bars "
-        "one standard error.",
-    )  # fmt: skip
+        "06_whole_model",
+        "The whole model, exactly and by probes",
+        "Left: the exact |H| of all parameters, averaged into cells. Middle: root mean square entry of every block (an "
+        "attention head, or a tensor without heads) from Rademacher probes, with one product per block and probe. This "
+        "estimate scales to models whose Hessian does not fit in memory. Right: the estimates against the exact norms; "
+        "bars are one standard error.",
+    )

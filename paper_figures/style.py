@@ -1,4 +1,4 @@
-"""One look for every figure."""
+"""Style that all figures share."""
 
 from __future__ import annotations
 
@@ -16,33 +16,50 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's colours: told apart with every kind of colour vision.
+# Okabe and Ito's colours can be told apart with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ARM_COLOURS = dict(
-    zip(("elementwise", "adam_mini", "short_run", "slim_adam", "derived", "permuted", "pytorch_default"),
-        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"), strict=True)
-)  # fmt: skip
+    zip(
+        ("elementwise", "adam_mini", "short_run", "slim_adam", "derived", "permuted", "pytorch_default"),
+        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"),
+        strict=True,
+    )
+)
 ROLE_COLOURS = (*COLOURS, "#8B4513", "#808080")
 MAP = "magma"
 
 
 def role_name(role: str) -> str:
-    """A role in words; the HEAD role is called output layer, so that nobody takes it for an attention head."""
+    """Return a role in words. HEAD becomes "output layer", so that it is not mistaken for an attention head."""
     return "output layer" if role == "HEAD" else role.lower().replace("_", " ")
 
 
 def setup() -> None:
-    """Fonts, sizes and grids."""
-    plt.rcParams.update({
-        "figure.dpi": 110, "savefig.dpi": 130, "font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9,
-        "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True,
-        "legend.frameon": False, "svg.hashsalt": "fixed", "pdf.compression": 9,
-    })  # fmt: skip
+    """Set fonts, sizes and grids."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 130,
+            "font.size": 9,
+            "axes.titlesize": 9.5,
+            "axes.labelsize": 9,
+            "legend.fontsize": 8,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "figure.constrained_layout.use": True,
+            "legend.frameon": False,
+            "svg.hashsalt": "fixed",
+            "pdf.compression": 9,
+        }
+    )
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """PNG and PDF, each whole or not at all; returns the PNG's path."""
+    """Write a figure as PNG and PDF, each atomically, and return the path of the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("pdf", "png"):
         temporary = folder / f".{name}.{os.getpid()}.{suffix}"
@@ -64,18 +81,28 @@ def webp(path: Path, *, quality: int = 60) -> bytes:
 
 
 def draw_matrix(axes: Axes, matrix: np.ndarray, borders: list[int], title: str, *, cells: int = 256) -> None:
-    """|H| on a logarithmic scale over three decades below its 99.9th percentile, with the borders of a partition.
+    """Draw |H| with the borders of a partition.
 
-    Larger matrices are averaged down to ``cells`` cells a side.
+    The colour scale is logarithmic and covers three decades below the 99.9th percentile.
+
+    Args:
+        axes: where to draw.
+        matrix: [n, n], entries of |H|.
+        borders: indices at which a block begins.
+        title: title of the axes.
+        cells: a larger matrix is averaged down to this many cells per side.
     """
     n = len(matrix)
     if n > cells and n % cells == 0:
         matrix = matrix.reshape(cells, n // cells, cells, n // cells).mean((1, 3))
     top = float(np.quantile(matrix, 0.999)) or 1.0
     axes.imshow(
-        np.maximum(matrix, top * 1e-3), norm=LogNorm(top * 1e-3, top), cmap=MAP, extent=(0, n, n, 0),
+        np.maximum(matrix, top * 1e-3),
+        norm=LogNorm(top * 1e-3, top),
+        cmap=MAP,
+        extent=(0, n, n, 0),
         interpolation="nearest",
-    )  # fmt: skip
+    )
     width = 0.9 if len(borders) <= 40 else 0.35
     for border in borders:
         axes.axhline(border, color="#7fd7ff", lw=width)

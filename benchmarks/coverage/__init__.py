@@ -1,1 +1,1 @@
-"""How many of transformers' architectures the partition knows, and how many of those gradients prove."""
+"""Count the architectures of transformers that the partition recognises, and those that gradients verify."""

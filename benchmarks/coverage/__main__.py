@@ -1,7 +1,7 @@
-"""``python -m benchmarks.coverage``: sweep transformers, write docs/coverage.md.
+"""Examine all model classes of transformers and write docs/coverage.md: ``python -m benchmarks.coverage``.
 
-For each class: the full default configuration is built on the meta device and every weight must be recognised; then a
-small instance with weights is built and its layouts are verified from gradients.
+Each class is built in its full default configuration on the meta device, and every weight must be recognised. Then a
+small instance with weights is built, and gradients verify its layouts.
 """
 
 from __future__ import annotations
@@ -26,19 +26,21 @@ from .document import write
 from .shrink import divisor, shrink
 
 CLASSES = re.compile(r"For(CausalLM|MaskedLM|ConditionalGeneration|ImageClassification)$")
-MOST = 60_000_000  # parameters of an instance with weights
-PATIENCE = 60  # seconds for one proof
+MOST = 60_000_000
+"""Largest number of parameters of a small instance."""
+PATIENCE = 60
+"""Seconds that the verification of one instance may take."""
 
 
 def class_names() -> list[str]:
-    """The classes of the installed transformers that the sweep is about."""
+    """Return the names of the installed transformers' classes that the sweep examines."""
     import transformers
 
     return [name for name in dir(transformers) if CLASSES.search(name) and not name.startswith("Auto")]
 
 
 def examine(name: str) -> dict[str, Any]:
-    """What is known of one class, as JSON."""
+    """Examine one class and return the findings as JSON."""
     import transformers
 
     out: dict[str, Any] = {"class": name}
@@ -46,7 +48,7 @@ def examine(name: str) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             model = cls(cls.config_class())
-    except BaseException as error:  # a missing library raises whatever it likes
+    except BaseException as error:  # Missing libraries raise errors of any type.
         model, out["not_built"] = None, _line(error)
     small = None
     for options in _attempts():
@@ -57,19 +59,22 @@ def examine(name: str) -> dict[str, Any]:
             out["not_small"] = _line(error)
     if small is not None:
         out.pop("not_small", None)
-    whole = model if model is not None else small
-    if whole is None:
+    examined = model if model is not None else small
+    if examined is None:
         return out
     out.pop("not_built", None)
     try:
-        anatomies = discover(whole)
+        anatomies = discover(examined)
     except ValueError as error:
         return {**out, "error": _line(error)}
     out["weights"] = sum(len(a.shape) >= 2 for a in anatomies.values())
     out["unknown"] = sorted(
-        {re.sub(r"\.\d+\.", ".#.", n) for n, a in anatomies.items()
-         if len(a.shape) >= 2 and not (a.recognised and has_heads(a))}
-    )  # fmt: skip
+        {
+            re.sub(r"\.\d+\.", ".#.", n)
+            for n, a in anatomies.items()
+            if len(a.shape) >= 2 and not (a.recognised and has_heads(a))
+        }
+    )
     if small is not None:
         out.update(_proof(small))
     return out
@@ -80,8 +85,13 @@ def _give_up(signum: int, frame: Any) -> None:
 
 
 def _attempts() -> list[dict[str, Any]]:
-    return [{"images": True}, {"images": False}, {"images": True, "least": 16}, {"images": False, "by": 1},
-            {"images": False, "by": 1, "layers": 4}]  # fmt: skip
+    return [
+        {"images": True},
+        {"images": False},
+        {"images": True, "least": 16},
+        {"images": False, "by": 1},
+        {"images": False, "by": 1, "layers": 4},
+    ]
 
 
 def _instance(cls: Any, *, images: bool, least: int = 8, by: int | None = None, layers: int = 2) -> Any:
@@ -97,7 +107,7 @@ def _instance(cls: Any, *, images: bool, least: int = 8, by: int | None = None, 
 
 
 def _proof(model: Any) -> dict[str, Any]:
-    """Findings of ``verify``, counted and named."""
+    """Verify a model's layouts from gradients and return the findings as JSON."""
     signal.alarm(PATIENCE)
     try:
         report = verify(model)
@@ -122,24 +132,28 @@ def _line(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Sweep and write; with --only, a few classes, printed."""
+    """Examine all classes and write the page, or, with --only, examine a few classes and print the findings."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/coverage.md"))
-    parser.add_argument("--json", type=Path, help="also write everything found as JSON")
-    parser.add_argument("--only", nargs="*", help="class names: print, write nothing")
+    parser.add_argument("--json", type=Path, help="also write all findings as JSON")
+    parser.add_argument("--only", nargs="*", help="examine only these classes and print the findings; write nothing")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, _give_up)
-    found = []
+    findings = []
     for name in arguments.only or class_names():
         start = time.perf_counter()
-        found.append(examine(name))
-        print(name, {k: v for k, v in found[-1].items() if k != "class"} if arguments.only else _short(found[-1]),
-              f"{time.perf_counter() - start:.1f} s", flush=True)  # fmt: skip
+        findings.append(examine(name))
+        print(
+            name,
+            {k: v for k, v in findings[-1].items() if k != "class"} if arguments.only else _short(findings[-1]),
+            f"{time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
     if not arguments.only:
-        write(found, arguments.out, arguments.json)
+        write(findings, arguments.out, arguments.json)
 
 
 def _short(row: dict[str, Any]) -> str:

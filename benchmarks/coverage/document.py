@@ -1,4 +1,4 @@
-"""The sweep as a page and as data."""
+"""Write the results of the sweep as a page of the documentation and as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write(rows: list[dict[str, Any]], page: Path, data: Path | None) -> None:
-    """Write the page, and the data if asked; each file appears whole or not at all."""
+    """Write the page and, if ``data`` is a path, the JSON file; each of them atomically."""
     import torch
     import transformers
 
@@ -27,7 +27,7 @@ def write(rows: list[dict[str, Any]], page: Path, data: Path | None) -> None:
 
 
 def status(row: dict[str, Any]) -> str:
-    """One word on a class."""
+    """Return the status of a class, one of the keys of ``_MEANING``."""
     if "not_built" in row:
         return "not built"
     if row.get("error"):

@@ -1,4 +1,4 @@
-"""Small instances of transformers' architectures: every width divided by one number, so that proportions stay."""
+"""Shrink configurations of transformers: every width is divided by the same number, so that proportions stay equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = 320
 
 
 def configs_of(config: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """A configuration and those inside it."""
+    """Yield a configuration and all configurations nested in it."""
     seen = seen if seen is not None else set()
     if id(config) in seen:
         return
@@ -35,14 +35,33 @@ def configs_of(config: Any, seen: set[int] | None = None) -> Iterator[Any]:
 
 
 def divisor(config: Any, least: int = 8) -> int:
-    """The largest power of two that leaves every head at least ``least`` units wide."""
+    """Return the largest power of two that leaves every head at least ``least`` units wide."""
     widths = []
     for part in configs_of(config):
-        heads = next((getattr(part, n) for n in ("num_attention_heads", "num_heads", "n_head", "n_heads",
-                      "encoder_attention_heads", "decoder_attention_heads", "attention_heads")
-                      if isinstance(getattr(part, n, None), int)), None)  # fmt: skip
-        size = next((getattr(part, n) for n in ("hidden_size", "d_model", "n_embd", "embed_dim")
-                     if isinstance(getattr(part, n, None), int)), None)  # fmt: skip
+        heads = next(
+            (
+                getattr(part, n)
+                for n in (
+                    "num_attention_heads",
+                    "num_heads",
+                    "n_head",
+                    "n_heads",
+                    "encoder_attention_heads",
+                    "decoder_attention_heads",
+                    "attention_heads",
+                )
+                if isinstance(getattr(part, n, None), int)
+            ),
+            None,
+        )
+        size = next(
+            (
+                getattr(part, n)
+                for n in ("hidden_size", "d_model", "n_embd", "embed_dim")
+                if isinstance(getattr(part, n, None), int)
+            ),
+            None,
+        )
         dim = getattr(part, "head_dim", None)
         rope = getattr(part, "qk_rope_head_dim", None)
         if isinstance(rope, int) and rope > 0:
@@ -59,7 +78,17 @@ def divisor(config: Any, least: int = 8) -> int:
 
 
 def shrink(config: Any, by: int, *, images: bool = True, layers: int = 2) -> Any:
-    """The configuration, in place: widths divided, two layers, four experts, a small vocabulary, small images."""
+    """Shrink a configuration in place: smaller widths, at most four experts, a small vocabulary and small images.
+
+    Args:
+        config: the configuration, including those nested in it.
+        by: divisor of all widths.
+        images: whether to shrink images, too.
+        layers: largest number of layers.
+
+    Returns:
+        ``config``.
+    """
     for part in configs_of(config):
         for name, value in list(vars(part).items()):
             try:

@@ -1,1 +1,1 @@
-"""What the optimizer itself sends per step, on paper for large models and counted for small ones."""
+"""Bytes that the optimizer sends per step: simulated for large models, and counted for small ones."""

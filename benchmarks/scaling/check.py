@@ -1,4 +1,4 @@
-"""The simulator against collectives counted in real steps of small models on gloo ranks."""
+"""Check the simulator against collectives counted in real steps of small models on gloo ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optimizer.partition import Anatomy
 from optimizer.tools.plan.sharding import tensor_parallel_axis
 
 Counted = list[tuple[int, int]]
-"""(ranks in the group, bytes) of every collective."""
+"""(ranks in the group, bytes) of every collective, sorted."""
 FP32 = 4
 
 
@@ -34,16 +34,16 @@ SHARDED = (
 )
 ZERO = tuple(Checked(model, f"zero{stage}") for model in ("llama", "gpt2", "mixtral") for stage in (1, 2, 3))
 SUB_GROUP = 500
-"""Elements per rank and step in the checks of ZeRO-3: several steps even for small models."""
+"""``sub_group_size`` in the checks of ZeRO-3, small enough that small models need several sub-groups."""
 
 
 def cases(ranks: int, among: Iterable[Checked] = SHARDED) -> list[Checked]:
-    """Those that can be run on so many ranks."""
+    """Return the cases that can run on this number of ranks."""
     return [case for case in among if case.wrap != "tp-fsdp2" or ranks % 2 == 0]
 
 
 def expected(case: Checked, ranks: int) -> list[Counted]:
-    """What every rank should send in a step, by the simulator."""
+    """Return the collectives of every rank in a step, according to the simulator."""
     from tests.sharding.models import MODELS
 
     model = MODELS[case.model]()
@@ -62,17 +62,20 @@ def expected(case: Checked, ranks: int) -> list[Counted]:
 
 
 def _axis(tp: int, name: str, anatomy: Anatomy) -> int | None:
-    """As ``tests.sharding.cases.tensor_parallel``, which leaves alone what it cannot deal out evenly."""
+    """Return the axis that ``tests.sharding.cases.tensor_parallel`` shards; None for weights that do not divide."""
     uneven = ("attention." in name and 6 % tp) or ("feed_forward" in name and 36 % tp)
     return None if uneven else tensor_parallel_axis(anatomy)
 
 
 def _units(model: nn.Module, weights: Sequence[Weight]) -> list[list[Weight]]:
-    """Weights by the module that FSDP1 wraps: every block, and what is left."""
+    """Group weights by the module that FSDP1 wraps: first those outside of blocks, then each block."""
     from tests.sharding.cases import _blocks
 
-    path = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-                and list(module) == _blocks(model))  # fmt: skip
+    path = next(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and list(module) == _blocks(model)
+    )
     count = len(_blocks(model))
     inside = [[w for w in weights if w.name.startswith(f"{path}.{i}.")] for i in range(count)]
     return [[w for w in weights if not w.name.startswith(f"{path}.")], *inside]
@@ -83,7 +86,7 @@ def _sorted(messages: Iterable[Message]) -> Counted:
 
 
 def counted(model: str, wrap: str) -> Counted:
-    """The collectives of a rank's second step; what a group of gloo ranks runs."""
+    """Return the collectives of this rank's second step. Every rank of a gloo group calls this function."""
     import torch
 
     from tests.sharding.cases import start
@@ -109,39 +112,44 @@ def _counted_zero(model: str, stage: int) -> Counted:
 
 
 def differences(ranks: int, chosen: Sequence[Checked]) -> list[str]:
-    """Run the cases on so many ranks; a line for every one whose collectives are not the simulator's."""
+    """Run cases on a number of ranks and return a line for every case in which the simulator is wrong."""
     from tests.sharding.workers import run
 
-    answers = run(ranks, {f"{c.model} {c.wrap}": ("benchmarks.scaling.check:counted", c._asdict()) for c in chosen},
-                  timeout=1800)  # fmt: skip
+    answers = run(
+        ranks, {f"{c.model} {c.wrap}": ("benchmarks.scaling.check:counted", c._asdict()) for c in chosen}, timeout=1800
+    )
     return [line for case in chosen if (line := difference(case, ranks, answers[f"{case.model} {case.wrap}"]))]
 
 
 def difference(case: Checked, ranks: int, answers: Sequence[Any]) -> str:
-    """What is wrong with the ranks' counted collectives; empty where nothing is.
+    """Describe how the counted collectives differ from the simulator's; return "" if they are equal.
 
     Args:
-        case: what was run.
-        ranks: on how many.
+        case: the case.
+        ranks: number of ranks.
         answers: by rank, its ``Counted``, or the text of an error.
     """
-    wanted = expected(case, ranks)
-    wrong = [rank for rank in range(ranks) if answers[rank] != wanted[rank]]
-    return "" if not wrong else (
+    simulated = expected(case, ranks)
+    wrong = [rank for rank in range(ranks) if answers[rank] != simulated[rank]]
+    if not wrong:
+        return ""
+    return (
         f"{case.model} {case.wrap} on {ranks} ranks: rank {wrong[0]} counted {answers[wrong[0]]}, the simulator says "
-        f"{wanted[wrong[0]]} ({len(wrong)} ranks differ)"
-    )  # fmt: skip
+        f"{simulated[wrong[0]]} ({len(wrong)} ranks differ)"
+    )
 
 
 def report(worlds: Sequence[int], zero: bool) -> int:
-    """A line per number of ranks; returns how many cases are off."""
+    """Print a line for each number of ranks; return the number of cases in which the simulator is wrong."""
     bad = 0
     for ranks in worlds:
         chosen = cases(ranks, ZERO if zero else SHARDED)
         wrong = differences(ranks, chosen)
         sent = [sum(nbytes for _, nbytes in expected(case, ranks)[0]) for case in chosen]
-        sys.stdout.write(f"{ranks} ranks: {len(chosen) - len(wrong)} of {len(chosen)} cases as simulated, rank 0 sends "
-                         f"{min(sent)} to {max(sent)} bytes, {math.fsum(sent):.0f} in all\n")  # fmt: skip
+        sys.stdout.write(
+            f"{ranks} ranks: {len(chosen) - len(wrong)} of {len(chosen)} cases as simulated, rank 0 sends "
+            f"{min(sent)} to {max(sent)} bytes, {math.fsum(sent):.0f} in all\n"
+        )
         sys.stdout.writelines(f"  {line}\n" for line in wrong)
         sys.stdout.flush()
         bad += len(wrong)

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md and the JSON behind them."""
+"""Compute the tables of docs/scaling.md and their JSON document."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = ("llama-3-8b", "llama-3-70b", "llama-3-405b")
 WORLDS = tuple(2**k for k in range(3, 13))
 TP = 8
 BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
-RULES, BESIDE = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived"), 64
+RULES, RULES_RANKS = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived"), 64
 _STYLES = {"fsdp2": "FSDP2", "tp8-fsdp2": "TP 8 x FSDP2", "zero3": "ZeRO-3", "zero12": "ZeRO-1, ZeRO-2"}
 
 
@@ -26,34 +26,39 @@ def _messages(style: str, weights: list[Weight], ranks: int) -> list[Message]:
 
 
 def row(style: str, weights: list[Weight], ranks: int) -> dict[str, Any]:
-    """One way to share a model among so many ranks: the rank that sends the most."""
+    """Return the traffic of one way to shard a model over a number of ranks, for the rank that sends the most."""
     messages = _messages(style, weights, ranks)
     tp = TP if style == "tp8-fsdp2" else 1
-    beside = gradients(weights, ranks // tp, tp, gathers=1 if style == "zero12" else 2)
+    gradient_bytes = gradients(weights, ranks // tp, tp, gathers=1 if style == "zero12" else 2)
     wire = all_reduced(messages)
     return {
         "ranks": ranks,
         "style": style,
         "messages": [
-            {"ranks": m.ranks, "along": m.along, "bytes": m.numbers * SUM, "tensors": m.tensors,
-             "blocks": dict(sorted(m.blocks.items()))}
+            {
+                "ranks": m.ranks,
+                "along": m.along,
+                "bytes": m.numbers * SUM,
+                "tensors": m.tensors,
+                "blocks": dict(sorted(m.blocks.items())),
+            }
             for m in messages
         ],
         "bytes": sum(m.numbers * SUM for m in messages),
         "wire_bytes": wire,
-        "gradient_wire_bytes": beside,
-        "ratio": wire / beside if beside else None,
-    }  # fmt: skip
+        "gradient_wire_bytes": gradient_bytes,
+        "ratio": wire / gradient_bytes if gradient_bytes else None,
+    }
 
 
-def by_rules(model: str = MODELS[0], ranks: int = BESIDE) -> dict[str, list[dict[str, Any]]]:
-    """A model's rows under several rule sets."""
+def by_rules(model: str = MODELS[0], ranks: int = RULES_RANKS) -> dict[str, list[dict[str, Any]]]:
+    """Return a model's rows under several rule sets."""
     target = load_target(model)
     return {rules: [row(style, weights_of(target, rules), ranks) for style in _STYLES] for rules in RULES}
 
 
 def compute(models: tuple[str, ...] = MODELS, worlds: tuple[int, ...] = WORLDS) -> dict[str, Any]:
-    """All rows of all models."""
+    """Return all rows of all models."""
     out = {}
     for name in models:
         weights = weights_of(load_target(name))
@@ -66,23 +71,30 @@ def compute(models: tuple[str, ...] = MODELS, worlds: tuple[int, ...] = WORLDS) 
     return out
 
 
-def tables(found: dict[str, Any], rules: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: a table per model, which roles are cut in the largest, and the smallest under other rules."""
+def tables(models: dict[str, Any], rules: dict[str, list[dict[str, Any]]]) -> str:
+    """Return the Markdown tables.
+
+    There is a table for each model, one of the roles whose blocks are cut in the last model, and one of the first model
+    under other rules.
+    """
     out = []
-    for document in found.values():
+    for document in models.values():
         rows = {(r["style"], r["ranks"]): r for r in document["rows"]}
         worlds = sorted({ranks for _, ranks in rows})
         out += [f"### {document['title']}: {document['blocks']:,} blocks in {document['tensors']:,} tensors", ""]
         cells = [[f"{ranks:,}", *(_cell(rows[style, ranks]) for style in _STYLES)] for ranks in worlds]
         out += _table(["ranks", *_STYLES.values()], cells)
         out += [""]
-    document = list(found.values())[-1]
+    document = list(models.values())[-1]
     out += [f"### Whose blocks: {document['title']}", ""]
-    out += _table(["ranks", *_STYLES.values()], [
-        [f"{ranks:,}", *(_roles(r) for r in document["rows"] if r["ranks"] == ranks)]
-        for ranks in sorted({r["ranks"] for r in document["rows"]})[::3]
-    ])  # fmt: skip
-    first, ranks = next(iter(found.values())), next(iter(rules.values()))[0]["ranks"]
+    out += _table(
+        ["ranks", *_STYLES.values()],
+        [
+            [f"{ranks:,}", *(_roles(r) for r in document["rows"] if r["ranks"] == ranks)]
+            for ranks in sorted({r["ranks"] for r in document["rows"]})[::3]
+        ],
+    )
+    first, ranks = next(iter(models.values())), next(iter(rules.values()))[0]["ranks"]
     out += ["", f"### Other rules: {first['title']} on {ranks} ranks", ""]
     out += _table(["rules", *_STYLES.values()], [[f"`{name}`", *map(_cell, rows)] for name, rows in rules.items()])
     return "\n".join(out) + "\n"
@@ -122,7 +134,7 @@ def _size(nbytes: int) -> str:
 
 
 def merged(page: str, new: str) -> str:
-    """The page with other tables between its marks.
+    """Return the page with new tables between its two marks.
 
     Raises:
         ValueError: the page has no marks.

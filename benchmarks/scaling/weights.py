@@ -1,4 +1,4 @@
-"""What the simulator knows of a model: shapes, layouts, and what tensor parallelism cuts."""
+"""The simulator's description of a model: shapes, layouts, and the axes that tensor parallelism shards."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ class Weight:
     """One parameter.
 
     Attributes:
-        name: as in ``named_parameters``.
-        role: what it does; several words where it is fused.
-        shape, layout: whole.
-        axis: what tensor parallelism cuts; None where every rank has all of it.
-        decays: whether an optimizer that is built from the model decays it, which decides its parameter group.
+        name: name in ``named_parameters``.
+        role: the weight's role; the roles of a fused weight are joined by "+".
+        shape: shape of the full weight.
+        layout: layout of the full weight.
+        axis: axis that tensor parallelism shards; None if every rank has the full weight.
+        decays: whether an optimizer that is built from the model applies weight decay to it. This determines its
+            parameter group.
     """
 
     name: str
@@ -34,12 +36,12 @@ class Weight:
 def weights_of(
     model: nn.Module, rules: str = "adam_mini", axis_of: Callable[[str, Anatomy], int | None] | None = None
 ) -> list[Weight]:
-    """Every parameter of a model, tied ones once, in the model's order.
+    """Describe every parameter of a model, in the model's order; tied parameters occur once.
 
     Args:
-        model: on any device; ``meta`` will do.
-        rules: a shipped set of rules.
-        axis_of: (name, anatomy) -> the axis that tensor parallelism cuts; by role where it is None.
+        model: the model, on any device, including ``meta``.
+        rules: name of a shipped rule set.
+        axis_of: (name, anatomy) -> axis that tensor parallelism shards; None to choose the axis by role.
     """
     chosen = Rules.load(rules)
     return [

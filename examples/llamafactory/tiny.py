@@ -1,4 +1,4 @@
-"""A Llama small enough for a processor, with random weights and a byte-level tokenizer: ``python tiny.py FOLDER``."""
+"""Save a Llama small enough for a CPU, with random weights and a byte-level tokenizer: ``python tiny.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SPECIAL = ["<s>", "</s>", "<pad>"]
 
 
 def make(folder: Path, seed: int = 0) -> None:
-    """Save model and tokenizer.
+    """Create and save the model and the tokenizer.
 
     Args:
-        folder: where to.
-        seed: of the weights.
+        folder: where to save them.
+        seed: seed of the weights.
     """
     texts = (file.read_text("utf-8", "replace") for file in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py")))
     trained = ByteLevelBPETokenizer()
@@ -28,10 +28,20 @@ def make(folder: Path, seed: int = 0) -> None:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )).save_pretrained(folder)  # fmt: skip
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    ).save_pretrained(folder)
 
 
 if __name__ == "__main__":

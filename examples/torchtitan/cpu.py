@@ -1,8 +1,8 @@
-"""What torchtitan 0.3 needs to train on processors with gloo, and why.
+"""Changes that let torchtitan 0.3 train on CPUs with gloo. None of them concerns the optimizer.
 
-It is made for accelerators and newer releases of torch: without an accelerator it looks for CUDA; its attention kernels
-have no backward pass on processors; FSDP scales gradients by a reduction gloo does not have; its default backend for
-sharding, "spmd_types", and one call that shortens time-outs need torch 2.14. Nothing here concerns the optimizer.
+torchtitan is made for accelerators and newer releases of torch. Without an accelerator it looks for CUDA. Its attention
+kernels have no backward pass on CPUs. FSDP scales gradients by a reduction that gloo does not have. Its default backend
+for sharding, "spmd_types", and a call that shortens time-outs need torch 2.14.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def use_processors() -> None:
-    """Make the processor torchtitan's device; to be called before anything else of torchtitan is imported."""
+    """Make the CPU torchtitan's device. Call this before you import any other module of torchtitan."""
     from torchtitan.tools import utils
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -37,14 +37,14 @@ def use_processors() -> None:
             for kind in ("active", "reserved")
         },
     )
-    if not hasattr(torch.distributed, "set_timeout"):  # torch 2.13 calls it so
+    if not hasattr(torch.distributed, "set_timeout"):  # In torch 2.13 the function is private.
         torch.distributed.set_timeout = distributed_c10d._set_pg_timeout
 
 
 def for_processors(config: Any) -> Any:
-    """A trainer's configuration, changed where processors ask for it: fp32, short sequences, plain attention.
+    """Change a trainer's configuration for CPUs: fp32, short sequences and plain attention.
 
-    Plain attention knows nothing of where a document ends within a sequence.
+    Plain attention also attends across the borders of documents within a sequence.
     """
     from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
 
@@ -60,7 +60,7 @@ def for_processors(config: Any) -> Any:
 
 
 class _Summing:
-    """A model's own way to be parallel, with gradients reduced by sums alone."""
+    """A model's function ``parallelize``, followed by a setting that makes FSDP reduce gradients by plain sums."""
 
     def __init__(self, parallelize: Any) -> None:
         self._parallelize = parallelize

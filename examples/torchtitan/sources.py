@@ -1,4 +1,4 @@
-"""Real text that is always there, as torchtitan takes it: a data set by name, and a tokenizer's folder."""
+"""The sources of Python's standard library as a data set of torchtitan, with a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def texts() -> list[str]:
-    """The modules of Python's standard library, a document each."""
+    """Return the modules of Python's standard library, one document for each."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 
 def register() -> str:
-    """Make the text known to torchtitan.
+    """Register the text as a data set of torchtitan.
 
     Returns:
-        the data set's name.
+        The data set's name.
     """
     from datasets import Dataset
 
@@ -35,24 +35,27 @@ def register() -> str:
 
 
 def tokenizer(folder: Path, size: int) -> str:
-    """A folder with a byte-level BPE tokenizer, trained on the text when it is not there yet.
+    """Train a byte-level BPE tokenizer on the text, unless the folder already has one.
 
     Args:
-        folder: where to keep it.
-        size: tokens, two special ones and the 256 bytes included.
+        folder: folder of the tokenizer.
+        size: number of tokens, including two special ones and the 256 bytes.
+
+    Returns:
+        The folder's path.
     """
     from tokenizers import ByteLevelBPETokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
-        made = ByteLevelBPETokenizer()
-        made.train_from_iterator(texts()[::4], vocab_size=size, special_tokens=[BEGIN, END], show_progress=False)
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(texts()[::4], vocab_size=size, special_tokens=[BEGIN, END], show_progress=False)
         _write(folder / "tokenizer_config.json", json.dumps({"bos_token": BEGIN, "eos_token": END}))
-        _write(folder / "tokenizer.json", made._tokenizer.to_str())
+        _write(folder / "tokenizer.json", trained._tokenizer.to_str())
     return str(folder)
 
 
 def _write(file: Path, text: str) -> None:
-    beside = file.with_suffix(f".{os.getpid()}.tmp")  # every rank may come here at once
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")  # All ranks may write the file at the same time.
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)

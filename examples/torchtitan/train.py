@@ -1,4 +1,4 @@
-"""torchtitan's own training, on processors where there is no accelerator; arguments as ``torchtitan.train``."""
+"""Run ``torchtitan.train`` with its usual arguments, on CPUs if there is no accelerator."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Rivals and controls the ablation compares with."""
+"""Controls for the ablation."""
 
 from .permuted import PermutedAdamMini
 

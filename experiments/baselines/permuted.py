@@ -1,7 +1,7 @@
-"""The control: Adam-mini on a partition of the same block sizes whose blocks are random sets of elements.
+"""The control of the ablation: Adam-mini with the same block sizes, but random elements in each block.
 
-If a partition trains well only because of how many scalars it has, this trains as well. Blocks here are not runs
-along an axis, so this optimizer gathers and scatters by element; it is a control, not something to use.
+If a partition trains well only because of its number of scalars, this control trains equally well. Its blocks are not
+runs along an axis, so it gathers and scatters by element. It is too slow for any other use.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ class PermutedAdamMini(torch.optim.Optimizer):
     """Adam-mini's update with the block ids of ``rules`` shuffled over the elements of each tensor.
 
     Args:
-        model: the model; its two parameter groups are those of ``AdamMini(model)``.
+        model: the model; the parameter groups are those of ``AdamMini(model)``.
         lr: learning rate.
-        betas: decay of the first and second moment.
-        eps: added outside the root.
-        weight_decay: decoupled, for weights of two and more dimensions.
-        rules: whose block sizes to copy.
-        seed: of the shuffles; None leaves the ids where they are (for tests).
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, for weights of two and more dimensions.
+        rules: rule set that determines the block sizes.
+        seed: seed of the shuffles; None does not shuffle, which tests use.
     """
 
     def __init__(
-        self, model: nn.Module, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, rules: str | Rules = "adam_mini", seed: int | None = 0,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rules: str | Rules = "adam_mini",
+        seed: int | None = 0,
+    ) -> None:
         groups = AdamMini(model, lr, betas, eps, weight_decay, rules=rules).param_groups
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         layouts = partition(model, rules)
@@ -47,7 +54,7 @@ class PermutedAdamMini(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Take one step."""
+        """Update all parameters that have a gradient; return the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -77,5 +84,5 @@ class PermutedAdamMini(torch.optim.Optimizer):
 
     @property
     def n_scalars(self) -> int:
-        """Second-moment scalars."""
+        """Number of second-moment scalars."""
         return sum(int(ids.max()) + 1 for group in self._ids for ids in group)

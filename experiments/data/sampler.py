@@ -1,4 +1,4 @@
-"""Batches that depend on nothing but (corpus, seed, step): resuming and sharding need no sampler state."""
+"""Batches that depend only on (corpus, seed, step), so that resuming and sharding need no sampler state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids, uint8, in the order of the text.
+    """Token ids in the order of the text.
 
     Attributes:
-        train: [n] training tokens.
-        validation: [n] held-out tokens.
+        train: uint8 [n], training tokens.
+        validation: uint8 [m], held-out tokens.
         vocab: number of token ids.
-        fingerprint: sha256 of all tokens: which text it was, for results.
+        fingerprint: hash of the text, which identifies it in results.
     """
 
     train: np.ndarray
@@ -37,7 +37,14 @@ def _require_a_window(tokens: np.ndarray, length: int) -> None:
 
 
 def batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
-    """The batch of one step.
+    """Draw the batch of one step.
+
+    Args:
+        tokens: uint8 [n], the training tokens.
+        seed: seed of the data order.
+        step: index of the step, from 0.
+        rows: number of sequences.
+        length: tokens per sequence.
 
     Returns:
         (inputs, targets), each int64 [rows, length]; targets are inputs shifted by one.
@@ -52,13 +59,21 @@ def batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -
 
 
 def context_batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, context: int) -> tuple[Tensor, Tensor]:
-    """Contexts int64 [rows, context] and the token that follows each, int64 [rows]."""
+    """Draw contexts, int64 [rows, context], and the token that follows each, int64 [rows]."""
     inputs, targets = batch_at(tokens, seed, step, rows, context)
     return inputs, targets[:, -1].contiguous()
 
 
 def fixed_batches(tokens: np.ndarray, count: int, rows: int, length: int) -> list[tuple[Tensor, Tensor]]:
-    """``count`` evenly spaced, non-overlapping-as-possible batches: the same for every run.
+    """Return ``count`` batches of evenly spaced windows, which are the same for every run.
+
+    The windows overlap only if the corpus is too short for all of them.
+
+    Args:
+        tokens: uint8 [n], the held-out tokens.
+        count: number of batches.
+        rows: sequences per batch.
+        length: tokens per sequence.
 
     Raises:
         ValueError: the corpus is shorter than one window.

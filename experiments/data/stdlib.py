@@ -1,4 +1,4 @@
-"""Python's own standard library sources: real text with a learnable structure that is always there."""
+"""The sources of Python's standard library: text with learnable structure that needs no download."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .sampler import Corpus
 
 _SKIP = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
 CLASSES = ("a-z", "A-Z", "0-9", "space", "newline", "punctuation", "brackets and quotes", "underscore and other")
-"""What the eight tokens of the reduced corpus stand for."""
+"""The character class of each of the eight tokens of the reduced corpus."""
 
 
 @functools.cache
 def python_stdlib() -> Corpus:
-    """The sources as bytes: every 20th file is held out, files in order of their path.
+    """Load the sources as bytes, in the order of their paths; every 20th file is held out.
 
     Raises:
-        FileNotFoundError: an interpreter without its sources (a zipped standard library).
+        FileNotFoundError: the interpreter has no source files, for example because its library is zipped.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not _SKIP & set(p.relative_to(root).parts[:-1]))
@@ -37,10 +37,19 @@ def python_stdlib() -> Corpus:
 
 
 def reduced(corpus: Corpus) -> Corpus:
-    """The corpus in eight character classes (``CLASSES``): a vocabulary small enough for an exact Hessian."""
+    """Map a corpus to eight character classes (``CLASSES``), a vocabulary small enough for an exact Hessian."""
     table = np.full(256, 7, dtype=np.uint8)
-    for token, characters in enumerate(("abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789", " ",
-                                        "\n", ".,:;=+-*/<>!%&|^~@#\\", "()[]{}'\"")):  # fmt: skip
+    for token, characters in enumerate(
+        (
+            "abcdefghijklmnopqrstuvwxyz",
+            "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+            "0123456789",
+            " ",
+            "\n",
+            ".,:;=+-*/<>!%&|^~@#\\",
+            "()[]{}'\"",
+        )
+    ):
         table[list(characters.encode())] = token
     train, validation = table[corpus.train], table[corpus.validation]
     return Corpus(train, validation, len(CLASSES), _fingerprint(train, validation))

@@ -1,4 +1,4 @@
-"""Small models, written out, without dropout, initialised from an explicit seed."""
+"""Small models without dropout, initialised from an explicit seed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["GPT", "GPTConfig", "Llama", "LlamaConfig", "MLPClassifier", "MLPConf
 
 
 def build(config: ModelConfig, seed: int) -> nn.Module:
-    """The model of a config, its weights a pure function of the seed."""
+    """Build the model of a config; its weights are a pure function of the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(config, LlamaConfig):
@@ -25,7 +25,12 @@ def build(config: ModelConfig, seed: int) -> nn.Module:
 
 
 def lm_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross entropy in nats over every position of (inputs, targets), each int64 [B, T] (or [B, k] and [B])."""
+    """Return the mean cross entropy in nats over all positions.
+
+    Args:
+        model: inputs -> logits.
+        batch: (inputs, targets), int64 [B, T] each, or [B, k] and [B] for a classifier.
+    """
     inputs, targets = batch
     logits = model(inputs)
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

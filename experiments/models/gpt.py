@@ -1,4 +1,4 @@
-"""A GPT-2 in nanoGPT's parameter names: learned positions, one fused query-key-value projection, GELU."""
+"""A GPT-2 with nanoGPT's parameter names: learned positions, a fused query-key-value projection, and GELU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class GPTConfig:
         """Check the sizes against each other.
 
         Raises:
-            ValueError: heads do not divide the width.
+            ValueError: the number of heads does not divide the width.
         """
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal attention with [Q|K|V] in one projection."""
+    """Causal attention with one fused projection [Q|K|V]."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, n_embd] -> [B, T, n_embd]."""
+        """Map [B, T, n_embd] to [B, T, n_embd]."""
         batch, length, dim = x.shape
         q, k, v = (t.view(batch, length, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(dim, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -48,7 +48,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward block of width four."""
+    """Feed-forward block, four times as wide as the model."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, n_embd] -> [B, T, n_embd]."""
+        """Map [B, T, n_embd] to [B, T, n_embd]."""
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
@@ -69,24 +69,26 @@ class Block(nn.Module):
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, n_embd] -> [B, T, n_embd]."""
+        """Map [B, T, n_embd] to [B, T, n_embd]."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
-    """Decoder-only language model; the output layer is tied to the embedding only where the config says so."""
+    """Decoder-only language model; the output layer is tied to the embedding if ``tied`` is set."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         config.require_consistent()
         self.config = config
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
-            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd),
-        })  # fmt: skip
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
         self.lm_head = nn.Linear(config.n_embd, config.vocab, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
@@ -102,7 +104,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, T], T <= block_size -> logits [B, T, vocab]."""
+        """Map tokens, int64 [B, T] with T <= block_size, to logits [B, T, vocab]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
         for block in self.transformer["h"]:

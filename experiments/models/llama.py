@@ -1,4 +1,4 @@
-"""A Llama: RMSNorm, rotary positions, grouped heads, SwiGLU, under Meta's and torchtitan's parameter names."""
+"""A Llama with Meta's and torchtitan's parameter names: RMSNorm, rotary positions, grouped heads, and SwiGLU."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ class LlamaConfig:
         """Check the sizes against each other.
 
         Raises:
-            ValueError: heads do not divide the width, key-value heads not the heads, or a head has an odd width, of
-                which rotary positions could not make pairs.
+            ValueError: n_heads does not divide dim, n_kv_heads does not divide n_heads, or a head has an odd width,
+                whose channels rotary positions cannot pair.
         """
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, and that of n_kv_heads={self.n_kv_heads}"
+                f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, and that a multiple of "
+                f"n_kv_heads={self.n_kv_heads}"
             )
         if self.dim // self.n_heads % 2:
             raise ValueError(
                 f"dim={self.dim} / n_heads={self.n_heads} = {self.dim // self.n_heads} must be even: rotary positions "
-                "turn pairs of channels"
+                "rotate pairs of channels"
             )
 
 
@@ -50,7 +51,7 @@ def rotary(x: Tensor, base: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight."""
+    """Root mean square normalisation: x / rms(x) * weight."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
+        """Map [B, T, dim] to [B, T, dim]."""
         batch, length, _ = x.shape
         q, k, v = (w(x).view(batch, length, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = rotary(q, self.rope_base), rotary(k, self.rope_base)
@@ -95,7 +96,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
+        """Map [B, T, dim] to [B, T, dim]."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -108,7 +109,7 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = RMSNorm(config.dim), RMSNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, dim] -> [B, T, dim]."""
+        """Map [B, T, dim] to [B, T, dim]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -132,7 +133,7 @@ class Llama(nn.Module):
                 nn.init.normal_(parameter, std=scale * fan_in**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, T] -> logits [B, T, vocab]."""
+        """Map tokens, int64 [B, T], to logits [B, T, vocab]."""
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x)

@@ -1,1 +1,1 @@
-"""Studies: several measurements that belong together, each a command of its own."""
+"""Studies: each is a command that makes several related measurements."""

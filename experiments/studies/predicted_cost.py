@@ -1,10 +1,11 @@
-"""What the measured Jensen gaps predict for a model and a rule set, before any training.
+"""Predict the cost of a rule set for a model from measured Jensen gaps, before any training.
 
     python -m experiments.studies.predicted_cost [--out results/predicted_cost.json]
 
-The shipped rules ``derived`` carry, for every role and candidate unit, the Jensen gap measured on the tiny models. Here
-they are averaged over the matrices of the ablation's model, weighted by size, for every arm: the mean over parameters
-of log(shared v) - log(own v), twice the mean log ratio of learning rates. Norms and vectors are left out.
+The shipped rules ``derived`` contain the Jensen gap of every role and candidate unit, measured on the tiny models. For
+every arm, this command averages the gaps over the matrices of the ablation's model, weighted by size. The result is the
+mean over parameters of log(shared v) - log(element's v), which is twice the mean log ratio of learning rates. Norms and
+vectors are left out.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from optimizer.partition import discover
 
 
 class MissingEvidence(KeyError):
-    """Rules whose cost was never measured."""
+    """The evidence has no measured cost for some unit of the rules."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> float:
-    """Size-weighted mean gap of an arm over a model's matrices.
+    """Return the size-weighted mean Jensen gap of an arm over a model's matrices, in nats.
 
     Args:
         model: the model.
-        arm: a rule set, or ``permuted`` (the null gap of ``adam_mini``'s block sizes).
-        choices: the ``choices`` of derived rules' evidence.
+        arm: a rule set, or ``permuted``, whose gap is that of random blocks of ``adam_mini``'s sizes.
+        choices: the entry ``choices`` of the evidence of derived rules.
 
     Raises:
-        MissingEvidence: a KeyError; the evidence lacks a role or unit the arm uses.
+        MissingEvidence: the evidence lacks a role or unit that the arm uses. It is a KeyError.
     """
     rules = Rules.load("adam_mini" if arm == CONTROL else arm)
     total = weight = 0.0
@@ -56,14 +57,15 @@ def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> fl
             if unit is Unit.ELEMENT:
                 continue
             candidates = {c["unit"]: c for c in choices.get(part.role.value, {}).get("candidates", ())}
-            rows = {"OUT_NEURON": "TOKEN"} if "TOKEN" in candidates else {}  # the rows of a table are its tokens
-            wanted = rows.get(unit.value, unit.value)
-            if wanted not in candidates:
+            # The rows of an embedding or output layer are its tokens, and the evidence has them as TOKEN.
+            renamed = {"OUT_NEURON": "TOKEN"} if "TOKEN" in candidates else {}
+            unit_name = renamed.get(unit.value, unit.value)
+            if unit_name not in candidates:
                 raise MissingEvidence(
-                    f"arm={arm!r} gives {part.role.value} the unit {wanted}, of which the evidence measured nothing "
+                    f"arm={arm!r} gives {part.role.value} the unit {unit_name}, of which the evidence measured nothing "
                     f"(it has {sorted(candidates)}); run `make hessian`, then experiments.studies.hessian_maps.ship"
                 )
-            total += size * candidates[wanted]["jensen_null" if arm == CONTROL else "jensen"]
+            total += size * candidates[unit_name]["jensen_null" if arm == CONTROL else "jensen"]
     return total / weight
 
 
@@ -71,7 +73,7 @@ def main(out: Path = Path("results/predicted_cost.json")) -> None:
     """Write and print the predicted cost of every arm of the ablation.
 
     Args:
-        out: where to.
+        out: path of the JSON file.
     """
     model = build(byte_llama().model, 0)
     with refusals(ValueError, OSError, MissingEvidence):

@@ -1,1 +1,1 @@
-"""Other libraries' answers to the same questions, as cross-checks only."""
+"""Adapters for other libraries that compute the same quantities; they serve only as cross-checks."""

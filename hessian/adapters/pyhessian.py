@@ -1,7 +1,7 @@
 """PyHessian 0.1 as a cross-check of eigenvalues, trace and spectrum.
 
-Its faults are worked around here and nowhere else: it wants ``model(inputs)`` and a criterion, defaults to CUDA, knows
-no seed and no dtype, leaves gradients with graphs on the model, and calls ``torch.eig``, which raises nowadays.
+This file works around PyHessian's limits: it needs ``model(inputs)`` and a criterion, defaults to CUDA, has no argument
+for a seed or a dtype, leaves gradients with graphs on the model, and calls ``torch.eig``, which torch has removed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..weights import counted, plain
 
 @dataclass(frozen=True)
 class PyHessianAnswer:
-    """What PyHessian says of a Hessian over all trainable parameters.
+    """PyHessian's results for the Hessian over all trainable parameters.
 
     Attributes:
-        eigenvalues: [k] of largest magnitude, by power iteration, in the order found.
-        trace: Hutchinson's estimate.
-        trace_stderr: its standard error over probes.
-        nodes: [probes, steps] Ritz values of its Lanczos quadrature.
-        weights: [probes, steps] their weights.
+        eigenvalues: [k] eigenvalues of largest magnitude, by power iteration, in PyHessian's order.
+        trace: Hutchinson's estimate of the trace.
+        trace_stderr: standard error of ``trace`` over probes.
+        nodes: [probes, steps] Ritz values of PyHessian's Lanczos quadrature.
+        weights: [probes, steps] weights of the nodes.
     """
 
     eigenvalues: Tensor
@@ -40,8 +40,8 @@ class PyHessianAnswer:
     weights: Tensor
 
 
-class _Whole(nn.Module):
-    """The loss as a model, since PyHessian splits the two."""
+class _LossModel(nn.Module):
+    """A model whose output is the loss, because PyHessian expects a model and a separate criterion."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class _Whole(nn.Module):
 
 
 class _Batch:
-    """A batch of any structure, with the two methods PyHessian calls on inputs and targets."""
+    """A batch of any structure, with the two methods that PyHessian calls on inputs and targets."""
 
     def __init__(self, content: Any, share: float = 0.0) -> None:
         self.content = content
@@ -67,14 +67,14 @@ class _Batch:
 
 
 def _eig(matrix: Tensor, eigenvectors: bool = True) -> tuple[Tensor, Tensor]:
-    """What the removed ``torch.eig`` gave for a symmetric matrix: values [n, 2], vectors [n, n]."""
+    """Return what the removed ``torch.eig`` returned for a symmetric matrix: values [n, 2], vectors [n, n]."""
     values, vectors = torch.linalg.eigh(matrix)
     return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
 
 @contextlib.contextmanager
-def _its_world(dtype: torch.dtype, seed: int) -> Iterator[None]:
-    """Seed, default dtype and ``torch.eig`` as PyHessian needs them; all put back afterwards."""
+def _pyhessian_settings(dtype: torch.dtype, seed: int) -> Iterator[None]:
+    """Set the seed, the default dtype and ``torch.eig`` for PyHessian, and restore all of them at the end."""
     default = torch.get_default_dtype()
     patched = mock.patch.object(torch, "eig", _eig, create=True)
     with torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), patched:
@@ -99,37 +99,39 @@ def pyhessian_answer(
     seed: int = 0,
     count: Callable[[Any], float] | None = None,
 ) -> PyHessianAnswer:
-    """Ask PyHessian about the Hessian of the mean loss over all batches.
+    """Run PyHessian on the Hessian of the mean loss over all batches.
 
     Args:
-        model: the model; a copy is worked on.
-        loss: as ``HessianOperator``.
-        batches: as ``HessianOperator``.
-        top: eigenvalues of largest magnitude.
-        iterations: power iterations for each.
-        trace_probes: Hutchinson probes, all used.
+        model: the model; PyHessian runs on a copy.
+        loss: ``loss(model, batch)`` -> 0-dim tensor, the mean over the batch.
+        batches: batches of one structure; they may differ in size.
+        top: number of eigenvalues of largest magnitude.
+        iterations: power iterations for each eigenvalue.
+        trace_probes: number of Hutchinson probes; there is no early stop.
         steps: Lanczos steps.
-        probes: Lanczos start vectors.
-        seed: of everything random.
-        count: as ``HessianOperator``; without it, batches whose weights are in doubt are refused.
+        probes: number of Lanczos start vectors.
+        seed: seed of all random numbers.
+        count: function of a batch that returns what its loss is a mean over. Without it, the batches must have weights
+            that follow from their tensors alone.
 
     Raises:
         ImportError: PyHessian is not installed.
+        ValueError: count is None and the weights of the batches are ambiguous.
     """
     try:
         from pyhessian import hessian as PyHessian
     except ImportError as error:
         raise ImportError("pyhessian is not installed; pip install --no-deps pyhessian==0.1") from error
-    wrapped = _Whole(copy.deepcopy(model), loss)
+    wrapped = _LossModel(copy.deepcopy(model), loss)
     dtype = next(wrapped.parameters()).dtype
     batches = usable_batches(batches)
     weights = plain(batches) if count is None else counted(count, batches)
     loader = [(_Batch(batch, share), _Batch(None)) for batch, share in zip(batches, weights, strict=True)]
-    with _its_world(dtype, seed):
-        asked = PyHessian(wrapped, lambda value, _: value, dataloader=loader, cuda=False)
-        values, _ = asked.eigenvalues(maxIter=iterations, tol=1e-12, top_n=top)
-        samples = torch.tensor(asked.trace(maxIter=trace_probes, tol=0.0), dtype=torch.float64)
-        nodes, weights = asked.density(iter=steps, n_v=probes)
+    with _pyhessian_settings(dtype, seed):
+        runner = PyHessian(wrapped, lambda value, _: value, dataloader=loader, cuda=False)
+        values, _ = runner.eigenvalues(maxIter=iterations, tol=1e-12, top_n=top)
+        samples = torch.tensor(runner.trace(maxIter=trace_probes, tol=0.0), dtype=torch.float64)
+        nodes, weights = runner.density(iter=steps, n_v=probes)
     return PyHessianAnswer(
         eigenvalues=torch.tensor(values, dtype=torch.float64),
         trace=samples.mean().item(),

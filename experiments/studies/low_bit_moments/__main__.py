@@ -1,4 +1,4 @@
-"""The command: screening, final runs, and their comparison; every finished run is kept at once."""
+"""The study's command: screening, final runs, and their comparison. Every run is saved as soon as it finishes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from experiments.studies.low_bit_moments import stability
 from experiments.studies.low_bit_moments.candidates import FAST, SCREENED
 from experiments.studies.low_bit_moments.runs import CONFIG, Arm, name_of, run
 
-MARGIN = 0.02  # nats: the rule's second condition
+MARGIN = 0.02
+"""Upper bound of the interval in nats, the second condition of the rule."""
 STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
     "screen": (("fp32", "bf16", "int8", "int4", *SCREENED), (100, 101, 102), 300, 3e-3),
     "fast": (("fp32", "int8", "int4", *FAST), (100, 101, 102), 300, 1e-2),
@@ -29,15 +30,16 @@ STAGES: dict[str, tuple[tuple[Arm, ...], tuple[int, ...], int, float]] = {
 
 
 def compare(runs: Sequence[dict[str, Any]], arm: str, wanted: Sequence[int]) -> dict[str, Any]:
-    """Paired differences of an arm's final losses to fp32's, over the seeds both have finished.
+    """Compute paired differences between an arm's final losses and fp32's, over the seeds that both have finished.
 
     Args:
-        runs: every run of the stage so far.
-        arm: the arm.
-        wanted: the stage's seeds. The rule counts all of them, so nothing passes before they are there.
+        runs: all runs of the stage so far.
+        arm: name of the arm.
+        wanted: the stage's seeds. The rule counts all of them, so no arm passes before all have finished.
 
     Returns:
-        JSON-able: mean, standard error, 95 % t-interval, n, of how many, whether the rule is met; in nats.
+        JSON-able: mean, standard error and 95 % t-interval in nats, n, the number of the stage's seeds, and whether the
+        arm passes the rule.
     """
     losses = {(r["arm"], r["seed"]): r["final_val_loss"] for r in runs}
     seeds = sorted(seed for name, seed in losses if name == arm and ("fp32", seed) in losses)
@@ -51,14 +53,18 @@ def compare(runs: Sequence[dict[str, Any]], arm: str, wanted: Sequence[int]) -> 
     error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     half = float(scipy.stats.t.ppf(0.975, n - 1)) * error if n > 1 else math.inf
     return {
-        **row, "mean_difference": mean, "standard_error": error, "interval_95": [mean - half, mean + half],
-        "mean_loss": float(np.mean([losses[arm, seed] for seed in seeds])), "differences": differences.tolist(),
+        **row,
+        "mean_difference": mean,
+        "standard_error": error,
+        "interval_95": [mean - half, mean + half],
+        "mean_loss": float(np.mean([losses[arm, seed] for seed in seeds])),
+        "differences": differences.tolist(),
         "passes": seeds == sorted(wanted) and abs(mean) <= 2 * error and mean + half < MARGIN,
-    }  # fmt: skip
+    }
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """A comparison in words."""
+    """Return a comparison's verdict in words."""
     if row.get("diverged"):
         return "diverged: fails"
     if row["n"] < row["of"]:
@@ -67,15 +73,15 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def _finished(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the arms that have a run, fp32 apart, in order."""
+    """Return the names of the arms that have a run, without fp32, in the order of the runs."""
     return list(dict.fromkeys(r["arm"] for r in runs if r["arm"] != "fp32"))
 
 
 def stored(path: Path, steps: int, lr: float) -> dict[str, Any]:
-    """What a stage has left so far; an empty document where it has not begun.
+    """Read a stage's results so far; return a document without runs if the stage has not begun.
 
     Raises:
-        ValueError: the file is damaged, or its runs are not this stage's: naming the file and the run.
+        ValueError: the file is damaged, or its runs are not this stage's; the message names the file and the run.
     """
     document = read_json(path)
     if document is None:
@@ -85,16 +91,16 @@ def stored(path: Path, steps: int, lr: float) -> dict[str, Any]:
     if not isinstance(runs, list):
         raise ValueError(f"{path} is damaged (it has no runs); {mend}")
     seen = set()
-    for one in runs:
-        if not isinstance(one, dict) or not {"arm", "seed", "steps", "lr", "final_val_loss", "curve"} <= one.keys():
+    for row in runs:
+        if not isinstance(row, dict) or not {"arm", "seed", "steps", "lr", "final_val_loss", "curve"} <= row.keys():
             raise ValueError(f"{path} is damaged (it holds a run without one of its keys); {mend}")
-        name, loss = f"the run arm={one['arm']} seed={one['seed']}", one["final_val_loss"]
-        if (one["steps"], one["lr"]) != (steps, lr):
-            raise ValueError(f"{path}: {name} took steps={one['steps']} at lr={one['lr']}, not {steps} at {lr}; {mend}")
-        if (one["arm"], one["seed"]) in seen:
+        name, loss = f"the run arm={row['arm']} seed={row['seed']}", row["final_val_loss"]
+        if (row["steps"], row["lr"]) != (steps, lr):
+            raise ValueError(f"{path}: {name} took steps={row['steps']} at lr={row['lr']}, not {steps} at {lr}; {mend}")
+        if (row["arm"], row["seed"]) in seen:
             raise ValueError(f"{path}: {name} is there twice; {mend}")
-        seen.add((one["arm"], one["seed"]))
-        last = one["curve"][-1] if isinstance(one["curve"], list) and one["curve"] else (None, None)
+        seen.add((row["arm"], row["seed"]))
+        last = row["curve"][-1] if isinstance(row["curve"], list) and row["curve"] else (None, None)
         diverged = loss is None and isinstance(last[1], float) and not math.isfinite(last[1])
         if last[0] != steps or not (diverged or (loss == last[1] and isinstance(loss, float) and math.isfinite(loss))):
             raise ValueError(f"{path}: {name} has final_val_loss={loss!r}, which its curve does not end with; {mend}")
@@ -102,10 +108,14 @@ def stored(path: Path, steps: int, lr: float) -> dict[str, Any]:
 
 
 def stage(name: str, folder: Path) -> None:
-    """Run what is missing of a stage, seed by seed, and write and print the comparison.
+    """Run a stage's missing runs, seed by seed, and write and print the comparison.
+
+    Args:
+        name: name of the stage.
+        folder: folder of the results.
 
     Raises:
-        ValueError: as ``stored``.
+        ValueError: the stage's file is damaged, or its runs are not this stage's.
     """
     arms, seeds, steps, lr = STAGES[name]
     path = folder / f"{name}.json"
@@ -132,15 +142,15 @@ def stage(name: str, folder: Path) -> None:
 def main(
     only: Literal["stability", "screen", "fast", "final", "all"] = "all", results: Path = Path("results/low_bit")
 ) -> None:
-    """Run the study; takes a core for about an hour and a half from scratch.
+    """Run the study, which takes about an hour and a half on one core.
 
     Args:
-        only: which part of it.
-        results: folder of screen.json and final.json; finished runs found there are not run again.
+        only: the part of the study to run.
+        results: folder of screen.json and final.json; runs that are finished there are not repeated.
     """
     torch.set_num_threads(1)
     names = [name for name in STAGES if only in (name, "all")]
-    with refusals(ValueError, OSError):  # before hours of work: what is there can be read, what comes can be written
+    with refusals(ValueError, OSError):  # Check that results can be read and written before hours of work.
         require_writable(results, "results")
         for name in names:
             stored(results / f"{name}.json", *STAGES[name][2:])

@@ -1,7 +1,7 @@
-"""Ways to keep a first moment in few bits, in one slow, parametrised form; what ships is a special case.
+"""A slow, parametrised quantiser of first moments; the shipped formats are special cases of it.
 
-``optimizer.step.moments`` holds the chosen ones. Here the map of codes, the rounding, the block and the dtype of the
-scales vary.
+The map of codes, the rounding, the block size and the dtype of the scales can vary. ``optimizer.step.moments`` has the
+formats that were chosen.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "carried", "both")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way.
+    """One format of a quantised first moment.
 
     Attributes:
-        bits: of a code.
+        bits: bits of a code.
         law: "linear": value = c * scale; "square": value = c * |c| * scale.
-        rounding: "nearest"; "stochastic" (the mean is exact); "carried" (nearest, and what it takes from the moment is
-            given to the parameter at once: ``Kept.advance``); "both" (stochastic and carried).
-        block: elements that share a scale.
-        scale: dtype of scales.
+        rounding: "nearest"; "stochastic" (the expected value is exact); "carried" (nearest, and the rounding error is
+            added to the parameter's update, as in ``QuantisedMoment.advance``); "both" (stochastic and carried).
+        block: number of elements that share a scale.
+        scale: dtype of the scales.
     """
 
     bits: int
@@ -41,23 +41,26 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For tables and files."""
+        """Name in tables and files."""
         return f"int{self.bits}-{self.law}-{self.rounding}-{self.block}-{self.scale}"
 
     @property
     def bytes_per_value(self) -> float:
-        """Codes and scales, of rows that are whole blocks."""
+        """Bytes of code and scale per element, for rows that are a multiple of the block size."""
         return self.bits / 8 + (4 if self.scale == "fp32" else 2) / self.block
 
 
 def rounded(m: Tensor, candidate: Candidate, step: int, seed: int) -> Tensor:
-    """Moments after a round trip through codes.
+    """Quantise moments and return the dequantised values.
 
     Args:
-        m: fp32 [rows, n].
-        candidate: how.
-        step: of the optimizer, for stochastic rounding.
-        seed: of the tensor, for stochastic rounding.
+        m: fp32 [rows, n], the moments.
+        candidate: the format.
+        step: the optimizer's step, for stochastic rounding.
+        seed: the tensor's seed, for stochastic rounding.
+
+    Returns:
+        fp32 [rows, n].
     """
     rows, n = m.shape
     levels = 2 ** (candidate.bits - 1) - 1
@@ -79,12 +82,12 @@ def rounded(m: Tensor, candidate: Candidate, step: int, seed: int) -> Tensor:
     return values.reshape(rows, -1)[:, :n]
 
 
-class Kept:
-    """The first moment of one matrix under a candidate.
+class QuantisedMoment:
+    """The first moment of one matrix in a candidate's format.
 
-    What rounding takes from the moment, the parameter would lose over the steps that follow: beta1 / (1 - beta1) times
-    that much, before the step size. "carried" gives the parameter that sum at once, so that the parameter less its
-    moment's remaining effect moves by exactly the gradient: error feedback with the weights as the accumulator.
+    A rounding error e of the moment changes the parameter by beta1 / (1 - beta1) * e over all later steps, before the
+    step size. "carried" corrects the parameter by that sum at once. The parameter minus the remaining effect of its
+    moment then moves exactly with the gradient. This is error feedback with the weights as the accumulator.
     """
 
     def __init__(self, shape: torch.Size, candidate: Candidate, seed: int) -> None:
@@ -92,7 +95,7 @@ class Kept:
         self.value = torch.zeros(shape)
 
     def advance(self, grad: Tensor, beta1: float, step: int) -> Tensor:
-        """Take a step; what the parameter moves by, before its step size, comes back."""
+        """Update the moment with a gradient; return the parameter's update before the step size."""
         exact = self.value * beta1 + grad * (1 - beta1)
         self.value = rounded(exact, self.candidate, step, self.seed)
         if self.candidate.rounding in ("nearest", "stochastic"):
@@ -108,4 +111,4 @@ SCREENED = (
     *(Candidate(8, "square", "carried", block) for block in (64, 128, 256)),
 )
 FAST = tuple(Candidate(4, "square", rounding, 64) for rounding in ("nearest", "carried"))
-"""Also run at a high learning rate, beside what ships."""
+"""Candidates that also run at a high learning rate, in addition to the shipped formats."""

@@ -1,4 +1,4 @@
-"""One training run with first moments kept one way."""
+"""One training run with a given format of the first moments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from experiments import data
 from experiments.configs import TrainConfig
 from experiments.models import LlamaConfig, build, lm_loss
-from experiments.studies.low_bit_moments.candidates import Candidate, Kept
+from experiments.studies.low_bit_moments.candidates import Candidate, QuantisedMoment
 from experiments.train import learning_rate, validation_loss
 from optimizer import AdamMini, partition
 from optimizer.step import moments
@@ -28,7 +28,10 @@ Arm = str | Candidate
 
 
 def name_of(arm: Arm) -> str:
-    """An arm's name in results; it holds every constant of a shipped format, so that another one is another arm."""
+    """Return an arm's name in results.
+
+    The name of a shipped format contains all of its constants, so that a changed format is another arm.
+    """
     if isinstance(arm, Candidate):
         return arm.name
     format = moments.FORMATS.get(arm)
@@ -39,7 +42,7 @@ def name_of(arm: Arm) -> str:
 
 
 class _Plain:
-    """A first moment in one floating-point dtype."""
+    """A first moment in a floating-point dtype."""
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
         self.value = torch.zeros(shape, dtype=dtype)
@@ -51,7 +54,7 @@ class _Plain:
 
 
 class _Shipped:
-    """A first moment as ``optimizer.step.moments`` keeps it."""
+    """A first moment in a shipped format of ``optimizer.step.moments``."""
 
     def __init__(self, p: Tensor, format: moments.Format, seed: int) -> None:
         self.seed = seed
@@ -63,23 +66,26 @@ class _Shipped:
 
 
 class Trainer:
-    """Adam-mini with the arm's first moments: the equations of ``optimizer.step.update``, tensor by tensor."""
+    """Adam-mini with the arm's first moments, by the equations of ``optimizer.step.update``, tensor by tensor."""
 
     def __init__(self, model: nn.Module, arm: Arm, config: TrainConfig) -> None:
         self.config, self.taken = config, 0
         self.layouts = partition(model)
-        decays = {id(p): g["weight_decay"] for g in AdamMini(model, weight_decay=config.weight_decay).param_groups
-                  for p in g["params"]}  # fmt: skip
+        decays = {
+            id(p): g["weight_decay"]
+            for g in AdamMini(model, weight_decay=config.weight_decay).param_groups
+            for p in g["params"]
+        }
         self.parameters = dict(model.named_parameters())
         self.decay = {name: decays[id(p)] for name, p in self.parameters.items()}
         self.second = {
             name: torch.zeros(self.layouts[name].aligned_shape(p.shape)) for name, p in self.parameters.items()
         }
-        self.first = {name: _kept(p, arm, seed) for seed, (name, p) in enumerate(self.parameters.items())}
+        self.first = {name: _first_moment(p, arm, seed) for seed, (name, p) in enumerate(self.parameters.items())}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One step of every tensor."""
+        """Update every tensor once."""
         self.taken += 1
         beta1, beta2 = self.config.beta1, self.config.beta2
         for name, p in self.parameters.items():
@@ -91,17 +97,23 @@ class Trainer:
             p.mul_(1 - lr * self.decay[name]).sub_(factor * move)
 
 
-def _kept(p: Tensor, arm: Arm, seed: int) -> _Plain | _Shipped | Kept:
-    """How the arm keeps the first moment of a tensor; small ones in fp32 under every arm."""
+def _first_moment(p: Tensor, arm: Arm, seed: int) -> _Plain | _Shipped | QuantisedMoment:
+    """Create a tensor's first moment in the arm's format; small tensors have fp32 moments under every arm."""
     if arm in ("fp32", "twin") or not moments.quantises(p.shape):
         return _Plain(p.shape, torch.float32)
     if isinstance(arm, Candidate):
-        return Kept(p.shape, arm, seed)
+        return QuantisedMoment(p.shape, arm, seed)
     return _Plain(p.shape, torch.bfloat16) if arm == "bf16" else _Shipped(p, moments.FORMATS[arm], seed)
 
 
 def run(arm: Arm, seed: int, steps: int, lr: float = CONFIG.lr) -> dict[str, Any]:
     """Train once.
+
+    Args:
+        arm: format of the first moments.
+        seed: seed of the initial weights and the data order.
+        steps: number of optimizer steps.
+        lr: peak learning rate.
 
     Returns:
         JSON-able: arm, seed, steps, curve of (step, validation loss) pairs, final_val_loss (None when it diverged),
@@ -128,5 +140,12 @@ def run(arm: Arm, seed: int, steps: int, lr: float = CONFIG.lr) -> dict[str, Any
         if last or (step + 1) % config.eval_every == 0:
             curve.append((step + 1, validation_loss(model, held_out if last else held_out[::4])))
     final = curve[-1][1] if math.isfinite(curve[-1][1]) else None
-    return {"arm": name_of(arm), "seed": seed, "steps": steps, "lr": lr, "final_val_loss": final, "curve": curve,
-            "seconds": round(time.perf_counter() - started, 1)}  # fmt: skip
+    return {
+        "arm": name_of(arm),
+        "seed": seed,
+        "steps": steps,
+        "lr": lr,
+        "final_val_loss": final,
+        "curve": curve,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
