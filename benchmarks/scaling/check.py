@@ -21,7 +21,7 @@ FP32 = 4
 
 
 class Checked(NamedTuple):
-    """A small model of ``tests.sharding.models`` under a wrapper of ``tests.sharding.cases``."""
+    """A small model of ``tests.sharding.models`` under a wrapper of ``tests.sharding.training``."""
 
     model: str
     wrap: str
@@ -62,14 +62,14 @@ def expected(case: Checked, ranks: int) -> list[Counted]:
 
 
 def _axis(tp: int, name: str, anatomy: Anatomy) -> int | None:
-    """As ``tests.sharding.cases.tensor_parallel``, which leaves alone what it cannot deal out evenly."""
+    """As ``tests.sharding.training.tensor_parallel``, which leaves alone what it cannot deal out evenly."""
     uneven = ("attention." in name and 6 % tp) or ("feed_forward" in name and 36 % tp)
     return None if uneven else tensor_parallel_axis(anatomy)
 
 
 def _units(model: nn.Module, weights: Sequence[Weight]) -> list[list[Weight]]:
     """Weights by the module that FSDP1 wraps: every block, and what is left."""
-    from tests.sharding.cases import _blocks
+    from tests.sharding.training import _blocks
 
     path = next(name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
                 and list(module) == _blocks(model))  # fmt: skip
@@ -86,7 +86,7 @@ def counted(model: str, wrap: str) -> Counted:
     """The collectives of a rank's second step; what a group of gloo ranks runs."""
     import torch
 
-    from tests.sharding.cases import start
+    from tests.sharding.training import start
 
     if wrap.startswith("zero"):
         return _counted_zero(model, int(wrap.removeprefix("zero")))

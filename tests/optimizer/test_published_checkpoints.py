@@ -20,7 +20,7 @@ from adam_mini import Adam_mini
 from optimizer import AdamMini, Rules, tag
 from tests.optimizer.models import Llama, batch, loss_of
 from tests.optimizer.test_checkpoint import refused
-from tests.optimizer.test_door import published  # noqa: F401
+from tests.optimizer.test_published_package import published  # noqa: F401
 
 KEPT = Path(__file__).with_name("checkpoints")
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

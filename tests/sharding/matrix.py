@@ -8,8 +8,8 @@ import tempfile
 from typing import Any
 
 from tests.sharding import parallel
-from tests.sharding.cases import STEPS, WRAPS
 from tests.sharding.suite import SAVED, Trained, identity
+from tests.sharding.training import STEPS, WRAPS
 from tests.sharding.workers import Case, run
 
 MODELS = ("llama", "gpt2", "mixtral")
@@ -38,7 +38,7 @@ def kept(ranks: int, folder: str) -> dict[str, Case]:
     wraps = {"llama": ("plain", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp"), "gpt2": ("plain", "fsdp1-flat", "fsdp2"),
              "mixtral": ("fsdp1", "fsdp2"), "llama-parallel": parallel}  # fmt: skip
     return out | {
-        f"{name}-across": ("tests.sharding.across:across_case", {"name": name, "wraps": own})
+        f"{name}-across": ("tests.sharding.whole_state:across_case", {"name": name, "wraps": own})
         for name, own in wraps.items()
     }
 

@@ -49,10 +49,10 @@ def others(world: int, folder: str) -> dict[str, Case]:
     """Cases that are no plain training."""
     if world == 2:
         across = {
-            f"across-{name}": ("tests.sharding.across:across_case", {"name": name, "wraps": wraps})
+            f"across-{name}": ("tests.sharding.whole_state:across_case", {"name": name, "wraps": wraps})
             for name, wraps in ACROSS.items()
         }
-        return across | {name: (f"tests.sharding.facts:{name}", {}) for name in FACTS}
+        return across | {name: (f"tests.sharding.single_steps:{name}", {}) for name in FACTS}
     where = "tests.sharding.checkpoints:"
     saved: dict[str, Any] = {
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})

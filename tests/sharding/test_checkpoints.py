@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.cases import FINE
 from tests.sharding.suite import ACROSS, SAVED
+from tests.sharding.training import FINE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.cases import FINE, STEPS
 from tests.sharding.suite import FACTS, TRAINED, Trained, identity
+from tests.sharding.training import FINE, STEPS
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 

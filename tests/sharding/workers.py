@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Case = tuple[str, dict[str, Any]]
-"""A function of ``tests.sharding.cases`` (or another module, as "module:function") and its arguments."""
+"""A function of ``tests.sharding.training`` (or another module, as "module:function") and its arguments."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -70,7 +70,7 @@ def main(folder: str, rank: int, world: int) -> None:
     answers: dict[str, Any] = {}
     for name, (function, arguments) in cases.items():
         module, _, attribute = function.rpartition(":")
-        call = getattr(importlib.import_module(module or "tests.sharding.cases"), attribute)
+        call = getattr(importlib.import_module(module or "tests.sharding.training"), attribute)
         try:
             answers[name] = call(**arguments)
         except Exception as error:

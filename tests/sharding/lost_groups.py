@@ -1,4 +1,4 @@
-"""Process groups that end before training does: ``python -m tests.sharding.endings SCENE FOLDER RANK WORLD``.
+"""Process groups that end before training does: ``python -m tests.sharding.lost_groups SCENE FOLDER RANK WORLD``.
 
 Every rank says how its last step ended, on its last line. Ranks die here, so these processes are no ``workers``.
 """
@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from optimizer import AdamMini
-from tests.sharding.cases import OPTIONS, fsdp1, fsdp2, local
 from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.training import OPTIONS, fsdp1, fsdp2, local
 from tests.sharding.workers import ROOT
 
 PATIENCE = 10
@@ -91,7 +91,7 @@ def run(scene: str, world: int) -> list[str]:
         told = [Path(folder, f"said{rank}") for rank in range(world)]  # files: a full pipe would stop a rank
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.sharding.endings", scene, folder, str(rank), str(world)],
+                [sys.executable, "-m", "tests.sharding.lost_groups", scene, folder, str(rank), str(world)],
                 cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdout=told[rank].open("w"), stderr=subprocess.STDOUT,
             )
