@@ -57,8 +57,10 @@ hessian: $(READY)
 	$(PY) -m experiments.studies.hessian_maps --out $(OUT)
 	$(PY) -m paper_figures.hessian $(OUT)
 
+# Tests of one group share processes that are expensive to start, so they run in one worker. A single file needs no
+# workers: .venv/bin/python -m pytest tests/optimizer/test_update.py
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 # DeepSpeed is built from source against the torch that is there, so what it is built with comes first. torchtitan asks for
 # an older datasets than the others (and wandb); what it needs is among the requirements.
