@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -60,6 +61,7 @@ def _published(model: nn.Module, name: str) -> torch.optim.Optimizer:
     return kind(named_parameters=named, lr=LR, weight_decay=DECAY, verbose=False, **heads(name))
 
 
+@cache
 def published() -> ModuleType:
     """The published package; it is installed outside the import path, for its name is this project's, too."""
     path = Path(sys.prefix) / "published" / "adam_mini" / "__init__.py"
