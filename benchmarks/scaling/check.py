@@ -113,7 +113,7 @@ def differences(ranks: int, chosen: Sequence[Checked]) -> list[str]:
     from tests.sharding.workers import run
 
     answers = run(ranks, {f"{c.model} {c.wrap}": ("benchmarks.scaling.check:counted", c._asdict()) for c in chosen},
-                  timeout=1800)  # fmt: skip
+                  timeout=1800, own_interpreters=True)  # fmt: skip
     return [line for case in chosen if (line := difference(case, ranks, answers[f"{case.model} {case.wrap}"]))]
 
 

@@ -75,7 +75,7 @@ def main() -> int:
         trained: dict[str, Case] = {identity(c): ("train_case", c._asdict()) for c in chosen}
         styles = parallel.cases(arguments.ranks) if arguments.ranks % 2 == 0 else {}
         styles = {n: c for n, c in styles.items() if arguments.only in n}
-        answers = run(arguments.ranks, trained | others | styles, timeout=3600)
+        answers = run(arguments.ranks, trained | others | styles, timeout=3600, own_interpreters=True)
     bad = sum(not report_kept(name, answers[name]) for name in others)
     bad += sum(not report_styles(name, answers[name]) for name in styles)
     for case in chosen:

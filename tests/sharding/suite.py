@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests.sharding.workers import Case
 
 
@@ -39,6 +41,11 @@ FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules",
          "nothing_held", "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
+
+
+def on_ranks(world: int) -> pytest.MarkDecorator:
+    """Tests of one world size run in one pytest worker, which starts the processes of that size once."""
+    return pytest.mark.xdist_group(f"sharding on {world} ranks")
 
 
 def identity(case: Trained) -> str:

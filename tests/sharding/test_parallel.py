@@ -17,7 +17,10 @@ from tests.sharding import lost_groups
 from tests.sharding.parallel import bar, cases, complaint
 from tests.sharding.workers import run
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks
+pytestmark = [
+    pytest.mark.timeout(900),  # the first test waits for all ranks
+    pytest.mark.xdist_group("parallel styles"),
+]
 
 
 @pytest.fixture(scope="module")
