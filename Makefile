@@ -58,8 +58,10 @@ hessian: $(READY)
 	$(PY) -m experiments.studies.hessian_maps --out $(OUT)
 	$(PY) -m paper_figures.hessian $(OUT)
 
+# Tests of one group share processes that are expensive to start, so they run in one worker. A single file needs no
+# workers: .venv/bin/python -m pytest tests/optimizer/test_update.py
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 # DeepSpeed is built from source against the installed torch, so torch and the build tools are installed first.
 # torchtitan is installed without dependencies, because it requires an older datasets than the others, and wandb; the

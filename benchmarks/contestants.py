@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -62,6 +63,7 @@ def _published(model: nn.Module, name: str) -> torch.optim.Optimizer:
     return kind(named_parameters=named, lr=LR, weight_decay=DECAY, verbose=False, **heads(name))
 
 
+@cache
 def published() -> ModuleType:
     """Import the published package, which is installed outside the import path because this project has its name, too.
 

@@ -21,7 +21,7 @@ FP32 = 4
 
 
 class Checked(NamedTuple):
-    """A small model of ``tests.sharding.models`` under a wrapper of ``tests.sharding.cases``."""
+    """A small model of ``tests.sharding.models`` under a wrapper of ``tests.sharding.training``."""
 
     model: str
     wrap: str
@@ -62,14 +62,14 @@ def expected(case: Checked, ranks: int) -> list[Counted]:
 
 
 def _axis(tp: int, name: str, anatomy: Anatomy) -> int | None:
-    """Return the axis that ``tests.sharding.cases.tensor_parallel`` shards; None for weights that do not divide."""
+    """Return the axis that ``tests.sharding.training.tensor_parallel`` shards; None for weights that do not divide."""
     uneven = ("attention." in name and 6 % tp) or ("feed_forward" in name and 36 % tp)
     return None if uneven else tensor_parallel_axis(anatomy)
 
 
 def _units(model: nn.Module, weights: Sequence[Weight]) -> list[list[Weight]]:
     """Group weights by the module that FSDP1 wraps: first those outside of blocks, then each block."""
-    from tests.sharding.cases import _blocks
+    from tests.sharding.training import _blocks
 
     path = next(
         name
@@ -89,7 +89,7 @@ def counted(model: str, wrap: str) -> Counted:
     """Return the collectives of this rank's second step. Every rank of a gloo group calls this function."""
     import torch
 
-    from tests.sharding.cases import start
+    from tests.sharding.training import start
 
     if wrap.startswith("zero"):
         return _counted_zero(model, int(wrap.removeprefix("zero")))
@@ -115,9 +115,8 @@ def differences(ranks: int, chosen: Sequence[Checked]) -> list[str]:
     """Run cases on a number of ranks and return a line for every case in which the simulator is wrong."""
     from tests.sharding.workers import run
 
-    answers = run(
-        ranks, {f"{c.model} {c.wrap}": ("benchmarks.scaling.check:counted", c._asdict()) for c in chosen}, timeout=1800
-    )
+    cases = {f"{c.model} {c.wrap}": ("benchmarks.scaling.check:counted", c._asdict()) for c in chosen}
+    answers = run(ranks, cases, timeout=1800, own_interpreters=True)
     return [line for case in chosen if (line := difference(case, ranks, answers[f"{case.model} {case.wrap}"]))]
 
 

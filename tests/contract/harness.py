@@ -108,7 +108,7 @@ def give_signs(params: Iterable[Tensor], size: float = 1.0) -> list[Tensor]:
     return signs
 
 
-def train(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int = 3, start: int = 0) -> None:
+def random_steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int = 3, start: int = 0) -> None:
     """Steps over random gradients that depend on the number of the step alone."""
     for step in range(start, start + steps):
         give_gradients(params, step)
@@ -120,7 +120,7 @@ def trained(subject: Subject, steps: int = 3, start: int = 0, seed: int = 0, **o
     """An optimizer of the usual network after some steps."""
     pairs = named(seed)
     optimizer = subject.make(pairs, **{"lr": LR, **options})
-    train(optimizer, tensors(pairs), steps, start)
+    random_steps(optimizer, tensors(pairs), steps, start)
     return optimizer, pairs
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from adam_mini import Adam_mini
+from benchmarks import contestants
 from optimizer import AdamMini
-
-PUBLISHED = Path(sys.prefix) / "published" / "adam_mini" / "__init__.py"
 
 
 @dataclass(frozen=True)
@@ -83,20 +78,6 @@ OURS = [
 SUBJECTS = {subject.name: subject for subject in (*TORCH, *OURS)}
 
 
-@lru_cache(maxsize=1)
-def published_package() -> ModuleType:
-    """The published adam-mini 1.1.1, loaded from beside the import path: its name is this project's, too."""
-    assert PUBLISHED.is_file(), f"{PUBLISHED} is missing: `make setup` installs the published package there"
-    spec = importlib.util.spec_from_file_location(
-        "published_adam_mini", PUBLISHED, submodule_search_locations=[str(PUBLISHED.parent)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["published_adam_mini"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def published() -> Subject:
     """The published package as a subject, quiet."""
-    return Subject("published", published_package().Adam_mini, MappingProxyType({"verbose": False}))
+    return Subject("published", contestants.published().Adam_mini, MappingProxyType({"verbose": False}))

@@ -26,8 +26,8 @@ from experiments.configs import TrainConfig, smoke
 from experiments.parallel import Team
 from experiments.train import Options, run_folder, train
 from optimizer import AdamMini
+from tests.experiments.interrupted_runs import sigterm_at, stopped, trained
 from tests.experiments.processes import metrics, steps, torn
-from tests.experiments.stopping import sigterm_at, stopped, trained
 from tests.sharding.workers import run
 
 ALONE = Team(0, 1, "alone", torch.device("cpu"))
@@ -284,9 +284,9 @@ REFUSED = {
 
 
 def _on(world: int, cases: dict[str, Any]) -> dict[str, Any]:
-    """Functions of ``stopping`` on some ranks, or in this process; what each rank answered."""
+    """Functions of ``interrupted_runs`` on some ranks, or in this process; what each rank answered."""
     if world > 1:
-        return run(world, {n: (f"tests.experiments.stopping:{f}", a) for n, (f, a) in cases.items()})
+        return run(world, {n: (f"tests.experiments.interrupted_runs:{f}", a) for n, (f, a) in cases.items()})
     here = {"stopped": stopped, "trained": trained}
     return {name: [here[function](**arguments)] for name, (function, arguments) in cases.items()}
 

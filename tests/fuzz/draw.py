@@ -97,7 +97,14 @@ def _layout(r: random.Random, large: bool) -> tuple[Layout, tuple[int, ...]]:
     shape = (*before, runs.total, *behind)
     if kind < 0.2:
         return Layout.per_element(shape), shape
-    fold = r.choice((1, 1, 1, 2, 3))
+    return layout_around(runs, before, behind, leading, r.choice((1, 1, 1, 2, 3)))
+
+
+def layout_around(
+    runs: Runs, before: tuple[int, ...], behind: tuple[int, ...], leading: int, fold: int
+) -> tuple[Layout, tuple[int, ...]]:
+    """A layout and its shape: runs along an axis that stands between others, axis 0 in ``fold`` pieces."""
+    shape = (*before, runs.total, *behind)
     if fold == 1:
         return Layout(len(before), runs, before[:leading]), shape
     return Layout(len(before) + 1, runs, (fold, *before[:leading]), fold=fold), (fold * shape[0], *shape[1:])

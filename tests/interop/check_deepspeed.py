@@ -61,7 +61,7 @@ def trained(ranks: int) -> dict[str, list[Any]]:
                                           {"model": "gpt2", "zero": zero, "then": then})
                   for name, (zero, then) in moves.items()}  # fmt: skip
         cases["refused"] = ("tests.interop.zero:refused_case", {})
-    return run(ranks, cases, timeout=1500)
+    return run(ranks, cases, timeout=1500, own_interpreters=True)
 
 
 def worst(answers: list[Any]) -> float:
@@ -142,10 +142,12 @@ def folder() -> Iterator[str]:
 def check_checkpoints(record: Record, folder: str, model: str, zero: dict[str, Any], kind: str) -> None:
     case = {"model": model, "zero": zero, "folder": folder, "kind": kind}
     where = "tests.interop.zero_checkpoints:"
-    assert run(2, {"save": (f"{where}save", case)})["save"] == ["saved", "saved"]
+    assert run(2, {"save": (f"{where}save", case)}, own_interpreters=True)["save"] == ["saved", "saved"]
     convert(folder)
-    own = run(2, {"on": (f"{where}go_on", case | {"universal": False})})["on"]
-    moved = [run(m, {"on": (f"{where}go_on", case | {"universal": True})})["on"] for m in (1, 2, 3)]
+    own = run(2, {"on": (f"{where}go_on", case | {"universal": False})}, own_interpreters=True)["on"]
+    moved = [
+        run(m, {"on": (f"{where}go_on", case | {"universal": True})}, own_interpreters=True)["on"] for m in (1, 2, 3)
+    ]
     difference = max(worst(answers) for answers in (own, *moved))
     record("DeepSpeed", f"checkpoints, ZeRO {zero['stage']}", ["deepspeed", "torch"], ranks=2,
            ran=f"save_checkpoint, load_checkpoint; universal to 1, 2, 3 ranks; {model}, 5 + 5 steps",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from examples.torchtitan.cpu import use_processors
 from optimizer import AdamMini, tag
-from tests.sharding.cases import counted
+from tests.sharding.training import counted
 
 
 class Beside:

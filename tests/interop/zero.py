@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from optimizer import AdamMini, tag
-from tests.sharding.cases import OPTIONS, STEPS, Run, clip, counted, optimizer_of, reference
 from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.training import OPTIONS, STEPS, Run, clip, counted, optimizer_of, reference
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 2,

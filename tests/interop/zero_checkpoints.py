@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from optimizer import AdamMini
 from tests.interop.zero import difference, engine_of, whole
-from tests.sharding.cases import OPTIONS, clip
 from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.training import OPTIONS, clip
 
 SHARES = 6
 """Batches of a step, whoever computes them; 1, 2 and 3 ranks share them equally."""

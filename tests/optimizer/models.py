@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class RMSNorm(nn.Module):
@@ -147,3 +150,20 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def batch(vocab: int, seed: int, rows: int = 3, length: int = 9) -> Tensor:
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    seeds: Iterable[int] = range(3),
+    *,
+    vocab: int = 11,
+    scheduler: LRScheduler | None = None,
+) -> None:
+    """One step per seed, on the loss of ``batch(vocab, seed)``. Gradients are cleared after every step."""
+    for seed in seeds:
+        loss_of(model, batch(vocab, seed)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()

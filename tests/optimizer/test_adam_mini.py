@@ -12,29 +12,21 @@ from torch import nn
 
 from optimizer import AdamMini, Layout, Rules, partition
 from optimizer.step.reference import initial_state, reference_step
-from tests.optimizer.models import GPT, Llama, batch, loss_of
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
-    vocab = model.output.out_features if isinstance(model, Llama) else model.lm_head.out_features
-    for step in range(steps):
-        loss_of(model, batch(vocab, 1000 * seed + step)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+from tests.optimizer.models import GPT, Llama, batch, loss_of, train
 
 
 def test_elementwise_is_adamw() -> None:
     ours, theirs = Llama(), Llama()
-    train(ours, AdamMini(ours.parameters(), lr=3e-3, weight_decay=0.1, rules="elementwise"), 50)
-    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=0.1), 50)
+    train(ours, AdamMini(ours.parameters(), lr=3e-3, weight_decay=0.1, rules="elementwise"), range(50))
+    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=0.1), range(50))
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
 def test_sharing_has_an_effect() -> None:
     ours, theirs = Llama(), Llama()
-    train(ours, AdamMini(ours.parameters(), lr=3e-3), 5)
-    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=3e-3), 5)
+    train(ours, AdamMini(ours.parameters(), lr=3e-3), range(5))
+    train(theirs, torch.optim.AdamW(theirs.parameters(), lr=3e-3), range(5))
     assert max((p - q).abs().max() for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)) > 1e-3
 
 
@@ -93,7 +85,7 @@ def test_add_param_group_and_schedulers() -> None:
     assert [layout.n_blocks for layout in optimizer.layouts[-1]] == [1, 4]
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-    train(model, optimizer, 2)
+    train(model, optimizer, range(2))
     schedule.step()
 
 
@@ -126,7 +118,7 @@ def test_state_bytes_of_a_ten_million_llama() -> None:
 def test_state_bytes_are_what_is_held() -> None:
     model = GPT()
     optimizer = AdamMini(model)
-    train(model, optimizer, 1)
+    train(model, optimizer, range(1))
     held = dict.fromkeys(("exp_avg", "exp_avg_sq", "step"), 0)
     for state in optimizer.state.values():
         assert set(state) == set(held)
@@ -139,7 +131,7 @@ def test_state_bytes_are_what_is_held() -> None:
 def test_resume_is_exact_and_keeps_dtypes(dtype: torch.dtype) -> None:
     model = Llama().to(dtype)
     optimizer = AdamMini(model, lr=1e-2)
-    train(model, optimizer, 3)
+    train(model, optimizer, range(3))
     buffer = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
     buffer.seek(0)
@@ -151,20 +143,20 @@ def test_resume_is_exact_and_keeps_dtypes(dtype: torch.dtype) -> None:
     assert all(state["exp_avg_sq"].dtype is torch.float32 for state in resumed.state.values())
     given = [s["exp_avg_sq"].data_ptr() for s in saved["optimizer"]["state"].values()]
     assert not set(given) & {s["exp_avg_sq"].data_ptr() for s in resumed.state.values()}, "the caller's tensors live on"
-    train(model, optimizer, 3, seed=1)
-    train(again, resumed, 3, seed=1)
+    train(model, optimizer, range(3, 6))
+    train(again, resumed, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_adamw_checkpoints_continue_under_elementwise() -> None:
     a, b = Llama(), Llama()
     adamw = torch.optim.AdamW(a.parameters(), lr=1e-2)
-    train(a, adamw, 3)
+    train(a, adamw, range(3))
     b.load_state_dict(a.state_dict())
     ours = AdamMini(b.parameters(), rules="elementwise")
     ours.load_state_dict(adamw.state_dict())
-    train(a, adamw, 3, seed=1)
-    train(b, ours, 3, seed=1)
+    train(a, adamw, range(3, 6))
+    train(b, ours, range(3, 6))
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
@@ -172,7 +164,7 @@ def test_adamw_checkpoints_continue_under_elementwise() -> None:
 def test_state_of_another_partition_is_refused_before_anything_moves() -> None:
     model = Llama()
     adamw = torch.optim.AdamW(model.parameters())
-    train(model, adamw, 1)
+    train(model, adamw, range(1))
     optimizer = AdamMini(model.parameters())
     with pytest.raises(ValueError, match=r"exp_avg_sq.*\(11, 16\).*\(11, 1\)"):
         optimizer.load_state_dict(adamw.state_dict())
@@ -182,10 +174,10 @@ def test_state_of_another_partition_is_refused_before_anything_moves() -> None:
 def test_copies_and_pickles() -> None:
     model = Llama()
     optimizer = AdamMini(model, lr=1e-2)
-    train(model, optimizer, 2)
+    train(model, optimizer, range(2))
     twin_model, twin = copy.deepcopy((model, optimizer))
-    train(model, optimizer, 2, seed=1)
-    train(twin_model, twin, 2, seed=1)
+    train(model, optimizer, range(2, 4))
+    train(twin_model, twin, range(2, 4))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin_model.parameters(), strict=True))
 
 

@@ -1,79 +1,19 @@
-"""Loading: what a checkpoint decides, what the running optimizer does, and what is refused before anything moves."""
+"""Loading a state dict: what it decides, what the running optimizer decides, and what is refused unchanged."""
 
 from __future__ import annotations
 
 import copy
 import io
 import logging
-import re
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
-from optimizer import AdamMini, Rules, tag
-from optimizer.state import first_moments as moment
-from optimizer.step import moments as few_bits
-from tests.optimizer.models import GPT, Llama, batch, loss_of
-
-ADAM = {torch.optim.Adam: {"weight_decay": 0.0}, torch.optim.AdamW: {"weight_decay": 0.01}}
-
-
-def train(model: nn.Module, opt: torch.optim.Optimizer, seeds: range = range(3)) -> None:
-    for seed in seeds:
-        loss_of(model, batch(11, seed)).backward()
-        opt.step()
-        opt.zero_grad()
-
-
-def trained(model: nn.Module | None = None, **options: Any) -> tuple[nn.Module, AdamMini]:
-    model = Llama() if model is None else model
-    opt = AdamMini(model, **{"lr": 1e-2, "weight_decay": 0.1, **options})
-    train(model, opt)
-    return model, opt
-
-
-def by_name(opt: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    return {
-        name: opt.state[p]
-        for group in opt.param_groups
-        for name, p in zip(group["param_names"], group["params"], strict=True)
-    }
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Nested documents, tensors bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b) or (a != a and b != b)
-
-
-def same_weights(a: nn.Module, b: nn.Module, atol: float = 0.0) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def refused(opt: AdamMini, document: Any, words: str, **options: Any) -> None:
-    """The document is refused with these words, and nothing has changed."""
-    before, given = copy.deepcopy(opt.state_dict()), copy.deepcopy(document)
-    with pytest.raises(ValueError, match=words):
-        opt.load_state_dict(document, **options)
-    assert equal(opt.state_dict(), before), "something moved"
-    assert equal(document, given), "the caller's document was changed"
-
-
-# --- what is said, what is kept ------------------------------------------------------------------------------------
+from optimizer import AdamMini, tag
+from tests.optimizer.models import GPT, Llama, train
+from tests.optimizer.states import by_name, equal, refused, trained
 
 
 def test_a_checkpoint_names_its_rules_and_survives_safe_pickling() -> None:
@@ -262,103 +202,6 @@ def test_states_that_do_not_fit_are_refused(change: str) -> None:
     refused(opt, document, words, convert=True)
 
 
-# --- other partitions ----------------------------------------------------------------------------------------------
-
-SHARED = ["adam_mini", "pytorch_default", "slim_adam", "short_run", "adam_mini_v1_0"]
-
-
-@pytest.mark.parametrize("new", [*SHARED, "elementwise"])
-@pytest.mark.parametrize("old", [*SHARED, "elementwise"])
-@pytest.mark.parametrize("make", [Llama, GPT])
-def test_every_shipped_partition_is_told_from_every_other(make, old: str, new: str) -> None:
-    """Also those whose second moments have the same shapes: one scalar per tensor is not one per row."""
-    _, source = trained(make(), rules=old)
-    model = make()
-    target = AdamMini(model, rules=new)
-    same = source.layouts == target.layouts
-    if same:
-        target.load_state_dict(source.state_dict())
-    else:
-        refused(target, source.state_dict(), f"saved under rules '{old}', this optimizer has rules '{new}'")
-        target.load_state_dict(source.state_dict(), convert=True)
-    train(model, target)
-
-
-def test_refusals_name_both_partitions_the_first_parameter_and_how_many_more() -> None:
-    _, opt = trained(rules="elementwise")
-    refused(
-        AdamMini(Llama()), opt.state_dict(),
-        r"rules 'elementwise'.*rules 'adam_mini'.*tok_embeddings\.weight.*\(11, 16\).*\(11, 1\).*"
-        r"\(and 20 more parameters do not fit\).*convert=True",
-    )  # fmt: skip
-
-
-def test_rules_of_another_name_and_the_same_blocks_are_welcome() -> None:
-    _, opt = trained(rules=Rules("mine", Rules("adam_mini").units))
-    AdamMini(Llama()).load_state_dict(opt.state_dict())
-
-
-@pytest.mark.parametrize("kind", ADAM)
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_adam_and_adamw_continue_under_elementwise(kind, amsgrad: bool, caplog) -> None:
-    a, b = Llama(), Llama()
-    adam = kind(a.parameters(), lr=1e-2, amsgrad=amsgrad, **ADAM[kind])
-    train(a, adam)
-    b.load_state_dict(a.state_dict())
-    ours = AdamMini(b.parameters(), rules="elementwise")
-    with caplog.at_level(logging.INFO, "optimizer"):
-        ours.load_state_dict(adam.state_dict())
-    assert ("max_exp_avg_sq dropped" in caplog.text) == amsgrad
-    assert not {"amsgrad", "decoupled_weight_decay"} & set(ours.param_groups[0])
-    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in ours.state.values())
-    if not amsgrad:
-        train(a, adam, range(3, 6))
-        train(b, ours, range(3, 6))
-        same_weights(a, b, 1e-6)
-
-
-@pytest.mark.parametrize(("kind", "decay", "said"), [(torch.optim.Adam, 0.1, True), (torch.optim.Adam, 0.0, False),
-                                                     (torch.optim.AdamW, 0.1, False)])  # fmt: skip
-def test_another_kind_of_weight_decay_is_said(kind, decay: float, said: bool, caplog) -> None:
-    model = Llama()
-    adam = kind(model.parameters(), weight_decay=decay)
-    train(model, adam, range(1))
-    AdamMini(model.parameters(), rules="elementwise").load_state_dict(adam.state_dict())
-    assert ("as AdamW does (decoupled)" in caplog.text) == said
-
-
-@pytest.mark.parametrize("rules", SHARED)
-def test_adamw_converts_to_any_rules_by_block_means(rules: str, caplog) -> None:
-    model = Llama()
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    train(model, adamw)
-    ours = AdamMini(model.parameters(), rules=rules)
-    refused(ours, adamw.state_dict(), "rules it does not name")
-    with caplog.at_level(logging.INFO, "optimizer"):
-        ours.load_state_dict(adamw.state_dict(), convert=True)
-    assert "rebuilt from block means" in caplog.text
-    for p, layout in zip(ours.param_groups[0]["params"], ours.layouts[0], strict=True):
-        ids, v = layout.block_ids(p.shape), adamw.state[p]["exp_avg_sq"]
-        for block in range(layout.n_blocks):
-            got = ours.state[p]["exp_avg_sq"].expand_as(p)[ids == block]
-            torch.testing.assert_close(got, v[ids == block].mean().expand_as(got), rtol=1e-5, atol=0)
-        assert torch.equal(ours.state[p]["exp_avg"], adamw.state[p]["exp_avg"])
-
-
-@pytest.mark.parametrize(
-    ("other", "name"),
-    [(torch.optim.Adafactor, "Adafactor"), (torch.optim.NAdam, "NAdam"), (torch.optim.Adamax, "Adamax"),
-     (lambda p: torch.optim.SGD(p, momentum=0.9), "SGD"), (torch.optim.RMSprop, "RMSprop"),
-     (torch.optim.Adagrad, "Adagrad")],
-)  # fmt: skip
-def test_states_of_other_optimizers_are_refused_by_name(other, name: str) -> None:
-    model = Llama()
-    theirs = other(model.parameters())
-    train(model, theirs, range(1))
-    ours = AdamMini(model.parameters(), rules="elementwise")
-    refused(ours, theirs.state_dict(), f"it looks like a state of .*{name}", convert=True)
-
-
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
@@ -376,7 +219,7 @@ def test_parameters_are_matched_by_name_in_any_order_and_grouping() -> None:
     assert one.param_groups[0]["param_names"] == [name for name, _ in reversed(list(twin.named_parameters()))]
     back = AdamMini(twin)
     back.load_state_dict(one.state_dict())
-    assert [group["weight_decay"] for group in back.param_groups] == [0.5, 0.0], "norms do not decay without a word"
+    assert [group["weight_decay"] for group in back.param_groups] == [0.5, 0.5]
     assert all(equal(state, by_name(opt)[name]) for name, state in by_name(back).items())
 
 
@@ -405,7 +248,7 @@ def test_without_names_positions_count_as_in_torch() -> None:
     for group in document["param_groups"]:
         del group["param_names"]
     unnamed = AdamMini([{"params": group["params"]} for group in opt.param_groups])
-    refused(unnamed, document, "its parameters had other roles.*from the model")
+    refused(unnamed, document, "knew its parameters otherwise.*from the model")
     tag(model)
     unnamed = AdamMini([{"params": group["params"]} for group in opt.param_groups])
     unnamed.load_state_dict(document)
@@ -437,158 +280,3 @@ def test_flat_pieces_of_a_tensor_load_as_they_were_saved() -> None:
     assert equal(opt.state[piece]["exp_avg_sq"], document["state"][0]["exp_avg_sq"])
     document["state"][0]["exp_avg"] = torch.randn(41)
     refused(opt, document, r"exp_avg of parameter 0 .*\(41,\).*\(40,\)")
-
-
-# --- moments in few bits, compensation -----------------------------------------------------------------------------
-
-
-def wide(exp_avg_dtype: Any, seed: int = 0) -> tuple[nn.Parameter, AdamMini]:
-    """One parameter large enough for codes, beside one that is not."""
-    generator = torch.Generator().manual_seed(seed)
-    large = nn.Parameter(torch.randn(64, 72, generator=generator))
-    small = nn.Parameter(torch.randn(8, generator=generator))
-    opt = AdamMini([("mlp.w1.weight", large), ("norm.weight", small)], exp_avg_dtype=exp_avg_dtype)
-    return large, opt
-
-
-def codes_of(p: nn.Parameter, kind: str) -> dict[str, torch.Tensor]:
-    """Quantised state of a random first moment."""
-    m = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
-    codes, scale = few_bits.quantise(m, few_bits.FORMATS[kind], step=3, seed=0)
-    v = torch.rand(64, 1, generator=torch.Generator().manual_seed(8))
-    return {"step": torch.tensor(3.0), "exp_avg": codes, "exp_avg_scale": scale, "exp_avg_sq": v, "plain": m}
-
-
-@pytest.mark.parametrize("piece", [1, 1 << 18])
-@pytest.mark.parametrize("new", [None, torch.bfloat16, "int8", "int4"])
-@pytest.mark.parametrize("old", [None, "int8", "int4"])
-def test_first_moments_change_their_form_on_loading(old: Any, new: Any, piece: int, caplog, monkeypatch) -> None:
-    """The same bits whatever the size of the pieces it is done in."""
-    monkeypatch.setattr(moment, "_PIECE", piece)
-    p, opt = wide(old)
-    state = codes_of(p, old or "int8")
-    exact = state.pop("plain")
-    small = {"step": torch.tensor(3.0), "exp_avg": torch.ones(8), "exp_avg_sq": torch.ones(8)}
-    if old is None:
-        state["exp_avg"] = exact
-        del state["exp_avg_scale"]
-    else:
-        exact = few_bits.dequantise(state["exp_avg"], state["exp_avg_scale"], 72)
-    document = {"state": {0: state, 1: small}, "param_groups": opt.state_dict()["param_groups"]}
-    q, other = wide(new)
-    with caplog.at_level(logging.INFO, "optimizer"):
-        other.load_state_dict(document)
-    got = other.state[q]
-    if new in ("int8", "int4"):
-        if old == new:
-            assert equal(got, state) and not caplog.records
-            return
-        codes, scale = few_bits.quantise(exact, few_bits.FORMATS[new], step=3, seed=0)
-        assert equal(got, {**state, "exp_avg": codes, "exp_avg_scale": scale})
-        assert f"exp_avg quantised from {old or 'torch.float32'} to {new} (1x)" in caplog.text
-    else:
-        assert equal(got["exp_avg"], exact.to(new or torch.float32)) and "exp_avg_scale" not in got
-        assert (f"exp_avg dequantised from {old} to" in caplog.text) == (old is not None)
-    assert other.state[other.param_groups[0]["params"][1]]["exp_avg"].is_floating_point(), "small ones stay plain"
-
-
-def test_scales_of_another_shape_are_refused() -> None:
-    p, opt = wide("int8")
-    state = codes_of(p, "int8")
-    state["exp_avg_scale"] = state["exp_avg_scale"][:-1]
-    del state["plain"]
-    document = {"state": {0: state}, "param_groups": opt.state_dict()["param_groups"]}
-    refused(wide(None)[1], document, r"exp_avg_scale of parameter 0 .*\(63, 1\).*needs \(64, 1\)")
-
-
-def test_compensation_appears_where_wanted_and_goes_where_not(caplog) -> None:
-    p = nn.Parameter(torch.randn(4, 6).bfloat16())
-    state = {"step": 3, "exp_avg": torch.ones(4, 6).bfloat16(), "exp_avg_sq": torch.ones(4, 1)}
-    with caplog.at_level(logging.INFO, "optimizer"):
-        kahan = AdamMini([("wo.weight", p)], bf16_rounding="kahan")
-        document = {"state": {0: state}, "param_groups": kahan.state_dict()["param_groups"]}
-        kahan.load_state_dict(document)
-        assert "compensation starts at zero" in caplog.text
-        assert equal(kahan.state[p]["compensation"], torch.zeros(4, 6, dtype=torch.bfloat16))
-        state["compensation"] = torch.full((4, 6), 0.5, dtype=torch.bfloat16)
-        kahan.load_state_dict(document)
-        assert equal(kahan.state[p]["compensation"], state["compensation"])
-        assert kahan.state[p]["compensation"] is not state["compensation"]
-        plain = AdamMini([("wo.weight", p)])
-        plain.load_state_dict(document)
-    assert "compensation dropped" in caplog.text and "compensation" not in plain.state[p]
-
-
-# --- torch.distributed.checkpoint ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("named", [True, False])
-def test_distributed_checkpoints_round_trip(flat: bool, named: bool, tmp_path) -> None:
-    """Through files, into an optimizer without state: its weights stay, its lr is the checkpoint's."""
-    options = StateDictOptions(flatten_optimizer_state_dict=flat)
-
-    def build(model: nn.Module, lr: float) -> AdamMini:
-        return AdamMini(model if named else model.parameters(), lr=lr, weight_decay=0.1)
-
-    model = Llama()
-    opt = build(model, 1e-2)
-    train(model, opt)
-    dcp.save({"optim": get_optimizer_state_dict(model, opt, options=options)}, checkpoint_id=tmp_path)
-    twin = Llama(seed=1)
-    before = copy.deepcopy(twin)
-    other = build(twin, 0.5)
-    document = {"optim": get_optimizer_state_dict(twin, other, options=options)}
-    same_weights(twin, before)
-    assert other.param_groups[0]["lr"] == 0.5, "the zero lr of torch's initialisation was left behind"
-    dcp.load(document, checkpoint_id=tmp_path)
-    set_optimizer_state_dict(twin, other, document["optim"], options=options)
-    same_weights(twin, before)
-    assert equal(other.state_dict(), opt.state_dict())
-    assert all("rules" not in group for group in other.param_groups)
-
-
-def test_distributed_checkpoints_load_into_other_groups() -> None:
-    """torch hands over one saved group's options and names for all; the parameters' own keys say which is which."""
-    model, opt = trained()
-    document = get_optimizer_state_dict(model, opt)
-    one = AdamMini(model.named_parameters())
-    set_optimizer_state_dict(model, one, document)
-    assert all(equal(state, by_name(opt)[name]) for name, state in by_name(one).items())
-
-
-def test_distributed_checkpoints_of_another_partition_are_refused() -> None:
-    model, opt = trained(rules="pytorch_default")
-    document = get_optimizer_state_dict(model, opt)
-    other = AdamMini(Llama())
-    with pytest.raises(ValueError, match=re.escape("rules 'pytorch_default'")):
-        other.load_state_dict(document)
-
-
-def test_old_flat_documents_without_rules_load() -> None:
-    """A live group must not have keys that older flat checkpoints lack: torch looks each of them up."""
-    model, opt = trained()
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    document = {key: value for key, value in get_optimizer_state_dict(model, opt, options=options).items()
-                if not key.endswith(".rules")}  # fmt: skip
-    twin = Llama(seed=1)
-    other = AdamMini(twin)
-    set_optimizer_state_dict(twin, other, document, options=options)
-    assert equal(other.state_dict(), opt.state_dict())
-
-
-def test_older_files_need_a_partial_load_and_get_one(tmp_path) -> None:
-    """What the docs say of files without rules: torch's default planner wants every key, a partial one does not."""
-    model, opt = trained()
-    document = get_optimizer_state_dict(model, opt)
-    for group in document["param_groups"]:
-        del group["rules"]
-    dcp.save({"optim": document}, checkpoint_id=tmp_path)
-    twin = Llama(seed=1)
-    other = AdamMini(twin)
-    wanted = {"optim": get_optimizer_state_dict(twin, other)}
-    with pytest.raises(dcp.api.CheckpointException, match="rules"):
-        dcp.load(wanted, checkpoint_id=tmp_path)
-    dcp.load(wanted, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
-    set_optimizer_state_dict(twin, other, wanted["optim"])
-    assert equal(other.state_dict(), opt.state_dict())

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from optimizer import AdamMini
 from optimizer.__main__ import main
 from optimizer.tools.convert.file import convert_file, converted
-from tests.optimizer.models import GPT, Llama
-from tests.optimizer.test_checkpoint import equal, train, trained
+from tests.optimizer.models import GPT, Llama, train
+from tests.optimizer.states import equal, trained
 
 KEPT = Path(__file__).with_name("checkpoints")
 

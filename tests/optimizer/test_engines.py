@@ -12,7 +12,8 @@ from torch import nn
 
 from optimizer import AdamMini
 from optimizer.step.reference import initial_state, reference_step
-from tests.optimizer.test_update import layouts, strided
+from tests.fuzz.draw import strided
+from tests.optimizer.strategies import layouts
 
 ENGINES: list[dict[str, Any]] = [{"fused": True}, {"fused": False}, {"foreach": True}, {"differentiable": True}]
 COMMON: dict[str, Any] = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}

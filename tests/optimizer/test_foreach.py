@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from optimizer import Layout
 from optimizer.step.engines.foreach import foreach_update
 from optimizer.step.reference import initial_state, reference_step
-from tests.optimizer.test_update import layouts, strided
+from tests.fuzz.draw import strided
+from tests.optimizer.strategies import layouts
 
 COMMON: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 STRIDES = st.sampled_from(["plain", "transposed", "gapped"])

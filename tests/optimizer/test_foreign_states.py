@@ -17,8 +17,8 @@ from torch import nn
 from optimizer import AdamMini, Rules
 from optimizer.memory import CPUOffload, gradient_release
 from optimizer.tools.convert.file import converted
-from tests.optimizer.models import GPT, Llama, batch, loss_of
-from tests.optimizer.test_checkpoint import equal, refused, trained
+from tests.optimizer.models import GPT, Llama, batch, loss_of, train
+from tests.optimizer.states import equal, refused, trained
 
 OTHERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "torch.optim.SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -38,13 +38,6 @@ class Odd(torch.optim.Optimizer):
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1, "secret": 1})
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
-    for k in range(count):
-        loss_of(model, batch(11, k)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -113,7 +106,7 @@ def test_the_checkpoint_that_everybody_has(
     if frozen:
         next(iter(model.parameters())).requires_grad_(False)
     adamw = torch.optim.AdamW(model.named_parameters() if named else model.parameters(), lr=2e-3, weight_decay=0.3)
-    step(model, adamw)
+    train(model, adamw)
     opt = AdamMini(model, lr=1e-2, rules="elementwise")
     document = adamw.state_dict()
     if frozen and named:
@@ -127,7 +120,7 @@ def test_the_checkpoint_that_everybody_has(
     assert [group["lr"] for group in opt.param_groups] == [2e-3, 2e-3]
     assert "group 1 keeps its weight_decay of 0" in caplog.text and "0.3" in caplog.text
     assert len({name for group in opt.param_groups for name in group["param_names"]}) == len(opt.state)
-    step(model, opt)
+    train(model, opt)
     other = AdamMini(model, lr=1e-2, weight_decay=0.1)
     other.load_state_dict(document, convert=True)
     assert [group["weight_decay"] for group in other.param_groups] == [0.3, 0.0]
@@ -136,7 +129,7 @@ def test_the_checkpoint_that_everybody_has(
 def test_groups_of_the_callers_own_keep_a_decay_of_zero_too() -> None:
     model = Llama()
     adamw = torch.optim.AdamW(model.named_parameters(), weight_decay=0.3)
-    step(model, adamw)
+    train(model, adamw)
     pairs = list(model.named_parameters())
     split = [{"params": [x for x in pairs if x[1].ndim >= 2], "weight_decay": 0.1},
              {"params": [x for x in pairs if x[1].ndim < 2], "weight_decay": 0.0}]  # fmt: skip
@@ -152,7 +145,7 @@ def test_what_is_not_sure_is_refused_as_before() -> None:
     """Without the model nobody knows the order; a document of another size is no document of this model."""
     model = Llama()
     adamw = torch.optim.AdamW(model.parameters())
-    step(model, adamw)
+    train(model, adamw)
     pickled = copy.deepcopy(AdamMini(model))
     refused(pickled, adamw.state_dict(), "different number of parameter groups", convert=True)
     shorter = torch.optim.AdamW(list(model.parameters())[1:]).state_dict()
@@ -166,7 +159,7 @@ def test_frozen_parameters_have_no_bytes() -> None:
     model = Llama()
     model.layers.requires_grad_(False)
     opt = AdamMini(model.parameters())
-    step(model, opt)
+    train(model, opt)
     held = sum(t.numel() * t.element_size() for state in opt.state.values() for t in state.values())
     assert sum(opt.state_bytes().values()) == held
     model.requires_grad_(False)  # state that is there stays counted
@@ -206,7 +199,7 @@ def test_offload_steps_what_is_appended_and_refuses_other_edits() -> None:
 def test_offload_converts_as_adam_mini_does() -> None:
     model = Llama()
     adamw = torch.optim.AdamW(model.named_parameters())
-    step(model, adamw)
+    train(model, adamw)
     opt = CPUOffload(model)
     opt.load_state_dict(adamw.state_dict(), convert=True)
     assert len(opt.state) == len(list(model.parameters()))

@@ -21,7 +21,7 @@ from optimizer.step.engines.native import library
 from optimizer.step.reference import initial_state, reference_step
 from optimizer.step.update import adam_mini_update
 from tests.optimizer.models import Llama
-from tests.optimizer.test_update import layouts
+from tests.optimizer.strategies import layouts
 from tests.optimizer.zoo import TEXT
 
 COMMON: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
@@ -72,7 +72,7 @@ def test_equals_the_reference_in_float64(pair: Any, seed: int, maximize: bool) -
         (Layout.per_element(()), ()),
     ],
 )
-def test_large_layouts_over_fifty_steps(layout: Layout, shape: tuple[int, ...]) -> None:
+def test_large_layouts_over_fifty_steps(two_threads: None, layout: Layout, shape: tuple[int, ...]) -> None:
     compare(layout, shape, 0, 50)
 
 
@@ -146,7 +146,7 @@ def test_expanded_gradients_are_read_right() -> None:
     torch.testing.assert_close(p.detach(), torch.full((4, 3), 0.9))
 
 
-def test_steps_are_deterministic_and_threads_do_not_matter() -> None:
+def test_steps_are_deterministic_and_threads_do_not_matter(restored_threads: None) -> None:
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
@@ -155,7 +155,6 @@ def test_steps_are_deterministic_and_threads_do_not_matter() -> None:
         for _ in range(3):
             take(p, torch.randn(300, 400), m, v, t, Layout(0, [150, 150]))
         results.append(p)
-    torch.set_num_threads(2)
     assert torch.equal(results[1], results[2]) and torch.equal(results[0], results[1])
 
 

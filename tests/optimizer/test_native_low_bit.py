@@ -171,7 +171,7 @@ def test_bf16_parameters(rounding: str, kept: Any, strided: bool) -> None:
 
 
 @pytest.mark.parametrize("format", [None, INT8, INT4], ids=str)
-def test_threads_do_not_matter(format: Format | None) -> None:
+def test_threads_do_not_matter(restored_threads: None, format: Format | None) -> None:
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -182,5 +182,4 @@ def test_threads_do_not_matter(format: Format | None) -> None:
         for _ in range(3):
             native_step(p, torch.randn(800, 300).bfloat16(), state, layout, seed=7, rounding="stochastic")
         results.append((p, state["exp_avg"], state["exp_avg_sq"]))
-    torch.set_num_threads(2)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

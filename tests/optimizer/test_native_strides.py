@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from optimizer import AdamMini, Layout
 from optimizer.step.engines import native
 from optimizer.step.reference import initial_state, reference_step
-from tests.optimizer.test_update import layouts
+from tests.optimizer.strategies import layouts
 
 HYPER: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 

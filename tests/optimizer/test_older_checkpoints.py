@@ -1,6 +1,6 @@
 """Checkpoints that version 0.1 wrote before its modules moved: every form loads, and training goes on from it.
 
-Each was written after the three steps of ``trained``. Loading must give the state that these steps give today.
+Each was written by ``after_three_steps``. Loading must give the state that these steps give today.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def give_gradients(parameters: Any, step: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p.dtype)
 
 
-def trained(net: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def after_three_steps(net: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     for step in range(3):
         give_gradients(net.parameters(), step)
         optimizer.step()
@@ -82,7 +82,7 @@ def test_state_dicts(form: str) -> None:
     document, expected, fresh = state_dicts()[form], model(form), model(form)
     loaded = optimizer_of(fresh, **OPTIONS[form])
     loaded.load_state_dict(document)
-    assert_same_state(loaded, trained(expected, optimizer_of(expected, **OPTIONS[form])))
+    assert_same_state(loaded, after_three_steps(expected, optimizer_of(expected, **OPTIONS[form])))
     give_gradients(fresh.parameters(), 3)
     loaded.step()
 
@@ -91,7 +91,7 @@ def test_state_dicts(form: str) -> None:
 def test_pickled_optimizers(file: str, make: Any) -> None:
     loaded = torch.load(FOLDER / file, weights_only=False)
     net = model()
-    expected = trained(net, make(net))
+    expected = after_three_steps(net, make(net))
     assert_same_state(loaded, expected)
     own = [p for group in loaded.param_groups for p in group["params"]]
     theirs = [p for group in expected.param_groups for p in group["params"]]
@@ -106,7 +106,7 @@ def test_state_of_whole_parameters() -> None:
     net, fresh = model(), model()
     loaded = optimizer_of(fresh)
     load_full_state_dict(loaded, torch.load(FOLDER / "full_state.pt", weights_only=True))
-    assert_same_state(loaded, trained(net, optimizer_of(net)))
+    assert_same_state(loaded, after_three_steps(net, optimizer_of(net)))
 
 
 def test_distributed_checkpoints() -> None:
@@ -115,7 +115,7 @@ def test_distributed_checkpoints() -> None:
     document = get_optimizer_state_dict(fresh, loaded)
     dcp.load({"optimizer": document}, checkpoint_id=str(FOLDER / "distributed"))
     set_optimizer_state_dict(fresh, loaded, document)
-    assert_same_state(loaded, trained(net, optimizer_of(net)))
+    assert_same_state(loaded, after_three_steps(net, optimizer_of(net)))
 
 
 def test_files_are_converted() -> None:

@@ -18,20 +18,12 @@ from torch import nn
 
 from adam_mini import Adam_mini
 from optimizer import AdamMini, Rules, tag
-from tests.optimizer.models import Llama, batch, loss_of
-from tests.optimizer.test_checkpoint import refused
-from tests.optimizer.test_door import published  # noqa: F401
+from tests.optimizer.models import Llama, train
+from tests.optimizer.states import refused
 
 KEPT = Path(__file__).with_name("checkpoints")
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 EMBEDDINGS = {"TOKEN_EMBEDDING": "ELEMENT", "HEAD": "ELEMENT"}
-
-
-def train(model: nn.Module, opt: torch.optim.Optimizer, seeds: range, vocab: int = 11) -> None:
-    for seed in seeds:
-        loss_of(model, batch(vocab, seed)).backward()
-        opt.step()
-        opt.zero_grad()
 
 
 def theirs(package: ModuleType, model: nn.Module, kv: int = 4) -> torch.optim.Optimizer:
@@ -49,7 +41,7 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", ["AdamMini(model)", "Adam_mini", "Adam_mini(list)"])
-def test_training_goes_on_as_in_the_package(published: ModuleType, door: str) -> None:  # noqa: F811
+def test_training_goes_on_as_in_the_package(published: ModuleType, door: str) -> None:
     """Three steps there, three more on both sides: the same weights."""
     model, twin = Llama(n_kv_heads=2), Llama(n_kv_heads=2, seed=1)
     opt = theirs(published, model, kv=2)
@@ -67,7 +59,7 @@ def test_training_goes_on_as_in_the_package(published: ModuleType, door: str) ->
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_takes_it(published: ModuleType, door: str) -> None:  # noqa: F811
+def test_every_door_takes_it(published: ModuleType, door: str) -> None:
     model = Llama(n_kv_heads=2)
     opt = theirs(published, model, kv=2)
     train(model, opt, range(3))
@@ -79,7 +71,7 @@ def test_every_door_takes_it(published: ModuleType, door: str) -> None:  # noqa:
         assert ours.state[p]["exp_avg"].data_ptr() != m.data_ptr()
 
 
-def test_names_not_positions(published: ModuleType) -> None:  # noqa: F811
+def test_names_not_positions(published: ModuleType) -> None:
     """Their one group per tensor, in another order."""
     model = Llama()
     opt = theirs(published, model)
@@ -94,7 +86,7 @@ def test_names_not_positions(published: ModuleType) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("door", [AdamMini, Adam_mini])
 @pytest.mark.parametrize("kv", [4, 2])
-def test_half_heads_are_refused_and_convert_to_their_means(published: ModuleType, kv: int, door) -> None:  # noqa: F811
+def test_half_heads_are_refused_and_convert_to_their_means(published: ModuleType, kv: int, door) -> None:
     """With head_dim != dim / n_heads the package cut heads in half: not our blocks, but unions of theirs are."""
     model = Llama(n_heads=4, n_kv_heads=kv, head_dim=8)
     opt = theirs(published, model, kv)
@@ -157,7 +149,7 @@ def test_the_first_releases_go_on_under_rules_of_their_partition(version: str) -
     refused(AdamMini(model), kept["optimizer"], r"published adam-mini package.*tok_embeddings.*v of shape \(7, 8\)")
     ours = AdamMini(model, rules=KEPT_RULES[version])
     ours.load_state_dict(kept["optimizer"])
-    train(model, ours, range(3, 6), 7)
+    train(model, ours, range(3, 6), vocab=7)
     for name, p in model.named_parameters():
         wanted = kept["three steps later"][name]
         torch.testing.assert_close(p, wanted, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -171,4 +163,4 @@ def test_the_first_releases_convert_to_the_paper_rules(version: str) -> None:
     ours.load_state_dict(kept["optimizer"], convert=True)
     v = kept["optimizer"]["state"][0]["v"]
     torch.testing.assert_close(ours.state[model.tok_embeddings.weight]["exp_avg_sq"], v.mean(1, keepdim=True))
-    train(model, ours, range(1), 7)
+    train(model, ours, range(1), vocab=7)

@@ -17,7 +17,8 @@ from optimizer import AdamMini, Layout
 from optimizer.step.engines.traced import traced_update
 from optimizer.step.hyper import Hyper
 from optimizer.step.reference import initial_state, reference_step
-from tests.optimizer.test_update import layouts, strided
+from tests.fuzz.draw import strided
+from tests.optimizer.strategies import layouts
 
 
 @settings(max_examples=80, deadline=None)

@@ -23,7 +23,7 @@ from optimizer.step.engines.foreach import foreach_update
 from optimizer.step.engines.triton import accepts, triton_update
 from optimizer.step.engines.triton.tables import Dense, tables
 from optimizer.step.reference import initial_state, reference_step
-from tests.optimizer.test_update import layouts
+from tests.optimizer.strategies import layouts
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}

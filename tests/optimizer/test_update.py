@@ -9,37 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from optimizer import Layout
-from optimizer.partition import Runs
 from optimizer.step.reference import initial_state, reference_step
 from optimizer.step.update import adam_mini_update
-
-
-@st.composite
-def layouts(draw) -> tuple[Layout, tuple[int, ...]]:
-    """A random layout and a shape it fits: any axis, leading axes, repeated patterns, axis 0 in pieces."""
-    pattern = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
-    repeat = draw(st.integers(1, 3))
-    behind = draw(st.lists(st.integers(1, 4), max_size=2))
-    before = draw(st.lists(st.integers(1, 3), max_size=2))
-    leading = draw(st.integers(0, len(before)))
-    runs = Runs(tuple((n, 1) for n in pattern), repeat)
-    shape = (*before, runs.total, *behind)
-    fold = draw(st.integers(1, 3))
-    if fold == 1:
-        return Layout(len(before), runs, before[:leading]), shape
-    return Layout(len(before) + 1, runs, (fold, *before[:leading]), fold=fold), (fold * shape[0], *shape[1:])
-
-
-def strided(x: Tensor, how: str) -> Tensor:
-    """The same values under other strides."""
-    if how == "transposed" and x.dim() > 1:
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "gapped":
-        return torch.stack([x, -x], dim=-1)[..., 0]
-    return x
+from tests.fuzz.draw import strided
+from tests.optimizer.strategies import layouts
 
 
 @settings(max_examples=120, deadline=None)

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from optimizer import AdamMini, tag
 from optimizer.sharding import load_full_state_dict
 from optimizer.tools.convert.file import convert_file
-from tests.sharding.cases import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.training import FINE, OPTIONS, clip, fsdp1, fsdp2, local, plain
 
 
 def shares() -> int:

@@ -1,3 +1,5 @@
+"""Ranks that train sharded models: the processes of a world size are started once, for all tests."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +19,7 @@ class _Results(dict[int, dict[str, list[Any]]]):
 
     def __missing__(self, world: int) -> dict[str, list[Any]]:
         cases = {identity(c): ("train_case", c._asdict()) for c in TRAINED[world]} | others(world, self.folder)
-        self[world] = run(world, cases)
+        self[world] = run(world, cases, own_interpreters=True)
         return self[world]
 
 

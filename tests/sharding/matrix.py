@@ -8,8 +8,8 @@ import tempfile
 from typing import Any
 
 from tests.sharding import parallel
-from tests.sharding.cases import STEPS, WRAPS
 from tests.sharding.suite import SAVED, Trained, identity
+from tests.sharding.training import STEPS, WRAPS
 from tests.sharding.workers import Case, run
 
 MODELS = ("llama", "gpt2", "mixtral")
@@ -38,7 +38,7 @@ def kept(ranks: int, folder: str) -> dict[str, Case]:
     wraps = {"llama": ("plain", "fsdp1", "fsdp1-flat", "fsdp2", "hsdp"), "gpt2": ("plain", "fsdp1-flat", "fsdp2"),
              "mixtral": ("fsdp1", "fsdp2"), "llama-parallel": parallel}  # fmt: skip
     return out | {
-        f"{name}-across": ("tests.sharding.across:across_case", {"name": name, "wraps": own})
+        f"{name}-across": ("tests.sharding.whole_state:across_case", {"name": name, "wraps": own})
         for name, own in wraps.items()
     }
 
@@ -75,7 +75,7 @@ def main() -> int:
         trained: dict[str, Case] = {identity(c): ("train_case", c._asdict()) for c in chosen}
         styles = parallel.cases(arguments.ranks) if arguments.ranks % 2 == 0 else {}
         styles = {n: c for n, c in styles.items() if arguments.only in n}
-        answers = run(arguments.ranks, trained | others | styles, timeout=3600)
+        answers = run(arguments.ranks, trained | others | styles, timeout=3600, own_interpreters=True)
     bad = sum(not report_kept(name, answers[name]) for name in others)
     bad += sum(not report_styles(name, answers[name]) for name in styles)
     for case in chosen:

@@ -1,7 +1,7 @@
 """Parallel styles beside plain data and tensor parallelism, each against one process with averaged gradients.
 
-Sequence parallelism, mixed precision and offload with tensor parallelism are wrappers like those of ``cases``. Expert
-and pipeline parallelism deal out modules, and train in ways of their own.
+Sequence parallelism, mixed precision and offload with tensor parallelism are wrappers, as those in ``training``.
+Expert and pipeline parallelism give each rank other modules, so they have training loops of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from optimizer import AdamMini
-from tests.sharding.cases import (
+from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.training import (
     OPTIONS,
     STEPS,
     TOGETHER,
@@ -43,7 +44,6 @@ from tests.sharding.cases import (
     tensor_parallel,
     train_case,
 )
-from tests.sharding.models import MODELS, batches, loss_of
 
 __all__ = ["train_case"]  # with the wrappers below
 

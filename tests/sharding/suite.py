@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
+
 from tests.sharding.workers import Case
 
 
@@ -41,6 +43,11 @@ SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 
 
+def on_ranks(world: int) -> pytest.MarkDecorator:
+    """Tests of one world size run in one pytest worker, which starts the processes of that size once."""
+    return pytest.mark.xdist_group(f"sharding on {world} ranks")
+
+
 def identity(case: Trained) -> str:
     return "-".join(case)
 
@@ -49,10 +56,10 @@ def others(world: int, folder: str) -> dict[str, Case]:
     """Cases that are no plain training."""
     if world == 2:
         across = {
-            f"across-{name}": ("tests.sharding.across:across_case", {"name": name, "wraps": wraps})
+            f"across-{name}": ("tests.sharding.whole_state:across_case", {"name": name, "wraps": wraps})
             for name, wraps in ACROSS.items()
         }
-        return across | {name: (f"tests.sharding.facts:{name}", {}) for name in FACTS}
+        return across | {name: (f"tests.sharding.single_steps:{name}", {}) for name in FACTS}
     where = "tests.sharding.checkpoints:"
     saved: dict[str, Any] = {
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.cases import FINE
-from tests.sharding.suite import ACROSS, SAVED
+from tests.sharding.suite import ACROSS, SAVED, on_ranks
+from tests.sharding.training import FINE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 
 
+@on_ranks(3)
 @pytest.mark.parametrize("wrap", SAVED)
 def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, wrap: str) -> None:
     for rank, answer in enumerate(results[3][wrap]):
@@ -20,6 +21,7 @@ def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, w
         assert max(answer.values()) <= 1e-12, answer
 
 
+@on_ranks(2)
 @pytest.mark.parametrize("name", ACROSS)
 def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str) -> None:
     for answer in results[2][f"across-{name}"]:
@@ -28,15 +30,18 @@ def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str) -> No
         assert max(answer.values()) <= 1e-12, answer
 
 
+@on_ranks(3)
 @pytest.mark.parametrize("wrap", ["fsdp1", "fsdp2"])
 def test_sharded_state_of_adamw_is_refused_or_converted_as_in_one_process(results: Any, wrap: str) -> None:
     assert results[3][f"adamw-{wrap}"] == [FINE] * 3
 
 
+@on_ranks(3)
 @pytest.mark.parametrize("flatten", [False, True])
 def test_a_folder_of_adamw_is_converted_and_taken_by_ranks(results: Any, flatten: bool) -> None:
     assert results[3][f"folder-{flatten}"] == [FINE] * 3
 
 
+@on_ranks(3)
 def test_gathered_state_is_that_of_one_process(results: Any) -> None:
     assert results[3]["whole"] == [FINE] * 3

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -15,13 +14,11 @@ from optimizer import AdamMini
 ENGINES = [{}, {"fused": False}, {"foreach": True}, {"fused": True}]
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("options", ENGINES, ids=str)

@@ -13,11 +13,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.sharding import endings
+from tests.sharding import lost_groups
 from tests.sharding.parallel import bar, cases, complaint
 from tests.sharding.workers import run
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all ranks
+pytestmark = [
+    pytest.mark.timeout(900),  # the first test waits for all ranks
+    pytest.mark.xdist_group("parallel styles"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +53,14 @@ def test_experts_are_on_a_mesh_of_their_own(answers: Any) -> None:
 
 
 def test_a_rank_that_dies_ends_the_others_steps() -> None:
-    *others, last = endings.run("dies", 3)
+    *others, last = lost_groups.run("dies", 3)
     assert last == ""
     assert all(said.startswith("unmoved ") and "stepped" not in said.split()[:2] for said in others), others
 
 
 @pytest.mark.parametrize("scene", ["group_gone", "all_gone", "gone_before", "flat_gone_before"])
 def test_a_destroyed_group_is_named(scene: str) -> None:
-    for said in endings.run(scene, 2):
+    for said in lost_groups.run(scene, 2):
         assert said.startswith("unmoved RuntimeError: the process group "), said
         assert "was destroyed; nothing has been stepped. Shard the model and build the optimizer anew" in said
 

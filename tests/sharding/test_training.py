@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.cases import FINE, STEPS
-from tests.sharding.suite import FACTS, TRAINED, Trained, identity
+from tests.sharding.suite import FACTS, TRAINED, Trained, identity, on_ranks
+from tests.sharding.training import FINE, STEPS
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 
-CASES = [(world, case) for world, cases in TRAINED.items() for case in cases]
-NAMES = [f"{world}-{identity(case)}" for world, case in CASES]
+CASES = [
+    pytest.param(world, case, id=f"{world}-{identity(case)}", marks=on_ranks(world))
+    for world, cases in TRAINED.items()
+    for case in cases
+]
 
 
-@pytest.mark.parametrize(("world", "case"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("world", "case"), CASES)
 def test_ten_steps_equal_one_process(results: Any, world: int, case: Trained) -> None:
     # Mixtral routes in fp32 whatever its weights are, and so differs under DDP as well.
     bar = 1e-12 if case.dtype == "float64" and case.model != "mixtral" else 1e-6
@@ -28,7 +31,7 @@ def test_ten_steps_equal_one_process(results: Any, world: int, case: Trained) ->
         assert answer["difference"] <= bar
 
 
-@pytest.mark.parametrize(("world", "case"), CASES, ids=NAMES)
+@pytest.mark.parametrize(("world", "case"), CASES)
 def test_a_step_sends_at_most_one_message_per_group(results: Any, world: int, case: Trained) -> None:
     for answer in results[world][identity(case)]:
         assert isinstance(answer, dict), answer
@@ -38,6 +41,7 @@ def test_a_step_sends_at_most_one_message_per_group(results: Any, world: int, ca
         assert all(nbytes <= answer["limit"] for _, nbytes in answer["messages"])
 
 
+@on_ranks(2)
 @pytest.mark.parametrize("fact", FACTS)
 def test_on_two_ranks(results: Any, fact: str) -> None:
     assert results[2][fact] == [FINE] * 2

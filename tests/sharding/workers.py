@@ -13,29 +13,30 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests import forking
+
 Case = tuple[str, dict[str, Any]]
-"""A function of ``tests.sharding.cases`` (or another module, as "module:function") and its arguments."""
-ROOT = Path(__file__).resolve().parents[2]
+"""A function of ``tests.sharding.training`` (or another module, as "module:function") and its arguments."""
 
 
-def run(world: int, cases: dict[str, Case], timeout: float = 600) -> dict[str, list[Any]]:
-    """Every case on ``world`` ranks: name -> the ranks' results, an error's text where one was raised."""
+def run(
+    world: int, cases: dict[str, Case], timeout: float = 600, *, own_interpreters: bool = False
+) -> dict[str, list[Any]]:
+    """Every case on ``world`` ranks: name -> the ranks' results, an error's text where one was raised.
+
+    Args:
+        world: number of ranks.
+        cases: what they run, one case after the other.
+        timeout: seconds for all cases.
+        own_interpreters: ranks are interpreters with different hash seeds, as under torchrun. A rank that goes through
+            a set in an order of its own would then disagree with the others. Forked ranks, the default, start sooner.
+    """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cases").write_bytes(pickle.dumps(cases))
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "ADAM_MINI_TEST_PATIENCE": str(timeout),
-        }
         # What ranks say goes to files: a pipe that nobody reads stops them once it is full.
         told = [Path(folder, f"said{rank}") for rank in range(world)]
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.sharding.workers", folder, str(rank), str(world)],
-                cwd=ROOT, env=environment, stdout=told[rank].open("w"), stderr=subprocess.STDOUT,
-            )
-            for rank in range(world)
-        ]  # fmt: skip
+        begin = _interpreter if own_interpreters else _fork
+        ranks = [begin(told[rank], folder, rank, world, timeout) for rank in range(world)]
         try:
             for process in ranks:
                 process.wait(timeout=timeout + 30)
@@ -55,7 +56,20 @@ def run(world: int, cases: dict[str, Case], timeout: float = 600) -> dict[str, l
         return {name: [answer[name] for answer in answers] for name in cases}
 
 
-def main(folder: str, rank: int, world: int) -> None:
+def _fork(output: Path, *arguments: Any) -> forking.Forked:
+    return forking.start(main, *arguments, output=output)
+
+
+def _interpreter(output: Path, folder: str, rank: int, world: int, patience: float) -> subprocess.Popen[bytes]:
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(forking.ROOT), "PYTHONHASHSEED": str(1 + rank)}
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.sharding.workers", folder, str(rank), str(world), str(patience)],
+            cwd=forking.ROOT, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def main(folder: str, rank: int, world: int, patience: float) -> None:
     """One rank."""
     import importlib
 
@@ -63,14 +77,14 @@ def main(folder: str, rank: int, world: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(float(os.environ["ADAM_MINI_TEST_PATIENCE"]), exit=True)
+    faulthandler.dump_traceback_later(patience, exit=True)
     cases: dict[str, Case] = pickle.loads(Path(folder, "cases").read_bytes())
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120))
     answers: dict[str, Any] = {}
     for name, (function, arguments) in cases.items():
         module, _, attribute = function.rpartition(":")
-        call = getattr(importlib.import_module(module or "tests.sharding.cases"), attribute)
+        call = getattr(importlib.import_module(module or "tests.sharding.training"), attribute)
         try:
             answers[name] = call(**arguments)
         except Exception as error:
@@ -80,4 +94,4 @@ def main(folder: str, rank: int, world: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 
-from tests.contract.harness import LR, assert_close, check, give_gradients, named, set_all, tensors, train
+from tests.contract.harness import LR, assert_close, check, give_gradients, named, random_steps, set_all, tensors
 from tests.contract.subjects import Subject
 
 
@@ -48,7 +48,7 @@ def _expected(subject: Subject, rates: list[float]) -> list[Any]:
     optimizer = subject.make(pairs, lr=LR)
     for i, rate in enumerate(rates):
         set_all(optimizer, lr=rate)
-        train(optimizer, tensors(pairs), 1, start=i)
+        random_steps(optimizer, tensors(pairs), 1, start=i)
     return tensors(pairs)
 
 

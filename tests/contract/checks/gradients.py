@@ -21,10 +21,10 @@ from tests.contract.harness import (
     one,
     ours,
     pair,
+    random_steps,
     set_all,
     state_of,
     tensors,
-    train,
     trained,
     values,
 )
@@ -46,7 +46,7 @@ def a_step_is_in_place(subject: Subject) -> None:
     """The parameter stays the same leaf at the same address: models, DDP buckets and CUDA graphs hold on to it."""
     pairs = named()
     at = [p.data_ptr() for p in tensors(pairs)]
-    train(subject.make(pairs, lr=LR), tensors(pairs))
+    random_steps(subject.make(pairs, lr=LR), tensors(pairs))
     assert [p.data_ptr() for p in tensors(pairs)] == at
     assert all(p.is_leaf and p.requires_grad and p.grad_fn is None for p in tensors(pairs))
 
@@ -99,7 +99,7 @@ def a_late_gradient_starts_at_step_one(subject: Subject) -> None:
     pairs = named()
     (_, late), *rest = pairs
     optimizer = subject.make(pairs, lr=LR)
-    train(optimizer, tensors(rest), 3)
+    random_steps(optimizer, tensors(rest), 3)
     before = values([late])
     signs = give_signs(tensors(pairs))
     optimizer.step()
@@ -135,7 +135,7 @@ def freezing_a_parameter_is_enough(subject: Subject) -> None:
     """requires_grad turned off in mid-training: no gradient, no movement, not even decay."""
     p, q = one(seed=1), one(seed=2)
     optimizer = subject.make([("a.weight", p), ("b.weight", q)], lr=LR, weight_decay=0.5)
-    train(optimizer, [p, q])
+    random_steps(optimizer, [p, q])
     q.requires_grad_(False)
     before = values([p, q])
     ((p * p).sum() + (q * q).sum()).backward()

@@ -19,9 +19,9 @@ from tests.contract.harness import (
     named,
     one,
     pair,
+    random_steps,
     set_all,
     tensors,
-    train,
     values,
 )
 from tests.contract.subjects import Subject
@@ -72,7 +72,7 @@ def an_added_group_trains(subject: Subject) -> None:
     """Unfreezing a layer in mid-training adds a group that steps from then on."""
     pairs, late = named(), one((3, 5), seed=7)
     optimizer = subject.make(pairs, lr=LR)
-    train(optimizer, tensors(pairs))
+    random_steps(optimizer, tensors(pairs))
     optimizer.add_param_group({"params": [("late.weight", late)]})
     before = values([*tensors(pairs), late])
     give_gradients([*tensors(pairs), late], 9)
@@ -131,7 +131,7 @@ def an_added_group_must_not_hold_old_parameters(subject: Subject) -> None:
     count = len(optimizer.param_groups)
     assert_refused(ValueError, lambda: optimizer.add_param_group({"params": [pairs[0]]}))
     assert len(optimizer.param_groups) == count
-    train(optimizer, tensors(pairs), 1)
+    random_steps(optimizer, tensors(pairs), 1)
     assert_moved(tensors(pairs), tensors(named()))
 
 
@@ -187,7 +187,7 @@ def a_users_own_key_in_a_group_stays(subject: Subject) -> None:
     """Schedulers and trainers keep notes in groups: initial_lr, layer numbers, names."""
     p = one()
     optimizer = subject.make([{"params": [p], "lr_scale": 0.5}])
-    train(optimizer, [p])
+    random_steps(optimizer, [p])
     again = subject.make([{"params": [one()]}])
     again.load_state_dict(optimizer.state_dict())
     assert optimizer.param_groups[0]["lr_scale"] == again.param_groups[0]["lr_scale"] == 0.5
@@ -198,8 +198,8 @@ def swapped_parameters_go_on(subject: Subject) -> None:
     """Accelerate's FSDP2 replaces parameters in the groups and moves their state; training goes on as before."""
     pairs, kept = named(), named()
     optimizer, reference = subject.make(pairs, lr=LR), subject.make(kept, lr=LR)
-    train(optimizer, tensors(pairs))
-    train(reference, tensors(kept))
+    random_steps(optimizer, tensors(pairs))
+    random_steps(reference, tensors(kept))
     fresh = []
     for group in optimizer.param_groups:
         for i, old in enumerate(group["params"]):
@@ -208,7 +208,7 @@ def swapped_parameters_go_on(subject: Subject) -> None:
             fresh.append((dict(zip(map(id, tensors(pairs)), range(len(pairs)), strict=True))[id(old)], new))
     after = [new for _, new in sorted(fresh, key=lambda item: item[0])]
     before = values(tensors(pairs))
-    train(optimizer, after, 2, start=3)
-    train(reference, tensors(kept), 2, start=3)
+    random_steps(optimizer, after, 2, start=3)
+    random_steps(reference, tensors(kept), 2, start=3)
     assert_same(after, tensors(kept))
     assert_same(tensors(pairs), before)

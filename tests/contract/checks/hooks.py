@@ -19,8 +19,8 @@ from tests.contract.harness import (
     named,
     one,
     pair,
+    random_steps,
     tensors,
-    train,
     trained,
     values,
 )
@@ -173,8 +173,8 @@ def a_hook_before_loading_may_return_another_dict(subject: Subject) -> None:
     target.load_state_dict({"optimizer": copy.deepcopy(source.state_dict())})
     for p, q in zip(tensors(pairs), tensors(others), strict=True):
         q.data.copy_(p)
-    train(source, tensors(pairs), 2, start=3)
-    train(target, tensors(others), 2, start=3)
+    random_steps(source, tensors(pairs), 2, start=3)
+    random_steps(target, tensors(others), 2, start=3)
     assert_same(tensors(pairs), tensors(others))
 
 
@@ -184,6 +184,6 @@ def profilers_see_the_step_by_its_class(subject: Subject) -> None:
     optimizer, pairs = trained(subject)
     name = type(optimizer).__name__
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        train(optimizer, tensors(pairs), 1)
+        random_steps(optimizer, tensors(pairs), 1)
     keys = {event.key for event in trace.key_averages()}
     assert {f"Optimizer.step#{name}.step", f"Optimizer.zero_grad#{name}.zero_grad"} <= keys

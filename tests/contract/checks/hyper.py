@@ -18,10 +18,10 @@ from tests.contract.harness import (
     named,
     one,
     pair,
+    random_steps,
     set_all,
     state_of,
     tensors,
-    train,
     trained,
     values,
 )
@@ -83,7 +83,7 @@ def no_learning_rate_no_movement(subject: Subject) -> None:
     """A warm-up that starts at lr=0 leaves weights alone, decay or not, while moments and counters advance."""
     pairs = named()
     optimizer = subject.make(pairs, lr=0.0, weight_decay=0.5)
-    train(optimizer, tensors(pairs))
+    random_steps(optimizer, tensors(pairs))
     assert_same(tensors(pairs), tensors(named()))
     assert all(float(optimizer.state[p]["step"]) == 3 for p in tensors(pairs))
     assert all(value.any() for value in state_of(optimizer, tensors(pairs)))
@@ -216,8 +216,8 @@ def tensor_betas_changed_in_place_are_followed(subject: Subject) -> None:
     betas[0].fill_(0.5)
     betas[1].fill_(0.75)
     set_all(by_number, betas=(0.5, 0.75))
-    train(by_tensor, tensors(pairs), 2, start=3)
-    train(by_number, tensors(others), 2, start=3)
+    random_steps(by_tensor, tensors(pairs), 2, start=3)
+    random_steps(by_number, tensors(others), 2, start=3)
     assert_close(tensors(pairs), tensors(others), 1e-5)
 
 
@@ -228,8 +228,8 @@ def betas_set_between_steps_are_followed(subject: Subject) -> None:
     other, others = trained(subject, 1, betas=(0.25, 0.75))
     set_all(changed, betas=(0.25, 0.75))
     assert_close(tensors(pairs), tensors(others))  # first steps do not depend on betas
-    train(changed, tensors(pairs), 1, start=1)
-    train(other, tensors(others), 1, start=1)
+    random_steps(changed, tensors(pairs), 1, start=1)
+    random_steps(other, tensors(others), 1, start=1)
     # m after two steps: 0.25 * (1 - beta) g0 + 0.75 g1 with the first step's beta, corrected by 1 - 0.25 ** 2
     m0 = changed.state[pairs[0][1]]["exp_avg"] - other.state[others[0][1]]["exp_avg"]
     give_gradients(tensors(pairs), 0)
@@ -240,6 +240,6 @@ def betas_set_between_steps_are_followed(subject: Subject) -> None:
 def is_adamw_where_every_element_is_a_block(subject: Subject) -> None:
     """Under elementwise rules the numbers of AdamW come out, fifty steps on."""
     pairs, others = named(), named()
-    train(subject.make(pairs, lr=LR, weight_decay=0.1), tensors(pairs), 50)
-    train(torch.optim.AdamW(others, lr=LR, weight_decay=0.1, foreach=False), tensors(others), 50)
+    random_steps(subject.make(pairs, lr=LR, weight_decay=0.1), tensors(pairs), 50)
+    random_steps(torch.optim.AdamW(others, lr=LR, weight_decay=0.1, foreach=False), tensors(others), 50)
     assert_close(tensors(pairs), tensors(others), 1e-5)

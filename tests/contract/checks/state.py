@@ -22,10 +22,10 @@ from tests.contract.harness import (
     one,
     ours,
     pair,
+    random_steps,
     set_all,
     state_of,
     tensors,
-    train,
     trained,
 )
 from tests.contract.subjects import Subject
@@ -36,8 +36,8 @@ def resumes(subject: Subject, document: Any, source: Any, pairs: Named, **option
     others = [(name, nn.Parameter(p.detach().clone())) for name, p in pairs]
     target = subject.make(others, **{"lr": 0.5, **options})  # of another rate: the checkpoint's is to win
     target.load_state_dict(document)
-    train(source, tensors(pairs), 3, start=50)
-    train(target, tensors(others), 3, start=50)
+    random_steps(source, tensors(pairs), 3, start=50)
+    random_steps(target, tensors(others), 3, start=50)
     assert_same(tensors(pairs), tensors(others))
     return target
 
@@ -54,7 +54,7 @@ def looking_at_state_is_harmless(subject: Subject) -> None:
     pairs = named()
     optimizer = subject.make(pairs, lr=LR)
     assert all(optimizer.state[p] == {} for p in tensors(pairs))
-    train(optimizer, tensors(pairs))
+    random_steps(optimizer, tensors(pairs))
     assert_same(tensors(pairs), tensors(trained(subject)[1]))
 
 
@@ -116,7 +116,7 @@ def a_bfloat16_checkpoint_resumes_to_the_bit(subject: Subject) -> None:
     """With bf16 weights the state's dtypes survive the round trip."""
     pairs = named(dtype=torch.bfloat16)
     optimizer = subject.make(pairs, lr=LR)
-    train(optimizer, tensors(pairs))
+    random_steps(optimizer, tensors(pairs))
     dtypes = [value.dtype for value in state_of(optimizer, tensors(pairs))]
     target = resumes(subject, copy.deepcopy(optimizer.state_dict()), optimizer, pairs)
     assert [value.dtype for group in target.param_groups for value in state_of(target, group["params"])] == dtypes
@@ -128,7 +128,7 @@ def a_checkpoint_takes_the_models_dtype(subject: Subject) -> None:
     optimizer, _ = trained(subject)
     target = subject.make(pairs := named(dtype=torch.bfloat16), lr=LR)
     target.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(target, tensors(pairs), 1, start=3)
+    random_steps(target, tensors(pairs), 1, start=3)
     for p in tensors(pairs):
         assert target.state[p]["exp_avg"].dtype == torch.bfloat16 and target.state[p]["step"].dtype == torch.float32
         assert target.state[p]["step"] == 4 and p.isfinite().all()
@@ -147,7 +147,7 @@ def a_checkpoint_with_state_for_some_loads(subject: Subject) -> None:
     """Parameters that had no gradient yet have no state, and get theirs later."""
     pairs = named()
     optimizer = subject.make(pairs, lr=LR)
-    train(optimizer, tensors(pairs[1:]))
+    random_steps(optimizer, tensors(pairs[1:]))
     resumes(subject, copy.deepcopy(optimizer.state_dict()), optimizer, pairs)
 
 
@@ -159,8 +159,8 @@ def a_checkpoint_replaces_what_was_there(subject: Subject) -> None:
     target.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for p, q in zip(tensors(pairs), tensors(others), strict=True):
         q.data.copy_(p)
-    train(optimizer, tensors(pairs), 3, start=50)
-    train(target, tensors(others), 3, start=50)
+    random_steps(optimizer, tensors(pairs), 3, start=50)
+    random_steps(target, tensors(others), 3, start=50)
     assert_same(tensors(pairs), tensors(others))
 
 
@@ -206,7 +206,7 @@ def a_checkpoint_of_other_groups_is_refused(subject: Subject) -> None:
     optimizer, pairs = trained(subject)
     for shapes in ({"a.weight": (3, 4)}, {f"{i}.weight": (3, 4) for i in range(9)}):
         other = subject.make(others := named(shapes=shapes), lr=0.5)
-        train(other, tensors(others))
+        random_steps(other, tensors(others))
         groups = [{"params": [p]} for p in tensors(others)]
         for wrong in (other, subject.make(groups)):
             assert_refused(ValueError, lambda wrong=wrong: optimizer.load_state_dict(wrong.state_dict()))
@@ -215,7 +215,7 @@ def a_checkpoint_of_other_groups_is_refused(subject: Subject) -> None:
 
 
 def _continued(subject: Subject, optimizer: Any, pairs: Named) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    train(optimizer, tensors(pairs), 2, start=3)
+    random_steps(optimizer, tensors(pairs), 2, start=3)
     return tensors(pairs), tensors(trained(subject, 5)[1])
 
 
@@ -240,7 +240,7 @@ def loading_never_shares_tensors(subject: Subject) -> None:
         others = named()
         target = subject.make(others, lr=LR)
         target.load_state_dict(document)
-        train(target, tensors(others))
+        random_steps(target, tensors(others))
     for state, other in zip(document["state"].values(), optimizer.state.values(), strict=True):
         assert_same([state[key] for key in sorted(state)], [other[key] for key in sorted(other)])
 
@@ -273,7 +273,7 @@ def another_order_loads_by_name(subject: Subject) -> None:
     shapes = {f"blocks.{i}.mlp.up_proj.weight": (3 + i, 4) for i in range(3)}
     pairs = named(shapes=shapes)
     optimizer = subject.make(pairs, lr=LR)
-    train(optimizer, tensors(pairs))
+    random_steps(optimizer, tensors(pairs))
     others = [(name, nn.Parameter(p.detach().clone())) for name, p in reversed(pairs)]
     target = subject.make(others, lr=LR)
 
@@ -303,9 +303,9 @@ def a_deep_copy_is_independent(subject: Subject) -> None:
     """copy.deepcopy((params, optimizer)) trains on as the original does, and apart from it."""
     optimizer, pairs = trained(subject)
     others, twin = copy.deepcopy((pairs, optimizer))
-    train(optimizer, tensors(pairs), 3, start=50)
+    random_steps(optimizer, tensors(pairs), 3, start=50)
     assert_close(tensors(others), tensors(trained(subject)[1]), 0.0)
-    train(twin, tensors(others), 3, start=50)
+    random_steps(twin, tensors(others), 3, start=50)
     assert_same(tensors(pairs), tensors(others))
 
 
@@ -314,8 +314,8 @@ def a_pickle_trains_on(subject: Subject) -> None:
     """pickle.dumps(optimizer), for workers and old-style checkpoints, keeps everything the step needs."""
     optimizer, pairs = trained(subject)
     twin, others = pickle.loads(pickle.dumps((optimizer, pairs)))
-    train(optimizer, tensors(pairs), 3, start=50)
-    train(twin, tensors(others), 3, start=50)
+    random_steps(optimizer, tensors(pairs), 3, start=50)
+    random_steps(twin, tensors(others), 3, start=50)
     assert_same(tensors(pairs), tensors(others))
     twin.add_param_group({"params": [("late.weight", one())]})
     twin.load_state_dict(twin.state_dict())
@@ -329,7 +329,7 @@ def state_can_be_cleared(subject: Subject) -> None:
     optimizer.state.clear()
     for p, q in zip(tensors(pairs), tensors(named()), strict=True):
         p.data.copy_(q)
-    train(optimizer, tensors(pairs))
+    random_steps(optimizer, tensors(pairs))
     assert_same(tensors(pairs), tensors(trained(subject)[1]))
 
 
@@ -356,8 +356,8 @@ def weights_replaced_by_hand_are_used(subject: Subject) -> None:
     for p, q in zip(tensors(pairs), tensors(others), strict=True):
         p.data = p.data + 1.0  # another address
         q.data.add_(1.0)
-    train(optimizer, tensors(pairs), 2, start=3)
-    train(other, tensors(others), 2, start=3)
+    random_steps(optimizer, tensors(pairs), 2, start=3)
+    random_steps(other, tensors(others), 2, start=3)
     assert_same(tensors(pairs), tensors(others))
 
 

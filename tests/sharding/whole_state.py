@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from optimizer import AdamMini
 from optimizer.sharding import full_state_dict, load_full_state_dict
-from tests.sharding.cases import OPTIONS, WRAPS, Run, elements, local, plain
 from tests.sharding.models import MODELS, batches, loss_of
+from tests.sharding.training import OPTIONS, WRAPS, Run, elements, local, plain
 
 SHARES = 12
 """Batches of a step, whoever computes them."""

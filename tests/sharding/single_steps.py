@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from adam_mini import Adam_mini
 from optimizer import AdamMini, tag
 from optimizer.sharding import full_state_dict, load_full_state_dict
-from tests.sharding.cases import (
+from tests.sharding.training import (
     FINE,
     MODELS,
     OPTIONS,

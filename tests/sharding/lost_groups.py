@@ -1,13 +1,12 @@
-"""Process groups that end before training does: ``python -m tests.sharding.endings SCENE FOLDER RANK WORLD``.
+"""What ranks do in the tests of process groups that end before training does.
 
-Every rank says how its last step ended, on its last line. Ranks die here, so these processes are no ``workers``.
+Every rank prints how its last step ended, on its last line. ``workers`` would wait for the rank that dies here.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from optimizer import AdamMini
-from tests.sharding.cases import OPTIONS, fsdp1, fsdp2, local
+from tests import forking
 from tests.sharding.models import MODELS, batches, loss_of
-from tests.sharding.workers import ROOT
+from tests.sharding.training import OPTIONS, fsdp1, fsdp2, local
 
 PATIENCE = 10
 """Seconds that a collective waits."""
@@ -82,21 +81,14 @@ SCENES = {scene.__name__: scene for scene in (dies, group_gone, all_gone, gone_b
 
 
 def run(scene: str, world: int) -> list[str]:
-    """Every rank's last words; empty for one that died.
+    """The last line that every rank printed; empty for a rank that died.
 
     Raises:
         subprocess.TimeoutExpired: a rank hangs.
     """
     with tempfile.TemporaryDirectory() as folder:
         told = [Path(folder, f"said{rank}") for rank in range(world)]  # files: a full pipe would stop a rank
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.sharding.endings", scene, folder, str(rank), str(world)],
-                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                stdout=told[rank].open("w"), stderr=subprocess.STDOUT,
-            )
-            for rank in range(world)
-        ]  # fmt: skip
+        ranks = [forking.start(main, scene, folder, rank, world, output=told[rank]) for rank in range(world)]
         try:
             for process in ranks:
                 process.wait(timeout=240)
@@ -125,7 +117,3 @@ def main(scene: str, folder: str, rank: int, world: int) -> None:
     sys.stdout.write(f"{'moved' if moved else 'unmoved'} {said}\n")
     sys.stdout.flush()
     os._exit(0)  # without waiting for those that are gone
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

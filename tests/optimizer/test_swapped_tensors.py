@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from adam_mini import Adam_mini
 from optimizer import AdamMini
 from optimizer.wrappers.deepspeed import flats as deepspeed
-from tests.optimizer.models import Llama, batch, loss_of
+from tests.optimizer.models import Llama, batch, loss_of, train
 
 ENGINES: dict[str, dict[str, Any]] = {
     "native": {}, "eager": {"fused": False}, "foreach": {"foreach": True}, "kahan": {"bf16_rounding": "kahan"},
@@ -38,23 +38,6 @@ def swapping() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(False)
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
-    for k in range(count):
-        optimizer.zero_grad()
-        loss_of(model, batch(11, k)).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-
-
 @pytest.mark.parametrize(
     "make",
     [AdamMini, lambda m, **o: AdamMini(m.parameters(), **o), Adam_mini],
@@ -65,12 +48,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> 
 def test_a_model_is_converted_by_swapping(swapping: None, make: Callable[..., Any], steps: int, engine: str) -> None:
     model = Llama()
     optimizer = make(model, **({} if make is Adam_mini else ENGINES[engine]))
-    step(model, optimizer, steps)
+    train(model, optimizer, range(steps))
     model.to(torch.float64)
     assert all(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"])
     model.load_state_dict(model.state_dict())
     optimizer.load_state_dict(optimizer.state_dict())
-    step(model, optimizer, 2)
+    train(model, optimizer, range(2))
 
 
 @pytest.mark.parametrize("conversion", [nn.Module.bfloat16, nn.Module.double, nn.Module.cpu])
@@ -84,7 +67,7 @@ def test_a_sharded_model_is_converted(
         fully_shard(layer)
     fully_shard(model)
     optimizer = AdamMini(model, lr=0.1, **ENGINES[engine])
-    step(model, optimizer, steps)
+    train(model, optimizer, range(steps))
     conversion(model)
     optimizer.load_state_dict(optimizer.state_dict())
     before = [p.detach().clone() for p in model.parameters()]
@@ -100,7 +83,7 @@ def test_a_sharded_model_is_converted(
 def test_no_reference_to_a_parameter_but_those_of_torch() -> None:
     model = Llama()
     optimizer = AdamMini(model)
-    step(model, optimizer, 2)
+    train(model, optimizer, range(2))
     assert not any(weakref.getweakrefs(p) for p in model.parameters())
     gone = [weakref.ref(p) for p in model.parameters()]
     other = Llama()
@@ -108,7 +91,7 @@ def test_no_reference_to_a_parameter_but_those_of_torch() -> None:
         group["params"] = [dict(other.named_parameters())[name] for name in group["param_names"]]
     optimizer.state.clear()
     del model
-    step(other, optimizer)
+    train(other, optimizer, range(1))
     assert not any(ref() is not None for ref in gone), "what was replaced lives on in the optimizer"
 
 

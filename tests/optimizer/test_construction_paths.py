@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -69,13 +68,6 @@ def test_every_door_leads_to_the_same_partition(name: str, door: str) -> None:
     assert used(DOORS[door](model), model) == expected
 
 
-@pytest.fixture
-def one_process(tmp_path) -> Iterator[None]:  # type: ignore[no-untyped-def]
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def _checkpointed(model: nn.Module) -> nn.Module:
     """Activation checkpointing around every block, as trainers put it."""
     for module in list(model.modules()):
@@ -100,7 +92,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("name", ["gpt2", "llama grouped", "mixtral", "gpt_neox", "nano gpt"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("door", ["model", "named_parameters", "tagged groups", "published"])
-def test_wrapped_models(name: str, wrapper: str, door: str, one_process: None) -> None:
+def test_wrapped_models(name: str, wrapper: str, door: str, one_rank: None) -> None:
     model = MODELS[name]()
     expected = {clean(n): layout for n, layout in partition(model).items()}
     wrapped = WRAPPERS[wrapper](model)

@@ -5,13 +5,10 @@ The published 1.1.1 is installed outside the import path (its name is this proje
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import logging
 import math
 import pickle
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -21,29 +18,7 @@ from torch import nn
 import optimizer
 from adam_mini import Adam_mini
 from optimizer import AdamMini, partition
-from tests.optimizer.models import GPT, Llama, batch, loss_of
-
-PUBLISHED = Path(sys.prefix) / "published" / "adam_mini" / "__init__.py"
-
-
-@pytest.fixture(scope="module")
-def published() -> ModuleType:
-    assert PUBLISHED.is_file(), f"{PUBLISHED} is missing: `make setup` installs the published package there"
-    spec = importlib.util.spec_from_file_location(
-        "published_adam_mini", PUBLISHED, submodule_search_locations=[str(PUBLISHED.parent)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["published_adam_mini"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def train(model: nn.Module, opt: torch.optim.Optimizer, vocab: int, steps: int = 20) -> None:
-    for step in range(steps):
-        loss_of(model, batch(vocab, step)).backward()
-        opt.step()
-        opt.zero_grad()
+from tests.optimizer.models import GPT, Llama, batch, loss_of, train
 
 
 def hf_llama(kv: int) -> nn.Module:
@@ -68,8 +43,8 @@ def test_agrees_with_the_published_package(published: ModuleType, make, kv: int,
         "lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "dim": 16, "n_heads": 4, "n_kv_heads": kv,
     }  # fmt: skip
     named = ours.named_parameters() if known else list(ours.named_parameters())
-    train(ours, Adam_mini(named_parameters=named, **options), 11)
-    train(theirs, published.Adam_mini(named_parameters=theirs.named_parameters(), verbose=False, **options), 11)
+    train(ours, Adam_mini(named_parameters=named, **options), range(20))
+    train(theirs, published.Adam_mini(named_parameters=theirs.named_parameters(), verbose=False, **options), range(20))
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -179,13 +154,13 @@ def test_heads_that_do_not_divide_are_named_at_the_first_step() -> None:
 def test_resume_and_pickle() -> None:
     model = Llama()
     opt = Adam_mini(model.named_parameters(), lr=1e-2, dim=16, n_heads=4)
-    train(model, opt, 11, 2)
+    train(model, opt, range(2))
     again = Llama()
     again.load_state_dict(model.state_dict())
     resumed = Adam_mini(again.named_parameters(), lr=1e-2, dim=16, n_heads=4)
     resumed.load_state_dict(pickle.loads(pickle.dumps(opt.state_dict())))
-    train(model, opt, 11, 2)
-    train(again, resumed, 11, 2)
+    train(model, opt, range(2, 4))
+    train(again, resumed, range(2, 4))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     assert pickle.loads(pickle.dumps(opt)).wqk_names == opt.wqk_names
 
@@ -193,7 +168,7 @@ def test_resume_and_pickle() -> None:
 def test_nothing_is_printed(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         model = Llama()
-        train(model, Adam_mini(model.named_parameters(), dim=16, n_heads=4, verbose=True), 11, 1)
+        train(model, Adam_mini(model.named_parameters(), dim=16, n_heads=4, verbose=True), range(1))
     assert capsys.readouterr() == ("", "")
 
 
