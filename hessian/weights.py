@@ -274,8 +274,8 @@ class Weighing:
                 counts = "; ".join(f"{m.what}: {[m.of(b) for b in self._batches[:4]]}" for m in self._distinct(fitting))
                 raise ValueError(
                     "the loss may be a mean over several quantities that weight the batches differently, and which of "
-                    f"them cannot be told ({counts}); pass count=, a function of a batch that returns how many examples "
-                    "or tokens its mean is over"
+                    f"them cannot be told ({counts}); pass count=, a function of a batch that returns how many "
+                    "examples or tokens its mean is over"
                 )
             best = conventional
         return shares([best.of(batch) for batch in self._batches])
