@@ -73,7 +73,7 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     one_value_per_row = (
         layout.axis == 0
         and not layout.leading
-        and local_aligned == (local[0], *(1 for _ in local[1:]))
+        and local_aligned == (*local[:1], *(1 for _ in local[1:]))
         and prod(local) > 0
     )
     if cut is not None and len(boxes) == 1 and boxes[0].start is None and one_value_per_row:

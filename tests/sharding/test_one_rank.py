@@ -1,4 +1,4 @@
-"""A compiled step over DTensors: a GradScaler's verdict counts there as it does without a compiler."""
+"""Steps of DTensors and flat parameters on one rank: compiled, skipped by a GradScaler, and of scalars."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from optimizer import AdamMini
 
@@ -52,3 +54,14 @@ def test_found_inf_on_a_device_stops_what_no_engine_takes(one_rank: None, monkey
         before = flat.detach()[-8:].clone()
         optimizer.step()
         assert torch.equal(flat[-8:], before) is skipped
+
+
+def test_a_replicated_scalar_is_stepped(one_rank: None) -> None:
+    """A parameter without axes that is a DTensor: a learned temperature that tensor parallelism replicates."""
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = nn.Parameter(distribute_tensor(torch.tensor(1.0), mesh, [Replicate()]))
+    plain = nn.Parameter(torch.tensor(1.0))
+    for p, grad in ((parameter, distribute_tensor(torch.tensor(0.5), mesh, [Replicate()])), (plain, torch.tensor(0.5))):
+        p.grad = grad
+        AdamMini([("temperature", p)], lr=0.1).step()
+    assert torch.equal(parameter.full_tensor(), plain)
