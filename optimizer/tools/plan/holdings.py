@@ -248,7 +248,8 @@ def elements(parameters: Sequence[Parameter], setup: Setup, *, sharded: bool) ->
     if not sharded or ranks == 1:
         return sum(numels)
     if not setup.flat:
-        return sum(prod(chunk(shape, 0, ranks, 0)) if shape else 1 for shape in shapes)
+        kinds = Counter(shapes).items()
+        return sum(count * (prod(chunk(shape, 0, ranks, 0)) if shape else 1) for shape, count in kinds)
     if setup.zero == 3:
         return sum(share(numel, ranks) for numel in numels)
     groups = ([numels[i] for i in indices] for indices in by_decay(parameters))
