@@ -34,14 +34,6 @@ def restored_threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def two_threads(restored_threads: None) -> None:
-    """A test that has to see work divided among threads."""
-    import torch
-
-    torch.set_num_threads(2)
-
-
-@pytest.fixture
 def one_rank() -> Iterator[None]:
     """A gloo process group whose only rank is this process."""
     import torch.distributed as dist

@@ -50,6 +50,9 @@ def test_state_bytes_are_all_tensors_of_the_state() -> None:
     assert state_bytes(optimizer) == 2 * 4 * 66 + 2 * 4
 
 
+pytestmark = pytest.mark.xdist_group("a heat of the bench")
+
+
 @pytest.fixture(scope="module")
 def small() -> dict[str, Any]:
     """A heat of the smallest model, as a run of the bench with one case."""

@@ -20,7 +20,10 @@ from optimizer.tools.targets import load_target
 from tests.sharding.models import MODELS
 from tests.sharding.workers import run
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("counted collectives"),  # the ranks are started once
+]
 CASES = [(ranks, case) for ranks in (2, 3) for case in cases(ranks)]
 
 

@@ -291,6 +291,9 @@ def _on(world: int, cases: dict[str, Any]) -> dict[str, Any]:
     return {name: [here[function](**arguments)] for name, (function, arguments) in cases.items()}
 
 
+shares_the_ranks = pytest.mark.xdist_group("checkpoints from ranks to ranks")
+
+
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Runs stopped after step 6 in every setup and finished in every setup: "from > to" -> what the ranks say."""
@@ -333,6 +336,7 @@ def alike(answers: list[Any]) -> dict[str, Any]:
     return answers[0]
 
 
+@shares_the_ranks
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SETUPS)
 def test_all_processes_stop_at_the_step_of_one_processs_signal(moved: dict[str, Any], name: str) -> None:
@@ -340,6 +344,8 @@ def test_all_processes_stop_at_the_step_of_one_processs_signal(moved: dict[str, 
     assert (status["state"], status["steps"], status["signal"]) == ("interrupted", 6, signal.SIGTERM)
 
 
+@shares_the_ranks
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("new", SETUPS)
 @pytest.mark.parametrize("old", SETUPS)
 def test_any_ranks_go_on_from_any_ranks_checkpoint(moved: dict[str, Any], old: str, new: str) -> None:
@@ -353,6 +359,8 @@ def test_any_ranks_go_on_from_any_ranks_checkpoint(moved: dict[str, Any], old: s
             assert a == pytest.approx(b, abs=1e-5)  # fp32 sums in another order, over 12 steps
 
 
+@shares_the_ranks
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_several_processes_cannot_do_is_refused(moved: dict[str, Any], name: str) -> None:
     assert all(REFUSED[name][2] in answer for answer in moved[name]), moved[name]

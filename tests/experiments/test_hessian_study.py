@@ -33,6 +33,9 @@ LLAMA = LlamaConfig(vocab=8, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, hidden
 GPT = GPTConfig(vocab=8, block_size=8, n_embd=16, n_layer=1, n_head=4)
 
 
+shares_the_study = pytest.mark.xdist_group("hessian study")
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
@@ -45,6 +48,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------------------------------- the whole way
 
 
+@shares_the_study
 def test_report_covers_every_model_unit_and_checkpoint(study: Path) -> None:
     rows = json.loads((study / "report.json").read_text())["evidence"]
     assert {row["model"] for row in rows} == {"gpt", "llama", "mlp"}
@@ -58,6 +62,7 @@ def test_report_covers_every_model_unit_and_checkpoint(study: Path) -> None:
     assert all(row["z"] == 0 and row["n_blocks"] == 1 for row in tensors)
 
 
+@shares_the_study
 def test_derived_rules_train(study: Path) -> None:
     rules = Rules.load(study / "rules.json")
     assert rules.evidence["table"] and {"gpt", "llama"} == {row["model"] for row in rules.evidence["table"]}
@@ -69,6 +74,7 @@ def test_derived_rules_train(study: Path) -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@shares_the_study
 def test_repeating_computes_nothing(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (study / "data").glob("*.npz")}
     assert len(before) == 3 * 4 + 2 * 3 * 2  # training and three checkpoints of three models; two models x arms x seeds
@@ -82,6 +88,7 @@ def test_repeating_computes_nothing(study: Path, monkeypatch: pytest.MonkeyPatch
     assert {path: path.stat().st_mtime_ns for path in (study / "data").glob("*.npz")} == before
 
 
+@shares_the_study
 def test_page_is_whole_and_needs_no_network(study: Path) -> None:
     command = [sys.executable, "-m", "paper_figures.hessian", str(study)]
     done = subprocess.run(command, cwd=Path(cache_module.__file__).parents[3], capture_output=True, text=True)

@@ -32,7 +32,7 @@ from tests.experiments.processes import (
     wait_until,
 )  # fmt: skip
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("a run nobody disturbs")]
 RUN = kills.config(60, 5)
 
 
