@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.grouping import pytest_collection_modifyitems  # noqa: F401 - pytest finds the hook here
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("adam_mini.py", "hessian", "optimizer", "pyproject.toml", "LICENSE", "README.md")
 
