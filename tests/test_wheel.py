@@ -32,6 +32,7 @@ assert torch.nn.functional.cross_entropy(model(tokens), tokens.roll(-1)) < loss
 """
 
 
+@pytest.mark.xdist_group("wheel")
 def test_it_holds_the_library_and_nothing_else(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
@@ -46,6 +47,7 @@ def test_it_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert required == ["Requires-Dist: torch>=2.6"]
 
 
+@pytest.mark.xdist_group("wheel")
 def test_the_readme_names_its_file(wheel: Path) -> None:
     assert f"pip install dist/{wheel.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
