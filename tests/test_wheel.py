@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 
 from tests.documents import ROOT, all_blocks
 
+pytestmark = pytest.mark.xdist_group("wheel")  # it is built once
+
 TRAIN = """
 import torch
 
@@ -32,7 +34,6 @@ assert torch.nn.functional.cross_entropy(model(tokens), tokens.roll(-1)) < loss
 """
 
 
-@pytest.mark.xdist_group("wheel")
 def test_it_holds_the_library_and_nothing_else(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     names = archive.namelist()
@@ -47,7 +48,6 @@ def test_it_holds_the_library_and_nothing_else(wheel: Path) -> None:
     assert required == ["Requires-Dist: torch>=2.6"]
 
 
-@pytest.mark.xdist_group("wheel")
 def test_the_readme_names_its_file(wheel: Path) -> None:
     assert f"pip install dist/{wheel.name}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
