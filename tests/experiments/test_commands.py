@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tyro
 
-from experiments import ablation
+from experiments import ablation, runner
 from experiments.studies import predicted_cost
 from experiments.studies.hessian_maps import __main__ as hessian_maps
 from experiments.studies.hessian_maps import ship
@@ -103,9 +103,18 @@ def test_only_a_finished_study_is_shipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"seed": 1, "seed": 2}', '{"format_version": 1}'])
-def test_a_config_file_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_a_config_file_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
+    said = refused(monkeypatch, capsys, lambda: tyro.cli(runner.main), str(path), str(tmp_path))
+    assert str(path) in said and said.count("\n") == 1
+
+
+def test_a_config_file_that_is_none_is_named_from_a_shell(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{")
     command = [sys.executable, "-m", "experiments.runner", str(path), str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True

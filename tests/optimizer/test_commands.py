@@ -53,12 +53,29 @@ def mine(tmp_path: Path) -> Path:
         ("needy:make", "No module named 'a_package_nobody_has'", 'needy.py", line 1'),
     ],
 )
-def test_an_error_of_the_users_own_keeps_its_traceback(mine: Path, target: str, last: str, line: str) -> None:
-    done = shell(mine, "explain", target)
+def test_an_error_of_the_users_own_keeps_its_traceback(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, last: str, line: str
+) -> None:
+    monkeypatch.syspath_prepend(str(mine))
+    monkeypatch.delitem(sys.modules, target.partition(":")[0], raising=False)
+    with pytest.raises(SystemExit) as ended:
+        main(["explain", target])
+    assert ended.value.code == 1
+    users_traceback(capsys.readouterr().err, target, last, line)
+    monkeypatch.delitem(sys.modules, target.partition(":")[0], raising=False)
+
+
+def test_an_error_of_the_users_own_keeps_its_traceback_in_a_shell(mine: Path) -> None:
+    done = shell(mine, "explain", "mine:value")
     assert done.returncode == 1
-    assert "Traceback (most recent call last)" in done.stderr and line in done.stderr and last in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: target '{target}' ")
-    assert "optimizer/targets.py" not in done.stderr and "importlib" not in done.stderr
+    users_traceback(done.stderr, "mine:value", "ValueError: width must be even", "in helper")
+
+
+def users_traceback(stderr: str, target: str, last: str, line: str) -> None:
+    """The user's frames and error are shown, those of the command are not."""
+    assert "Traceback (most recent call last)" in stderr and line in stderr and last in stderr
+    assert stderr.splitlines()[-1].startswith(f"error: target '{target}' ")
+    assert "targets.py" not in stderr and "importlib" not in stderr
 
 
 @pytest.mark.parametrize(
@@ -88,7 +105,7 @@ def test_every_command_shows_it(
         (["explain", "tests.optimizer.no_such:make"], "No module named 'tests.optimizer.no_such'"),
         (["explain", "tests.optimizer.models:Lama"], "has no attribute 'Lama'"),
         (["explain", MODEL, "--rules", "adam_minni"], "adam_minni"),
-        (["plan", "nonsense"], "target 'nonsense' is neither"),
+        (["plan", "nonsense"], "target 'nonsense' must be written module:attribute"),
         (["verify", MODEL, "--inputs", "nonsense"], "inputs 'nonsense' must be written module:attribute"),
         (["verify", MODEL, "--inputs", "json:loads"], "inputs 'json:loads' cannot be called without arguments"),
         (["convert", "DIR/none.pt", "DIR/out.pt", "--model", MODEL], "none.pt"),
