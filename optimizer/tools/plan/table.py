@@ -31,7 +31,7 @@ _INTRO = """# Memory of the optimizer's state
 Written by `python -m optimizer plan --table docs/memory.md` from the architectures in `optimizer/tools/configs`,
 without weights. GB are 10^9 bytes, as in the paper. `m+v` is exp_avg and exp_avg_sq, both in fp32, on one device;
 Adam-mini's v is counted as this package stores it, aligned with the layout's axis (a head's scalar once per row), so
-the column is the memory that a training run needs. Scalars are the distinct second-moment scalars, and their share of
+the column is the memory that the two moments need. Scalars are the distinct second-moment scalars, and their share of
 AdamW's.
 
 ## fp32, rules `adam_mini`
