@@ -22,7 +22,7 @@ _EMBEDDED = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.HEAD}
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPart:
     """A weight matrix, or one part of a fused weight matrix, as a range of the flat parameter vector.
 
     Attributes:
@@ -48,14 +48,14 @@ class Piece:
         """Return unit -> block of every element, int64 [n], for every shared unit that the matrix can have."""
         rows = Unit.TOKEN if self.role in _EMBEDDED else Unit.OUT_NEURON
         units = [Unit.TENSOR, rows, Unit.IN_NEURON] + ([Unit.ATTENTION_HEAD] if self.head_dim else [])
-        anatomy = Anatomy(self.shape, (Part(self.role, self.shape[0], self.head_dim),), "a piece", in_axis=1)
+        anatomy = Anatomy(self.shape, (Part(self.role, self.shape[0], self.head_dim),), "a weight", in_axis=1)
         return {
             unit.value: layout_of(anatomy, Rules("candidate", {self.role: unit})).block_ids(self.shape).flatten()
             for unit in units
         }
 
 
-def pieces(model: nn.Module) -> list[Piece]:
+def weight_parts(model: nn.Module) -> list[WeightPart]:
     """Return all two-dimensional weights of a model, with the parts of fused weights separate."""
     out, offset, anatomies = [], 0, discover(model)
     for name, parameter in model.named_parameters():
@@ -64,7 +64,7 @@ def pieces(model: nn.Module) -> list[Piece]:
             start = offset
             for part in anatomy.parts:
                 label = name if len(anatomy.parts) == 1 else f"{name}[{part.role.value}]"
-                out.append(Piece(label, part.role, (part.size, parameter.shape[1]), part.head_dim, start))
+                out.append(WeightPart(label, part.role, (part.size, parameter.shape[1]), part.head_dim, start))
                 start += part.size * parameter.shape[1]
         offset += parameter.numel()
     return out
@@ -113,30 +113,32 @@ def measure(subject: Subject, theta: np.ndarray, checkpoint: float, *, final: bo
     v = torch.cat([second_moments[name].flatten() for name in operator.names])
     out: Arrays = {"asymmetry": np.array(float((matrix - matrix.T).abs().max() / matrix.abs().max()))}
     rows: list[dict[str, object]] = []
-    weights = pieces(model)
-    for number, piece in enumerate(weights):
-        progress(number, len(weights), f"structure of {piece.name} {piece.shape[0]} x {piece.shape[1]}")
-        inner = matrix[piece.span, piece.span]
-        out[f"block/{piece.name}"] = inner.abs().numpy().astype(np.float32)
-        out[f"eig/{piece.name}"] = torch.linalg.eigvalsh(inner).numpy()
-        rows += _evidence(subject, piece, inner, v[piece.span], checkpoint)
+    weights = weight_parts(model)
+    for number, part in enumerate(weights):
+        progress(number, len(weights), f"structure of {part.name} {part.shape[0]} x {part.shape[1]}")
+        inner = matrix[part.span, part.span]
+        out[f"block/{part.name}"] = inner.abs().numpy().astype(np.float32)
+        out[f"eig/{part.name}"] = torch.linalg.eigvalsh(inner).numpy()
+        rows += _evidence(subject, part, inner, v[part.span], checkpoint)
     out["rows"] = np.array(json.dumps(rows))
     if final:
         out |= _whole(subject, model, operator, matrix, progress)
     return out
 
 
-def _evidence(subject: Subject, piece: Piece, inner: Tensor, v: Tensor, checkpoint: float) -> list[dict[str, object]]:
+def _evidence(
+    subject: Subject, part: WeightPart, inner: Tensor, v: Tensor, checkpoint: float
+) -> list[dict[str, object]]:
     """Return one row of evidence for each candidate unit of a weight matrix."""
     settings, rows = subject.settings, []
-    grid = v.reshape(piece.shape)
-    for unit, ids in piece.candidates().items():
+    grid = v.reshape(part.shape)
+    for unit, ids in part.candidates().items():
         structure = block_structure(inner, ids, settings.permutations, settings.seed)
         gap, null = jensen_gap(v, ids, seed=settings.seed)
         row = Evidence(
             model=subject.name,
-            tensor=piece.name,
-            role=piece.role.value,
+            tensor=part.name,
+            role=part.role.value,
             unit=unit,
             checkpoint=checkpoint,
             n_params=ids.numel(),

@@ -240,4 +240,4 @@ def _rich(header: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> 
         shown = [cell for title, cell in zip(header, line, strict=True) if title in needed]
         # Text, because rich would read "[Q|K|V]" as markup.
         table.add_row(*map(Text, shown), style="bold red" if line[0].startswith("! ") else "")
-    return table, [f"left out for want of width: {', '.join(left_out)} (--json has all)"] if left_out else []
+    return table, [f"left out to fit the width: {', '.join(left_out)} (--json has all)"] if left_out else []

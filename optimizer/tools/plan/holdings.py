@@ -34,7 +34,7 @@ class Weight(NamedTuple):
     layout: Layout
 
 
-class Piece(NamedTuple):
+class Portion(NamedTuple):
     """Elements of one parameter that a rank steps at once, described by what determines the temporaries of the step.
 
     Attributes:
@@ -114,11 +114,11 @@ class Placed:
         """Shape of the second moment."""
         return cut(self.weight, self.dp, self.tp).second
 
-    def pieces(self) -> list[Piece]:
+    def portions(self) -> list[Portion]:
         """Return the elements that are stepped at once: the whole local tensor."""
         axes = row_axes(self.shape)
         row = prod(self.shape[-axes:]) if axes > 1 else 0
-        return [Piece(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
+        return [Portion(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,19 @@ class Section:
     start: int
     stop: int
 
-    def piece(self) -> Piece:
+    def portion(self) -> Portion:
         """Return the number of these elements, and of the second-moment values that a rank stores for them."""
-        return _piece(self)
+        return _portion(self)
 
 
 @lru_cache(maxsize=65536)
-def _piece(section: Section) -> Piece:
+def _portion(section: Section) -> Portion:
     whole, box_start, second = cut(section.weight, 1, section.tp), 0, 0
     for shape, layout in whole.boxes:
         bounds = within(box_start, box_start + prod(shape), section.start, section.stop)
         second += prod(FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "").aligned_shape(()))
         box_start += prod(shape)
-    return Piece(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
+    return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,11 @@ class Flat:
     @property
     def second(self) -> tuple[int, ...]:
         """Shape of the second moment."""
-        return (sum(count * section.piece().second for section, count in self.sections),)
+        return (sum(count * section.portion().second for section, count in self.sections),)
 
-    def pieces(self) -> list[Piece]:
+    def portions(self) -> list[Portion]:
         """Return the elements that are stepped at once: each distinct section."""
-        return [section.piece() for section, _ in self.sections]
+        return [section.portion() for section, _ in self.sections]
 
 
 Tensor = Placed | Flat

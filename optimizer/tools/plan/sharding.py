@@ -163,7 +163,7 @@ def tensor_parallel_axis(anatomy: Anatomy) -> int | None:
 def _units(anatomy: Anatomy) -> list[tuple[int, str]]:
     """Return (count, name) of the units that a shard along the output axis must contain whole."""
     if anatomy.fold > 1 and anatomy.axis <= 1:
-        return [(anatomy.fold, "folded pieces")]
+        return [(anatomy.fold, "folded parts")]
     if anatomy.repeat > 1:
         return [(anatomy.repeat, "interleaved groups")]
     return [

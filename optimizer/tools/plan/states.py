@@ -12,7 +12,7 @@ import torch
 from ...state.specification import state_bytes
 from ...step import moments
 from ...step.dtypes import moment_format
-from .holdings import Piece, Tensor
+from .holdings import Portion, Tensor
 from .sharding import DTYPES, Setup
 
 FP32 = 4
@@ -107,31 +107,31 @@ def adam_mini(setup: Setup) -> Cost:
         scales = 0 if fmt is None else fmt.scale_dtype.itemsize * prod(moments.state_shapes(tensor.shape, fmt)[1])
         size = state_bytes(parameter, tensor.shape, tensor.second, group)
         bound = partial(_temporary, itemsize=itemsize) if fmt is None else partial(_quantising, itemsize=itemsize)
-        temporary = max((bound(piece) for piece in tensor.pieces()), default=0)
+        temporary = max((bound(portion) for portion in tensor.portions()), default=0)
         return State(size["exp_avg"] - scales, size["exp_avg_sq"], scales, size["step"], temporary)
 
     return cost
 
 
-def _temporary(piece: Piece, itemsize: int) -> int:
+def _temporary(portion: Portion, itemsize: int) -> int:
     """Return an upper bound of the bytes that ``adam_mini_update`` allocates for elements of one tensor."""
-    numel, mixed = piece.numel, itemsize != FP32
-    row = max(1, numel // max(1, piece.rows))
-    window, second = _window(piece, row)
+    numel, mixed = portion.numel, itemsize != FP32
+    row = max(1, numel // max(1, portion.rows))
+    window, second = _window(portion, row)
     copies = FP32 * window if mixed else 0  # a slice of the gradient in fp32
     squares = 2 * FP32 * second  # the mean squares, and at most one copy while runs are averaged
     return max(copies + squares, FP32 * second + 2 * copies)  # then slices of the parameter and first moment
 
 
-def _quantising(piece: Piece, itemsize: int) -> int:
+def _quantising(portion: Portion, itemsize: int) -> int:
     """Return an upper bound of the bytes that a step with a quantised first moment allocates for one tensor."""
-    _, second = _window(piece, 1)
+    _, second = _window(portion, 1)
     copies = FP32 if itemsize != FP32 else 0
-    return min(piece.numel, max(_CHUNK, piece.quantised)) * (_PER_ELEMENT + copies) + 2 * FP32 * second
+    return min(portion.numel, max(_CHUNK, portion.quantised)) * (_PER_ELEMENT + copies) + 2 * FP32 * second
 
 
-def _window(piece: Piece, row: int) -> tuple[int, int]:
+def _window(portion: Portion, row: int) -> tuple[int, int]:
     """Return (elements of a slice, second-moment values that are updated at once)."""
-    window = min(piece.numel, max(min(max(piece.numel >> _SHARE, _SMALLEST), _LARGEST), row))
+    window = min(portion.numel, max(min(max(portion.numel >> _SHARE, _SMALLEST), _LARGEST), row))
     # With one scalar per element, the second moment is updated in the same slices.
-    return window, window if piece.second == piece.numel else piece.second
+    return window, window if portion.second == portion.numel else portion.second
