@@ -39,7 +39,7 @@ def test_refusals_name_both_partitions_the_first_parameter_and_how_many_more() -
     refused(
         AdamMini(Llama()), opt.state_dict(),
         r"rules 'elementwise'.*rules 'adam_mini'.*tok_embeddings\.weight.*\(11, 16\).*\(11, 1\).*"
-        r"\(20 more parameters likewise\).*convert=True",
+        r"\(and 20 more parameters do not fit\).*convert=True",
     )  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_another_kind_of_weight_decay_is_said(kind, decay: float, said: bool, ca
     adam = kind(model.parameters(), weight_decay=decay)
     train(model, adam, range(1))
     AdamMini(model.parameters(), rules="elementwise").load_state_dict(adam.state_dict())
-    assert ("here it is decoupled" in caplog.text) == said
+    assert ("AdamMini decays weights as AdamW does (decoupled)" in caplog.text) == said
 
 
 @pytest.mark.parametrize("rules", SHARED)

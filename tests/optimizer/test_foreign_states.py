@@ -179,7 +179,7 @@ def test_gradient_release_and_offload_say_what_they_take() -> None:
     with pytest.raises(TypeError, match="optimizer=Llama"):
         gradient_release(model)  # type: ignore[arg-type]
     for given in (adamw, AdamMini(model)):
-        with pytest.raises(TypeError, match=r"params is an optimizer .* give it the model"):
+        with pytest.raises(TypeError, match=r"params is an optimizer .* pass the model"):
             CPUOffload(given)  # type: ignore[arg-type]
     loss_of(model, batch(11, 0)).backward()
 
