@@ -92,7 +92,8 @@ def test_half_heads_are_refused_and_convert_to_their_means(published: ModuleType
     opt = theirs(published, model, kv)
     train(model, opt, range(3))
     ours = AdamMini(model)
-    words = r"published adam-mini package.*rules 'adam_mini'.*wq\.weight.*vmean of shape \(8, 1\).*but 4 blocks.*\(and 3 more"
+    words = r"published adam-mini package.*rules 'adam_mini'.*wq\.weight.*vmean of shape \(8, 1\).*but 4 blocks.*"
+    r"\(and 3 more"
     refused(ours, opt.state_dict(), words)
     ours.load_state_dict(opt.state_dict(), convert=True)
     wq = model.layers[0].attention.wq.weight
