@@ -1,4 +1,4 @@
-"""``python -m paper_figures.hessian out/hessian``: figures, ``summary.md`` and ``index.html`` of a finished study."""
+"""``python -m paper_figures.hessian out/hessian``: write figures, ``summary.md`` and ``index.html`` of a study."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from paper_figures.maps import TITLES, Caption
 from paper_figures.style import setup, webp
 
 VOTERS = ("gpt", "llama")
+"""The models from which the rules are derived."""
 PAPER = {
-    "QUERY": "ATTENTION_HEAD", "KEY": "ATTENTION_HEAD", "TOKEN_EMBEDDING": "TOKEN", "POSITION_EMBEDDING": "TOKEN",
+    "QUERY": "ATTENTION_HEAD",
+    "KEY": "ATTENTION_HEAD",
+    "TOKEN_EMBEDDING": "TOKEN",
+    "POSITION_EMBEDDING": "TOKEN",
     "HEAD": "TOKEN",
-}  # fmt: skip
+}
 
 
 def draw(report: HessianReport, folder: Path) -> list[Caption]:
-    """Every figure, in the order of the story."""
+    """Draw every figure and return the captions, in the order in which the page shows them."""
     makers: list[Callable[[], Caption]] = [
         lambda: maps.query_key(report, folder),
         lambda: maps.rows_and_columns(
@@ -52,7 +56,7 @@ def draw(report: HessianReport, folder: Path) -> list[Caption]:
 
 
 def role_table(report: HessianReport) -> list[dict[str, Any]]:
-    """z and lift of every role and candidate at the end of training, one row each, one cell per model."""
+    """Return z and lift at the end of training: one row per role and candidate unit, with one cell per model."""
     tables = {model: report.by_role(model).set_index(["role", "unit"]) for model in VOTERS}
     keys = list(dict.fromkeys(key for table in tables.values() for key in table.index if key[1] != "TENSOR"))
     rows = []
@@ -68,7 +72,7 @@ def role_table(report: HessianReport) -> list[dict[str, Any]]:
 
 
 def check_table(report: HessianReport) -> list[dict[str, Any]]:
-    """Final loss of the training runs that check the rules, with intervals."""
+    """Return the mean final loss, with its interval, of the training runs that check the rules."""
     rows = []
     for (model, arm), runs in report.check.groupby(["model", "arm"], sort=False):
         interval = t_interval(runs.final.tolist())
@@ -79,19 +83,24 @@ def check_table(report: HessianReport) -> list[dict[str, Any]]:
 
 
 def choices(report: HessianReport) -> list[dict[str, Any]]:
-    """The derived unit of every measured role beside the paper's."""
+    """Return the derived unit and the paper's unit of every measured role."""
     rows = []
     for role, choice in report.report["rules"]["choices"].items():
         if "predicted_cost" in choice:
-            rows.append({
-                "role": role, "unit": choice["unit"], "paper": PAPER.get(role, "OUT_NEURON"),
-                "cost": f"{choice['predicted_cost']:.3f}", "why": choice["why"],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "role": role,
+                    "unit": choice["unit"],
+                    "paper": PAPER.get(role, "OUT_NEURON"),
+                    "cost": f"{choice['predicted_cost']:.3f}",
+                    "why": choice["why"],
+                }
+            )
     return rows
 
 
 def headline(report: HessianReport) -> str:
-    """What came out, in a few sentences made from the numbers."""
+    """Summarise the results in a few sentences."""
     table = role_table(report)
     heads = [
         c["z"] for r in table if r["role"] in ("QUERY", "KEY") and r["unit"] == "ATTENTION_HEAD" for c in r["cells"]
@@ -111,38 +120,47 @@ def headline(report: HessianReport) -> str:
 
 
 def page(report: HessianReport, figures: list[Caption], folder: Path) -> str:
-    """The self-contained page: every picture is inside it."""
+    """Return the HTML page, which contains all pictures."""
 
-    used = report.report["settings"]
-    tokens = used["hessian_batches"] * used["batch"] * used["seq_len"]
+    settings = report.report["settings"]
+    tokens = settings["hessian_batches"] * settings["batch"] * settings["seq_len"]
 
     def show(caption: Caption) -> Markup:
         data = base64.b64encode(webp(folder / f"{caption.name}.png")).decode()
         text = html.escape(caption.text)
-        return Markup(  # everything inside is our own or escaped
+        return Markup(  # Safe, because the title and the text are escaped.
             f'<figure id="{caption.name}"><img alt="{html.escape(caption.title)}" src="data:image/webp;base64,{data}">'
             f"<figcaption><b>{html.escape(caption.title)}.</b> {text} n = one model a "
-            f"style, its Hessian over {tokens} tokens; seed {used['seed']}.</figcaption></figure>"
+            f"style, its Hessian over {tokens} tokens; seed {settings['seed']}.</figcaption></figure>"
         )
 
-    people = report.report["subjects"]
-    sizes = [person["parameters"] for person in people.values()]
+    models = report.report["subjects"]
+    sizes = [model["parameters"] for model in models.values()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
     return environment.get_template("hessian.html").render(
-        subjects=[{"title": TITLES[name], **person} for name, person in people.items()],
-        data=report.report["data"], settings=report.report["settings"], environment=report.report["environment"],
-        models=[TITLES[m] for m in VOTERS], table=role_table(report), figures=figures, show=show,
-        choices=choices(report), check=check_table(report), headline=headline(report), smallest=f"{min(sizes):,}",
-        largest=f"{max(sizes):,}", asymmetry=max(person["asymmetry"] for person in people.values()),
-    )  # fmt: skip
+        subjects=[{"title": TITLES[name], **model} for name, model in models.items()],
+        data=report.report["data"],
+        settings=settings,
+        environment=report.report["environment"],
+        models=[TITLES[m] for m in VOTERS],
+        table=role_table(report),
+        figures=figures,
+        show=show,
+        choices=choices(report),
+        check=check_table(report),
+        headline=headline(report),
+        smallest=f"{min(sizes):,}",
+        largest=f"{max(sizes):,}",
+        asymmetry=max(model["asymmetry"] for model in models.values()),
+    )
 
 
 def summary(report: HessianReport) -> str:
-    """The numbers as Markdown."""
+    """Return the results as Markdown."""
     lines = ["# Structure of the Hessian: summary", "", headline(report), ""]
     lines.append("| role | blocks are | " + " | ".join(f"{TITLES[m]}: z | lift" for m in VOTERS) + " |")
     lines.append("|---|---|" + "---|---|" * len(VOTERS))
@@ -159,7 +177,7 @@ def summary(report: HessianReport) -> str:
 
 
 def main() -> None:
-    """Draw everything from a finished study's folder."""
+    """Draw the figures of a finished study, and write its summary and its page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
@@ -167,7 +185,7 @@ def main() -> None:
         report = HessianReport.load(folder)
         report.require("settings", "subjects", "js", "rules", "data", "environment")
         for stage in report.report["files"]:
-            report.arrays(stage)  # before anything is drawn: a missing or damaged file
+            report.arrays(stage)  # Refuse missing or damaged files before drawing.
     setup()
     figures = draw(report, folder / "figures")
     for name, text in (("summary.md", summary(report)), ("index.html", page(report, figures, folder / "figures"))):

@@ -1,7 +1,8 @@
-"""What one rank's optimizer sends in a step, from the library's own geometries of real layouts.
+"""Compute what one rank's optimizer sends in a step, with the geometries that the optimizer itself uses.
 
-``optimizer.sharding.offline`` cuts tensors as torch and DeepSpeed do, without processes. The geometries of
-``optimizer.sharding`` say which blocks that cuts. Equal tensors (layers of a model) are asked once.
+``optimizer.sharding.offline`` shards tensors as torch and DeepSpeed do, without starting processes. The geometries of
+``optimizer.sharding`` then determine which blocks are cut. Results are computed once for equal tensors, such as those
+of a model's layers.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from optimizer.sharding.offline import ALIGNMENT, SUB_GROUP, Buffer, Mesh, joine
 from optimizer.sharding.placed import placed_geometry
 
 _FSDP1_BYTES = 16
-"""What FSDP1 aligns original parameters to."""
+"""Number of bytes to which FSDP1 aligns original parameters."""
 
 
 @dataclass
@@ -29,10 +30,10 @@ class Message:
     """One all-reduce of one rank.
 
     Attributes:
-        ranks: in its group.
-        along: the mesh dimension the group runs along.
-        blocks: sums of shared blocks sent, by the role of their tensor.
-        tensors: tensors with shared blocks: one number more for each.
+        ranks: number of ranks in its process group.
+        along: mesh dimension of the process group, "dp" or "tp".
+        blocks: role -> number of blocks of tensors of this role whose sums are sent, because ranks share them.
+        tensors: number of tensors with shared blocks. One additional number is sent for each.
     """
 
     ranks: int
@@ -42,76 +43,85 @@ class Message:
 
     @property
     def numbers(self) -> int:
-        """Numbers sent."""
+        """Number of numbers that are sent."""
         return self.blocks.total() + self.tensors
 
     def add(self, role: str, blocks: int, times: int = 1) -> None:
-        """Let ``times`` equal tensors with so many shared blocks take part."""
+        """Add ``times`` equal tensors of a role, each with this number of shared blocks."""
         self.blocks[role] += blocks * times
         self.tensors += times
 
 
 @lru_cache(maxsize=4096)
 def _shared(shape: tuple[int, ...], layout: Layout, axis: int | None, mesh: Mesh) -> tuple[int, tuple[int, ...]]:
-    """(shared blocks that a rank sends, mesh dimensions it sends them along)."""
+    """Return (number of shared blocks that a rank sends, mesh dimensions along which it sends them)."""
     cut = placed_geometry(place(shape, axis, mesh), layout).cut
     return (0, ()) if cut is None else (cut.size, cut.groups)
 
 
 def fsdp2(weights: Iterable[Weight], dp: int, tp: int = 1, coordinate: tuple[int, int] = (0, 0)) -> list[Message]:
-    """Messages of a rank under FSDP2 over tensor parallelism; either may be 1.
+    """Return the messages of a rank under FSDP2 combined with tensor parallelism.
 
     Args:
-        weights: of the model.
-        dp, tp: ranks along the mesh's two dimensions.
-        coordinate: the rank's.
+        weights: weights of the model.
+        dp: number of data-parallel ranks, which may be 1.
+        tp: number of tensor-parallel ranks, which may be 1.
+        coordinate: index of the rank along both dimensions of the mesh. Rank (0, 0) has the largest shards and sends
+            the most.
 
     Returns:
-        One message per group that cuts blocks; rank (0, 0) holds the largest shards, and sends the most.
+        One message per mesh dimension along which blocks are cut.
     """
     mesh, names = Mesh((dp, tp), coordinate), ("dp", "tp")
-    found: dict[int, Message] = {}
+    messages: dict[int, Message] = {}
     for (role, shape, layout, axis), times in Counter((w.role, w.shape, w.layout, w.axis) for w in weights).items():
         blocks, dims = _shared(shape, layout, axis, mesh)
         for dim in dims:
-            found.setdefault(dim, Message(mesh.shape[dim], names[dim])).add(role, blocks, times)
-    return [found[dim] for dim in sorted(found)]
+            messages.setdefault(dim, Message(mesh.shape[dim], names[dim])).add(role, blocks, times)
+    return [messages[dim] for dim in sorted(messages)]
 
 
 def _cut_blocks(shape: tuple[int, ...], layout: Layout, bounds: Sequence[tuple[int, int]]) -> int:
-    """Shared blocks of a flattened tensor; ranks that hold nothing of it may be left out of ``bounds``."""
-    held = Range(shape, layout, tuple(bounds), 0)
-    cut = flat_geometry([held], held.stop - held.start, None, torch.device("cpu")).cut
+    """Return the number of shared blocks of a flattened tensor. ``bounds`` may omit ranks without elements."""
+    first = Range(shape, layout, tuple(bounds), 0)
+    cut = flat_geometry([first], first.stop - first.start, None, torch.device("cpu")).cut
     return 0 if cut is None else cut.size
 
 
 @lru_cache(maxsize=4096)
-def _dealt(shape: tuple[int, ...], layout: Layout, ranks: int) -> int:
-    """Shared blocks of a tensor that is flattened, padded and dealt out by itself."""
+def _cut_blocks_zero3(shape: tuple[int, ...], layout: Layout, ranks: int) -> int:
+    """Return the number of shared blocks of a tensor that is flattened, padded and divided equally among ranks."""
     return _cut_blocks(shape, layout, [part(prod(shape), ranks, rank) for rank in range(ranks)])
 
 
 def zero3(weights: Iterable[Weight], ranks: int, sub_group: int = SUB_GROUP) -> list[Message]:
-    """Messages under DeepSpeed's stage 3: every parameter dealt out evenly, one step per sub-group."""
+    """Return the messages under DeepSpeed's stage 3: parameters are sharded separately, each sub-group is one step."""
     out = []
     for group in _groups(weights):
         for indices in sub_groups([prod(weight.shape) for weight in group], ranks, sub_group):
             message = Message(ranks, "dp")
             for weight in group[indices.start : indices.stop]:
-                if blocks := _dealt(weight.shape, weight.layout, ranks):
+                if blocks := _cut_blocks_zero3(weight.shape, weight.layout, ranks):
                     message.blocks[weight.role] += blocks
-            message.tensors = int(message.blocks.total() > 0)  # all of it is one tensor
+            message.tensors = int(message.blocks.total() > 0)  # DeepSpeed joins a sub-group to one tensor.
             out.append(message)
     return [message for message in out if message.tensors]
 
 
-def _joined(weights: Sequence[Weight], buffer: Buffer, ranks: int, by_itself: bool) -> Message:
-    """The message for tensors that lie in one buffer."""
+def _joined(weights: Sequence[Weight], buffer: Buffer, ranks: int, separate: bool) -> Message:
+    """Return the message for tensors that are joined to one buffer.
+
+    Args:
+        weights: the tensors.
+        buffer: their positions in the buffer.
+        ranks: number of ranks that share the buffer.
+        separate: whether the optimizer steps the tensors separately; otherwise it steps the buffer as one tensor.
+    """
     message = Message(ranks, "dp")
     for i, weight in enumerate(weights):
         bounds = buffer.parts(i, prod(weight.shape)).values()
         blocks = _cut_blocks(weight.shape, weight.layout, list(bounds)) if bounds else 0
-        if blocks and by_itself:
+        if blocks and separate:
             message.add(weight.role, blocks)
         elif blocks:
             message.blocks[weight.role] += blocks
@@ -120,34 +130,37 @@ def _joined(weights: Sequence[Weight], buffer: Buffer, ranks: int, by_itself: bo
 
 
 def zero12(weights: Iterable[Weight], ranks: int) -> list[Message]:
-    """Messages under DeepSpeed's stages 1 and 2: each parameter group is one buffer in equal parts, and one step."""
+    """Return the messages under DeepSpeed's stages 1 and 2: a parameter group is one buffer and one step."""
     out = []
     for group in _groups(weights):
         buffer = joined([prod(weight.shape) for weight in group], ranks, multiple=ALIGNMENT)
-        out.append(_joined(group, buffer, ranks, by_itself=False))
+        out.append(_joined(group, buffer, ranks, separate=False))
     return [message for message in out if message.tensors]
 
 
 def fsdp1(units: Iterable[Sequence[Weight]], ranks: int, original: bool, itemsize: int = 4) -> list[Message]:
-    """The message under FSDP1, if there is one; every unit (wrapped module) is one buffer in equal parts.
+    """Return the message under FSDP1, in which every unit (wrapped module) is one buffer that is divided equally.
 
     Args:
-        units: weights by wrapped module.
-        ranks: of the group.
-        original: ``use_orig_params``: weights are aligned, and tensors by themselves.
+        units: weights of each wrapped module.
+        ranks: number of ranks of the process group.
+        original: value of FSDP1's ``use_orig_params``: whether weights are aligned and stepped separately.
         itemsize: bytes of an element.
+
+    Returns:
+        One message, or none if no block is shared.
     """
     total = Message(ranks, "dp")
     for unit in units:
         align = _FSDP1_BYTES // itemsize if original else 1
         buffer = joined([prod(weight.shape) for weight in unit], ranks, align=align)
-        message = _joined(unit, buffer, ranks, by_itself=original)
+        message = _joined(unit, buffer, ranks, separate=original)
         total.blocks += message.blocks
         total.tensors += message.tensors
     return [total] if total.tensors else []
 
 
 def _groups(weights: Iterable[Weight]) -> list[list[Weight]]:
-    """The parameter groups of an optimizer that was built from a model."""
+    """Return the weights with weight decay and those without, leaving out empty groups."""
     weights = list(weights)
     return [group for group in ([w for w in weights if w.decays == decays] for decays in (True, False)) if group]

@@ -101,8 +101,8 @@ class FlatLayout:
             )
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
-        """Values of the local second moment."""
-        return (sum(_values_of(r) for r in self.ranges),)
+        """Return the shape of the local second moment. It does not depend on ``shape``."""
+        return (sum(_second_moment_size(r) for r in self.ranges),)
 
 
 def flat_geometry(
@@ -120,11 +120,11 @@ def flat_geometry(
     Raises:
         ValueError: a layout does not fit its shape, or a range does not lie in its tensor.
     """
-    held = [_Held(r, where) for r in ranges]
+    local_ranges = [_LocalRange(r, where) for r in ranges]
     boxes: list[Box] = []
     counts, spreads, slots, positions = [], [], [], []
     blocks = values = shared = 0
-    for local in held:
+    for local in local_ranges:
         boxes += [box for box in local.boxes(values, blocks) if box is not None]
         counts.append(local.counts)
         spreads.append(local.spread + blocks)
@@ -142,8 +142,8 @@ def flat_geometry(
         return Geometry((numel,), tuple(boxes), (values,), signature=signature, sharding_groups=groups)
     joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
     boxes = _with_free_boxes(boxes, joined[2], blocks)
-    rest = [torch.arange(*box.second) for box in boxes if box.second is not None and not box.free]
-    not_free = torch.cat(rest).unique() if rest else torch.zeros(0, dtype=torch.int64)
+    per_box = [torch.arange(*box.second) for box in boxes if box.second is not None and not box.free]
+    not_free = torch.cat(per_box).unique() if per_box else torch.zeros(0, dtype=torch.int64)
     cut = Cut(
         groups=groups if shared else (),
         size=shared,
@@ -253,10 +253,12 @@ def box_shapes(start: int, stop: int, dims: tuple[int, ...]) -> Iterator[tuple[t
         yield (last, *index), (1, *shape)
 
 
-def _seen(shape: tuple[int, ...], layout: Layout) -> tuple[tuple[int, int, int, int], Runs]:
-    """A tensor as [leads, between, axis, inner], and the runs along that axis.
+def _grouped_axes(shape: tuple[int, ...], layout: Layout) -> tuple[tuple[int, int, int, int], Runs]:
+    """Return the dimensions (leads, between, axis, inner) of a tensor with grouped axes, and the runs along ``axis``.
 
-    Where nothing lies between, the leading indices continue the axis, so that there is one lead.
+    ``leads`` is the product of the layout's leading axes, ``between`` that of the axes from there to the layout's axis,
+    and ``inner`` that of the axes after it. If ``between`` is 1, the leading axes are merged into ``axis``, and
+    ``leads`` is 1.
     """
     view = viewed(shape, layout.fold) or (1,)
     lead, axis = len(layout.leading), layout.axis
@@ -267,8 +269,17 @@ def _seen(shape: tuple[int, ...], layout: Layout) -> tuple[tuple[int, int, int, 
     return (leads, between, view[axis], inner), layout.runs
 
 
-def _kept(start: int, stop: int, dims: tuple[int, int, int, int]) -> tuple[int, int, tuple[int, int]]:
-    """The second moments of elements [start, stop): (first lead, how many leads, [start, stop) of the axis)."""
+def _second_moment_range(start: int, stop: int, dims: tuple[int, int, int, int]) -> tuple[int, int, tuple[int, int]]:
+    """Return which second-moment values the elements [start, stop) of a flattened tensor need.
+
+    Args:
+        start: first element.
+        stop: end of the elements, exclusive.
+        dims: (leads, between, axis, inner) of the tensor, see ``_grouped_axes``.
+
+    Returns:
+        (first lead, number of leads, [start, stop) of the axis).
+    """
     _, between, size, inner = dims
     if start == stop:
         return 0, 0, (0, 0)
@@ -278,15 +289,16 @@ def _kept(start: int, stop: int, dims: tuple[int, int, int, int]) -> tuple[int, 
     return start // per_lead, -(-stop // per_lead) - start // per_lead, (0, size)
 
 
-def _values_of(held: Range) -> int:
-    """How many second moments a rank keeps for a range."""
-    held.layout.require(held.shape, "a flattened tensor")
-    _, leads, (first, last) = _kept(held.start, held.stop, _seen(held.shape, held.layout)[0])
+def _second_moment_size(source: Range) -> int:
+    """Return the number of second-moment values that this rank stores for a range."""
+    source.layout.require(source.shape, "a flattened tensor")
+    dims, _ = _grouped_axes(source.shape, source.layout)
+    _, leads, (first, last) = _second_moment_range(source.start, source.stop, dims)
     return leads * (last - first)
 
 
-class _Held:
-    """This rank's blocks, second moments and boxes of one range. Local blocks are numbered from zero.
+class _LocalRange:
+    """The blocks, second moments and boxes of this rank's elements of one range. Local blocks are numbered from zero.
 
     The tensor is viewed as [leads, between, axis, inner]. If ``between`` is 1, the leading indices continue the axis: a
     block is then an interval of elements, and only the blocks at the two ends of a range can be cut. Otherwise, for
@@ -300,24 +312,28 @@ class _Held:
         cut_positions: the positions of ``cut_slots`` among all cut blocks.
     """
 
-    def __init__(self, held: Range, where: str) -> None:
-        layout, shape = held.layout, held.shape
+    def __init__(self, source: Range, where: str) -> None:
+        layout, shape = source.layout, source.shape
         layout.require(shape, where)
-        if not 0 <= held.start <= held.stop <= prod(shape):
-            raise ValueError(f"{where}: elements [{held.start}, {held.stop}) do not lie in a tensor of shape {shape}")
-        self.held = held
-        self.dims, self.runs = _seen(shape, layout)
+        if not 0 <= source.start <= source.stop <= prod(shape):
+            raise ValueError(
+                f"{where}: elements [{source.start}, {source.stop}) do not lie in a tensor of shape {shape}"
+            )
+        self.source = source
+        self.dims, self.runs = _grouped_axes(shape, layout)
         self.edges = Edges(self.runs)
         self._find_values()
         self._find_cut()
 
     def _find_values(self) -> None:
-        """Which values of the second moment are kept: [first lead, + leads) x axis indices [first, + many)."""
+        """Find the values of the local second moment: a range of leads times a range of axis indices."""
         _, between, _, inner = self.dims
-        self.first_lead, self.leads, self.axis_range = _kept(self.held.start, self.held.stop, self.dims)
-        here = (self.axis_range,) if self.axis_range[1] > self.axis_range[0] else ()
-        self.run_ids = run_ids(self.edges, here)
-        lengths = local_runs(self.runs, self.edges, here).lengths()
+        self.first_lead, self.leads, self.axis_range = _second_moment_range(
+            self.source.start, self.source.stop, self.dims
+        )
+        intervals = (self.axis_range,) if self.axis_range[1] > self.axis_range[0] else ()
+        self.run_ids = run_ids(self.edges, intervals)
+        lengths = local_runs(self.runs, self.edges, intervals).lengths()
         self.lengths = lengths
         per_run = torch.arange(len(self.run_ids)).repeat_interleave(lengths)
         lead = torch.arange(self.leads).unsqueeze(1)
@@ -328,7 +344,7 @@ class _Held:
         """Find the blocks that a boundary between two ranks divides."""
         _, between, size, inner = self.dims
         per_lead = between * size * inner
-        bounds = {x for start, stop in self.held.bounds if start < stop for x in (start, stop)}
+        bounds = {x for start, stop in self.source.bounds if start < stop for x in (start, stop)}
         if between == 1:
             # A boundary inside a row cuts the row's block. A boundary between rows cuts a block that contains both.
             cut = {
@@ -353,9 +369,9 @@ class _Held:
             values: number of second-moment values of earlier ranges.
             blocks: number of local blocks of earlier ranges.
         """
-        stop = self.held.offset
+        stop = self.source.offset
         values_per_lead = self.axis_range[1] - self.axis_range[0]
-        for index, shape in box_shapes(self.held.start, self.held.stop, self.dims):
+        for index, shape in box_shapes(self.source.start, self.source.stop, self.dims):
             first = (index[0] - self.first_lead) * values_per_lead + index[2] - self.axis_range[0]
             many = shape[0] * shape[2]
             start, stop = stop, stop + prod(shape)
@@ -368,5 +384,5 @@ class _Held:
                 shape=None if one_axis else shape,
                 second=(values + first, values + first + many),
                 slots=self.spread[first : first + many] + blocks,
-                decays=self.held.decays,
+                decays=self.source.decays,
             )

@@ -1,8 +1,9 @@
-"""A mesh, a DTensor and flattened tensors without processes: one process can ask what any rank of thousands holds.
+"""Compute the shards of any rank of any number of ranks in a single process.
 
-A geometry needs to know which ranks a mesh has. It does not need to talk to them, so ``Mesh`` and ``Held`` can take the
-place of torch's classes. This file says how torch and ZeRO cut tensors: in chunks, with padding, in sub-groups. Only
-``placed`` and ``flat`` say which blocks a cut goes through, and which second moments a rank keeps.
+A geometry needs the ranks of a mesh but does not communicate with them, so ``Mesh`` and ``Held`` can be used instead of
+torch's ``DeviceMesh`` and ``DTensor``. This module computes how torch and ZeRO shard tensors: by chunks, with padding,
+in sub-groups. Which blocks the shards cut, and which second moments a rank stores, is computed by ``placed`` and
+``flat``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from .flat import within
 
 SUB_GROUP = 10**9
-"""Elements of one rank that ZeRO-3 steps at a time, by default."""
+"""Number of elements per rank at which ZeRO-3 ends a sub-group by default. It steps sub-groups one at a time."""
 ALIGNMENT = 2
 """ZeRO-1 and ZeRO-2 pad the flattened tensors of a group to a multiple of this many elements per rank."""
 
@@ -28,9 +29,9 @@ class Mesh:
     """A device mesh as one of its ranks sees it.
 
     Attributes:
-        shape: ranks along every dimension.
-        coordinate: of the rank.
-        device_type: of its devices.
+        shape: number of ranks along every dimension.
+        coordinate: the rank's index along every dimension.
+        device_type: type of the mesh's devices, as in torch.
     """
 
     shape: tuple[int, ...]
@@ -39,19 +40,19 @@ class Mesh:
 
     @property
     def mesh(self) -> Tensor:
-        """The numbers of the ranks, int64 tensor of the mesh's shape."""
+        """The ranks as an int64 tensor of the mesh's shape."""
         return torch.arange(prod(self.shape)).view(self.shape)
 
     def get_coordinate(self) -> list[int]:
-        """The rank's coordinate."""
+        """Return the rank's index along every dimension."""
         return list(self.coordinate)
 
     def size(self, dim: int) -> int:
-        """Ranks along a dimension."""
+        """Return the number of ranks along a dimension."""
         return self.shape[dim]
 
     def get_group(self, dim: int) -> int:
-        """The number of the dimension, in place of the process group along it."""
+        """Return the dimension's number, which is used instead of the process group along the dimension."""
         return dim
 
 
@@ -60,9 +61,10 @@ class Held:
     """A DTensor without values.
 
     Attributes:
-        shape: of the whole tensor.
-        device_mesh, placements: as a DTensor's.
-        local: shape of what the mesh's rank holds.
+        shape: shape of the whole tensor.
+        device_mesh: mesh on which the tensor is placed, as in a DTensor.
+        placements: placement for every dimension of the mesh, as in a DTensor.
+        local: shape of the shard of the mesh's rank.
     """
 
     shape: tuple[int, ...]
@@ -71,23 +73,23 @@ class Held:
     local: tuple[int, ...]
 
     def to_local(self) -> Tensor:
-        """What the rank holds, without values."""
+        """Return the rank's shard as a tensor on the meta device."""
         return torch.empty(self.local, device="meta")
 
 
 def chunk(shape: tuple[int, ...], dim: int, ways: int, index: int) -> tuple[int, ...]:
-    """The shape of one chunk of ``torch.chunk``; of size 0 where there are fewer chunks than ways."""
+    """Return the shape of a chunk of ``torch.chunk``, whose size along ``dim`` is 0 if torch makes fewer chunks."""
     chunks = torch.empty(shape, device="meta").chunk(ways, dim)
     return tuple(chunks[index].shape) if index < len(chunks) else (*shape[:dim], 0, *shape[dim + 1 :])
 
 
 def place(shape: tuple[int, ...], axis: int | None, mesh: Mesh) -> Held:
-    """A tensor on a (data-parallel, tensor-parallel) mesh.
+    """Place a tensor on a (data-parallel, tensor-parallel) mesh.
 
     Args:
-        shape: of the whole tensor.
-        axis: what tensor parallelism cuts first; None leaves the tensor whole.
-        mesh: of two dimensions. FSDP2 cuts axis 0 along the first one.
+        shape: shape of the whole tensor.
+        axis: axis that tensor parallelism shards; None if it replicates the tensor.
+        mesh: mesh of two dimensions. After tensor parallelism, FSDP2 shards axis 0 along the mesh's first dimension.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
@@ -100,58 +102,61 @@ def place(shape: tuple[int, ...], axis: int | None, mesh: Mesh) -> Held:
 
 
 def share(numel: int, ranks: int) -> int:
-    """Elements of one rank where a flattened tensor is padded and dealt out in equal parts (ZeRO-3)."""
+    """Return the number of elements of each rank's part of a tensor that ZeRO-3 pads and divides equally."""
     return -(-numel // ranks)
 
 
 def part(numel: int, ranks: int, rank: int) -> tuple[int, int]:
-    """[start, stop) of the elements that a rank holds of such a tensor, padding left out."""
+    """Return [start, stop) of a rank's elements, without padding, of a flattened tensor sharded by ZeRO-3."""
     size = share(numel, ranks)
     return within(0, numel, rank * size, (rank + 1) * size)
 
 
 @dataclass(frozen=True)
 class Buffer:
-    """Flattened tensors one behind the other, of which every rank has an equal part.
+    """A concatenation of flattened tensors that is divided equally among ranks.
 
     Attributes:
-        starts: where each tensor begins.
-        size: elements of one rank, padding included.
+        starts: index of each tensor's first element.
+        size: number of elements of each rank, including padding.
     """
 
     starts: tuple[int, ...]
     size: int
 
     def parts(self, i: int, numel: int) -> dict[int, tuple[int, int]]:
-        """The ranks that hold elements of tensor ``i``, ascending: each rank's [start, stop) of the tensor."""
+        """Return rank -> [start, stop) of its elements of tensor ``i``, for the ranks that have any, in order."""
         start, stop = self.starts[i], self.starts[i] + numel
         ranks = range(start // self.size, -(-stop // self.size)) if numel else ()
         return {rank: within(start, stop, rank * self.size, (rank + 1) * self.size) for rank in ranks}
 
 
 def joined(numels: Sequence[int], ranks: int, *, align: int = 1, multiple: int = 1) -> Buffer:
-    """Tensors of these sizes in one buffer (ZeRO-1, ZeRO-2, FSDP1).
+    """Join tensors to one buffer, as ZeRO-1, ZeRO-2 and FSDP1 do.
 
     Args:
-        numels: elements of each.
-        ranks: that share the buffer.
-        align: what the place of a tensor's first element is a multiple of.
-        multiple: what a rank's number of elements is a multiple of.
+        numels: number of elements of each tensor.
+        ranks: number of ranks that share the buffer.
+        align: every tensor starts at a multiple of this number of elements.
+        multiple: every rank has a multiple of this number of elements.
     """
-    starts, at = [], 0
+    starts, stop = [], 0
     for numel in numels:
-        starts.append(-(-at // align) * align)
-        at = starts[-1] + numel
-    return Buffer(tuple(starts), -(-at // (multiple * ranks)) * multiple)
+        starts.append(-(-stop // align) * align)
+        stop = starts[-1] + numel
+    return Buffer(tuple(starts), -(-stop // (multiple * ranks)) * multiple)
 
 
 def sub_groups(numels: Sequence[int], ranks: int, limit: int = SUB_GROUP) -> list[range]:
-    """Which tensors of a group ZeRO-3 steps together.
+    """Divide the tensors of a parameter group into the sub-groups that ZeRO-3 steps one at a time.
 
     Args:
-        numels: elements of the group's tensors.
-        ranks: that share each of them.
-        limit: a sub-group ends with the tensor that gives a rank so many elements.
+        numels: number of elements of each tensor of the group.
+        ranks: number of ranks that share each tensor.
+        limit: a sub-group ends with the tensor at which a rank has this number of elements.
+
+    Returns:
+        Indices of the tensors of each sub-group.
     """
     out, first, elements = [], 0, 0
     for i, numel in enumerate(numels):

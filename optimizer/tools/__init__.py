@@ -1,1 +1,1 @@
-"""What a user asks from a shell or a notebook: explain, verify, plan, convert."""
+"""The tools for a shell or a notebook: explain, verify, plan and convert."""

@@ -10,17 +10,17 @@ _CONFIGS = Path(__file__).with_name("configs")
 
 
 def shipped() -> list[str]:
-    """Names of the architectures that come with the package, small ones first."""
+    """Return the names of the architectures that come with the package, the smallest first."""
     return sorted((path.stem for path in _CONFIGS.glob("*.json")), key=lambda name: facts(name)["order"])
 
 
 def facts(name: str) -> dict[str, Any]:
-    """The document of an architecture: title, source, order, config, reported memory.
+    """Return the document of an architecture: its title, source, order, config and reported memory.
 
-    ``small`` holds the sizes of a model of the same make that is small enough to have weights.
+    Its entry ``small`` contains the sizes of a model of the same architecture that is small enough to have weights.
 
     Raises:
-        ValueError: no such architecture.
+        ValueError: no architecture of this name comes with the package.
     """
     path = _CONFIGS / f"{name}.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a command is about: a shipped architecture, or the model behind ``module:attribute`` or a configuration file."""
+"""Load the model that a command line names: a shipped architecture, ``module:attribute`` or a configuration file."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from .architectures import facts, shipped
 
 
 class UserCodeError(Exception):
-    """Code of the user's raised an error: in a module that was imported, or in a function that was called.
+    """The user's code raised an error, either when its module was imported or when its function was called.
 
-    The error itself is ``__cause__``; its traceback says where, which no message of ours could.
+    ``__cause__`` is the user's error. Its traceback shows the line of the user's code that raised it.
     """
 
 
 def load_target(target: str, *, small: bool = False) -> nn.Module:
-    """The model a command-line target names.
+    """Return the model that a command-line target names.
 
     Args:
-        target: ``module:attribute``, a model or something callable without arguments that makes one; the path of a
-            transformers config JSON or of a directory with a ``config.json``; or a shipped architecture's name. The
-            last two give parameters on the ``meta`` device, which have no values.
-        small: of a shipped architecture, a small model with weights instead.
+        target: one of three forms: ``module:attribute``, where the attribute is a model or a callable without arguments
+            that returns one; the path of a transformers config JSON, or of a directory that contains ``config.json``;
+            or the name of a shipped architecture. Models of the last two forms have their parameters on the ``meta``
+            device, without values.
+        small: for a shipped architecture, return a small model of the same architecture, with weights.
 
     Raises:
-        ValueError: a target of no known form, one that cannot be imported, or one that makes no model.
-        FileNotFoundError: a path that does not exist.
-        ImportError: a configuration without transformers.
-        UserCodeError: the user's module or function raised.
+        ValueError: the target has none of the three forms, cannot be imported, or does not return a model.
+        FileNotFoundError: the path does not exist.
+        ImportError: the target is a configuration, and transformers is not installed.
+        UserCodeError: the user's module or function raised an error.
     """
     if target in shipped():
         from ..wrappers.transformers import model_from_document
@@ -46,30 +47,30 @@ def load_target(target: str, *, small: bool = False) -> nn.Module:
         from ..wrappers.transformers import model_from_config
 
         return model_from_config(target)
-    found = resolve(target, "target")
-    if isinstance(found, nn.Module):
-        return found
-    if not callable(found):
+    attribute = resolve(target, "target")
+    if isinstance(attribute, nn.Module):
+        return attribute
+    if not callable(attribute):
         raise ValueError(
-            f"target {target!r} is a {type(found).__name__}, neither a model nor a function that makes one"
+            f"target {target!r} is a {type(attribute).__name__}, neither a model nor a function that makes one"
         )
-    model = call(found, target, "target")
+    model = call(attribute, target, "target")
     if not isinstance(model, nn.Module):
         raise ValueError(f"target {target!r} gave a {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def call(function: Any, path: str, what: str) -> Any:
-    """What a function of the user's returns, called without arguments.
+    """Call a function of the user without arguments and return its result.
 
     Args:
-        function: what was found there.
-        path: as written on the command line.
-        what: the argument's name, for messages.
+        function: the function to call.
+        path: ``module:attribute`` of the function as written on the command line, for error messages.
+        what: name of the command-line argument, for error messages.
 
     Raises:
-        ValueError: it needs arguments.
-        UserCodeError: it raised.
+        ValueError: the function requires arguments.
+        UserCodeError: the function raised an error.
     """
     try:
         inspect.signature(function).bind()
@@ -77,7 +78,7 @@ def call(function: Any, path: str, what: str) -> Any:
         raise ValueError(
             f"{what} {path!r} cannot be called without arguments ({error}); wrap it in a function"
         ) from error
-    except ValueError:  # some built-in functions have no signature to look at
+    except ValueError:  # Some built-in functions have no signature that could be inspected.
         pass
     try:
         return function()
@@ -86,15 +87,15 @@ def call(function: Any, path: str, what: str) -> Any:
 
 
 def resolve(path: str, what: str) -> Any:
-    """The object at ``module:attribute``.
+    """Import the object at ``module:attribute`` and return it.
 
     Args:
-        path: as written on the command line.
-        what: the argument's name, for messages.
+        path: ``module:attribute`` as written on the command line.
+        what: name of the command-line argument, for error messages.
 
     Raises:
-        ValueError: another form, or nothing to import there.
-        UserCodeError: the module is there and raised when it was imported.
+        ValueError: ``path`` has another form, or the module or its attribute does not exist.
+        UserCodeError: the module exists and raised an error when it was imported.
     """
     name, _, attribute = path.partition(":")
     if not name or not attribute:
@@ -112,7 +113,8 @@ def resolve(path: str, what: str) -> Any:
         module = importlib.import_module(name)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{name}.".startswith(f"{missing}."):  # the module itself, not one that it imports
+        # The named module or a package around it is missing, as opposed to a module that it imports.
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise ValueError(f"{what} {path!r} cannot be imported: {error}; run from the folder it is in") from error
         raise UserCodeError(
             f"{what} {path!r} cannot be imported: {name} raised {type(error).__name__}: {error}"

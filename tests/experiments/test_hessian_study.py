@@ -23,7 +23,7 @@ from experiments.models import GPTConfig, LlamaConfig, build
 from experiments.studies.hessian_maps import cache as cache_module
 from experiments.studies.hessian_maps.__main__ import run
 from experiments.studies.hessian_maps.cache import StageCache
-from experiments.studies.hessian_maps.measure import coarse_blocks, pieces
+from experiments.studies.hessian_maps.measure import coarse_blocks, weight_parts
 from experiments.studies.hessian_maps.progress import StageBar
 from experiments.studies.hessian_maps.settings import subjects
 from optimizer import AdamMini, Rules
@@ -119,24 +119,24 @@ def test_a_picture_of_noise_takes_a_quarter_of_its_png(tmp_path: Path) -> None:
     assert np.abs(before - after).mean() < 8  # of 255
 
 
-# --------------------------------------------------------------------------------------------------- pieces
+# --------------------------------------------------------------------------------------------------- weight_parts
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA])
-def test_pieces_cut_the_flat_vector_where_the_matrices_lie(config: GPTConfig | LlamaConfig) -> None:
+def test_parts_cut_the_flat_vector_where_the_matrices_lie(config: GPTConfig | LlamaConfig) -> None:
     model = build(config, 0)
     flat = torch.nn.utils.parameters_to_vector(model.parameters())
     parameters = dict(model.named_parameters())
     by_tensor: dict[str, list[torch.Tensor]] = {}
-    for piece in pieces(model):
-        by_tensor.setdefault(piece.name.split("[")[0], []).append(flat[piece.span].reshape(piece.shape))
+    for part in weight_parts(model):
+        by_tensor.setdefault(part.name.split("[")[0], []).append(flat[part.span].reshape(part.shape))
     assert set(by_tensor) == {name for name, p in parameters.items() if p.dim() == 2}
     for name, cut in by_tensor.items():
         assert torch.equal(torch.cat(cut), parameters[name])
 
 
 def test_fused_matrix_falls_into_its_three_roles() -> None:
-    roles = {piece.role.value: piece for piece in pieces(build(GPT, 0))}
+    roles = {part.role.value: part for part in weight_parts(build(GPT, 0))}
     assert [roles[r].shape for r in ("QUERY", "KEY", "VALUE")] == [(16, 16)] * 3
     head = roles["KEY"].candidates()["ATTENTION_HEAD"].reshape(16, 16)
     assert head[:, 0].tolist() == [i // 4 for i in range(16)]
@@ -145,7 +145,7 @@ def test_fused_matrix_falls_into_its_three_roles() -> None:
 
 
 def test_grouped_keys_have_fewer_heads() -> None:
-    roles = {piece.role.value: piece for piece in pieces(build(LLAMA, 0))}
+    roles = {part.role.value: part for part in weight_parts(build(LLAMA, 0))}
     assert int(roles["QUERY"].candidates()["ATTENTION_HEAD"].max()) + 1 == 4
     assert int(roles["KEY"].candidates()["ATTENTION_HEAD"].max()) + 1 == 2
 
@@ -278,8 +278,8 @@ def test_progress_names_the_model_its_state_and_every_matrix(tmp_path: Path, mon
         for percent in ("0%", "50%", "100%"):
             where = f"{name} at {percent} of training"
             assert f"{where}: exact Hessian, by columns" in shown
-            for piece in pieces(build(config, 0)):
-                size = f"{piece.shape[0]} x {piece.shape[1]}"
-                assert f"{where}: structure of {piece.name} {size}" in shown
+            for part in weight_parts(build(config, 0)):
+                size = f"{part.shape[0]} x {part.shape[1]}"
+                assert f"{where}: structure of {part.name} {size}" in shown
         assert f"{name} at 100% of training: whole model, block norms from probes" in shown
     assert "llama with rules derived, seed 1: training" in shown

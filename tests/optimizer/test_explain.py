@@ -238,7 +238,7 @@ def test_the_terminal_s_table_fits_and_keeps_the_names() -> None:
     for lines in (narrow, wide):
         assert any("transformer.h.0.attn.c_attn.weight" in line for line in lines)
     assert any("[Q|K|V]" in line for line in wide), "no markup"
-    assert any(line.startswith("left out for want of width: m bytes") for line in narrow)
+    assert any(line.startswith("left out to fit the width: m bytes") for line in narrow)
     assert not any("left out" in line for line in wide)
 
 

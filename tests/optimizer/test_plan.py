@@ -339,7 +339,7 @@ def nothing() -> int:
     ("arguments", "message"),
     [
         (["llama-9"], r"target 'llama-9' must be written module:attribute.*config\.json.*llama-3-8b"),
-        ([], r"target is missing; give config\.json"),
+        ([], r"target is missing; pass config\.json"),
         (["no_such_module:make"], r"'no_such_module:make' cannot be imported.*run from the folder"),
         ([f"{__name__}:nothing"], r"gave a int, not a torch\.nn\.Module"),
         ([f"{__name__}:NOT_A_MODEL"], r"is a int, neither a model nor a function"),

@@ -259,7 +259,7 @@ def test_tensor_parallelism_counts_the_axes_of_folded_experts() -> None:
     up, down = folded()
     assert [tensor_parallel_axis(p.anatomy) for p in (up, down)] == [0, 0]
     assert [tensor_parallel_shape(p, 2) for p in (up, down)] == [(12, 8), (12, 8)]
-    with pytest.raises(ValueError, match="--tp 3 does not divide the 4 folded pieces"):
+    with pytest.raises(ValueError, match="--tp 3 does not divide the 4 folded parts"):
         tensor_parallel_shape(up, 3)
 
 

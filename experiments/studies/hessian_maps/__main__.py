@@ -1,4 +1,4 @@
-"""The study, stage by stage; a second run with nothing changed reads every stage from disk."""
+"""Run the study stage by stage. Stages whose inputs and code are unchanged are read from disk."""
 
 from __future__ import annotations
 
@@ -32,60 +32,72 @@ _FIELDS = {field.name for field in dataclasses.fields(Evidence)}
 
 
 def run(out: Path, profile: str) -> dict[str, Any]:
-    """Run the study into a folder; returns the content of ``report.json``."""
-    torch.set_num_threads(1)  # the tensors are tiny: a second thread costs more than it brings
+    """Run the study, write its results to the folder ``out``, and return the content of ``report.json``."""
+    torch.set_num_threads(1)  # With such small tensors, a second thread makes the study slower.
     started, settings = time.perf_counter(), PROFILES[profile]
     cache, corpus = StageCache(out), load("python-stdlib-8")
-    people = {name: Subject(name, config, corpus, settings) for name, config in subjects(profile).items()}
+    all_subjects = {name: Subject(name, config, corpus, settings) for name, config in subjects(profile).items()}
     checks = [(name, arm, seed) for name in VOTERS for arm in CHECK_ARMS for seed in settings.check_seeds]
-    stages = Stages(len(people) * (1 + len(CHECKPOINTS)) + len(checks))
+    stages = Stages(len(all_subjects) * (1 + len(CHECKPOINTS)) + len(checks))
     base = [dataclasses.asdict(settings), corpus.fingerprint]
     report: dict[str, Any] = {"subjects": {}, "evidence": [], "js": {}, "check": []}
-    for subject in people.values():
+    for subject in all_subjects.values():
         _study_one(subject, cache, stages, [*base, dataclasses.asdict(subject.config)], report)
     rules_path = _write_rules(report, settings, out)
     for name, arm, seed in checks:
-        subject = people[name]
+        subject = all_subjects[name]
         rules = rules_path if arm == "derived" else arm
         units = {role.value: unit.value for role, unit in Rules.load(rules).units.items()}
         arrays = stages.run(
-            cache, f"check-{name}-{arm}-{seed}", f"{name} with rules {arm}, seed {seed}",
+            cache,
+            f"check-{name}-{arm}-{seed}",
+            f"{name} with rules {arm}, seed {seed}",
             [*base, dataclasses.asdict(subject.config), units, seed],
             lambda progress, s=subject, r=rules, k=seed: s.train(r, settings.check_steps, k, progress=progress),
-        )  # fmt: skip
+        )
         curve = {"step": arrays["loss_step"].tolist(), "loss": arrays["loss"].tolist()}
         report["check"].append({"model": name, "arm": arm, "seed": seed, **curve})
     stages.close()
     report |= {
-        "format_version": FORMAT_VERSION, "profile": profile, "settings": dataclasses.asdict(settings),
+        "format_version": FORMAT_VERSION,
+        "profile": profile,
+        "settings": dataclasses.asdict(settings),
         "files": cache.used,
         "data": {"name": "python-stdlib-8", "tokens": len(corpus.train), "fingerprint": corpus.fingerprint[:16]},
-        "environment": environment(), "seconds": round(time.perf_counter() - started, 1),
+        "environment": environment(),
+        "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }  # fmt: skip
+    }
     write_json(out / "report.json", report)
     cache.prune()
     return report
 
 
 def _study_one(subject: Subject, cache: StageCache, stages: Stages, inputs: list[Any], report: dict[str, Any]) -> None:
-    """Train one subject and measure it at every checkpoint."""
+    """Train one subject, measure it at every checkpoint, and add the results to ``report``."""
     settings, name = subject.settings, subject.name
     trained = stages.run(
-        cache, f"train-{name}", name, inputs,
+        cache,
+        f"train-{name}",
+        name,
+        inputs,
         lambda progress: subject.train("elementwise", settings.steps, settings.seed, progress=progress, snapshots=True),
-    )  # fmt: skip
+    )
     report["subjects"][name] = {
-        "config": dataclasses.asdict(subject.config), "parameters": trained["theta"].shape[1],
-        "loss_step": trained["loss_step"].tolist(), "loss": trained["loss"].tolist(),
-    }  # fmt: skip
+        "config": dataclasses.asdict(subject.config),
+        "parameters": trained["theta"].shape[1],
+        "loss_step": trained["loss_step"].tolist(),
+        "loss": trained["loss"].tolist(),
+    }
     for theta, checkpoint in zip(trained["theta"], CHECKPOINTS, strict=True):
         final = checkpoint == CHECKPOINTS[-1]
         arrays = stages.run(
-            cache, f"hessian-{name}-{round(100 * checkpoint)}", f"{name} at {checkpoint:.0%} of training",
+            cache,
+            f"hessian-{name}-{round(100 * checkpoint)}",
+            f"{name} at {checkpoint:.0%} of training",
             [*inputs, checkpoint],
             lambda progress, t=theta, c=checkpoint, f=final: measure(subject, t, c, final=f, progress=progress),
-        )  # fmt: skip
+        )
         rows = json.loads(str(arrays["rows"]))
         report["evidence"] += rows
         if final:
@@ -94,7 +106,7 @@ def _study_one(subject: Subject, cache: StageCache, stages: Stages, inputs: list
 
 
 def _distances(arrays: Arrays) -> dict[str, Any]:
-    """Jensen-Shannon distances between the spectra of the pieces."""
+    """Return the Jensen-Shannon distances between the spectra of all weight matrices."""
     names = [key.removeprefix("eig/") for key in arrays if key.startswith("eig/")]
     spectra = [torch.from_numpy(arrays[f"eig/{name}"]) for name in names]
     matrix = np.array([[js_distance(a, b) for b in spectra] for a in spectra])
@@ -102,17 +114,22 @@ def _distances(arrays: Arrays) -> dict[str, Any]:
 
 
 def _write_rules(report: dict[str, Any], settings: Settings, out: Path) -> Path:
-    """Derive the rules from the Transformers' evidence; the classifier is for contrast and does not vote."""
+    """Derive rules from the evidence of the Transformers and save them.
+
+    The evidence of the MLP is not used; it is measured only for comparison.
+    """
     evidence = [
         Evidence(**{key: value for key, value in row.items() if key in _FIELDS})
         for row in report["evidence"]
         if row["model"] in VOTERS
     ]
     provenance = {
-        "made_by": "experiments.studies.hessian_maps", "settings": dataclasses.asdict(settings),
-        "models": {name: report["subjects"][name]["config"] for name in VOTERS}, "data": "python-stdlib-8",
+        "made_by": "experiments.studies.hessian_maps",
+        "settings": dataclasses.asdict(settings),
+        "models": {name: report["subjects"][name]["config"] for name in VOTERS},
+        "data": "python-stdlib-8",
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
     rules = derive(evidence, provenance=provenance)
     report["rules"] = {
         "units": {r.value: u.value for r, u in rules.units.items()},
@@ -122,14 +139,14 @@ def _write_rules(report: dict[str, Any], settings: Settings, out: Path) -> Path:
 
 
 def main(out: Path = Path("out/hessian"), profile: Literal["full", "smoke"] = "full") -> None:
-    """Train, measure, derive, check.
+    """Train the models, measure their Hessians, derive rules, and check the rules by training.
 
     Args:
         out: output folder.
-        profile: full, or smoke (seconds, for tests).
+        profile: full, or smoke, which takes seconds and is for tests.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with refusals(ValueError, OSError):  # the folder and the text; what fails later is no matter of arguments
+    with refusals(ValueError, OSError):  # Only errors of the arguments or the text, not of the study.
         StageCache(out)
         load("python-stdlib-8")
     report = run(out, profile)

@@ -1,4 +1,4 @@
-"""Stages on disk: computed once, found again by what they depend on, never half written."""
+"""Cache the results of stages on disk, keyed by their inputs and the source code they depend on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SOURCES = ("optimizer", "hessian", "experiments/models", "experiments/data", "e
 
 
 def code_fingerprint() -> str:
-    """A hash of every source file a stage may run, and of the versions under it."""
+    """Return a hash of every source file that a stage may run, and of the versions of Python, torch and the format."""
     digest = hashlib.sha256(f"{sys.version}|{torch.__version__}|{FORMAT_VERSION}".encode())
     for folder in _SOURCES:
         for path in sorted((_ROOT / folder).rglob("*.py")):
@@ -35,14 +35,14 @@ def code_fingerprint() -> str:
 
 
 class StageCache:
-    """Results of stages under ``out/data``.
+    """Results of stages, stored in ``out/data``.
 
     Args:
         out: the study's output folder.
 
     Raises:
         PermissionError: the folder cannot be written.
-        ValueError: it was written by another format version.
+        ValueError: the folder was written with another format version.
     """
 
     def __init__(self, out: Path) -> None:
@@ -59,7 +59,7 @@ class StageCache:
         write_json(self.folder / "format.json", {"format_version": FORMAT_VERSION})
 
     def get(self, name: str, inputs: Any, compute: Callable[[], Arrays]) -> Arrays:
-        """The arrays of a stage: from disk if they were computed from the same inputs by the same code, else anew."""
+        """Return the arrays of a stage. They are computed only if the disk has none for the same inputs and code."""
         key = hashlib.sha256(json.dumps([self._code, inputs], sort_keys=True, default=str).encode()).hexdigest()[:12]
         path = self.folder / f"{name}-{key}.npz"
         self.used[name] = path.name
@@ -76,7 +76,7 @@ class StageCache:
         return arrays
 
     def prune(self) -> None:
-        """Delete stages that the finished study no longer refers to."""
+        """Delete the files of all stages that were not requested from this object."""
         for path in self.folder.glob("*.npz"):
             if path.name not in self.used.values():
                 path.unlink()

@@ -1,4 +1,4 @@
-"""What is measured of one subject at one checkpoint: all of it from one exact Hessian, and the probes beside it."""
+"""Measure one subject at one checkpoint: its exact Hessian, and estimates of it from random probes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _EMBEDDED = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.HEAD}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A weight matrix, or one part of a fused one, as rows of the flat parameter vector.
+class WeightPart:
+    """A weight matrix, or one part of a fused weight matrix, as a range of the flat parameter vector.
 
     Attributes:
-        name: the parameter's name, with the role where it is fused.
-        role: what it does.
+        name: name of the parameter; for a part of a fused matrix, followed by the role in brackets.
+        role: role of the matrix.
         shape: (output units, input units).
-        head_dim: rows per attention head, if any.
-        start: first of its ``shape[0] * shape[1]`` consecutive flat indices.
+        head_dim: number of rows of an attention head; None if there are no heads.
+        start: index of its first element in the flat parameter vector, where its elements are consecutive.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Piece:
 
     @property
     def span(self) -> slice:
-        """Its place in the flat vector."""
+        """The range of its elements in the flat parameter vector."""
         return slice(self.start, self.start + self.shape[0] * self.shape[1])
 
     def candidates(self) -> dict[str, Tensor]:
-        """Unit name -> block of every element, for every shared unit this piece can have."""
+        """Return unit -> block of every element, int64 [n], for every shared unit that the matrix can have."""
         rows = Unit.TOKEN if self.role in _EMBEDDED else Unit.OUT_NEURON
         units = [Unit.TENSOR, rows, Unit.IN_NEURON] + ([Unit.ATTENTION_HEAD] if self.head_dim else [])
-        anatomy = Anatomy(self.shape, (Part(self.role, self.shape[0], self.head_dim),), "a piece", in_axis=1)
+        anatomy = Anatomy(self.shape, (Part(self.role, self.shape[0], self.head_dim),), "a weight", in_axis=1)
         return {
             unit.value: layout_of(anatomy, Rules("candidate", {self.role: unit})).block_ids(self.shape).flatten()
             for unit in units
         }
 
 
-def pieces(model: nn.Module) -> list[Piece]:
-    """Every two-dimensional weight of a model whose rows are its output units, part by part."""
+def weight_parts(model: nn.Module) -> list[WeightPart]:
+    """Return all two-dimensional weights of a model, with the parts of fused weights separate."""
     out, offset, anatomies = [], 0, discover(model)
     for name, parameter in model.named_parameters():
         anatomy = anatomies[name]
@@ -64,14 +64,18 @@ def pieces(model: nn.Module) -> list[Piece]:
             start = offset
             for part in anatomy.parts:
                 label = name if len(anatomy.parts) == 1 else f"{name}[{part.role.value}]"
-                out.append(Piece(label, part.role, (part.size, parameter.shape[1]), part.head_dim, start))
+                out.append(WeightPart(label, part.role, (part.size, parameter.shape[1]), part.head_dim, start))
                 start += part.size * parameter.shape[1]
         offset += parameter.numel()
     return out
 
 
 def coarse_blocks(model: nn.Module) -> tuple[Tensor, list[str]]:
-    """Blocks for the whole-model map: heads where there are heads, else whole pieces; (ids [n], labels [B])."""
+    """Return the blocks of the whole-model map: attention heads, and whole parts of weights without heads.
+
+    Returns:
+        (block of every parameter, int64 [n]; label of every block, [B]).
+    """
     ids, labels = [], []
     anatomies = discover(model)
     for name, parameter in model.named_parameters():
@@ -87,11 +91,19 @@ def coarse_blocks(model: nn.Module) -> tuple[Tensor, list[str]]:
 
 
 def measure(subject: Subject, theta: np.ndarray, checkpoint: float, *, final: bool, progress: Progress) -> Arrays:
-    """Everything about one state of one subject.
+    """Measure one subject with one set of parameters.
+
+    Args:
+        subject: the model and its data.
+        theta: flat parameters, [n].
+        checkpoint: fraction of the training after which the parameters were saved, in [0, 1].
+        final: whether to also compute maps and spectra of the whole model.
+        progress: called as the work advances.
 
     Returns:
-        ``rows`` (the evidence, JSON), ``block/<piece>`` (|H| of the piece), ``eig/<piece>`` (its eigenvalues) and, with
-        ``final``, the whole-model maps and spectra.
+        ``asymmetry`` (largest |H - H^T| relative to the largest |H|), ``rows`` (the evidence, as JSON), for each weight
+        matrix ``block/<name>`` (its block of |H|) and ``eig/<name>`` (the eigenvalues of that block of H), and with
+        ``final`` the maps and spectra of the whole model.
     """
     settings, model = subject.settings, subject.model_at(theta)
     operator = HessianOperator(model, lm_loss, None, subject.fixed(settings.hessian_batches))
@@ -101,48 +113,66 @@ def measure(subject: Subject, theta: np.ndarray, checkpoint: float, *, final: bo
     v = torch.cat([second_moments[name].flatten() for name in operator.names])
     out: Arrays = {"asymmetry": np.array(float((matrix - matrix.T).abs().max() / matrix.abs().max()))}
     rows: list[dict[str, object]] = []
-    weights = pieces(model)
-    for number, piece in enumerate(weights):
-        progress(number, len(weights), f"structure of {piece.name} {piece.shape[0]} x {piece.shape[1]}")
-        inner = matrix[piece.span, piece.span]
-        out[f"block/{piece.name}"] = inner.abs().numpy().astype(np.float32)
-        out[f"eig/{piece.name}"] = torch.linalg.eigvalsh(inner).numpy()
-        rows += _evidence(subject, piece, inner, v[piece.span], checkpoint)
+    weights = weight_parts(model)
+    for number, part in enumerate(weights):
+        progress(number, len(weights), f"structure of {part.name} {part.shape[0]} x {part.shape[1]}")
+        inner = matrix[part.span, part.span]
+        out[f"block/{part.name}"] = inner.abs().numpy().astype(np.float32)
+        out[f"eig/{part.name}"] = torch.linalg.eigvalsh(inner).numpy()
+        rows += _evidence(subject, part, inner, v[part.span], checkpoint)
     out["rows"] = np.array(json.dumps(rows))
     if final:
         out |= _whole(subject, model, operator, matrix, progress)
     return out
 
 
-def _evidence(subject: Subject, piece: Piece, inner: Tensor, v: Tensor, checkpoint: float) -> list[dict[str, object]]:
-    """One row per candidate unit of a piece."""
+def _evidence(
+    subject: Subject, part: WeightPart, inner: Tensor, v: Tensor, checkpoint: float
+) -> list[dict[str, object]]:
+    """Return one row of evidence for each candidate unit of a weight matrix."""
     settings, rows = subject.settings, []
-    grid = v.reshape(piece.shape)
-    for unit, ids in piece.candidates().items():
+    grid = v.reshape(part.shape)
+    for unit, ids in part.candidates().items():
         structure = block_structure(inner, ids, settings.permutations, settings.seed)
         gap, null = jensen_gap(v, ids, seed=settings.seed)
         row = Evidence(
-            model=subject.name, tensor=piece.name, role=piece.role.value, unit=unit, checkpoint=checkpoint,
-            n_params=ids.numel(), n_blocks=int(ids.max()) + 1, mass_inside=structure.mass_inside,
-            expected=structure.expected, z=structure.z, mean_ratio=structure.mean_ratio, jensen=gap, jensen_null=null,
-        )  # fmt: skip
+            model=subject.name,
+            tensor=part.name,
+            role=part.role.value,
+            unit=unit,
+            checkpoint=checkpoint,
+            n_params=ids.numel(),
+            n_blocks=int(ids.max()) + 1,
+            mass_inside=structure.mass_inside,
+            expected=structure.expected,
+            z=structure.z,
+            mean_ratio=structure.mean_ratio,
+            jensen=gap,
+            jensen_null=null,
+        )
         rows.append({**dataclasses.asdict(row), "snr_row": snr(grid, 1), "snr_column": snr(grid, 0)})
     return rows
 
 
 def _whole(subject: Subject, model: nn.Module, operator: HessianOperator, matrix: Tensor, progress: Progress) -> Arrays:
-    """Maps and spectra of the whole model, exact and probed."""
+    """Return maps and spectra of the whole model, computed from the exact Hessian and estimated from probes."""
     settings = subject.settings
     ids, labels = coarse_blocks(model)
     indicator = torch.nn.functional.one_hot(ids, len(labels)).to(matrix.dtype)
     probed = block_norms(
-        operator, ids, settings.norm_probes, settings.seed,
+        operator,
+        ids,
+        settings.norm_probes,
+        settings.seed,
         progress=lambda done, total: progress(done, total, "whole model, block norms from probes"),
-    )  # fmt: skip
+    )
     density = slq(
-        operator, settings.slq_steps, settings.slq_probes, settings.seed,
+        operator,
+        settings.slq_steps,
+        settings.slq_probes,
+        settings.seed,
         progress=lambda done, total: progress(done, total, "whole model, spectrum by Lanczos"),
-    )  # fmt: skip
+    )
     picture = torch.nn.functional.adaptive_avg_pool2d(matrix.abs()[None, None], min(len(matrix), 400))[0, 0]
     return {
         "labels": np.array(labels),

@@ -1,4 +1,4 @@
-"""What the study shows while it runs: one bar over all stages, one for the work inside the current stage."""
+"""Show the progress of the study with one bar for all stages and one for the current stage."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from experiments.studies.hessian_maps.cache import Arrays, StageCache
 
 
 class Progress(Protocol):
-    """Called by a stage as its work advances."""
+    """A callback that a stage calls as its work advances."""
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Report the state of a stage.
+        """Report the progress of a stage.
 
         Args:
-            done: units of work that are finished.
-            total: units of work altogether.
-            what: what is being worked on, for instance ``exact Hessian`` or a matrix's name.
+            done: number of finished units of work.
+            total: number of all units of work.
+            what: description of the current work, for example ``exact Hessian`` or the name of a matrix.
         """
 
 
 class Stages:
-    """A bar over all stages, and one inside the running stage that names the model and what is measured of it.
+    """A progress bar for all stages, and one for the running stage.
 
     Args:
         total: number of stages.
@@ -40,11 +40,14 @@ class Stages:
         """Run one stage through the cache.
 
         Args:
-            cache: where finished stages lie.
-            name: the stage's name in the cache.
-            title: which model in which state, as the bar shows it.
-            inputs: what the stage's result depends on.
-            compute: computes the stage; takes the callback that moves the bar.
+            cache: cache of finished stages.
+            name: name of the stage in the cache.
+            title: description of the stage for the bar.
+            inputs: JSON-able values that the stage's result depends on.
+            compute: computes the arrays of the stage. Its argument is the callback that advances the bar.
+
+        Returns:
+            The arrays of the stage.
         """
         self._bar.set_postfix_str(title)
         inner = StageBar(title)
@@ -55,15 +58,15 @@ class Stages:
             self._bar.update()
 
     def close(self) -> None:
-        """End the bar over all stages."""
+        """Close the bar of all stages."""
         self._bar.close()
 
 
 class StageBar:
-    """The bar of one stage; it starts again whenever the stage turns to something else.
+    """The progress bar of one stage. It restarts when the description of the work changes.
 
     Args:
-        title: which model in which state.
+        title: description of the stage.
     """
 
     def __init__(self, title: str) -> None:
@@ -71,7 +74,7 @@ class StageBar:
         self.bar: tqdm[Any] = tqdm(desc=f"  {title}", leave=False, file=sys.stderr)
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Show progress; see ``Progress``."""
+        """Show that ``done`` of ``total`` units of the work described by ``what`` are finished."""
         if what != self._what:
             self._what = what
             self.bar.reset(total)

@@ -1,4 +1,4 @@
-"""What the study trains and measures, in one place."""
+"""The models and settings of the study."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from dataclasses import dataclass
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
 
 CHECKPOINTS = (0.0, 0.5, 1.0)
+"""Fractions of the training after which the models are measured."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes and budgets of the study.
+    """Sizes and numbers of samples of the study.
 
     Attributes:
-        steps: training steps of each subject.
-        batch: sequences per step.
-        seq_len: tokens per sequence.
-        lr: peak learning rate, linear warm-up over 10 % and linear decay.
-        hessian_batches: fixed batches over which the Hessian is the mean.
-        gradient_batches: batches over which squared gradients are averaged.
-        permutations: of the null of ``block_structure``.
-        slq_steps: Lanczos steps.
-        slq_probes: Lanczos start vectors.
-        norm_probes: probes per block of the block-norm map.
-        check_steps: steps of the training runs that check the rules.
-        check_seeds: seeds of those.
-        seed: of everything else.
+        steps: number of training steps of each subject.
+        batch: number of sequences per step.
+        seq_len: number of tokens per sequence.
+        lr: peak learning rate, after a linear warm-up over 10 % of the steps and before a linear decay.
+        hessian_batches: number of fixed batches over which the loss of the Hessian is averaged.
+        gradient_batches: number of batches over which squared gradients are averaged.
+        permutations: number of random partitions that ``block_structure`` compares with.
+        slq_steps: number of Lanczos steps.
+        slq_probes: number of Lanczos start vectors.
+        norm_probes: number of probes per block of the block-norm map.
+        check_steps: number of steps of the training runs that check the rules.
+        check_seeds: seeds of the training runs that check the rules.
+        seed: seed of everything else.
     """
 
     steps: int = 2000
@@ -47,14 +48,23 @@ class Settings:
 PROFILES = {
     "full": Settings(),
     "smoke": Settings(
-        steps=40, batch=8, seq_len=8, hessian_batches=1, gradient_batches=8, permutations=20, slq_steps=10,
-        slq_probes=3, norm_probes=2, check_steps=20, check_seeds=(0, 1),
+        steps=40,
+        batch=8,
+        seq_len=8,
+        hessian_batches=1,
+        gradient_batches=8,
+        permutations=20,
+        slq_steps=10,
+        slq_probes=3,
+        norm_probes=2,
+        check_steps=20,
+        check_seeds=(0, 1),
     ),
-}  # fmt: skip
+}
 
 
 def subjects(profile: str) -> dict[str, ModelConfig]:
-    """The models of a profile: two Transformers that vote on the rules, and a classifier for contrast."""
+    """Return the models of a profile: two Transformers, from which rules are derived, and an MLP for comparison."""
     if profile == "smoke":
         return {
             "gpt": GPTConfig(vocab=8, block_size=8, n_embd=8, n_layer=1, n_head=2),

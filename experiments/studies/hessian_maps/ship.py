@@ -1,6 +1,7 @@
 """``python -m experiments.studies.hessian_maps.ship out/hessian``: make a study's rules the shipped set ``derived``.
 
-The shipped file keeps the choices and the candidates behind them, not the raw table: `make hessian` makes that anew.
+The shipped file contains the choices and their candidates, but not the raw table of evidence, which ``make hessian``
+computes again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ SHIPPED = Path(__file__).resolve().parents[3] / "optimizer" / "partition" / "rul
 
 
 def ship(study: Path, target: Path = SHIPPED) -> Path:
-    """Write the rules of a finished study to ``target``, without their raw table.
+    """Write the rules of a finished study to ``target``, without the raw table of evidence, and return its path.
 
     Raises:
-        FileNotFoundError: no rules there.
-        ValueError: the study was not finished, or its report is of other rules.
+        FileNotFoundError: the study has no rules.
+        ValueError: the study was not finished, or its report does not match its rules.
     """
     rules, path = Rules.load(study / "rules.json"), study / "report.json"
     report = read_json(path)
@@ -38,10 +39,10 @@ def ship(study: Path, target: Path = SHIPPED) -> Path:
 
 
 def main(study: tyro.conf.Positional[Path]) -> None:
-    """Ship a study's rules.
+    """Make the rules of a study the shipped set ``derived``.
 
     Args:
-        study: the folder of a finished study.
+        study: folder of a finished study.
     """
     with refusals(ValueError, OSError):
         written = ship(study)

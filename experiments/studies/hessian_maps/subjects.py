@@ -1,4 +1,4 @@
-"""Training the tiny models, and the states in which they are measured."""
+"""Train the tiny models of the study, and rebuild them from saved parameters."""
 
 from __future__ import annotations
 
@@ -19,21 +19,30 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Subject:
-    """A model on its data: where batches come from, and how a state becomes a model again."""
+    """One of the study's models with its training data.
+
+    Args:
+        name: name of the model in the study.
+        config: configuration of the model.
+        corpus: text to train on.
+        settings: settings of the study.
+    """
 
     def __init__(self, name: str, config: ModelConfig, corpus: Corpus, settings: Settings) -> None:
         self.name, self.config, self.corpus, self.settings = name, config, corpus, settings
         self.is_mlp = isinstance(config, MLPConfig)
         self.length = config.context if isinstance(config, MLPConfig) else settings.seq_len
-        self.rows = settings.batch * (8 if self.is_mlp else 1)  # one prediction per row, not one per token
+        self.rows = settings.batch * (
+            8 if self.is_mlp else 1
+        )  # The MLP predicts one token per row, so it needs more rows.
 
     def train_batch(self, seed: int, step: int) -> Batch:
-        """The training batch of a step."""
+        """Return the training batch of a step."""
         sample = context_batch_at if self.is_mlp else batch_at
         return sample(self.corpus.train, seed, step, self.rows, self.length)
 
     def fixed(self, count: int, *, held_out: bool = False) -> list[Batch]:
-        """Fixed batches, evenly spaced over the text."""
+        """Return ``count`` fixed batches, evenly spaced over the training or the held-out text."""
         tokens = self.corpus.validation if held_out else self.corpus.train
         batches = fixed_batches(tokens, count, self.rows, self.length)
         return [(x, y[:, -1].contiguous()) for x, y in batches] if self.is_mlp else batches
@@ -41,44 +50,52 @@ class Subject:
     def train(
         self, rules: str | Path, steps: int, seed: int, *, progress: Progress | None = None, snapshots: bool = False
     ) -> Arrays:
-        """Train from scratch; every 20th part of the way the held-out loss is recorded.
+        """Train the model from its initial parameters and record the held-out loss about 20 times.
+
+        Args:
+            rules: rules of the optimizer: name of a shipped set or path of a rules file.
+            steps: number of training steps.
+            seed: seed of the initial parameters and of the batches.
+            progress: called as the training advances.
+            snapshots: whether to return the parameters at ``CHECKPOINTS``.
 
         Returns:
-            ``loss_step`` and ``loss`` [k], and with ``snapshots`` the flat parameters ``theta`` [checkpoints, n].
+            ``loss_step`` and ``loss``, both [number of recorded losses], and, with ``snapshots``, the flat parameters
+            ``theta`` [checkpoints, n].
         """
         model = build(self.config, seed)
         optimizer = AdamMini(model, lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0.1, rules=rules)
         held_out = self.fixed(8, held_out=True)
-        at, losses, kept = [], [], [_flat(model)]
-        wanted = [round(share * steps) for share in CHECKPOINTS[1:]]
+        loss_steps, losses, saved_parameters = [], [], [_flat(model)]
+        snapshot_steps = [round(fraction * steps) for fraction in CHECKPOINTS[1:]]
         for step in range(steps):
-            warm = max(1, steps // 10)
-            rate = self.settings.lr * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+            warmup = max(1, steps // 10)
+            lr = self.settings.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
             lm_loss(model, self.train_batch(seed, step)).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if (step + 1) in wanted:
-                kept.append(_flat(model))
+            if (step + 1) in snapshot_steps:
+                saved_parameters.append(_flat(model))
             if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
                 with torch.no_grad():
                     losses.append(sum(lm_loss(model, b).item() for b in held_out) / len(held_out))
-                at.append(step + 1)
+                loss_steps.append(step + 1)
             if progress is not None and (step + 1) % 20 == 0:
                 progress(step + 1, steps, "training")
-        out: Arrays = {"loss_step": np.array(at), "loss": np.array(losses)}
-        return {**out, "theta": np.stack(kept)} if snapshots else out
+        out: Arrays = {"loss_step": np.array(loss_steps), "loss": np.array(losses)}
+        return {**out, "theta": np.stack(saved_parameters)} if snapshots else out
 
     def model_at(self, theta: np.ndarray) -> nn.Module:
-        """The float64 model with these flat parameters."""
+        """Return the model in float64 and eval mode with these flat parameters, [n]."""
         model = build(self.config, self.settings.seed).double()
         with torch.no_grad():
             nn.utils.vector_to_parameters(torch.from_numpy(theta).double(), model.parameters())
         return model.eval()
 
     def mean_square_gradients(self, model: nn.Module) -> dict[str, Tensor]:
-        """E[g^2] over fixed mini-batches of the training text, by parameter name."""
+        """Return parameter name -> mean squared gradient over fixed mini-batches of the training text."""
         sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         count = self.settings.gradient_batches
         for step in range(count):
@@ -90,5 +107,6 @@ class Subject:
 
 
 def _flat(model: nn.Module) -> np.ndarray:
+    """Return a copy of all parameters as one flat array."""
     flat: np.ndarray = nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy()
     return flat

@@ -1,1 +1,1 @@
-"""States of other partitions and other optimizers, made ours."""
+"""Convert state of other optimizers, and of ``AdamMini`` under other rules, to state of ``AdamMini``."""

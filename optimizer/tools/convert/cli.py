@@ -1,4 +1,4 @@
-"""``python -m optimizer convert IN OUT --model TARGET``: another optimizer's state in a file, made ours."""
+"""``python -m optimizer convert IN OUT --model TARGET``: convert a checkpoint's optimizer state to AdamMini's."""
 
 from __future__ import annotations
 
@@ -8,39 +8,45 @@ from typing import Any
 
 
 def add_command(subparsers: Any) -> None:
-    """Register ``convert`` with the command line's subparsers; the parsed arguments carry ``run``."""
+    """Register ``convert`` with the command line's subparsers. The parsed arguments have the attribute ``run``."""
     command = subparsers.add_parser(
         "convert",
-        help="a checkpoint of AdamW, Adam, adam-mini or other rules, made into one of AdamMini",
+        help="convert a checkpoint of AdamW, Adam, adam-mini or of other rules to AdamMini",
         description="Second moments become means over the new blocks; everything else in the file is carried over.",
     )
     command.add_argument(
         "source",
         metavar="IN",
-        help="file of torch.save, a state dict of an optimizer or around one; or "
-        "a folder of torch.distributed.checkpoint",
+        help="file of torch.save that is or contains the state dict of an optimizer, or a folder of "
+        "torch.distributed.checkpoint",
     )
     command.add_argument("out", metavar="OUT", help="file to write; may be IN")
     command.add_argument("--model", required=True, help="shipped name, config.json or its folder, or module:function")
     command.add_argument("--rules", default="adam_mini", help="shipped set or rules file (default: adam_mini)")
-    command.add_argument("--from", dest="kind", choices=("auto", "adam", "adam-mini", "ours"), default="auto",
-                         help="whose state it must be (default: what it looks like)")  # fmt: skip
-    command.add_argument("--key", help="where the optimizer's state is in the file, for example optimizers.0")
+    command.add_argument(
+        "--from",
+        dest="kind",
+        choices=("auto", "adam", "adam-mini", "ours"),
+        default="auto",
+        help="the optimizer that the state must be of (default: detected from the state)",
+    )
+    command.add_argument("--key", help="key of the optimizer's state in the file, for example optimizers.0")
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Carry out the parsed command and say what it did.
+    """Convert the file and print a summary.
 
     Raises:
-        ValueError, OSError: as ``convert_file``.
+        ValueError: the target is not a model, or the file's state cannot be converted.
+        OSError: a file cannot be read or written.
     """
     import torch
 
     from ..targets import load_target
     from .file import convert_file
 
-    with torch.device("meta"):  # a function that makes a model makes one without values
+    with torch.device("meta"):  # The model needs no values, only names and shapes.
         model = load_target(arguments.model)
     report = convert_file(
         arguments.source, arguments.out, model, arguments.rules, kind=arguments.kind, key=arguments.key

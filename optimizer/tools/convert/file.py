@@ -1,7 +1,7 @@
-"""A checkpoint file of Adam, AdamW, adam-mini or other rules, made into one of ours, a tensor at a time.
+"""Convert a checkpoint file of Adam, AdamW, adam-mini or of other rules to one of ``AdamMini``, tensor by tensor.
 
-The file is mapped, not read: first moments go from its pages to the new file's, second moments are read in pieces. What
-else is in the file (weights, schedules, counters) is carried over as it is.
+The file is mapped into memory, so that first moments are copied from its pages to the new file and second moments are
+read in slices. Everything else in the file (weights, schedules, counters) is copied unchanged.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ KINDS = ("auto", "adam", "adam-mini", "ours")
 
 @dataclass(frozen=True)
 class Report:
-    """What was converted.
+    """Summary of a conversion.
 
     Attributes:
-        kind: whose state it was: "adam" (Adam, AdamW), "adam-mini" (the published package), "ours".
-        rules: the rules the new state follows.
-        parameters: how many parameters have state.
-        rebuilt: for how many of them the second moment was rebuilt from block means; the others' were kept.
-        without: trainable parameters of the model that the file says nothing of.
-        values: second-moment values, before and after.
+        kind: the optimizer that wrote the state: "adam" (Adam, AdamW), "adam-mini" (the published package) or "ours".
+        rules: name of the rules of the new state.
+        parameters: number of parameters with state.
+        rebuilt: number of parameters whose second moment was rebuilt from block means. The others keep theirs.
+        without: trainable parameters of the model that have no state in the file.
+        values: number of second-moment values before and after the conversion.
     """
 
     kind: str
@@ -54,24 +54,30 @@ class Report:
 
 
 def convert_file(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], model: nn.Module, rules: str | Rules = "adam_mini",
-    *, kind: str = "auto", key: str | None = None,
-) -> Report:  # fmt: skip
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    model: nn.Module,
+    rules: str | Rules = "adam_mini",
+    *,
+    kind: str = "auto",
+    key: str | None = None,
+) -> Report:
     """Convert the optimizer state in a file.
 
     Args:
-        source: a file of ``torch.save`` with an optimizer's state dict or a dictionary that holds one, or a folder of
-            ``torch.distributed.checkpoint``, by whatever number of ranks.
-        target: the file to write; replaced at once when all is written, never half.
-        model: what the state belongs to; ``meta`` parameters will do. Its parameters are tagged.
-        rules: of the new state, as in ``AdamMini``.
-        kind: "auto", or whose state it must be: "adam", "adam-mini", "ours".
-        key: where the state is in the file, parts joined by dots; None to look for it.
+        source: a file of ``torch.save`` that is or contains the state dict of an optimizer, or a folder that
+            ``torch.distributed.checkpoint`` wrote with any number of ranks.
+        target: the file to write. It is replaced in one step after everything has been written to a temporary file.
+        model: the model that the state belongs to; its parameters may be on the meta device. They are tagged with their
+            roles, see ``optimizer.tag``.
+        rules: rules of the new state: name of a shipped set, path of a rules file, or ``Rules``.
+        kind: "adam", "adam-mini" or "ours" to refuse the state of any other optimizer; "auto" to accept all three.
+        key: keys that lead to the state in the file, joined by dots; None to search for the state.
 
     Raises:
-        ValueError: no such file format, no or several optimizer states, parameters that cannot be assigned, or state
-            that cannot be converted; nothing has been written then.
-        OSError: files that cannot be read or written.
+        ValueError: the file has an unknown format or contains no optimizer state or several, its parameters cannot be
+            matched with the model's, or its state cannot be converted. Nothing has been written in these cases.
+        OSError: a file cannot be read or written.
     """
     with tempfile.TemporaryDirectory(dir=Path(target).parent, prefix=f".{Path(target).name}.") as scratch:
         document = mapped_folder(source, Path(scratch)) if is_folder(source) else _mapped(source)
@@ -84,34 +90,38 @@ def convert_file(
 def converted(
     document: Mapping[str, Any], model: nn.Module, rules: str | Rules = "adam_mini", *, kind: str = "auto"
 ) -> tuple[dict[str, Any], Report]:
-    """An optimizer's state dict as one of ours; first moments are the document's own tensors.
+    """Convert an optimizer's state dict to one of ``AdamMini``.
 
     Args:
-        document: the state dict, not changed.
-        model: as for ``convert_file``.
-        rules: as for ``convert_file``.
-        kind: as for ``convert_file``.
+        document: the state dict; it is not changed.
+        model: the model that the state belongs to; its parameters may be on the meta device. They are tagged with their
+            roles, see ``optimizer.tag``.
+        rules: rules of the new state: name of a shipped set, path of a rules file, or ``Rules``.
+        kind: "adam", "adam-mini" or "ours" to refuse the state of any other optimizer; "auto" to accept all three.
+
+    Returns:
+        (new state dict, report). The new state dict contains the first moments of ``document``, not copies of them.
 
     Raises:
-        ValueError: as for ``convert_file``.
+        ValueError: the document's parameters cannot be matched with the model's, or its state cannot be converted.
     """
-    found = kind_of(document)
-    if kind not in ("auto", found):
-        raise ValueError(f"--from {kind}, but the file holds a state of {found!r}; leave it at auto")
+    actual_kind = kind_of(document)
+    if kind not in ("auto", actual_kind):
+        raise ValueError(f"--from {kind}, but the file contains a state of {actual_kind!r}; leave it at auto")
     tag(model)
     groups = _named_groups(document, model)
     optimizer = AdamMini([{"params": pairs} for pairs in groups], rules=rules)
     slots = matching.slots_of(optimizer.param_groups, optimizer.layouts)
     sources = matching.matched(optimizer.param_groups, slots, document)
     options, _ = matching.options_of(optimizer.param_groups, slots, sources, document)
-    named = matching.rules_named(document)
-    others = named is not None and not checkpoint.same_rules(named, optimizer.rules)
+    saved_rules = matching.rules_named(document)
+    rules_differ = saved_rules is not None and not checkpoint.same_rules(saved_rules, optimizer.rules)
     states, rebuilds, before, after = {}, 0, 0, 0
     for index, (slot, origin) in enumerate(zip(slots, sources, strict=True)):
         if document["state"].get(origin.key):
             saved = read(document["state"][origin.key], slot.parameter.shape, slot.where)
-            states[index], changed = _state(slot, saved, others)
-            rebuilds += changed
+            states[index], was_rebuilt = _converted_state(slot, saved, rules_differ)
+            rebuilds += was_rebuilt
             before, after = before + saved.exp_avg_sq.numel(), after + states[index]["exp_avg_sq"].numel()
     names = {slot.name for slot in slots}
     without = tuple(n for n, p in model.named_parameters() if p.requires_grad and clean(n) not in names)
@@ -119,64 +129,74 @@ def converted(
         "state": states,
         "param_groups": [{**group, "rules": checkpoint.identity(optimizer.rules)} for group in options],
     }
-    return new, Report(found, optimizer.rules.name, len(states), rebuilds, without, (before, after))
+    return new, Report(actual_kind, optimizer.rules.name, len(states), rebuilds, without, (before, after))
 
 
 def kind_of(document: Mapping[str, Any]) -> str:
-    """Whose state it is: "adam", "adam-mini" or "ours"."""
+    """Return which optimizer wrote the state: "adam", "adam-mini" or "ours"."""
     if any(is_published(state) for state in document["state"].values()):
         return "adam-mini"
     return "ours" if matching.rules_named(document) else "adam"
 
 
-def _state(slot: matching.Slot, saved: Saved, others: bool) -> tuple[dict[str, Any], bool]:
-    """The new state of one parameter, and whether its second moment had to be rebuilt."""
+def _converted_state(slot: matching.Slot, saved: Saved, rules_differ: bool) -> tuple[dict[str, Any], bool]:
+    """Return the new state of one parameter, and whether its second moment was rebuilt from block means."""
     shape, v = tuple(slot.parameter.shape), saved.exp_avg_sq
     if not spreads(v.shape, shape):
         raise ValueError(
             f"exp_avg_sq of {slot.where} has shape {tuple(v.shape)} in the file, which no partition of a parameter of "
             f"shape {shape} has; is it a checkpoint of another model?"
         )
-    other_blocks = checkpoint.offence_of(slot, saved, others) is not None
-    if other_blocks or tuple(v.shape) != slot.aligned:
-        assert slot.blocks is not None  # the optimizer was built from whole parameters above
+    blocks_differ = checkpoint.offence_of(slot, saved, rules_differ) is not None
+    if blocks_differ or tuple(v.shape) != slot.aligned:
+        assert slot.blocks is not None  # ``converted`` built the optimizer from whole parameters.
         v = rebuilt(v, slot.blocks, shape, second_moment_dtype(slot.parameter))
     state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, "exp_avg_sq": v, **saved.others}
     if saved.scale is not None:
         state["exp_avg_scale"] = saved.scale
     if saved.compensation is not None:
         state["compensation"] = saved.compensation
-    return state, other_blocks
+    return state, blocks_differ
 
 
 def _named_groups(document: Mapping[str, Any], model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
-    """The file's groups as (name, parameter) pairs; those of the published package joined where their decay agrees.
+    """Return the file's groups as lists of (name, parameter).
+
+    The published package writes one group per parameter. Its groups are joined if they have the same weight decay.
 
     Raises:
-        ValueError: names the model does not have, or no names and no sure way to assign the parameters.
+        ValueError: the file has names that the model does not have, or it has no names and its parameters cannot be
+            matched with the model's in exactly one way.
     """
     parameters = {clean(name): p for name, p in model.named_parameters()}
     names = matching.saved_names(document)
     if not all(names):
         return _assigned(document, model)
     if matching.written_by_published(document):
-        lower = {name.lower(): name for name in parameters}
-        names = [lower.get(name.lower(), name) for name in names]
+        by_lower_name = {name.lower(): name for name in parameters}
+        names = [by_lower_name.get(name.lower(), name) for name in names]
     if unknown := [name for name in names if name not in parameters]:
         raise ValueError(
             f"the model has no parameter {', '.join(unknown[:3])} ({len(unknown)} of the file's {len(names)} are "
             "unknown); pass the model the checkpoint was made with"
         )
     groups: dict[Any, list[tuple[str, nn.Parameter]]] = {}
-    rest = iter(names)
+    remaining_names = iter(names)
     for g, group in enumerate(document["param_groups"]):
-        which = ("decay", group.get("weight_decay")) if matching.written_by_published(document) else g
-        groups.setdefault(which, []).extend((n, parameters[n]) for n in islice(rest, len(group["params"])))
+        key = ("decay", group.get("weight_decay")) if matching.written_by_published(document) else g
+        group_names = islice(remaining_names, len(group["params"]))
+        groups.setdefault(key, []).extend((name, parameters[name]) for name in group_names)
     return list(groups.values())
 
 
 def _assigned(document: Mapping[str, Any], model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
-    """Names for a file without any: the usual ways to make groups, the one whose shapes are the file's."""
+    """Name the parameters of a file without names.
+
+    The names are those of the only usual way of grouping the model's parameters whose shapes match the file's.
+
+    Raises:
+        ValueError: no usual way of grouping matches, or more than one does.
+    """
     fitting: list[list[list[tuple[str, nn.Parameter]]]] = []
     for groups in usual(model, len(document["param_groups"])):
         if fits(groups, document) and groups not in fitting:
@@ -192,11 +212,11 @@ def _assigned(document: Mapping[str, Any], model: nn.Module) -> list[list[tuple[
 
 
 def _mapped(source: str | os.PathLike[str]) -> Any:
-    """The file's contents, tensors still in the file."""
+    """Map a file of ``torch.save`` into memory and return its contents."""
     if Path(source).is_dir():
         raise ValueError(
             f"{os.fspath(source)!r} is a folder without .metadata, so torch.distributed.checkpoint did not finish it; "
-            "give a folder that it finished, or a file of torch.save"
+            "pass a folder that it finished, or a file of torch.save"
         )
     try:
         return torch.load(source, map_location="cpu", mmap=True, weights_only=True)
@@ -208,10 +228,10 @@ def _mapped(source: str | os.PathLike[str]) -> Any:
     except OSError as error:
         if error.filename is not None:
             raise
-        # A file that was cut: its own table of contents points beyond its end, and the system names no file.
+        # The file was truncated: its table of contents points beyond its end, and the system's error names no file.
         raise ValueError(
             f"{os.fspath(source)!r} is damaged or cut, {Path(source).stat().st_size} bytes long ({error}); copy it "
-            "again, or take an earlier checkpoint"
+            "again, or use an earlier checkpoint"
         ) from error
 
 
@@ -227,23 +247,28 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _find(document: Any, key: str | None, source: Any) -> tuple[Any, ...]:
-    """Where the optimizer's state is: at the top, or up to two levels down."""
-    slots: dict[tuple[Any, ...], Any] = {(): document}
+    """Return the keys that lead to the optimizer's state, which is at the top or up to two levels below it.
+
+    Raises:
+        ValueError: there is no optimizer state at ``key``; or ``key`` is None, and there is none or several.
+    """
+    values: dict[tuple[Any, ...], Any] = {(): document}
     for _ in range(2):
-        slots |= {(*path, k): child for path, value in slots.items() if not _is_state(value)
-                   for k, child in _children(value)}  # fmt: skip
-    found = [path for path, value in slots.items() if _is_state(value)]
-    shown = {".".join(map(str, path)): path for path in found}
+        values |= {
+            (*path, k): child for path, value in values.items() if not _is_state(value) for k, child in _children(value)
+        }
+    paths = [path for path, value in values.items() if _is_state(value)]
+    by_key = {".".join(map(str, path)): path for path in paths}
     if key is not None:
-        if key not in shown:
-            raise ValueError(f"--key {key!r} is no optimizer state in {os.fspath(source)!r}; found {list(shown)}")
-        return shown[key]
-    if len(found) != 1:
+        if key not in by_key:
+            raise ValueError(f"--key {key!r} is no optimizer state in {os.fspath(source)!r}; found {list(by_key)}")
+        return by_key[key]
+    if len(paths) != 1:
         listing = (
-            f" ({', '.join(shown)}); choose one with --key" if found else ": no dictionary has state and param_groups"
+            f" ({', '.join(by_key)}); choose one with --key" if paths else ": no dictionary has state and param_groups"
         )
-        raise ValueError(f"{os.fspath(source)!r} holds {len(found)} optimizer states{listing}")
-    return found[0]
+        raise ValueError(f"{os.fspath(source)!r} holds {len(paths)} optimizer states{listing}")
+    return paths[0]
 
 
 def _at(document: Any, path: tuple[Any, ...]) -> Any:
@@ -253,7 +278,7 @@ def _at(document: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _replaced(document: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """The document with another value at the path; the original is not changed."""
+    """Return a copy of the document with a new value at the path. The original is not changed."""
     if not path:
         return new
     if isinstance(document, Mapping):
@@ -262,14 +287,14 @@ def _replaced(document: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def _write(document: Any, target: Path) -> None:
-    """Write beside the target, then put it in slot at once."""
+    """Write to a temporary file in the target's folder, then replace the target in one step."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
-        torch.save(document, name)  # by its name: a file object would get each tensor as a copy
+        torch.save(document, name)  # Passed a file object, torch would copy each tensor first.
         os.fsync(handle)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # as open() would have made it; mkstemp's files are private
+        os.chmod(name, 0o666 & ~umask)  # The mode that open() sets; files of mkstemp are private.
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(OSError):

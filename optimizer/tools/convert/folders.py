@@ -1,7 +1,7 @@
-"""Folders of torch.distributed.checkpoint, put together in files that are mapped, not read.
+"""Read folders of torch.distributed.checkpoint into mapped files.
 
-Every tensor of the folder is laid out whole in a scratch file of its own, so that memory holds pages the system can let
-go again, whatever number of ranks had written the folder.
+Every tensor of the folder is written whole to a scratch file of its own, however many ranks wrote the folder. The files
+are mapped into memory, so that the operating system can write their pages back and free them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 
 def is_folder(source: str | os.PathLike[str]) -> bool:
-    """Whether this is what ``torch.distributed.checkpoint.save`` leaves."""
+    """Return whether the path is a folder that ``torch.distributed.checkpoint.save`` finished."""
     return Path(source, ".metadata").is_file()
 
 
 def mapped_folder(source: str | os.PathLike[str], scratch: Path) -> Any:
-    """The folder's document, tensors whole and in files under ``scratch``.
+    """Return the document that the folder contains. Its tensors are whole and mapped from files under ``scratch``.
 
     Optimizer state that was flattened by name (``StateDictOptions(flatten_optimizer_state_dict=True)``, torchtitan) is
-    nested again, with one group for each set of options.
+    nested again, with one parameter group for each distinct set of options.
 
     Raises:
         ValueError: the folder is damaged.
@@ -36,9 +36,9 @@ def mapped_folder(source: str | os.PathLike[str], scratch: Path) -> Any:
 
     try:
         metadata = dcp.FileSystemReader(source).read_metadata()
-    except Exception as error:  # whatever its pickle raises
+    except Exception as error:  # Unpickling a damaged file can raise any exception.
         raise ValueError(
-            f"{os.fspath(source)!r} has a .metadata that cannot be read ({error}); take an earlier checkpoint"
+            f"{os.fspath(source)!r} has a .metadata that cannot be read ({error}); use an earlier checkpoint"
         ) from error
     _require_files(Path(source), metadata)
     flat: dict[str, Any] = {}
@@ -47,10 +47,10 @@ def mapped_folder(source: str | os.PathLike[str], scratch: Path) -> Any:
         flat[key] = _mapped(scratch / str(number), stored) if is_tensor else 0
     try:
         dcp.load(flat, storage_reader=dcp.FileSystemReader(source), no_dist=True)
-    except CheckpointException as error:  # no Exception: it would pass every handler above
+    except CheckpointException as error:  # A BaseException, which ``except Exception`` misses.
         failure = next(iter(error.failures.values()))[0]
         why = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        raise ValueError(f"{os.fspath(source)!r} cannot be read ({why}); take an earlier checkpoint") from error
+        raise ValueError(f"{os.fspath(source)!r} cannot be read ({why}); use an earlier checkpoint") from error
     paths = metadata.planner_data or {}
     document: dict[Any, Any] = {}
     for key, value in flat.items():
@@ -59,23 +59,24 @@ def mapped_folder(source: str | os.PathLike[str], scratch: Path) -> Any:
 
 
 def _require_files(folder: Path, metadata: Any) -> None:
-    """Every file that the metadata names is there, as long as it has to be.
+    """Check that every file that the metadata names exists and is long enough.
 
     Raises:
-        ValueError: one is missing or cut, by its name.
+        ValueError: a file is missing or truncated. The message contains its path.
     """
     for stored in (metadata.storage_data or {}).values():
-        path, least = folder / stored.relative_path, stored.offset + stored.length
+        path, least_size = folder / stored.relative_path, stored.offset + stored.length
         if not path.is_file():
             raise ValueError(f"{str(path)!r} is missing, though .metadata names it; copy the whole folder again")
-        if path.stat().st_size < least:
+        if path.stat().st_size < least_size:
             raise ValueError(
-                f"{str(path)!r} is cut: {path.stat().st_size} bytes, at least {least} are needed; copy it again, or "
-                "take an earlier checkpoint"
+                f"{str(path)!r} is cut: {path.stat().st_size} bytes, at least {least_size} are needed; copy it again, "
+                "or use an earlier checkpoint"
             )
 
 
 def _mapped(path: Path, stored: Any) -> Tensor:
+    """Return a tensor of the stored shape and dtype that is mapped from a new file."""
     dtype, size = stored.properties.dtype, tuple(stored.size)
     if prod(size) == 0:
         return torch.empty(size, dtype=dtype)
@@ -83,13 +84,14 @@ def _mapped(path: Path, stored: Any) -> Tensor:
 
 
 def _put(document: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    """Store a value in nested dictionaries, which are created as needed."""
     for key in path[:-1]:
         document = document.setdefault(key, {})
     document[path[-1]] = value
 
 
 def _nested(value: Any) -> Any:
-    """Lists where the keys are 0, 1, ...; optimizer state as ``state_dict`` has it."""
+    """Turn dictionaries with the keys 0, 1, ... into lists, and flattened optimizer state into a nested state dict."""
     if not isinstance(value, Mapping):
         return value
     keys = list(value)
@@ -102,7 +104,7 @@ def _nested(value: Any) -> Any:
 
 
 def _by_parameter(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """From "state.NAME.exp_avg" and "param_groups.NAME.lr" to states and groups."""
+    """Turn "state.NAME.exp_avg" and "param_groups.NAME.lr" into a state dict with one group per set of options."""
     states: dict[str, dict[str, Any]] = {}
     options: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -110,7 +112,7 @@ def _by_parameter(flat: Mapping[str, Any]) -> dict[str, Any]:
         name, _, leaf = rest.rpartition(".")
         (states if kind == "state" else options).setdefault(name, {})[leaf] = value
     groups: dict[str, dict[str, Any]] = {}
-    for name, own in options.items():
-        same = json.dumps({k: str(v) for k, v in sorted(own.items())})
-        groups.setdefault(same, {**own, "params": []})["params"].append(name)
+    for name, group_options in options.items():
+        key = json.dumps({k: str(v) for k, v in sorted(group_options.items())})
+        groups.setdefault(key, {**group_options, "params": []})["params"].append(name)
     return {"state": states, "param_groups": list(groups.values())}

@@ -1,4 +1,4 @@
-"""What every parameter of a model is taken for, which blocks it has under a rule set, and why."""
+"""Explain the role that every parameter of a model has, its blocks under a rule set, and the reasons."""
 
 from .rows import compare, explain, explanation
 

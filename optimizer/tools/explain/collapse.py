@@ -1,4 +1,4 @@
-"""One name for many: parameters that differ in the index of their layer alone."""
+"""Merge the names of parameters that differ only in the index of their layer."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _Indices = tuple[frozenset[int], ...]
 
 
 def collapse_names(names: Sequence[str], likeness: Sequence[Hashable]) -> list[tuple[str, list[int]]]:
-    """Group names that are equal but for whole components that are numbers.
+    """Group names that differ only in components that are numbers.
 
     Args:
-        names: dotted names, each once.
-        likeness: what else must be equal for two names to be grouped.
+        names: dotted names without duplicates.
+        likeness: a key for each name. Names are grouped only if their keys are equal.
 
     Returns:
-        (name, positions in ``names``) of every group, in order of first appearance. Every combination of the indices
-        in a name such as ``layers.{0..3,8}.experts.{0..7}.w1`` is in its group.
+        (name, positions in ``names``) of every group, in order of first appearance. A group whose name is, for example,
+        ``layers.{0..3,8}.experts.{0..7}.w1`` contains every combination of these indices.
     """
     templates: dict[tuple[str, Hashable], dict[tuple[int, ...], int]] = {}
     for position, (name, like) in enumerate(zip(names, likeness, strict=True)):
@@ -26,10 +26,12 @@ def collapse_names(names: Sequence[str], likeness: Sequence[Hashable]) -> list[t
     out = []
     for (template, _), members in templates.items():
         for sets in _products(members):
-            inside = [
-                where for indices, where in members.items() if all(i in s for i, s in zip(indices, sets, strict=True))
+            positions = [
+                position
+                for indices, position in members.items()
+                if all(i in s for i, s in zip(indices, sets, strict=True))
             ]
-            out.append((_written(template, sets), inside))
+            out.append((_format_name(template, sets), positions))
     return out
 
 
@@ -38,18 +40,18 @@ def _is_index(part: str) -> bool:
 
 
 def _products(members: Iterable[tuple[int, ...]]) -> list[_Indices]:
-    """Index tuples as few products of sets, merged one place at a time, the innermost first."""
+    """Write index tuples as few Cartesian products of sets. Components are merged one by one, the innermost first."""
     products: list[_Indices] = [tuple(frozenset((index,)) for index in indices) for indices in members]
-    for place in reversed(range(len(products[0]))):
+    for axis in reversed(range(len(products[0]))):
         merged: dict[tuple[_Indices, _Indices], set[int]] = {}
         for sets in products:
-            merged.setdefault((sets[:place], sets[place + 1 :]), set()).update(sets[place])
+            merged.setdefault((sets[:axis], sets[axis + 1 :]), set()).update(sets[axis])
         products = [(*before, frozenset(union), *after) for (before, after), union in merged.items()]
     return products
 
 
-def _written(template: str, sets: _Indices) -> str:
-    """The template with its indices: 3, {0..31}, or {0..2,5}."""
+def _format_name(template: str, sets: _Indices) -> str:
+    """Fill the template with its sets of indices, which are written as 3, {0..31} or {0..2,5}."""
     remaining = iter(sets)
     return ".".join(_set_text(next(remaining)) if part == "#" else part for part in template.split("."))
 

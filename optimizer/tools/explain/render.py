@@ -1,4 +1,4 @@
-"""Explanations and comparisons as plain text, as a table of rich's, and as JSON: three views of the same rows."""
+"""Render explanations and comparisons as plain text, as a ``rich`` table, and as JSON."""
 
 from __future__ import annotations
 
@@ -12,85 +12,115 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _HEADER = (
-    "parameter", "count", "shape", "role", "unit", "blocks", "m bytes", "v bytes", "all blocks", "all bytes",
-    "decay", "why",
-)  # fmt: skip
+    "parameter",
+    "count",
+    "shape",
+    "role",
+    "unit",
+    "blocks",
+    "m bytes",
+    "v bytes",
+    "all blocks",
+    "all bytes",
+    "decay",
+    "why",
+)
 _DIFF_HEADER = (
-    "parameter", "count", "shape", "role", "unit", "new unit", "blocks", "new blocks", "change", "all change",
-)  # fmt: skip
+    "parameter",
+    "count",
+    "shape",
+    "role",
+    "unit",
+    "new unit",
+    "blocks",
+    "new blocks",
+    "change",
+    "all change",
+)
 _NUMBERS = {"count", "blocks", "new blocks", "m bytes", "v bytes", "all blocks", "all bytes", "change", "all change"}
 _SPARE = ("m bytes", "v bytes", "all blocks", "change", "decay", "why", "shape", "role", "count")
-"""What a narrow terminal does without, in this order; the closing lines say so."""
-_FOLDED_WHY = 26  # characters in which a reason can still be read
+"""Columns that are left out on a narrow terminal, in this order. The closing lines name those that were left out."""
+_FOLDED_WHY = 26  # width in characters to which the column of reasons may shrink and stay readable
 
 
-def explanation_text(found: Explanation) -> str:
-    """The table as plain text, whatever the width."""
-    return "\n".join([_title(found), *_aligned(_HEADER, _cells(found)), "", *_summary(found)])
+def explanation_text(explanation: Explanation) -> str:
+    """Return the explanation as plain text with all columns, however wide it is."""
+    return "\n".join([_title(explanation), *_aligned(_HEADER, _cells(explanation)), "", *_summary(explanation)])
 
 
-def explanation_table(found: Explanation, width: int) -> tuple[str, Table, list[str]]:
-    """(title, table of rich's that fits ``width`` characters, closing lines)."""
-    table, note = _rich(_HEADER, _cells(found), width)
-    return _title(found), table, _summary(found) + note
+def explanation_table(explanation: Explanation, width: int) -> tuple[str, Table, list[str]]:
+    """Return (title, ``rich`` table that fits ``width`` characters, closing lines)."""
+    table, note = _rich(_HEADER, _cells(explanation), width)
+    return _title(explanation), table, _summary(explanation) + note
 
 
-def explanation_json(found: Explanation) -> dict[str, Any]:
-    """The whole explanation, one entry per row, as one JSON document."""
-    totals = found.totals
+def explanation_json(explanation: Explanation) -> dict[str, Any]:
+    """Return the explanation as one JSON-able document with one entry per row."""
+    totals = explanation.totals
     return {
-        "rules": {key: value for key, value in found.rules.to_dict().items() if key != "evidence"},
-        "parameters": [_entry(row) for row in found.rows],
+        "rules": {key: value for key, value in explanation.rules.to_dict().items() if key != "evidence"},
+        "parameters": [_entry(row) for row in explanation.rows],
         "totals": {**dataclasses.asdict(totals), "state_bytes": totals.state_bytes},
     }
 
 
-def comparison_text(found: Comparison) -> str:
-    """The parameters whose layouts differ, as plain text."""
-    rows = _aligned(_DIFF_HEADER, _diff_cells(found)) if found.changes else []
-    return "\n".join([_diff_title(found), *rows, *_diff_summary(found)])
+def comparison_text(comparison: Comparison) -> str:
+    """Return the parameters whose layouts differ as plain text."""
+    rows = _aligned(_DIFF_HEADER, _diff_cells(comparison)) if comparison.changes else []
+    return "\n".join([_diff_title(comparison), *rows, *_diff_summary(comparison)])
 
 
-def comparison_table(found: Comparison, width: int) -> tuple[str, Table, list[str]]:
-    """(title, table of rich's, closing lines)."""
-    table, note = _rich(_DIFF_HEADER, _diff_cells(found), width)
-    return _diff_title(found), table, _diff_summary(found) + note
+def comparison_table(comparison: Comparison, width: int) -> tuple[str, Table, list[str]]:
+    """Return (title, ``rich`` table that fits ``width`` characters, closing lines)."""
+    table, note = _rich(_DIFF_HEADER, _diff_cells(comparison), width)
+    return _diff_title(comparison), table, _diff_summary(comparison) + note
 
 
-def comparison_json(found: Comparison) -> dict[str, Any]:
-    """The comparison as one JSON document."""
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the comparison as one JSON-able document."""
     return {
-        "rules": [found.left.name, found.right.name],
-        "differences": [dataclasses.asdict(difference) for difference in found.left.diff(found.right)],
+        "rules": [comparison.left.name, comparison.right.name],
+        "differences": [dataclasses.asdict(difference) for difference in comparison.left.diff(comparison.right)],
         "parameters": [
-            {"name": change.left.name, "left": _entry(change.left), "right": _entry(change.right),
-             "bytes_change": change.bytes_change}
-            for change in found.changes
+            {
+                "name": change.left.name,
+                "left": _entry(change.left),
+                "right": _entry(change.right),
+                "bytes_change": change.bytes_change,
+            }
+            for change in comparison.changes
         ],
-    }  # fmt: skip
+    }
 
 
-def _title(found: Explanation) -> str:
-    own = [f"{override.pattern} -> {override.unit.value}" for override in found.rules.overrides]
-    return f"rules: {found.rules.name}" + (f" (overrides: {', '.join(own)})" if own else "")
+def _title(explanation: Explanation) -> str:
+    overrides = [f"{override.pattern} -> {override.unit.value}" for override in explanation.rules.overrides]
+    return f"rules: {explanation.rules.name}" + (f" (overrides: {', '.join(overrides)})" if overrides else "")
 
 
-def _cells(found: Explanation) -> list[tuple[str, ...]]:
+def _cells(explanation: Explanation) -> list[tuple[str, ...]]:
     return [
         (
-            ("" if row.recognised else "! ") + row.name, f"{row.count:,}", _shape(row), _roles(row),
+            ("" if row.recognised else "! ") + row.name,
+            f"{row.count:,}",
+            _shape(row),
+            _roles(row),
             "+".join(row.units),
-            f"{row.n_blocks:,}", f"{row.exp_avg_bytes:,}", f"{row.exp_avg_sq_bytes:,}",
-            f"{row.count * row.n_blocks:,}", f"{row.count * row.state_bytes:,}",
-            "frozen" if not row.trainable else "yes" if row.decays else "no", row.why,
+            f"{row.n_blocks:,}",
+            f"{row.exp_avg_bytes:,}",
+            f"{row.exp_avg_sq_bytes:,}",
+            f"{row.count * row.n_blocks:,}",
+            f"{row.count * row.state_bytes:,}",
+            "frozen" if not row.trainable else "yes" if row.decays else "no",
+            row.why,
         )
-        for row in found.rows
-    ]  # fmt: skip
+        for row in explanation.rows
+    ]
 
 
-def _summary(found: Explanation) -> list[str]:
-    """The last lines: how many scalars, how many bytes, against AdamW."""
-    sums = found.totals
+def _summary(explanation: Explanation) -> list[str]:
+    """Return the last lines: numbers of scalars and bytes, and a comparison with AdamW."""
+    sums = explanation.totals
     saved = sums.adamw_bytes - sums.state_bytes
     out = [
         f"{sums.parameters:,} parameters, {sums.elements:,} elements, {sums.blocks:,} second-moment scalars "
@@ -108,45 +138,63 @@ def _summary(found: Explanation) -> list[str]:
     return out
 
 
-def _diff_title(found: Comparison) -> str:
-    return f"rules: {found.left.name} -> {found.right.name}"
+def _diff_title(comparison: Comparison) -> str:
+    return f"rules: {comparison.left.name} -> {comparison.right.name}"
 
 
-def _diff_cells(found: Comparison) -> list[tuple[str, ...]]:
+def _diff_cells(comparison: Comparison) -> list[tuple[str, ...]]:
     return [
         (
-            left.name, f"{left.count:,}", _shape(left), _roles(left), "+".join(left.units), "+".join(right.units),
-            f"{left.n_blocks:,}", f"{right.n_blocks:,}", f"{change.bytes_change:+,}",
+            left.name,
+            f"{left.count:,}",
+            _shape(left),
+            _roles(left),
+            "+".join(left.units),
+            "+".join(right.units),
+            f"{left.n_blocks:,}",
+            f"{right.n_blocks:,}",
+            f"{change.bytes_change:+,}",
             f"{left.count * change.bytes_change:+,}",
         )
-        for change in found.changes
+        for change in comparison.changes
         for left, right in ((change.left, change.right),)
-    ]  # fmt: skip
+    ]
 
 
-def _diff_summary(found: Comparison) -> list[str]:
-    if not found.changes:
+def _diff_summary(comparison: Comparison) -> list[str]:
+    if not comparison.changes:
         return ["no parameter's layout differs"]
-    count = sum(change.left.count for change in found.changes)
+    count = sum(change.left.count for change in comparison.changes)
     blocks = [
         sum(row.count * row.n_blocks for row in rows)
-        for rows in zip(*((c.left, c.right) for c in found.changes), strict=True)
+        for rows in zip(*((c.left, c.right) for c in comparison.changes), strict=True)
     ]
-    change = sum(change.left.count * change.bytes_change for change in found.changes)
+    change = sum(change.left.count * change.bytes_change for change in comparison.changes)
     return ["", f"{count:,} parameters differ: {blocks[0]:,} -> {blocks[1]:,} scalars, {change:+,} bytes of state"]
 
 
 def _entry(row: Row) -> dict[str, Any]:
-    """A row as JSON-able values; the numbers are of one parameter."""
+    """Return a row as JSON-able values. The numbers are those of one parameter."""
     return {
-        "name": row.name, "count": row.count, "shape": list(row.shape), "dtype": row.dtype,
-        "roles": [role.value for role in row.roles], "units": list(row.units), "blocks": row.n_blocks,
-        "axis": row.layout.axis, "leading": list(row.layout.leading),
+        "name": row.name,
+        "count": row.count,
+        "shape": list(row.shape),
+        "dtype": row.dtype,
+        "roles": [role.value for role in row.roles],
+        "units": list(row.units),
+        "blocks": row.n_blocks,
+        "axis": row.layout.axis,
+        "leading": list(row.layout.leading),
         "runs": {"segments": [list(pair) for pair in row.layout.runs.segments], "repeat": row.layout.runs.repeat},
-        "exp_avg_bytes": row.exp_avg_bytes, "exp_avg_sq_bytes": row.exp_avg_sq_bytes, "adamw_bytes": row.adamw_bytes,
-        "weight_decay": row.decays, "trainable": row.trainable, "recognised": row.recognised,
-        "override": row.override, "why": row.why,
-    }  # fmt: skip
+        "exp_avg_bytes": row.exp_avg_bytes,
+        "exp_avg_sq_bytes": row.exp_avg_sq_bytes,
+        "adamw_bytes": row.adamw_bytes,
+        "weight_decay": row.decays,
+        "trainable": row.trainable,
+        "recognised": row.recognised,
+        "override": row.override,
+        "why": row.why,
+    }
 
 
 def _shape(row: Row) -> str:
@@ -158,7 +206,7 @@ def _roles(row: Row) -> str:
 
 
 def _aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of equal column widths, numbers to the right, the last column free."""
+    """Return lines with aligned columns. Numbers are aligned to the right, the last column has no padding."""
     lines = [header, *cells]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     out = []
@@ -172,7 +220,7 @@ def _aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]
 
 
 def _rich(header: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> tuple[Table, list[str]]:
-    """A table that fits ``width`` characters, and a closing line that names the columns that did not."""
+    """Return a table that fits ``width`` characters, and a line that names the columns left out, if any."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -190,6 +238,6 @@ def _rich(header: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> 
         table.add_column(title, justify="right" if right else "left", overflow="fold", no_wrap=right)
     for line in cells:
         shown = [cell for title, cell in zip(header, line, strict=True) if title in needed]
-        # Text, because "[Q|K|V]" is not meant as markup
+        # Text, because rich would read "[Q|K|V]" as markup.
         table.add_row(*map(Text, shown), style="bold red" if line[0].startswith("! ") else "")
-    return table, [f"left out for want of width: {', '.join(left_out)} (--json has all)"] if left_out else []
+    return table, [f"left out to fit the width: {', '.join(left_out)} (--json has all)"] if left_out else []

@@ -1,4 +1,4 @@
-"""A model under a rule set as rows that a person can check: every parameter, its blocks, its bytes, and why."""
+"""Describe a model under a rule set, one row per parameter: its role, blocks, bytes of state, and the reasons."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .collapse import collapse_names
 
 @dataclass(frozen=True)
 class Row:
-    """A parameter under the rules, or several that differ in their layer's index alone.
+    """A parameter under the rules, or several parameters that differ only in the index of their layer.
 
     Attributes:
-        name: the parameter's name; ``layers.{0..31}.attn.wq.weight`` for several.
-        count: how many parameters the row stands for. All numbers below are of one of them.
-        shape: its shape.
-        dtype: its dtype.
-        roles: what its parts do, in order.
-        units: what shares a scalar, in the same order.
-        layout: how it falls into blocks.
+        name: the parameter's name; a pattern such as ``layers.{0..31}.attn.wq.weight`` for several parameters.
+        count: number of parameters that the row describes. All other numbers are those of one parameter.
+        shape: shape of the parameter.
+        dtype: dtype of the parameter, without the prefix ``torch.``.
+        roles: roles of the parameter's parts, in order.
+        units: names of the units whose elements share a scalar, without duplicates, in the order of the parts.
+        layout: division of the parameter into blocks.
         exp_avg_bytes: bytes of the first moment, in the parameter's dtype; 0 for a frozen parameter.
-        exp_avg_sq_bytes: bytes of the aligned second moment as stored; likewise.
-        adamw_bytes: bytes of both moments of torch's AdamW, in the parameter's dtype; likewise.
+        exp_avg_sq_bytes: bytes of the stored second moment, aligned with the layout's axis; 0 for a frozen parameter.
+        adamw_bytes: bytes of both moments of torch's AdamW, in the parameter's dtype; 0 for a frozen parameter.
         decays: whether weight decay applies.
         trainable: False for a frozen parameter, which has a layout but no state.
-        recognised: whether the role is known (and the heads, where the rules ask for them).
-        override: the pattern of the rules that gave it its unit, if one did.
-        why: why it was taken for this, and what is particular about its layout.
+        recognised: whether the role is known, and the heads too if the rules need them.
+        override: pattern of the override that determines the unit; None if no override matches.
+        why: why the parameter has this role, and the note of its layout.
     """
 
     name: str
@@ -73,18 +73,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all rows; frozen parameters count apart, for they have no state.
+    """Sums over all rows. Frozen parameters are counted separately, because they have no state.
+
+    The bytes exclude the 4-byte ``step`` of each tensor, for Adam-mini and for AdamW.
 
     Attributes:
-        parameters: trainable tensors.
-        elements: their elements.
-        blocks: their second-moment scalars.
+        parameters: number of trainable tensors.
+        elements: number of their elements.
+        blocks: number of their second-moment scalars.
         exp_avg_bytes: bytes of the first moments.
         exp_avg_sq_bytes: bytes of the second moments as stored.
-        adamw_bytes: bytes of both moments of torch's AdamW. The 4-byte step of each tensor is in neither.
-        frozen: frozen tensors.
-        frozen_elements: their elements.
-        unrecognised: weights that nobody recognised.
+        adamw_bytes: bytes of both moments of torch's AdamW.
+        frozen: number of frozen tensors.
+        frozen_elements: number of their elements.
+        unrecognised: number of weights whose role is unknown.
     """
 
     parameters: int
@@ -105,22 +107,23 @@ class Totals:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A whole model under a set of rules.
+    """A whole model under a rule set.
 
     Attributes:
         rules: the rules.
-        rows: a row per parameter (or per group of like ones, after ``collapsed``), what was not recognised first.
+        rows: one row per parameter, unrecognised parameters first. After ``collapsed``, one row per group of parameters
+            that differ only in the index of their layer.
     """
 
     rules: Rules
     rows: tuple[Row, ...]
 
     def collapsed(self) -> Explanation:
-        """The same with one row for parameters that are alike in everything but the index of their layer."""
-        likeness = [replace(row, name="", why=_nameless(row.why, row.name)) for row in self.rows]
+        """Return the explanation with one row for all parameters that differ only in the index of their layer."""
+        likeness = [replace(row, name="", why=_renamed(row.why, row.name)) for row in self.rows]
         merged = collapse_names([row.name for row in self.rows], likeness)
         rows = [
-            replace(row, name=name, count=len(members), why=_nameless(row.why, row.name, name))
+            replace(row, name=name, count=len(members), why=_renamed(row.why, row.name, name))
             for name, members in merged
             for row in (self.rows[members[0]],)
         ]
@@ -129,14 +132,14 @@ class Explanation:
     @property
     def totals(self) -> Totals:
         """Sums over all rows."""
-        live = [row for row in self.rows if row.trainable]
+        trainable = [row for row in self.rows if row.trainable]
         return Totals(
-            parameters=sum(row.count for row in live),
-            elements=sum(row.count * row.numel for row in live),
-            blocks=sum(row.count * row.n_blocks for row in live),
-            exp_avg_bytes=sum(row.count * row.exp_avg_bytes for row in live),
-            exp_avg_sq_bytes=sum(row.count * row.exp_avg_sq_bytes for row in live),
-            adamw_bytes=sum(row.count * row.adamw_bytes for row in live),
+            parameters=sum(row.count for row in trainable),
+            elements=sum(row.count * row.numel for row in trainable),
+            blocks=sum(row.count * row.n_blocks for row in trainable),
+            exp_avg_bytes=sum(row.count * row.exp_avg_bytes for row in trainable),
+            exp_avg_sq_bytes=sum(row.count * row.exp_avg_sq_bytes for row in trainable),
+            adamw_bytes=sum(row.count * row.adamw_bytes for row in trainable),
             frozen=sum(row.count for row in self.rows if not row.trainable),
             frozen_elements=sum(row.count * row.numel for row in self.rows if not row.trainable),
             unrecognised=sum(row.count for row in self.rows if not row.recognised),
@@ -144,14 +147,15 @@ class Explanation:
 
 
 def explanation(model: nn.Module, rules: str | Rules = "adam_mini") -> Explanation:
-    """What every parameter is taken for, how it falls into blocks, what that costs, and why.
+    """Describe the role, blocks and bytes of state of every parameter, and the reasons.
 
     Args:
-        model: any module, on the meta device too; frozen parameters are described, but have no state.
-        rules: a shipped set's name, a path to a rules file, or ``Rules``.
+        model: any module; its parameters may be on the meta device. Frozen parameters are described and have no state.
+        rules: name of a shipped set, path of a rules file, or ``Rules``.
 
     Raises:
-        ValueError, FileNotFoundError: as ``partition``.
+        ValueError: the rules are unknown or invalid, or one of their overrides matches no parameter.
+        FileNotFoundError: the rules file does not exist.
     """
     loaded, anatomies = Rules.load(rules), discover(model)
     loaded.require_matches(anatomies)
@@ -161,11 +165,11 @@ def explanation(model: nn.Module, rules: str | Rules = "adam_mini") -> Explanati
 
 
 def _row(name: str, parameter: Tensor, anatomy: Anatomy, rules: Rules) -> Row:
-    """One parameter under the rules."""
+    """Return the row of one parameter."""
     layout, override = layout_of(anatomy, rules, name), rules.override_for(name)
     trainable = parameter.requires_grad
-    held = parameter.numel() * parameter.element_size() if trainable else 0
-    aligned = prod(layout.aligned_shape(anatomy.shape)) * second_moment_dtype(parameter).itemsize
+    exp_avg_bytes = parameter.numel() * parameter.element_size() if trainable else 0
+    exp_avg_sq_bytes = prod(layout.aligned_shape(anatomy.shape)) * second_moment_dtype(parameter).itemsize
     reasons = ([f"override {override.pattern!r}"] if override else []) + [anatomy.reason, layout.note]
     return Row(
         name=name,
@@ -175,9 +179,9 @@ def _row(name: str, parameter: Tensor, anatomy: Anatomy, rules: Rules) -> Row:
         roles=anatomy.roles,
         units=tuple(dict.fromkeys(rules.unit_for(name, part.role).value for part in anatomy.parts)),
         layout=layout,
-        exp_avg_bytes=held,
-        exp_avg_sq_bytes=aligned if trainable else 0,
-        adamw_bytes=2 * held,
+        exp_avg_bytes=exp_avg_bytes,
+        exp_avg_sq_bytes=exp_avg_sq_bytes if trainable else 0,
+        adamw_bytes=2 * exp_avg_bytes,
         decays=anatomy.decays,
         trainable=trainable,
         recognised=understood(anatomy, rules, name) and (anatomy.recognised or len(anatomy.shape) < 2),
@@ -186,18 +190,18 @@ def _row(name: str, parameter: Tensor, anatomy: Anatomy, rules: Rules) -> Row:
     )
 
 
-def _nameless(why: str, name: str, instead: str = "") -> str:
-    """A reason without the parameter's own name, which would tell otherwise equal layers apart."""
-    return why.replace(name, instead).replace(clean(name), clean(instead))
+def _renamed(why: str, name: str, new_name: str = "") -> str:
+    """Replace the parameter's name in a reason, so that the reasons of equal layers are equal."""
+    return why.replace(name, new_name).replace(clean(name), clean(new_name))
 
 
 @dataclass(frozen=True)
 class Change:
-    """A parameter whose layout differs between two sets of rules, or several that are alike.
+    """A parameter whose layout differs between two rule sets, or several that differ only in their layer's index.
 
     Attributes:
         left: the parameter under the first rules.
-        right: the same under the second.
+        right: the parameter under the second rules.
     """
 
     left: Row
@@ -205,17 +209,17 @@ class Change:
 
     @property
     def bytes_change(self) -> int:
-        """How many more bytes of state one parameter has under the second rules."""
+        """Bytes of one parameter's state under the second rules minus those under the first rules."""
         return self.right.state_bytes - self.left.state_bytes
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The parameters of a model whose layouts differ between two sets of rules.
+    """The parameters of a model whose layouts differ between two rule sets.
 
     Attributes:
         left: the first rules.
-        right: the second.
+        right: the second rules.
         changes: the parameters, in the model's order.
     """
 
@@ -224,7 +228,7 @@ class Comparison:
     changes: tuple[Change, ...]
 
     def collapsed(self) -> Comparison:
-        """The same with one row for parameters that are alike in everything but the index of their layer."""
+        """Return the comparison with one change for all parameters that differ only in the index of their layer."""
         alike = [tuple(replace(row, name="", why="") for row in (change.left, change.right)) for change in self.changes]
         changes = [
             Change(*(replace(row, name=name, count=len(members)) for row in (change.left, change.right)))
@@ -235,41 +239,43 @@ class Comparison:
 
 
 def compare(model: nn.Module, left: str | Rules, right: str | Rules) -> Comparison:
-    """The parameters whose layouts differ between two sets of rules.
+    """Find the parameters whose layouts differ between two rule sets.
 
     Args:
         model: any module.
-        left: a shipped set's name, a path to a rules file, or ``Rules``.
-        right: the set to compare with; changes are counted from left to right.
+        left: the first rules: name of a shipped set, path of a rules file, or ``Rules``.
+        right: the second rules, in the same forms. Changes are counted from left to right.
 
     Raises:
-        ValueError, FileNotFoundError: as ``partition``.
+        ValueError: the rules are unknown or invalid, or one of their overrides matches no parameter.
+        FileNotFoundError: a rules file does not exist.
     """
-    one, other = explanation(model, left), explanation(model, right)
-    second = {row.name: row for row in other.rows}
+    first, second = explanation(model, left), explanation(model, right)
+    second_rows = {row.name: row for row in second.rows}
     names = dict.fromkeys(name for name, _ in model.named_parameters())
-    first = {row.name: row for row in one.rows}
-    changes = [Change(first[n], second[n]) for n in names if first[n].layout != second[n].layout]
-    return Comparison(one.rules, other.rules, tuple(changes))
+    first_rows = {row.name: row for row in first.rows}
+    changes = [Change(first_rows[n], second_rows[n]) for n in names if first_rows[n].layout != second_rows[n].layout]
+    return Comparison(first.rules, second.rules, tuple(changes))
 
 
 def explain(model: nn.Module, rules: str | Rules = "adam_mini", *, collapse: bool = True) -> str:
-    """A table of every parameter: what it is taken for, how it falls into blocks, and why.
+    """Return a table of the role and blocks of every parameter, and the reasons.
 
     Args:
-        model: the model.
-        rules: a shipped set's name, a path, or ``Rules``.
-        collapse: one row for parameters that are alike in everything but the index of their layer.
+        model: the model; its parameters may be on the meta device.
+        rules: name of a shipped set, path of a rules file, or ``Rules``.
+        collapse: write one row for all parameters that differ only in the index of their layer.
 
     Returns:
-        Plain text: name, count, shape, role, unit, blocks, bytes of first and second moment, sums over the row's
-        parameters, weight decay, reason; what was not recognised comes first, marked with "!"; totals and the saving
-        against AdamW last.
+        Plain text with the columns name, count, shape, role, unit, blocks, bytes of the first and of the second moment,
+        blocks and bytes summed over the row's parameters, weight decay, reason. Unrecognised parameters come first and
+        are marked with "!". The last lines are the totals and the bytes saved compared with AdamW.
 
     Raises:
-        ValueError, FileNotFoundError: as ``partition``.
+        ValueError: the rules are unknown or invalid, or one of their overrides matches no parameter.
+        FileNotFoundError: the rules file does not exist.
     """
     from .render import explanation_text
 
-    found = explanation(model, rules)
-    return explanation_text(found.collapsed() if collapse else found)
+    whole = explanation(model, rules)
+    return explanation_text(whole.collapsed() if collapse else whole)

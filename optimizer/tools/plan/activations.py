@@ -1,8 +1,10 @@
-"""An estimate of activation memory, for the one kind of layer there is a published formula for.
+"""Estimate the memory of activations with the published formula for GPT layers.
 
-Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv 2205.05198, section 4: a
-GPT layer (MLP of 4h, GELU, dropout) in 16 bits keeps ``sbh (10 + 24/t + 5as/(ht))`` bytes under t-way tensor
-parallelism (their equation 2; equation 1 is t = 1), ``sbh (10 + 24/t)`` when the attention core is recomputed.
+Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv 2205.05198, section 4: a GPT
+layer (MLP of width 4h, GELU, dropout) in 16 bits stores ``sbh (10 + 24/t + 5as/(ht))`` bytes for the backward pass, and
+``sbh (10 + 24/t)`` bytes if the attention core is recomputed. This is their equation 2; equation 1 is the case t = 1.
+Here s is the number of tokens of a sequence, b the micro-batch, h the hidden size, a the number of heads, and t the
+number of tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +17,12 @@ SOURCE = "arXiv 2205.05198, equations 1 and 2: GPT layers in 16 bits, whatever t
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes per rank; an estimate.
+    """Estimated bytes of activations per rank.
 
     Attributes:
-        stored: everything kept for the backward pass.
-        selective: the attention core recomputed (also the size of things under a fused attention kernel).
-        source: where the formula is from.
+        stored: bytes if all activations are stored for the backward pass.
+        selective: bytes if the attention core is recomputed, which also applies to fused attention kernels.
+        source: source of the formula.
     """
 
     stored: int
@@ -29,16 +31,17 @@ class Activations:
 
 
 def estimate(config: Any, *, batch: int, seq: int, tp: int = 1) -> Activations:
-    """Activations of all layers of a model, per rank.
+    """Estimate the activations of all layers of a model, per rank.
 
     Args:
-        config: transformers configuration (its text part is used where it has one).
-        batch: sequences of one data-parallel rank's micro-batch.
-        seq: tokens of a sequence.
-        tp: tensor-parallel ranks.
+        config: transformers configuration; its text configuration is used if it has one.
+        batch: number of sequences in the micro-batch of one data-parallel rank.
+        seq: number of tokens in a sequence.
+        tp: number of tensor-parallel ranks.
 
     Raises:
-        ValueError: a number below one; a configuration that does not say its sizes.
+        ValueError: ``batch`` or ``seq`` is below one, or the configuration has no hidden size or numbers of heads and
+            layers.
     """
     for name, number in (("batch", batch), ("seq", seq)):
         if number < 1:

@@ -1,7 +1,7 @@
-"""What a rank's optimizer steps: tensors with the shapes of their first and second moments.
+"""Compute the tensors that each rank's optimizer steps, with the shapes of their first and second moments.
 
-How tensors are cut is asked of ``optimizer.sharding.offline``, and which second moments a rank keeps then of the
-geometries in ``optimizer.sharding``. Equal tensors (the layers of a model) are asked once.
+``optimizer.sharding.offline`` computes how tensors are sharded, and the geometries of ``optimizer.sharding`` compute
+which second moments a rank stores then. Results are computed once for equal tensors, such as those of a model's layers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .sharding import Parameter, Setup, by_decay, require_divisible, tensor_para
 
 
 class Weight(NamedTuple):
-    """A parameter as it is cut.
+    """A parameter, and how tensor parallelism shards it.
 
     Attributes:
-        shape: of the whole tensor.
-        axis: what tensor parallelism cuts; None where it does not.
-        layout: of the whole tensor.
+        shape: shape of the whole tensor.
+        axis: axis that tensor parallelism shards; None if it replicates the tensor.
+        layout: layout of the whole tensor.
     """
 
     shape: tuple[int, ...]
@@ -34,14 +34,15 @@ class Weight(NamedTuple):
     layout: Layout
 
 
-class Piece(NamedTuple):
-    """Elements of one parameter on one rank, as far as the temporaries of a step depend on them.
+class Portion(NamedTuple):
+    """Elements of one parameter that a rank steps at once, described by what determines the temporaries of the step.
 
     Attributes:
-        numel: elements.
-        rows: indices of the first axis of the tensor that they are elements of.
-        second: second moments kept for them.
-        quantised: elements that are quantised together where a row spans several axes; 0 for sharded tensors.
+        numel: number of elements.
+        rows: size of the first axis of the tensor that contains them.
+        second: number of second-moment values stored for them.
+        quantised: number of elements of a row if a quantised row spans several axes; 0 otherwise, and for ranges of
+            flattened tensors.
     """
 
     numel: int
@@ -51,12 +52,12 @@ class Piece(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A tensor's share on a rank of a mesh.
+    """The shard of a tensor on a rank of a mesh.
 
     Attributes:
-        shape: of the local tensor.
+        shape: shape of the local tensor.
         second: shape of the local second moment.
-        boxes: (shape, layout) of the tensors that the local one consists of, in the order of their elements.
+        boxes: (shape, layout) of each box that the local tensor consists of, in the order of their elements.
     """
 
     shape: tuple[int, ...]
@@ -66,17 +67,18 @@ class Cut(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def cut(weight: Weight, dp: int, tp: int) -> Cut:
-    """A tensor's share on the first rank of a (dp, tp) mesh; that rank holds the largest shares.
+    """Return the shard of a tensor on the first rank of a (dp, tp) mesh, which is the largest shard.
 
     Args:
         weight: the tensor.
-        dp: ranks that cut axis 0.
-        tp: ranks that cut ``weight.axis`` before that.
+        dp: number of ranks that shard axis 0 after tensor parallelism.
+        tp: number of ranks that shard ``weight.axis``.
     """
     shape, axis, layout = weight
-    if dp == tp == 1 or not shape:  # FSDP2 takes no scalars
+    if dp == tp == 1 or not shape:  # FSDP2 does not shard scalars.
         return Cut(shape, layout.aligned_shape(shape), ((shape, layout),))
-    from ...sharding.placed import placed_geometry  # with it comes torch.distributed.tensor, which takes seconds
+    # Imported here, because it imports torch.distributed.tensor, which takes seconds.
+    from ...sharding.placed import placed_geometry
 
     geometry = placed_geometry(place(shape, axis, Mesh((dp, tp), (0, 0))), layout)  # type: ignore[arg-type]
     boxes = tuple(((*(box.shape or geometry.shape[:1]), *geometry.shape[1:]), box.layout) for box in geometry.boxes)
@@ -85,11 +87,12 @@ def cut(weight: Weight, dp: int, tp: int) -> Cut:
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter's own tensor, whole or cut by a mesh.
+    """A parameter that is stepped as its own tensor, whole or sharded by a mesh.
 
     Attributes:
         weight: the parameter.
-        dp, tp: ranks that cut it.
+        dp: number of data-parallel ranks that shard it.
+        tp: number of tensor-parallel ranks that shard it.
     """
 
     weight: Weight
@@ -98,12 +101,12 @@ class Placed:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The shape that decides whether a first moment is quantised."""
+        """Shape that determines whether the first moment is quantised."""
         return self.weight.shape
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the first moment."""
+        """Shape of the first moment."""
         return cut(self.weight, self.dp, self.tp).shape
 
     @property
@@ -111,44 +114,44 @@ class Placed:
         """Shape of the second moment."""
         return cut(self.weight, self.dp, self.tp).second
 
-    def pieces(self) -> list[Piece]:
-        """What is stepped at a time."""
+    def portions(self) -> list[Portion]:
+        """Return the elements that are stepped at once: the whole local tensor."""
         axes = row_axes(self.shape)
         row = prod(self.shape[-axes:]) if axes > 1 else 0
-        return [Piece(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
+        return [Portion(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
 
 
 @dataclass(frozen=True)
 class Section:
-    """Elements [start, stop) of a flattened parameter, after tensor parallelism."""
+    """Elements [start, stop) of a flattened parameter, after tensor parallelism over ``tp`` ranks."""
 
     weight: Weight
     tp: int
     start: int
     stop: int
 
-    def piece(self) -> Piece:
-        """Its elements, and the second moments that a rank keeps for them."""
-        return _piece(self)
+    def portion(self) -> Portion:
+        """Return the number of these elements, and of the second-moment values that a rank stores for them."""
+        return _portion(self)
 
 
 @lru_cache(maxsize=65536)
-def _piece(section: Section) -> Piece:
-    whole, at, second = cut(section.weight, 1, section.tp), 0, 0
+def _portion(section: Section) -> Portion:
+    whole, box_start, second = cut(section.weight, 1, section.tp), 0, 0
     for shape, layout in whole.boxes:
-        bounds = within(at, at + prod(shape), section.start, section.stop)
+        bounds = within(box_start, box_start + prod(shape), section.start, section.stop)
         second += prod(FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "").aligned_shape(()))
-        at += prod(shape)
-    return Piece(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
+        box_start += prod(shape)
+    return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
 
 
 @dataclass(frozen=True)
 class Flat:
-    """A one-dimensional tensor that holds sections of several parameters.
+    """A one-dimensional tensor that contains sections of several parameters.
 
     Attributes:
-        numel: elements, padding included.
-        sections: what it holds, and how many equal ones.
+        numel: number of elements, including padding.
+        sections: (section, number of equal sections) for each distinct section.
     """
 
     numel: int
@@ -156,39 +159,39 @@ class Flat:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """The shape that decides whether a first moment is quantised."""
+        """Shape that determines whether the first moment is quantised."""
         return (self.numel,)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the first moment."""
+        """Shape of the first moment."""
         return (self.numel,)
 
     @property
     def second(self) -> tuple[int, ...]:
         """Shape of the second moment."""
-        return (sum(count * section.piece().second for section, count in self.sections),)
+        return (sum(count * section.portion().second for section, count in self.sections),)
 
-    def pieces(self) -> list[Piece]:
-        """What is stepped at a time."""
-        return [section.piece() for section, _ in self.sections]
+    def portions(self) -> list[Portion]:
+        """Return the elements that are stepped at once: each distinct section."""
+        return [section.portion() for section, _ in self.sections]
 
 
 Tensor = Placed | Flat
 Holding = Counter[Tensor]
-"""What one rank's optimizer steps: tensors, and how many equal ones."""
+"""The tensors that one rank's optimizer steps, and the number of equal tensors."""
 
 
 def stepped(parameters: Sequence[Parameter], layouts: Sequence[Layout], setup: Setup) -> Iterator[Holding]:
-    """What the optimizers of the ranks step, rank by rank.
+    """Yield the tensors that the optimizer of each rank steps.
 
     Args:
-        parameters: those that train, in the model's order.
-        layouts: of each.
-        setup: how they are cut.
+        parameters: trainable parameters, in the model's order.
+        layouts: layout of each parameter.
+        setup: parallelism and dtypes of the training run.
 
     Yields:
-        One entry for every rank of a replica group under ZeRO; else one for the rank that holds the most.
+        Under ZeRO, the tensors of every data-parallel rank. Otherwise only those of the rank with the most elements.
     """
     weights = [_weight(p, layout, setup) for p, layout in zip(parameters, layouts, strict=True)]
     ranks = setup.data_parallel
@@ -196,10 +199,10 @@ def stepped(parameters: Sequence[Parameter], layouts: Sequence[Layout], setup: S
         dp = ranks if setup.sharding == "fsdp" else 1
         yield Counter(Placed(weight, dp, setup.tp) for weight in weights)
         return
-    deal = _dealt if setup.zero == 3 else _joined
-    groups = [deal([weights[i] for i in indices], setup.tp, ranks) for indices in by_decay(parameters)]
+    shards = _zero3 if setup.zero == 3 else _zero12
+    groups = [shards([weights[i] for i in indices], setup.tp, ranks) for indices in by_decay(parameters)]
     for flats in zip(*groups, strict=True):
-        yield Counter(flat for own in flats for flat in own)
+        yield Counter(flat for group_flats in flats for flat in group_flats)
 
 
 def _weight(parameter: Parameter, layout: Layout, setup: Setup) -> Weight:
@@ -209,39 +212,52 @@ def _weight(parameter: Parameter, layout: Layout, setup: Setup) -> Weight:
 
 
 def _numel(weight: Weight, tp: int) -> int:
-    """Elements after tensor parallelism."""
+    """Return the number of elements of a shard after tensor parallelism."""
     return prod(cut(weight, 1, tp).shape)
 
 
-def _dealt(weights: Sequence[Weight], tp: int, ranks: int) -> Iterator[list[Flat]]:
-    """Each parameter flattened and dealt out by itself, one tensor per sub-group (ZeRO-3)."""
+def _zero3(weights: Sequence[Weight], tp: int, ranks: int) -> Iterator[list[Flat]]:
+    """Yield the tensors of each rank under ZeRO-3, which shards every parameter separately.
+
+    The shards of a sub-group of parameters are joined to one tensor.
+    """
     numels = [_numel(weight, tp) for weight in weights]
-    groups = [(sum(share(numels[i], ranks) for i in indices), Counter(weights[i] for i in indices))
-              for indices in sub_groups(numels, ranks)]  # fmt: skip
+    groups = [
+        (sum(share(numels[i], ranks) for i in indices), Counter(weights[i] for i in indices))
+        for indices in sub_groups(numels, ranks)
+    ]
     for rank in range(ranks):
-        yield [Flat(numel, tuple((Section(weight, tp, *part(_numel(weight, tp), ranks, rank)), count)
-                                 for weight, count in kinds.items())) for numel, kinds in groups]  # fmt: skip
+        yield [
+            Flat(
+                numel,
+                tuple(
+                    (Section(weight, tp, *part(_numel(weight, tp), ranks, rank)), count)
+                    for weight, count in kinds.items()
+                ),
+            )
+            for numel, kinds in groups
+        ]
 
 
-def _joined(weights: Sequence[Weight], tp: int, ranks: int) -> Iterator[list[Flat]]:
-    """All parameters of a group in one buffer, of which a rank has one part (ZeRO-1, ZeRO-2)."""
+def _zero12(weights: Sequence[Weight], tp: int, ranks: int) -> Iterator[list[Flat]]:
+    """Yield the tensor of each rank under ZeRO-1 and ZeRO-2, which shard one buffer of all parameters of a group."""
     numels = [_numel(weight, tp) for weight in weights]
     buffer = joined(numels, ranks, multiple=ALIGNMENT)
-    held: list[Counter[Section]] = [Counter() for _ in range(ranks)]
+    rank_sections: list[Counter[Section]] = [Counter() for _ in range(ranks)]
     for i, weight in enumerate(weights):
         for rank, (start, stop) in buffer.parts(i, numels[i]).items():
-            held[rank][Section(weight, tp, start, stop)] += 1
-    for sections in held:
+            rank_sections[rank][Section(weight, tp, start, stop)] += 1
+    for sections in rank_sections:
         yield [Flat(buffer.size, tuple(sections.items()))]
 
 
 def elements(parameters: Sequence[Parameter], setup: Setup, *, sharded: bool) -> int:
-    """Elements of all parameters, or of their gradients, on a rank; where ranks differ, on the one with the most.
+    """Return the number of elements of all parameters, or of all gradients, on the rank with the most elements.
 
     Args:
-        parameters: that have such a tensor.
-        setup: how they are cut.
-        sharded: whether data parallelism cuts these tensors.
+        parameters: the parameters to count, or the parameters whose gradients to count.
+        setup: parallelism and dtypes of the training run.
+        sharded: whether data parallelism shards these tensors.
     """
     shapes = [tensor_parallel_shape(p, setup.tp) for p in parameters]
     ranks, numels = setup.data_parallel, [prod(shape) for shape in shapes]

@@ -1,7 +1,7 @@
-"""The accounting: bytes per rank of parameters, gradients, optimizer state by kind, and a step's temporaries.
+"""Add up the bytes per rank of parameters, gradients, optimizer state, and temporary allocations of a step.
 
-``holdings`` says what a rank holds, ``states`` what a tensor costs. ``notes`` says what is assumed, and is printed with
-every table.
+``holdings`` computes the tensors of each rank, and ``states`` the bytes of a tensor. ``notes`` returns the assumptions,
+which are printed with every table.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "deri
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer on the rank where it needs the most.
+    """Memory of one optimizer on the rank where it needs the most.
 
     Attributes:
-        optimizer: its name.
-        parameters, gradients, master: bytes of that rank.
-        state: its optimizer state.
-        n_blocks: second-moment scalars of the whole model.
+        optimizer: name of the optimizer.
+        parameters: bytes of the parameters.
+        gradients: bytes of the gradients.
+        master: bytes of the fp32 master copy.
+        state: bytes of the optimizer state.
+        n_blocks: number of second-moment scalars of the whole model.
     """
 
     optimizer: str
@@ -39,7 +41,7 @@ class Row:
 
     @property
     def resident(self) -> int:
-        """Bytes between backward pass and step: parameters, gradients, master copy, optimizer state."""
+        """Bytes between the backward pass and the step: parameters, gradients, master copy, optimizer state."""
         return self.parameters + self.gradients + self.master + self.state.total
 
     @property
@@ -50,15 +52,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every optimizer under one setup.
+    """Memory of every optimizer under one setup.
 
     Attributes:
-        setup: how the model is trained.
-        elements: elements of the whole model.
-        trainable: those that train.
-        rows: the optimizers; the first two are AdamW, its states in the parameters' dtype and in fp32.
+        setup: parallelism and dtypes of the training run.
+        elements: number of elements of the whole model.
+        trainable: number of trainable elements.
+        rows: one row per optimizer. The first two are AdamW with states in the parameters' dtype and in fp32.
         unrecognised: names of the weights of two or more dimensions whose role is OTHER.
-        notes: what was assumed.
+        notes: assumptions, in sentences.
     """
 
     setup: Setup
@@ -69,89 +71,90 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def row(self, optimizer: str) -> Row:
-        """The row of an optimizer, by its name."""
+        """Return the row of an optimizer by its name."""
         return next(row for row in self.rows if row.optimizer == optimizer)
 
 
 def worst(ranks: Iterable[Holding], cost: Cost, *, all_at_once: bool = False) -> tuple[int, State]:
-    """(elements stepped, state) of the rank whose state and temporaries need the most.
+    """Return (elements stepped, state) of the rank whose state and temporaries need the most memory.
 
     Args:
-        ranks: what each of them steps.
-        cost: an optimizer's state of one tensor.
-        all_at_once: whether the temporaries of all tensors live together (torch's foreach step).
+        ranks: tensors that the optimizer of each rank steps.
+        cost: function that returns the optimizer's state of one tensor.
+        all_at_once: whether the temporaries of all tensors exist at the same time, as in torch's foreach step.
     """
     best: tuple[int, State] | None = None
-    known: dict[Tensor, State] = {}
+    states: dict[Tensor, State] = {}
     for holding in ranks:
-        total, together = State(), 0
+        total, temporaries = State(), 0
         for tensor, count in holding.items():
-            if tensor not in known:
-                known[tensor] = cost(tensor)
-            total = total.plus(known[tensor], count)
-            together += count * known[tensor].temporary
+            if tensor not in states:
+                states[tensor] = cost(tensor)
+            total = total.plus(states[tensor], count)
+            temporaries += count * states[tensor].temporary
         if all_at_once:
-            total = replace(total, temporary=together)
+            total = replace(total, temporary=temporaries)
         if best is None or total.total + total.temporary > best[1].total + best[1].temporary:
             best = sum(count * prod(tensor.shape) for tensor, count in holding.items()), total
     return best or (0, State())
 
 
 def make_plan(parameters: Sequence[Parameter], setup: Setup, rules: Sequence[str] = DEFAULT_RULES) -> Plan:
-    """The memory of every optimizer, on the rank where it needs the most.
+    """Compute the memory of every optimizer on the rank where it needs the most.
 
     Args:
-        parameters: of the model, in its order.
-        setup: how it is trained.
-        rules: rule sets of Adam-mini: shipped names or paths.
+        parameters: parameters of the model, in the model's order.
+        setup: parallelism and dtypes of the training run.
+        rules: rule sets of Adam-mini: names of shipped sets or paths of rules files.
 
     Raises:
-        ValueError, FileNotFoundError: rules that cannot be read, or whose overrides match no parameter; a ``tp`` that
-            does not divide a parameter.
+        ValueError: rules are invalid, an override of the rules matches no parameter, or ``setup.tp`` does not divide
+            the units of a parameter.
+        FileNotFoundError: a rules file does not exist.
     """
     trainable = [p for p in parameters if p.trainable]
     itemsize = DTYPES[setup.dtype]
     weights = itemsize * elements(parameters, setup, sharded=setup.zero >= 3)
     gradients = itemsize * elements(trainable, setup, sharded=setup.zero >= 2)
-    numel, masters = sum(p.numel for p in trainable), setup.master and setup.dtype != "fp32"
+    numel, has_master = sum(p.numel for p in trainable), setup.master and setup.dtype != "fp32"
 
     def row(name: str, cost: Cost, layouts: Sequence[Layout], blocks: int, *, all_at_once: bool = False) -> Row:
-        own, state = worst(stepped(trainable, layouts, setup), cost, all_at_once=all_at_once)
-        return Row(name, weights, gradients, FP32 * own if masters else 0, state, blocks)
+        stepped_elements, state = worst(stepped(trainable, layouts, setup), cost, all_at_once=all_at_once)
+        return Row(name, weights, gradients, FP32 * stepped_elements if has_master else 0, state, blocks)
 
-    itemsize, anything = DTYPES[setup.stepped_dtype], [Layout.per_tensor(p.anatomy.shape) for p in trainable]
-    rows = [row(f"AdamW, {word} states", adamw(size), anything, numel, all_at_once=True)
-            for word, size in ((setup.stepped_dtype, itemsize), ("fp32", FP32))]  # fmt: skip
-    rows.append(row("AdamW, 8-bit states", adamw_8bit(itemsize, flat=setup.flat), anything, numel))
+    itemsize, any_layouts = DTYPES[setup.stepped_dtype], [Layout.per_tensor(p.anatomy.shape) for p in trainable]
+    rows = [
+        row(f"AdamW, {dtype} states", adamw(size), any_layouts, numel, all_at_once=True)
+        for dtype, size in ((setup.stepped_dtype, itemsize), ("fp32", FP32))
+    ]
+    rows.append(row("AdamW, 8-bit states", adamw_8bit(itemsize, flat=setup.flat), any_layouts, numel))
     for source in rules:
         loaded = Rules.load(source)
         loaded.require_matches([p.name for p in parameters])
         layouts = [layout_of(p.anatomy, loaded, p.name) for p in trainable]
         blocks = sum(layout.n_blocks for layout in layouts)
         rows.append(row(f"Adam-mini, {loaded.name}", adam_mini(setup), layouts, blocks))
-    unknown = tuple(p.name for p in parameters if not p.anatomy.recognised and len(p.anatomy.shape) >= 2)
-    return Plan(setup, sum(p.numel for p in parameters), numel, tuple(rows), unknown, notes(setup))
+    unrecognised = tuple(p.name for p in parameters if not p.anatomy.recognised and len(p.anatomy.shape) >= 2)
+    return Plan(setup, sum(p.numel for p in parameters), numel, tuple(rows), unrecognised, notes(setup))
 
 
 def notes(setup: Setup) -> tuple[str, ...]:
-    """What the numbers assume, in sentences."""
+    """Return the assumptions behind the numbers, in sentences."""
     out = [
         f"parameters and gradients in {setup.dtype}; "
         + (
-            "an fp32 master copy, sharded as the state is"
-            if setup.master
-            else "no fp32 master copy (--master adds one)"
+            "an fp32 master copy, sharded like the state" if setup.master else "no fp32 master copy (--master adds one)"
         ),
         "not counted: activations, layers gathered for a forward pass, communication buffers, allocator overhead",
-        "AdamW's temporary is that of torch's default (foreach) step, which fused=True does without; the 8-bit step is "
-        "taken as compiled, with none; Adam-mini's is an upper bound of this package's eager step (the native CPU step "
-        "has none)",
+        "AdamW's temporary is that of torch's default (foreach) step, and a step with fused=True needs none; the 8-bit "
+        "step is assumed to be compiled and to need none; Adam-mini's is an upper bound of this package's eager step "
+        "(the native CPU step needs none)",
         "AdamW's 8 bits: blocks of 256 with fp32 scales and code tables as torchao stores them; small tensors stay "
         "unquantised",
     ]
-    if (kept := FORMATS.get(setup.exp_avg_dtype or "")) is not None:
+    if (fmt := FORMATS.get(setup.exp_avg_dtype or "")) is not None:
         out.append(
-            f"Adam-mini's exp_avg in {kept.name}: blocks of {kept.block} along a row, each with a scale; small tensors "
+            f"Adam-mini's exp_avg in {fmt.name}: blocks of {fmt.block} along a row, each with a scale; small tensors "
             "and short rows stay unquantised"
         )
     if setup.tp > 1:

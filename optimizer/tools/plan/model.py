@@ -1,4 +1,4 @@
-"""From a model, on any device, to what a plan is made of."""
+"""Describe the parameters of a model for a plan."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .sharding import Parameter
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
-    """Every parameter with its anatomy, tied weights once, in the model's order.
+    """Return the parameters of a model, on any device, in the model's order. Tied weights occur once.
 
     Raises:
-        ValueError: the model has no parameters; or as ``discover``.
+        ValueError: the model has no parameters, or a configuration contradicts its module's weights.
     """
     anatomies = discover(model)
     if not anatomies:

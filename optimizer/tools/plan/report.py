@@ -1,4 +1,4 @@
-"""A plan as a table for people and as a document for programs."""
+"""Render a plan as a text table and as a JSON-able document."""
 
 from __future__ import annotations
 
@@ -15,49 +15,70 @@ SCHEMA_VERSION = 1
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB with three decimals; what is there but rounds away says so."""
+    """Write bytes as GiB with three decimals; a positive size that rounds to zero is written as <0.001."""
     text = f"{size / GIB:,.3f}"
     return "<0.001" if text == "0.000" and size else text
 
 
 def saving(row: Row, baseline: Row) -> tuple[int, float]:
-    """(bytes, percent) a row's resident total lies under a baseline's."""
+    """Return (bytes, percent) by which a row's resident total is smaller than a baseline's."""
     saved = baseline.resident - row.resident
     return saved, 100 * saved / max(1, baseline.resident)
 
 
 def _baselines(plan: Plan) -> list[Row]:
-    """AdamW with its states in the parameters' dtype, and in fp32 where that is another."""
+    """Return the rows of AdamW with states in the parameters' dtype and in fp32, or one row if these are equal."""
     first, second = plan.rows[:2]
     return [first] if first.optimizer == second.optimizer else [first, second]
 
 
 def _rows(plan: Plan) -> list[Row]:
-    """The rows, the second AdamW left out where it is the first."""
+    """Return all rows, without the second row of AdamW if it is equal to the first."""
     return [*_baselines(plan), *plan.rows[2:]]
 
 
 def text(plan: Plan, name: str, activations: Activations | None = None) -> str:
-    """The table.
+    """Render a plan as a text table.
 
     Args:
         plan: the plan.
-        name: what was planned for.
-        activations: an estimate to print beside it.
+        name: name of the model.
+        activations: estimate of the activations to print below the table; None for no estimate.
 
     Returns:
         Plain text, sizes in GiB (2**30 bytes) per rank.
     """
     setup, rows, baselines = plan.setup, _rows(plan), _baselines(plan)
-    header = ["optimizer", "parameters", "gradients", *(["master"] if setup.master else []), "exp_avg", "exp_avg_sq",
-              "scales", "step", "resident", "temporary", "peak"]  # fmt: skip
+    header = [
+        "optimizer",
+        "parameters",
+        "gradients",
+        *(["master"] if setup.master else []),
+        "exp_avg",
+        "exp_avg_sq",
+        "scales",
+        "step",
+        "resident",
+        "temporary",
+        "peak",
+    ]
     header += [f"saved vs {row.optimizer.replace('AdamW, ', '').replace(' states', '')}" for row in baselines]
     header += ["scalars"]
     lines = [header]
     for row in rows:
         state = row.state
-        sizes = [row.parameters, row.gradients, *([row.master] if setup.master else []), state.exp_avg,
-                 state.exp_avg_sq, state.scales, state.step, row.resident, state.temporary, row.peak]  # fmt: skip
+        sizes = [
+            row.parameters,
+            row.gradients,
+            *([row.master] if setup.master else []),
+            state.exp_avg,
+            state.exp_avg_sq,
+            state.scales,
+            state.step,
+            row.resident,
+            state.temporary,
+            row.peak,
+        ]
         cells = [row.optimizer, *map(gib, sizes)]
         for baseline in baselines:
             saved, percent = saving(row, baseline)
@@ -84,7 +105,7 @@ def text(plan: Plan, name: str, activations: Activations | None = None) -> str:
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns: the first to the left, numbers to the right."""
+    """Return lines with aligned columns, the first aligned to the left and the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
@@ -93,7 +114,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def document(plan: Plan, name: str, activations: Activations | None = None) -> dict[str, Any]:
-    """The plan as JSON-able data; every size in bytes, per rank."""
+    """Return the plan as JSON-able data. Every size is in bytes per rank."""
     baselines = _baselines(plan)
     rows = []
     for row in _rows(plan):

@@ -1,8 +1,8 @@
-"""How a model is trained, and how its tensors are cut for that.
+"""The setup of a training run, and how tensor parallelism shards a model's tensors under it.
 
-Tensor parallelism cuts matrices by role: over output units what fans out (query, key, value, up, embedding, head), over
-input units what comes back (attention out, down). Data parallelism then replicates (DDP), cuts the first axis (FSDP2),
-or cuts flattened elements (ZeRO). ``holdings`` says what a rank has then.
+Tensor parallelism shards matrices by role: along the output units for query, key, value, MLP input, token embedding and
+head, and along the input units for attention output and MLP output. Data parallelism then replicates tensors (DDP),
+shards their first axis (FSDP2), or shards their flattened elements (ZeRO). ``holdings`` computes the resulting shards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROW = frozenset({Role.ATTENTION_OUT, Role.MLP_OUT, Role.EXPERT_OUT})
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its name, what it is, and whether it trains."""
+    """A parameter's name and anatomy, and whether it is trainable."""
 
     name: str
     anatomy: Anatomy
@@ -32,25 +32,25 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole parameter."""
+        """Number of elements of the whole parameter."""
         return prod(self.anatomy.shape)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How the model is trained.
+    """The parallelism and dtypes of a training run.
 
     Attributes:
-        world: all ranks, >= 1.
-        tp: ranks that share one replica's matrices; divides ``world``.
+        world: number of all ranks, >= 1.
+        tp: number of tensor-parallel ranks; divides ``world``.
         sharding: one of ``SHARDINGS``.
-        dtype: of parameters and gradients.
-        exp_avg_dtype: of Adam-mini's first moment, a float dtype or a format of ``optimizer.step.moments``; None is the
-            dtype of the parameters it steps.
-        master: whether an fp32 copy of 16-bit parameters is kept; it is sharded as optimizer state is.
+        dtype: dtype of parameters and gradients, one of ``DTYPES``.
+        exp_avg_dtype: a dtype or a format of ``optimizer.step.moments`` for Adam-mini's first moment; None for the
+            dtype of the parameters that the optimizer steps.
+        master: whether there is an fp32 copy of 16-bit parameters. It is sharded like optimizer state.
 
     Raises:
-        ValueError: a number or a word out of range; a quantised first moment where parameters are sharded.
+        ValueError: an attribute is out of range, or the first moment is quantised although parameters are sharded.
     """
 
     world: int = 1
@@ -68,11 +68,14 @@ class Setup:
             raise ValueError(
                 f"--tp {self.tp} does not divide --world {self.world}; world counts all ranks, tensor-parallel ones too"
             )
-        choices = (("sharding", self.sharding, SHARDINGS), ("dtype", self.dtype, tuple(DTYPES)),
-                   ("exp-avg-dtype", self.exp_avg_dtype or "fp32", MOMENT_DTYPES))  # fmt: skip
-        for name, word, known in choices:
-            if word not in known:
-                raise ValueError(f"--{name} {word!r} is not one of {', '.join(known)}")
+        choices = (
+            ("sharding", self.sharding, SHARDINGS),
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("exp-avg-dtype", self.exp_avg_dtype or "fp32", MOMENT_DTYPES),
+        )
+        for name, value, allowed in choices:
+            if value not in allowed:
+                raise ValueError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
         if self.exp_avg_dtype in FORMATS and self.sharded:
             raise ValueError(
                 f"--exp-avg-dtype {self.exp_avg_dtype!r} keeps scales that do not reshard with their parameter, and "
@@ -82,17 +85,17 @@ class Setup:
 
     @property
     def data_parallel(self) -> int:
-        """Replicas: ranks along the data-parallel axis."""
+        """Number of data-parallel ranks."""
         return self.world // self.tp
 
     @property
     def zero(self) -> int:
-        """The ZeRO stage the sharding amounts to."""
+        """The equivalent ZeRO stage: 3 for FSDP2, 0 for DDP."""
         return 3 if self.sharding == "fsdp" else int(self.sharding[4:]) if self.sharding != "ddp" else 0
 
     @property
     def sharded(self) -> str:
-        """The argument that shards what the optimizer steps, with its number of ranks; empty where none does."""
+        """Argument that shards the tensors that the optimizer steps, with its number of ranks; empty if none does."""
         if self.sharding != "ddp" and self.data_parallel > 1:
             flag = "--fsdp" if self.sharding == "fsdp" else f"--zero {self.zero}"
             return f"{flag} over {self.data_parallel} ranks"
@@ -105,27 +108,27 @@ class Setup:
 
     @property
     def stepped_dtype(self) -> str:
-        """The dtype of the parameters the optimizer steps: the master copy's where there is one."""
+        """Dtype of the tensors that the optimizer steps: fp32 if there is a master copy, else the parameters' dtype."""
         return "fp32" if self.master else self.dtype
 
 
 def by_decay(parameters: Sequence[Parameter]) -> list[list[int]]:
-    """The parameter groups of an optimizer that was built from a model: which parameters decay, and which do not."""
+    """Return the indices of the parameters with weight decay and of those without, leaving out empty groups."""
     both = ([i for i, p in enumerate(parameters) if p.anatomy.decays is decays] for decays in (True, False))
     return [group for group in both if group]
 
 
 def require_divisible(parameter: Parameter, tp: int) -> None:
-    """Refuse a ``tp`` that does not divide the units that the parameter would be cut by.
+    """Check that ``tp`` divides the units along which tensor parallelism shards the parameter.
 
     Raises:
-        ValueError: both numbers are named.
+        ValueError: it does not. The message contains both numbers and the parameter's name.
     """
     anatomy, axis = parameter.anatomy, tensor_parallel_axis(parameter.anatomy)
     if axis is None:
         return
-    columns = set(anatomy.roles) <= _COLUMN
-    for count, what in _units(anatomy) if columns else [(anatomy.shape[axis], "input units")]:
+    by_output_units = set(anatomy.roles) <= _COLUMN
+    for count, what in _units(anatomy) if by_output_units else [(anatomy.shape[axis], "input units")]:
         if count % tp:
             raise ValueError(
                 f"--tp {tp} does not divide the {count} {what} of {parameter.name!r} {anatomy.shape}; choose a "
@@ -134,10 +137,10 @@ def require_divisible(parameter: Parameter, tp: int) -> None:
 
 
 def tensor_parallel_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
-    """The shape one tensor-parallel rank holds.
+    """Return the shape of a parameter's shard on one tensor-parallel rank.
 
     Raises:
-        ValueError: as ``require_divisible``.
+        ValueError: ``tp`` does not divide the units along which the parameter is sharded.
     """
     require_divisible(parameter, tp)
     axis, shape = tensor_parallel_axis(parameter.anatomy), parameter.anatomy.shape
@@ -145,9 +148,10 @@ def tensor_parallel_shape(parameter: Parameter, tp: int) -> tuple[int, ...]:
 
 
 def tensor_parallel_axis(anatomy: Anatomy) -> int | None:
-    """The axis that tensor parallelism cuts: output units of what fans out, input units of what comes back.
+    """Return the axis that tensor parallelism shards; None if it replicates the tensor.
 
-    An anatomy counts axes after its fold. Where that splits the axis to be cut, the fold's pieces are dealt out.
+    It is the axis of output units for roles in ``_COLUMN`` and of input units for roles in ``_ROW``. An anatomy with a
+    fold counts axes after splitting axis 0 into (fold, rest); both of these belong to axis 0 of the tensor.
     """
     roles = set(anatomy.roles)
     if len(anatomy.shape) < 2 or not (roles <= _COLUMN or roles <= _ROW):
@@ -157,9 +161,9 @@ def tensor_parallel_axis(anatomy: Anatomy) -> int | None:
 
 
 def _units(anatomy: Anatomy) -> list[tuple[int, str]]:
-    """What may be dealt out along the output axis: whole pieces of a fold, whole heads, else rows."""
+    """Return (count, name) of the units that a shard along the output axis must contain whole."""
     if anatomy.fold > 1 and anatomy.axis <= 1:
-        return [(anatomy.fold, "folded pieces")]
+        return [(anatomy.fold, "folded parts")]
     if anatomy.repeat > 1:
         return [(anatomy.repeat, "interleaved groups")]
     return [

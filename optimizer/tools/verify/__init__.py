@@ -1,4 +1,4 @@
-"""Prove a partition from the model's own gradients."""
+"""Check a partition against gradients of the model."""
 
 from .report import Finding, Report, Verdict
 from .run import verify

@@ -1,14 +1,15 @@
-"""What each output unit of a projection is, from the gradient of what the attention puts out.
+"""Classify the output units of a projection by gradients of the attention's output.
 
-Let z be what the output projection takes in (the heads, one behind the other) and y what a projection puts out. The
-footprint of a unit of y is the set of features of z it moves, and its reach is at which positions:
+Let z be the input of the output projection, which is the concatenation of the heads, and let y be the output of another
+projection. A unit of y *moves* a feature of z if the derivative is not zero. The footprint of a unit is the set of
+features of z that it moves. Together with the positions at which it moves them, the footprint identifies the unit:
 
     query   moves z at its own position only, over the whole width of its head
-    key     moves z at other positions too, over the whole width of the heads that read it
-    value   moves z at other positions too, one feature in each of the heads that read it
-    gate    moves z at its own position only, one feature (or one head, with one unit for each head)
+    key     moves z at other positions too, over the whole width of the heads that use it
+    value   moves z at other positions too, one feature in each of the heads that use it
+    gate    moves z at its own position only, one feature (or one head, if there is one unit for each head)
 
-Units of one footprint and kind are a head. Exact zeros decide, never a size.
+Units with equal footprints and positions form a head. Only whether a derivative is exactly zero counts, not its size.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class Footprints:
     """The evidence on one projection.
 
     Attributes:
-        moves: bool [units, features of z].
-        elsewhere: bool [units], whether z moves at a position other than the unit's own; None where positions of y and
+        moves: whether a unit moves a feature of z; bool [units, features of z].
+        elsewhere: whether a unit moves z at a position other than its own; bool [units]. None if the positions of y and
             z cannot be compared.
-        coupled: whether two units act together, from the mixed second derivative: two softmaxes over the same features
-            of z add up, and what adds up is not one head. None where it cannot be asked.
+        coupled: function that returns whether the mixed second derivative of z by two units is nonzero. Units of one
+            head are coupled. Units of two softmaxes whose results are added have the same footprint and are not
+            coupled. None if second derivatives are not available.
     """
 
     moves: Tensor
@@ -40,7 +42,7 @@ class Footprints:
 
     @property
     def groups(self) -> Tensor:
-        """int64 [units]: equal where kind and footprint are; -1 where a unit moves nothing."""
+        """Group of every unit, int64 [units]. Units of a group have equal evidence; -1 if a unit moves nothing."""
         reach = self.elsewhere if self.elsewhere is not None else torch.zeros(len(self.moves), dtype=torch.bool)
         keys = torch.cat([self.moves, reach[:, None]], dim=1)
         ids = torch.unique(keys, dim=0, return_inverse=True)[1]
@@ -48,21 +50,21 @@ class Footprints:
 
 
 def footprints(z: Tensor, leaves: Mapping[str, Tensor], feature_axis: Mapping[str, int]) -> dict[str, Footprints]:
-    """Footprints of every leaf that z depends on.
+    """Compute the footprints of every projection that z depends on.
 
     Args:
-        z: [..., features], with a graph.
-        leaves: name -> cut output of a projection.
-        feature_axis: name -> the axis of its units.
+        z: input of the output projection, [..., features], with a graph.
+        leaves: name -> output of a projection, as a leaf of the graph.
+        feature_axis: name -> axis of the projection's units in that output.
 
     Returns:
-        name -> ``Footprints``; leaves that z does not depend on are left out.
+        name -> ``Footprints``, without the projections that z does not depend on.
     """
     flat = z.reshape(-1, z.shape[-1])
-    position = len(flat) - 1  # the last one sees every other one, under a causal mask too
+    position = len(flat) - 1  # The last position attends to all others, even under a causal mask.
     rows = flat[position]
     names = list(leaves)
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in names}
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK]
         for i in range(len(part)):
@@ -70,20 +72,26 @@ def footprints(z: Tensor, leaves: Mapping[str, Tensor], feature_axis: Mapping[st
             for name, g in zip(names, grads, strict=True):
                 if g is not None:
                     units_last = g.movedim(feature_axis[name], -1)
-                    found[name].append(units_last.reshape(-1, units_last.shape[-1]).abs())
-    stacks = {name: torch.stack(slices) for name, slices in found.items() if slices}
+                    gradients[name].append(units_last.reshape(-1, units_last.shape[-1]).abs())
+    stacks = {name: torch.stack(slices) for name, slices in gradients.items() if slices}
     return {
         name: replace(footprint(stack, position, len(flat)), coupled=_coupling(rows, leaves[name], feature_axis[name]))
         for name, stack in stacks.items()
     }
 
 
-def _coupling(outcome: Tensor, leaf: Tensor, axis: int) -> Callable[[int, int], bool]:
-    """The mixed second derivative of a fixed mixture of the outcome, as a question about two units."""
-    mixture = torch.linspace(1.0, 2.0, len(outcome), dtype=outcome.dtype)
+def _coupling(z_row: Tensor, leaf: Tensor, axis: int) -> Callable[[int, int], bool]:
+    """Return a function that tests whether the mixed second derivative of z by two units is nonzero.
+
+    Args:
+        z_row: z at one position, [features]. Derivatives are those of a fixed weighted sum of these features.
+        leaf: output of the projection that the units belong to.
+        axis: axis of the units in ``leaf``.
+    """
+    weights = torch.linspace(1.0, 2.0, len(z_row), dtype=z_row.dtype)
 
     def coupled(first: int, second: int) -> bool:
-        gradient = torch.autograd.grad(outcome @ mixture, leaf, create_graph=True)[0].movedim(axis, -1)
+        gradient = torch.autograd.grad(z_row @ weights, leaf, create_graph=True)[0].movedim(axis, -1)
         if not gradient.requires_grad:
             return False
         mixed = torch.autograd.grad(gradient[..., first].sum(), leaf, retain_graph=True, allow_unused=True)[0]
@@ -93,20 +101,22 @@ def _coupling(outcome: Tensor, leaf: Tensor, axis: int) -> Callable[[int, int], 
 
 
 def footprint(gradient: Tensor, position: int, positions: int, *, crossed: bool = False) -> Footprints:
-    """Footprints of one projection.
+    """Compute the footprints of one projection.
 
     Args:
-        gradient: abs(dz/dy), [features of z, positions of y, units].
-        position: the position of z looked at.
-        positions: how many z has.
-        crossed: whether a projection at other positions than z's is known to be on the other side of a cross
-            attention, where a unit that counts at more than one position is no query.
+        gradient: abs(dz/dy) at one position of z, [features of z, positions of y, units].
+        position: that position of z.
+        positions: number of positions of z.
+        crossed: whether a projection with another number of positions than z is the key or value side of a cross
+            attention. A unit that moves z from more than one position is then no query.
     """
-    nonzero = gradient > 0  # what a unit does not reach is zero exactly, and a fading memory reaches far
+    # No threshold: the gradient is exactly zero where z does not depend on a unit, and a decaying memory such as a
+    # linear attention's makes true dependencies very small.
+    nonzero = gradient > 0
     moves = nonzero.any(1).T
     if gradient.shape[1] != positions:
         return Footprints(moves, nonzero.any(0).sum(0) > 1 if crossed else None)
     if positions == 1 and not crossed:
-        return Footprints(moves, None)  # there is no elsewhere
+        return Footprints(moves, None)  # There is only one position.
     others = torch.arange(positions) != position
     return Footprints(moves, nonzero[:, others].any(1).any(0))

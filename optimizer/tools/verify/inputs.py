@@ -1,4 +1,4 @@
-"""What to call a model with, where the user does not say."""
+"""The forward passes of a verification, with inputs of the user or guessed inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 LENGTH = 4
-"""Positions of a guessed sequence: two would do; more make causal masks and windows show."""
+"""Positions of a guessed sequence. Two would suffice; more also reveal causal masks and attention windows."""
 
 
 @dataclass
@@ -19,9 +19,10 @@ class Forward:
     """One forward pass to run.
 
     Attributes:
-        name: for the reader.
-        module: what is called: the model, or a part of it (a vision tower).
-        args, kwargs: with what.
+        name: description of the forward pass for the report.
+        module: the module to call: the model or a part of it, for example a vision tower.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
     """
 
     name: str
@@ -30,25 +31,28 @@ class Forward:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> str | None:
-        """Call it; what went wrong, or None. What was watched before a failure still counts."""
+        """Call the module and return a description of the error it raised, or None.
+
+        Outputs that were recorded before an error are still used as evidence.
+        """
         try:
             self.module(*self.args, **self.kwargs)
         except TimeoutError:
             raise
-        except Exception as error:  # any model may dislike a guess in any way
+        except Exception as error:  # A model can fail on a guessed input with any exception.
             return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         return None
 
 
 def forwards_of(model: nn.Module, inputs: Any, seed: int) -> Iterator[Forward]:
-    """Forward passes from the user's inputs, or guessed ones."""
+    """Yield forward passes with the user's inputs, or with guessed inputs if ``inputs`` is None."""
     if inputs is not None:
-        for i, given in enumerate(inputs if isinstance(inputs, list) else [inputs]):
+        for i, arguments in enumerate(inputs if isinstance(inputs, list) else [inputs]):
             name = f"inputs {i}"
-            if isinstance(given, dict):
-                yield Forward(name, model, (), given)
+            if isinstance(arguments, dict):
+                yield Forward(name, model, (), arguments)
             else:
-                yield Forward(name, model, given if isinstance(given, tuple) else (given,))
+                yield Forward(name, model, arguments if isinstance(arguments, tuple) else (arguments,))
         return
     generator = torch.Generator().manual_seed(seed)
     if type(model).__module__.startswith("transformers."):
@@ -61,15 +65,21 @@ def forwards_of(model: nn.Module, inputs: Any, seed: int) -> Iterator[Forward]:
 
 
 def _plain_guesses(model: nn.Module, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-    """Token ids where there is an embedding, vectors as wide as the first layer, images for a first convolution."""
+    """Yield arguments: token ids for an embedding, vectors for a first linear layer, images for a first convolution."""
     required = [
         p
         for p in inspect.signature(model.forward).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
     times = max(1, len(required))
-    first = next((m for m in model.modules() if isinstance(m, (nn.Embedding, nn.Linear, nn.MultiheadAttention,
-                                                              nn.modules.conv._ConvNd))), None)  # fmt: skip
+    first = next(
+        (
+            m
+            for m in model.modules()
+            if isinstance(m, (nn.Embedding, nn.Linear, nn.MultiheadAttention, nn.modules.conv._ConvNd))
+        ),
+        None,
+    )
     joint = next((m for m in model.modules() if isinstance(m, nn.MultiheadAttention)), None)
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     if embedding is not None and not isinstance(first, nn.modules.conv._ConvNd):

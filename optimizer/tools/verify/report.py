@@ -1,4 +1,4 @@
-"""What a verification found, as data and as text."""
+"""The results of a verification, as data and as text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Verdict(str, Enum):
-    """What gradients say of a layout."""
+    """Whether gradients prove a layout, contradict it, or leave it undecided."""
 
     PROVEN = "proven"
     CONTRADICTED = "contradicted"
@@ -19,10 +19,10 @@ class Finding:
     """The verdict on one parameter.
 
     Attributes:
-        name: the parameter.
-        verdict: what gradients say.
-        claim: how the rules see it, in words.
-        why: the evidence, or what is in the way of deciding.
+        name: name of the parameter.
+        verdict: whether gradients prove or contradict its layout, or leave it undecided.
+        claim: the parameter's parts and heads according to the partition, in words.
+        why: the evidence, or the reason why there is no decision.
     """
 
     name: str
@@ -36,20 +36,20 @@ class Report:
     """All findings on a model.
 
     Attributes:
-        findings: one for each parameter that is, or might be, a query, key or value projection.
-        forwards: what was run, for the reader.
+        findings: one finding for each parameter that is, or might be, a query, key or value projection.
+        forwards: descriptions of the forward passes that were run.
     """
 
     findings: tuple[Finding, ...]
     forwards: tuple[str, ...]
 
     def of(self, verdict: Verdict) -> list[Finding]:
-        """The findings with one verdict."""
+        """Return the findings with this verdict."""
         return [finding for finding in self.findings if finding.verdict == verdict]
 
     @property
     def contradicted(self) -> list[Finding]:
-        """Layouts that gradients contradict."""
+        """The findings whose layouts are contradicted by gradients."""
         return self.of(Verdict.CONTRADICTED)
 
     def __str__(self) -> str:

@@ -1,7 +1,7 @@
-"""Watch a forward pass: what every projection puts out, and what the output projections of attention take in.
+"""Record the inputs and outputs of every projection during a forward pass.
 
-Every projection's output is cut from the graph and handed on as a fresh leaf, so that a gradient says what that output
-itself does, and backward passes stay inside one attention.
+The output of every projection is detached from the graph and replaced by a new leaf. A gradient with respect to the
+leaf is then the effect of this output alone, and a backward pass stops at the projections of one attention.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ...partition.families import is_convolution, is_dense
 
 @dataclass
 class Watched:
-    """One forward pass.
+    """Inputs and outputs recorded during one forward pass.
 
     Attributes:
-        outputs: module path -> the cut output of its first call, features last, [..., features].
-        inputs: module path -> what its first call took in, features last.
+        outputs: module path -> leaf that replaced the output of the module's first call, in the module's own layout.
+        inputs: module path -> input of the module's first call, features last.
         order: paths of projections in the order of their first calls.
-        joint: path of a ``nn.MultiheadAttention`` -> (query, key, value) it was given and what came out, features last.
+        joint: path of a ``nn.MultiheadAttention`` -> (its query, key and value inputs, its output), features last.
     """
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -36,15 +36,15 @@ class Watched:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """A layer whose output units the watcher can tell apart."""
+    """Return whether a module is a dense, convolution or expert layer with a weight of two or more dimensions."""
     weight = getattr(module, "weight", None)
-    known = is_dense(module) or is_convolution(module) or "Expert" in type(module).__name__
-    return isinstance(weight, Tensor) and weight.ndim >= 2 and known
+    is_known_type = is_dense(module) or is_convolution(module) or "Expert" in type(module).__name__
+    return isinstance(weight, Tensor) and weight.ndim >= 2 and is_known_type
 
 
 @contextlib.contextmanager
 def watching(model: nn.Module) -> Iterator[Watched]:
-    """Hooks on every projection, norm and MultiheadAttention of a model, for as long as it lasts."""
+    """Record calls of every projection, norm and ``nn.MultiheadAttention`` of a model inside the ``with`` block."""
     seen, active = Watched(), set[str]()
     handles = []
     weights = {}
@@ -67,11 +67,12 @@ def watching(model: nn.Module) -> Iterator[Watched]:
 
 
 def _features_last(tensor: Tensor, module: nn.Module) -> Tensor:
+    """Move the channels of a convolution's tensor to the last axis."""
     return tensor.movedim(1, -1) if is_convolution(module) and tensor.ndim >= 3 else tensor
 
 
 class _Functions(TorchFunctionMode):
-    """What is done without calling a module: projections by a borrowed weight (BEiT), norms as functions."""
+    """Record projections and norms that are function calls, for example BEiT's ``linear`` with a module's weight."""
 
     def __init__(self, seen: Watched, weights: dict[int, tuple[str, nn.Module]], active: set[str]) -> None:
         super().__init__()
@@ -93,6 +94,8 @@ class _Functions(TorchFunctionMode):
 
 
 def _cut(seen: Watched, path: str, active: set[str]) -> Any:
+    """Return a forward hook that records a projection's call and replaces its output by a new leaf."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         active.discard(path)
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -103,7 +106,7 @@ def _cut(seen: Watched, path: str, active: set[str]) -> Any:
             seen.order.append(path)
             if args and isinstance(args[0], Tensor):
                 seen.inputs[path] = _features_last(args[0], module)
-        return leaf.clone()  # the caller may write to it, which a leaf would refuse
+        return leaf.clone()  # A clone, because the model may write in place, which a leaf refuses.
 
     return hook
 
@@ -112,27 +115,32 @@ _NORMS = (nn.functional.normalize, nn.functional.layer_norm, nn.functional.rms_n
 
 
 def _freeze_scale(module: nn.Module | None, args: tuple[Any, ...], output: Any) -> Any:
-    """Keep a norm's statistics as constants: they tie all units together without making them one head."""
-    given = args[0] if args else None
-    if not (isinstance(output, Tensor) and isinstance(given, Tensor) and output.numel() == given.numel()):
+    """Treat a norm's statistics as constants, because they couple all units, also those of different heads."""
+    normed = args[0] if args else None
+    if not (isinstance(output, Tensor) and isinstance(normed, Tensor) and output.numel() == normed.numel()):
         return None
-    if not given.is_floating_point() or not output.requires_grad:
+    if not normed.is_floating_point() or not output.requires_grad:
         return None
-    given = given.reshape(output.shape)
-    scale = torch.where(given == 0, 0.0, output / given).detach()
-    return (output - given * scale).detach() + given * scale
+    normed = normed.reshape(output.shape)
+    scale = torch.where(normed == 0, 0.0, output / normed).detach()
+    return (output - normed * scale).detach() + normed * scale
 
 
 def _joint_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Weights become leaves by themselves; only make sure that torch keeps the slow, differentiable path."""
+    """Set ``need_weights=False`` unless the caller sets it.
+
+    The inputs need no new leaves: ``open_output`` in ``joint`` has made the weights leaves with gradients.
+    """
     return args, {**kwargs, "need_weights": kwargs.get("need_weights", False)}
 
 
 def _joint_output(seen: Watched, path: str) -> Any:
+    """Return a forward hook that records the first call of a ``nn.MultiheadAttention``."""
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         names = ("query", "key", "value")
-        given = [kwargs[name] if name in kwargs else args[i] for i, name in enumerate(names)]
+        inputs = [kwargs[name] if name in kwargs else args[i] for i, name in enumerate(names)]
         if path not in seen.joint:
-            seen.joint[path] = ((given[0].detach(), given[1].detach(), given[2].detach()), output[0])
+            seen.joint[path] = ((inputs[0].detach(), inputs[1].detach(), inputs[2].detach()), output[0])
 
     return hook

@@ -1,4 +1,4 @@
-"""Inputs that transformers models accept, guessed from their configurations: text, images, sound, and parts of each."""
+"""Guess inputs of transformers models from their configurations: text, images, image patches and sound."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .inputs import LENGTH, Forward
 
 
 def guesses(model: nn.Module, generator: torch.Generator) -> Iterator[Forward]:
-    """Forward passes of the model, then of the towers inside that speak another modality."""
-    yield from _of(model, "", generator)
+    """Yield forward passes of the model, then of the models inside it, for example a vision tower."""
+    yield from _forwards(model, "", generator)
     seen = {type(model)}
     for path, module in model.named_modules():
         if path and hasattr(module, "main_input_name") and type(module) not in seen:
             seen.add(type(module))
-            yield from _of(module, path, generator)
+            yield from _forwards(module, path, generator)
 
 
-def _of(module: nn.Module, path: str, generator: torch.Generator) -> Iterator[Forward]:
+def _forwards(module: nn.Module, path: str, generator: torch.Generator) -> Iterator[Forward]:
+    """Yield forward passes of one transformers model, chosen by the name of its main input."""
     name = str(getattr(module, "main_input_name", "input_ids"))
     config: Any = module.config
     common: dict[str, Any] = {"use_cache": False} if _accepts(module, "use_cache") else {}
@@ -41,14 +42,19 @@ def _of(module: nn.Module, path: str, generator: torch.Generator) -> Iterator[Fo
 
 
 def _accepts(module: nn.Module, argument: str, *, by_name: bool = False) -> bool:
-    """Whether forward takes an argument: listed, or, unless ``by_name``, swallowed by ``**kwargs``."""
+    """Return whether ``forward`` accepts an argument by its name or, unless ``by_name``, through ``**kwargs``."""
     parameters = inspect.signature(type(module).forward).parameters
     return argument in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 def _get(config: Any, *names: str, default: Any = None) -> Any:
-    for source in (config, getattr(config, "vision_config", None), getattr(config, "audio_config", None),
-                   getattr(config, "encoder", None)):  # fmt: skip
+    """Return the first of the named values that the configuration or one of its sub-configurations has."""
+    for source in (
+        config,
+        getattr(config, "vision_config", None),
+        getattr(config, "audio_config", None),
+        getattr(config, "encoder", None),
+    ):
         for name in names:
             if source is not None and getattr(source, name, None) is not None:
                 return getattr(source, name)
@@ -56,7 +62,7 @@ def _get(config: Any, *names: str, default: Any = None) -> Any:
 
 
 def _ids(module: nn.Module, generator: torch.Generator) -> Tensor:
-    """Ids that every vocabulary has and that are special in none, as far as that goes."""
+    """Return random token ids in [5, 60), or less for a small vocabulary. The first ids are often special tokens."""
     config: Any = module.config
     parts = (config, getattr(config, "text_config", None), getattr(config, "decoder", None))
     sizes = [n for part in parts if isinstance(n := getattr(part, "vocab_size", None), int)]
@@ -67,7 +73,7 @@ def _ids(module: nn.Module, generator: torch.Generator) -> Tensor:
 def _images(
     module: nn.Module, where: str, config: Any, common: dict[str, Any], generator: torch.Generator
 ) -> Iterator[Forward]:
-    """Pictures of the configured size; and, for towers that take patches in a row, patches and their grid."""
+    """Yield a forward pass with an image of the configured size."""
     patch, channels = _get(config, "patch_size", default=16), _get(config, "num_channels", "in_channels", default=3)
     size = _get(config, "image_size", default=None)
     size = size if size is not None else 4 * (patch if isinstance(patch, int) else patch[0])
@@ -80,7 +86,7 @@ def _images(
 
 
 def _patches(module: nn.Module, where: str, config: Any, generator: torch.Generator) -> Forward:
-    """For towers that take flattened patches in a row, and the grid they come from."""
+    """Return a forward pass with flattened image patches [patches, values] and the grid that they form."""
     patch, channels = _get(config, "patch_size", default=14), _get(config, "in_channels", "num_channels", default=3)
     merge = int(_get(config, "spatial_merge_size", default=1))
     temporal = int(_get(config, "temporal_patch_size", default=1))
@@ -91,7 +97,7 @@ def _patches(module: nn.Module, where: str, config: Any, generator: torch.Genera
 def _sound(
     module: nn.Module, where: str, name: str, config: Any, common: dict[str, Any], generator: torch.Generator
 ) -> Iterator[Forward]:
-    """Mel frames of the configured length, or samples."""
+    """Yield forward passes with mel frames of the configured length, or with samples, in two shapes each."""
     mels = _get(config, "num_mel_bins", "feature_size", "mel_bins", "num_mel_bins", default=80)
     frames = 2 * int(_get(config, "max_source_positions", default=50))
     extra = dict(common)
