@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from torch import nn
 
 from optimizer import AdamMini, partition
 from optimizer.wrappers.huggingface import AdamMiniMixin, adam_mini
 
+# Trainer takes seconds to import: in the tests, and in one worker.
+pytestmark = pytest.mark.xdist_group("trainer")
 
-class AdamMiniTrainer(AdamMiniMixin, Trainer):
-    pass
+
+@pytest.fixture(scope="module")
+def trainer_class() -> type[Any]:
+    from transformers import Trainer
+
+    class AdamMiniTrainer(AdamMiniMixin, Trainer):
+        pass
+
+    return AdamMiniTrainer
 
 
-def llama() -> LlamaForCausalLM:
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
@@ -24,7 +36,9 @@ def llama() -> LlamaForCausalLM:
     ))  # fmt: skip
 
 
-def arguments(folder: Path) -> TrainingArguments:
+def arguments(folder: Path) -> Any:
+    from transformers import TrainingArguments
+
     return TrainingArguments(
         str(folder), learning_rate=3e-3, adam_beta1=0.8, adam_beta2=0.97, adam_epsilon=1e-7, weight_decay=0.2,
         use_cpu=True, report_to="none",
@@ -39,9 +53,9 @@ def blocks(optimizer: AdamMini) -> dict[str, int]:
     }
 
 
-def test_the_mixin_does_as_the_arguments_say(tmp_path: Path) -> None:
+def test_the_mixin_does_as_the_arguments_say(trainer_class: Any, tmp_path: Path) -> None:
     model = llama()
-    optimizer = AdamMiniTrainer(model, arguments(tmp_path)).create_optimizer()
+    optimizer = trainer_class(model, arguments(tmp_path)).create_optimizer()
     decaying, rest = optimizer.param_groups
     for group in (decaying, rest):
         assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.8, 0.97), 1e-7)
@@ -51,8 +65,8 @@ def test_the_mixin_does_as_the_arguments_say(tmp_path: Path) -> None:
     assert blocks(optimizer) == {name: layout.n_blocks for name, layout in partition(model).items()}
 
 
-def test_further_options_are_a_subclass_s(tmp_path: Path) -> None:
-    class ShortRun(AdamMiniTrainer):
+def test_further_options_are_a_subclass_s(trainer_class: Any, tmp_path: Path) -> None:
+    class ShortRun(trainer_class):
         adam_mini_options = {"rules": "short_run"}  # noqa: RUF012
 
     model = llama()
@@ -61,19 +75,21 @@ def test_further_options_are_a_subclass_s(tmp_path: Path) -> None:
     assert blocks(optimizer)[value] == 1 < partition(model)[value].n_blocks
 
 
-def test_an_optimizer_that_was_given_stays(tmp_path: Path) -> None:
+def test_an_optimizer_that_was_given_stays(trainer_class: Any, tmp_path: Path) -> None:
     model = llama()
     given = torch.optim.SGD(model.parameters())
-    assert AdamMiniTrainer(model, arguments(tmp_path), optimizers=(given, None)).create_optimizer() is given
+    assert trainer_class(model, arguments(tmp_path), optimizers=(given, None)).create_optimizer() is given
 
 
-def test_two_optimizers_asked_for_are_refused(tmp_path: Path) -> None:
-    trainer = AdamMiniTrainer(llama(), arguments(tmp_path), optimizer_cls_and_kwargs=(AdamMini, {"lr": 1e-3}))
+def test_two_optimizers_asked_for_are_refused(trainer_class: Any, tmp_path: Path) -> None:
+    trainer = trainer_class(llama(), arguments(tmp_path), optimizer_cls_and_kwargs=(AdamMini, {"lr": 1e-3}))
     with pytest.raises(ValueError, match="one of the two"):
         trainer.create_optimizer()
 
 
 def test_the_factory_is_given_the_model(tmp_path: Path) -> None:
+    from transformers import Trainer
+
     model, options = llama(), {"lr": 2e-3, "weight_decay": 0.3}
     trainer = Trainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=(adam_mini, options))
     optimizer = trainer.create_optimizer()
@@ -82,9 +98,9 @@ def test_the_factory_is_given_the_model(tmp_path: Path) -> None:
     assert blocks(optimizer) == {name: layout.n_blocks for name, layout in partition(model).items()}
 
 
-def test_a_model_that_fsdp1_wrapped_gets_its_state_at_once(tmp_path: Path) -> None:
+def test_a_model_that_fsdp1_wrapped_gets_its_state_at_once(trainer_class: Any, tmp_path: Path) -> None:
     """Trainer gives the model then; resuming would load nothing into an optimizer without state."""
     model = llama()
-    optimizer = AdamMiniTrainer(model, arguments(tmp_path)).create_optimizer(model)
+    optimizer = trainer_class(model, arguments(tmp_path)).create_optimizer(model)
     assert len(optimizer.state) == len(list(model.parameters()))
-    assert not AdamMiniTrainer(llama(), arguments(tmp_path)).create_optimizer().state
+    assert not trainer_class(llama(), arguments(tmp_path)).create_optimizer().state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -13,8 +12,13 @@ from optimizer import AdamMini, Role, partition
 from optimizer.partition import discover
 from tests.optimizer.zoo import TEXT
 
+# PEFT takes seconds to import: in the tests, and in one worker.
+pytestmark = pytest.mark.xdist_group("peft")
+
 
 def adapted(model: nn.Module, *targets: str, **options: Any) -> nn.Module:
+    import peft
+
     return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=list(targets), **options))
 
 
@@ -48,6 +52,8 @@ def test_factors_have_a_scalar_per_output_unit() -> None:
 
 
 def test_several_adapters_and_dora() -> None:
+    import peft
+
     model = adapted(TEXT["llama"](), "k_proj", use_dora=True)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["k_proj"]))
     anatomies = discover(model)
@@ -84,6 +90,8 @@ def test_over_quantised_base_weights() -> None:
 
 def _with_factors(base: nn.Module) -> nn.Module:
     """PEFT's layer around a base layer it need not know how to multiply with."""
+    import peft
+
     layer = peft.tuners.lora.Linear(nn.Linear(48, 36, bias=False), "default", config=peft.LoraConfig(r=3), r=3)
     layer.base_layer = base
     return layer
