@@ -22,6 +22,7 @@ from typing import Any
 from experiments.configs import TrainConfig, smoke
 from experiments.train import run_folder
 from tests.experiments.processes import kill, metrics, start_ranks, status, steps, torn, wait_until
+from tests.sharding import workers
 
 OPTIONS = ("--parallel=fsdp2",)
 
@@ -34,14 +35,12 @@ def config(length: int = 300, every: int = 10) -> TrainConfig:
 
 def finish(run: TrainConfig, root: Path) -> dict[str, Any]:
     """Let the run come to its end, from wherever it stands; its status."""
-    folder, log = run_folder(root, run), root / "log.txt"
+    folder = run_folder(root, run)
     root.mkdir(parents=True, exist_ok=True)
     if not ended(folder):
-        ranks = start_ranks(run, root, log, *OPTIONS)
-        try:
-            assert [r.wait(timeout=600) for r in ranks] == [0, 0], log.read_text()[-3000:]
-        finally:
-            kill(ranks)
+        arguments = {"config": run, "root": str(root), "parallel": "fsdp2"}
+        answers = workers.run(2, {"run": ("tests.experiments.interrupted_runs:trained", arguments)})["run"]
+        assert all(isinstance(answer, dict) for answer in answers), answers
     assert ended(folder)
     return status(folder)
 

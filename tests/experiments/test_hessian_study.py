@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -36,11 +37,24 @@ GPT = GPTConfig(vocab=8, block_size=8, n_embd=16, n_layer=1, n_head=4)
 shares_the_study = pytest.mark.xdist_group("hessian study")
 
 
+class Recording(StageBar):
+    """The bar of the study, and every line that it has shown."""
+
+    SHOWN: ClassVar[list[str]] = []
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        super().__call__(done, total, what)
+        assert 0 <= done <= total == self.bar.total and done == self.bar.n
+        self.SHOWN.append(self.bar.desc.strip())
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("study")
-    run(out, "smoke")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.studies.hessian_maps.progress.StageBar", Recording)
+        run(out, "smoke")
     torch.set_num_threads(threads)
     return out
 
@@ -259,20 +273,10 @@ def test_other_format_version_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- progress
 
 
-def test_progress_names_the_model_its_state_and_every_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@shares_the_study
+def test_progress_names_the_model_its_state_and_every_matrix(study: Path) -> None:
     """A bar that only says "hessian-gpt-50" leaves minutes unexplained."""
-    shown: list[str] = []
-
-    class Recording(StageBar):
-        def __call__(self, done: int, total: int, what: str) -> None:
-            super().__call__(done, total, what)
-            assert 0 <= done <= total == self.bar.total and done == self.bar.n
-            shown.append(self.bar.desc.strip())
-
-    monkeypatch.setattr("experiments.studies.hessian_maps.progress.StageBar", Recording)
-    threads = torch.get_num_threads()
-    run(tmp_path, "smoke")
-    torch.set_num_threads(threads)
+    shown = Recording.SHOWN
     for name, config in subjects("smoke").items():
         assert f"{name}: training" in shown
         for percent in ("0%", "50%", "100%"):

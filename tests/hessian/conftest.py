@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import hessian.operators
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restored_threads: None) -> None:
+    """These matrices are tiny: two threads would wait for one another at every operation."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -21,11 +21,11 @@ def tokens(rows: int, length: int, vocab: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def gpt(tied: bool = False) -> nn.Module:
-    return build(GPTConfig(vocab=5, block_size=4, n_embd=6, n_layer=1, n_head=2, tied=tied), 0).double()
+    return build(GPTConfig(vocab=5, block_size=4, n_embd=4, n_layer=1, n_head=2, tied=tied), 0).double()
 
 
 def llama() -> nn.Module:
-    return build(LlamaConfig(vocab=5, dim=8, n_layers=1, n_heads=4, n_kv_heads=2, hidden=6), 0).double()
+    return build(LlamaConfig(vocab=5, dim=4, n_layers=1, n_heads=2, n_kv_heads=1, hidden=6), 0).double()
 
 
 def mlp() -> nn.Module:

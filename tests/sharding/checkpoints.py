@@ -57,9 +57,9 @@ WRAPS = {
 
 
 def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[str, Any]:
-    """Five steps on n ranks, saved; five more on m: every pair up to all ranks, against ten steps in one process."""
+    """Three steps on n ranks, saved; three more on m: every pair up to all ranks, against six steps in one process."""
     alone = _start(name, None)
-    _train(*alone, 0, 0, 10)
+    _train(*alone, 0, 0, 6)
     wanted = dict(alone[0].named_parameters())
     worlds = range(1, 1 + dist.get_world_size())
     meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # every rank takes part in making each
@@ -68,7 +68,7 @@ def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[st
     for n, mesh in meshes.items():
         if dist.get_rank() < n:
             model, optimizer = _start(name, mesh, WRAPS[wrap])
-            _train(model, optimizer, n, 0, 5)
+            _train(model, optimizer, n, 0, 3)
             document = {"model": get_model_state_dict(model),
                         "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
             dcp.save(
@@ -96,7 +96,7 @@ def _go_on(
     dcp.load(document, checkpoint_id=folder, process_group=mesh.get_group())
     set_model_state_dict(model, document["model"])
     set_optimizer_state_dict(model, optimizer, document["optimizer"], options=options)
-    _train(model, optimizer, mesh.size(), 5, 10)
+    _train(model, optimizer, mesh.size(), 3, 6)
     return _apart(model, wanted)
 
 

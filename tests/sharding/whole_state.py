@@ -42,16 +42,16 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def across_case(name: str, wraps: tuple[str, ...]) -> dict[str, Any]:
-    """Five steps under each wrapper, five more under each: the largest differences to ten in one process."""
+    """Three steps under each wrapper, three more under each: the largest differences to six in one process."""
     alone = _start(name, "plain")
-    _train(alone, 0, 5)
+    _train(alone, 0, 3)
     state_of_one = copy.deepcopy(alone.optimizer.state_dict())
-    _train(alone, 5, 10)
+    _train(alone, 3, 6)
     wanted = {n: p.detach() for n, p in alone.model.named_parameters()}
     out: dict[str, Any] = {}
     for source in wraps:
         run = _start(name, source)
-        _train(run, 0, 5)
+        _train(run, 0, 3)
         document = full_state_dict(run.optimizer, rank0_only=False)
         assert document is not None
         out[f"{source} whole"] = _apart(document, state_of_one)
@@ -59,7 +59,7 @@ def across_case(name: str, wraps: tuple[str, ...]) -> dict[str, Any]:
         for target in wraps:
             then = _start(name, target, weights)
             load_full_state_dict(then.optimizer, document)
-            _train(then, 5, 10)
+            _train(then, 3, 6)
             out[f"{source} to {target}"] = _difference(then, name, wanted)
     return out
 
