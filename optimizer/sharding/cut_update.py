@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..step.factored import factored_move, roots
 from ..step.hyper import corrections
 from ..step.update import move, step_sizes
+from .exchange import Means
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
 
@@ -44,7 +46,8 @@ def cut_update(
     grad: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    means: Tensor,
+    exp_avg_sq_col: Tensor | None,
+    means: Means,
     *,
     step: float,
     lr: float | Tensor,
@@ -65,7 +68,9 @@ def cut_update(
             for a block that it shares with this rank.
         exp_avg: first moment, same shape, updated in place.
         exp_avg_sq: second moment, shape ``geometry.aligned``, updated in place.
-        means: mean squared gradient of each local block over all ranks, [number of local blocks].
+        exp_avg_sq_col: column means of a factored second moment, shape ``geometry.columns.shape``, updated in place;
+            None if it is not factored.
+        means: mean squared gradients over all ranks.
         step: number of steps taken, this one included.
         lr: learning rate.
         beta1: decay rate of the first moment, in [0, 1).
@@ -81,21 +86,95 @@ def cut_update(
     values = None if grad is None or geometry.cut.values is None else geometry.cut.values.to(exp_avg_sq.device)
     second = exp_avg_sq if values is None else exp_avg_sq[values]
     slots = geometry.cut.blocks.at(values)
-    fresh = means if slots is None else means[slots.to(means.device)]
+    fresh = means.blocks if slots is None else means.blocks[slots.to(means.blocks.device)]
     second.mul_(beta2).add_(fresh.view(second.shape).to(second.device), alpha=1 - beta2)
-    scale = step_sizes(second, *corrections(lr, beta1, beta2, step), eps).neg_()
+    size, root = corrections(lr, beta1, beta2, step)
+    scale = step_sizes(second, size, root, eps).neg_()
     if values is not None:
         exp_avg_sq[values] = second
         rates, scale = scale, torch.empty_like(exp_avg_sq)
         scale[values] = rates
+    keep = 1 - lr * weight_decay if weight_decay else None
+    if exp_avg_sq_col is not None:
+        _step_factored(
+            geometry,
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            exp_avg_sq_col,
+            means,
+            size=size,
+            root=root,
+            eps=eps,
+            beta1=beta1,
+            beta2=beta2,
+            keep=keep,
+            maximize=maximize,
+        )
     if param.numel() == 0:
         return
     for box in geometry.boxes:
-        if box.free and grad is not None:
+        if box.factored or (box.free and grad is not None):
             continue
         p, m = box.of(param), box.of(exp_avg)
         s = box.of_second(scale, tuple(p.shape))
         g = torch.zeros_like(p) if grad is None else box.of(grad)
         p, g, m, s = box.layout.unfold(p, g, m, s)
-        keep = 1 - lr * weight_decay if weight_decay and box.decays else None
-        move(p, g, m, s, beta1=beta1, keep=keep, maximize=maximize)
+        move(p, g, m, s, beta1=beta1, keep=keep if box.decays else None, maximize=maximize)
+
+
+def _step_factored(
+    geometry: Geometry,
+    param: Tensor,
+    grad: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_col: Tensor,
+    means: Means,
+    *,
+    size: float | Tensor,
+    root: float,
+    eps: float,
+    beta1: float,
+    beta2: float,
+    keep: float | Tensor | None,
+    maximize: bool,
+) -> None:
+    """Update the column means, then the elements of factored tensors, whose row means are updated already.
+
+    Args:
+        geometry: the shard, with ``columns``.
+        param: the local parameter; changed.
+        grad: the local gradient; None counts as zeros.
+        exp_avg: first moment; changed.
+        exp_avg_sq: row means after the update.
+        exp_avg_sq_col: column means; changed.
+        means: mean squared gradients over all ranks.
+        size: first value that ``hyper.corrections`` returns.
+        root: second value that ``hyper.corrections`` returns.
+        eps: added to the square root of the bias-corrected second moment.
+        beta1: decay rate of the first moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1).
+        keep: 1 - lr * weight_decay; None without weight decay.
+        maximize: ascend instead of descend.
+    """
+    columns = geometry.columns
+    assert columns is not None and means.columns is not None
+    fresh = means.columns.view(exp_avg_sq_col.shape).to(exp_avg_sq_col.device)
+    exp_avg_sq_col.mul_(beta2).add_(fresh, alpha=1 - beta2)
+    if means.all_columns is None or means.before is None:
+        joined = columns.mean(exp_avg_sq_col)
+    else:
+        joined = (means.before * beta2).add_(means.all_columns, alpha=1 - beta2)
+    for matrices, mean in zip(columns.matrices, columns.means(joined), strict=True):
+        view = matrices.of(exp_avg_sq_col)
+        for piece in matrices.pieces:
+            box = geometry.boxes[piece.box]
+            p, m = box.of(param), box.of(exp_avg)
+            g = torch.zeros_like(p) if grad is None else box.of(grad)
+            second = box.of_second(exp_avg_sq, tuple(p.shape))
+            p, g, m, rows = (piece.rows(t) for t in box.layout.unfold(p, g, m, second))
+            both = roots(rows, piece.columns(view), piece.columns(mean))
+            decay = keep if box.decays else None
+            factored_move(p, g, m, *both, size=size, root=root, eps=eps, beta1=beta1, keep=decay, maximize=maximize)

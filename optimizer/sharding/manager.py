@@ -11,15 +11,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..interface import Position, wrappers
+from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.layout import AnyLayout, Layout
 from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
 from ..step.engines.checks import require_takeable
 from ..step.labels import label
 from .agreement import require_agreement
 from .elements import is_blockwise, narrow, settle, widen
-from .exchange import destroyed, ranks_of, second_moments
+from .exchange import Work, destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_geometry
-from .geometry import Box, Geometry
+from .geometry import Geometry
+from .columns import unsharded
 from .kinds import is_dtensor, local_of
 from .shard import Shard
 from .step_view import StepView
@@ -71,12 +73,18 @@ class Shards:
             states: the state of every parameter that has one.
         """
         steps: set[int] = set()
+        factored: list[tuple[dict[str, Any], Geometry]] = []
         for g, group in enumerate(groups):
             for i, parameter in enumerate(group["params"]):
                 if state := states.get(parameter):
                     shard = self.of(g, i, group, layouts[g][i])
                     if shard is not None:
                         settle(state, shard.geometry, moment_dtype(parameter, group), steps)
+                        if shard.geometry.columns is not None and "exp_avg_sq_col" not in state:
+                            factored.append((state, shard.geometry))
+        works = [Work(geometry, x["exp_avg_sq"].sqrt(), x["exp_avg_sq"].dtype) for x, geometry in factored]
+        for (state, _), second in zip(factored, second_moments(works), strict=True):
+            state.update(second)
 
     def widened(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
@@ -88,12 +96,15 @@ class Shards:
             groups: the optimizer's parameter groups.
             layouts: the layouts of their parameters, by group.
         """
-        seconds = {
-            key: widen(geometry, document["state"][key]["exp_avg_sq"])
-            for key, geometry, _ in self._second_moments(document, groups, layouts, flattened=True)
-            if "exp_avg_sq" in document["state"].get(key, {})
-        }
-        return _with_second_moments(document, seconds)
+        seconds: dict[Any, dict[str, Tensor]] = {}
+        for key, geometry, _ in self._second_moments(document, groups, layouts, flattened=True):
+            state = document["state"].get(key, {})
+            if "exp_avg_sq" in state:
+                seconds[key] = {"exp_avg_sq": widen(geometry, state["exp_avg_sq"], state.get("exp_avg_sq_col"))}
+        widened = _with_second_moments(document, seconds)
+        for key in seconds:
+            widened["state"][key].pop("exp_avg_sq_col", None)  # one value per element has no column means
+        return widened
 
     def narrowed(
         self,
@@ -116,14 +127,15 @@ class Shards:
         Raises:
             ValueError: values differ inside a block and ``convert`` is not set.
         """
-        seconds: dict[Any, Tensor] = {}
-        works: dict[Any, tuple[Geometry, Tensor | None, torch.dtype]] = {}
+        seconds: dict[Any, dict[str, Tensor]] = {}
+        works: dict[Any, Work] = {}
         for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
             values = document["state"].get(key, {}).get("exp_avg_sq")
-            if convert and (values is not None or geometry.cut is not None):
+            means = convert or geometry.columns is not None  # row and column means are sums over ranks, too
+            if means and (values is not None or geometry.cut is not None):
                 # A rank without elements of a tensor has no state of it, but must still join the all-reduce.
                 dtype = second_moment_dtype(groups[g]["params"][i])
-                works[key] = geometry, None if values is None else values.to(dtype).sqrt(), dtype
+                works[key] = Work(geometry, None if values is None else values.to(dtype).sqrt(), dtype)
             elif values is None:
                 continue
             elif not is_blockwise(geometry, values):
@@ -133,17 +145,17 @@ class Shards:
                     "of the checkpoint"
                 )
             else:
-                seconds[key] = narrow(geometry, values)
+                seconds[key] = {"exp_avg_sq": narrow(geometry, values)}
         if convert:
             for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
                 values = document["state"].get(key, {}).get("exp_avg_sq")
                 parameter = groups[g]["params"][i]
                 same_placements = values is not None and getattr(values, "placements", None) == parameter.placements
                 if same_placements and values.shape == parameter.shape:
-                    works[key] = geometry, local_of(values).sqrt(), values.dtype
-            for key, second in zip(works, second_moments(list(works.values())), strict=True):
-                if works[key][1] is not None:
-                    seconds[key] = works[key][0].second_moment(second)
+                    works[key] = Work(geometry, local_of(values).sqrt(), values.dtype)
+        for key, second in zip(works, second_moments(list(works.values())), strict=True):
+            if works[key].grad is not None:
+                seconds[key] = _wrapped(works[key].geometry, second)
         return _with_second_moments(document, seconds)
 
     def _second_moments(
@@ -182,8 +194,8 @@ class Shards:
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
                 if shard is not None:
                     yield key, shard.geometry, (g, i)
-                elif isinstance(layout, Layout):
-                    yield key, Geometry(shape, (Box(layout),), layout.aligned_shape(shape)), (g, i)
+                elif isinstance(layout, TensorLayout):
+                    yield key, unsharded(layout, shape), (g, i)
 
     def begin(
         self,
@@ -239,7 +251,7 @@ class Shards:
             states: the state of every parameter that has one.
             only: position of the only parameter to step; None for all parameters.
         """
-        params, local_layouts, local_states = list(group["params"]), cast(list[Layout], list(layouts)), {}
+        params, local_layouts, local_states = list(group["params"]), cast(list[TensorLayout], list(layouts)), {}
         names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
         restricted = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
         for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
@@ -299,12 +311,20 @@ class Shards:
                 self._agreed[ranks] = digest
 
 
-def _with_second_moments(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
+def _wrapped(geometry: Geometry, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return local second moments as the state stores them: as DTensors if the parameter is one."""
+    out = {"exp_avg_sq": geometry.second_moment(second["exp_avg_sq"])}
+    if geometry.columns is not None:
+        out["exp_avg_sq_col"] = geometry.columns.second_moment(second["exp_avg_sq_col"])
+    return out
+
+
+def _with_second_moments(document: dict[str, Any], seconds: Mapping[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Return a copy of a state dict with the second moments of some keys replaced."""
     if not seconds:
         return document
     states = dict(document["state"])
-    states.update({key: {**states[key], "exp_avg_sq": second} for key, second in seconds.items()})
+    states.update({key: {**states[key], **second} for key, second in seconds.items()})
     return {**document, "state": states}
 
 
@@ -338,7 +358,10 @@ def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
     """Return the local geometry of a sharded parameter; ``where`` describes the parameter in error messages."""
     if not isinstance(layout, FlatLayout):
         from .placed import placed_geometry
+        from .placed_columns import placed_factored_geometry
 
+        if isinstance(layout, FactoredLayout):
+            return placed_factored_geometry(parameter, layout, where)  # type: ignore[arg-type]
         assert isinstance(layout, Layout)
         return placed_geometry(parameter, layout, where)  # type: ignore[arg-type]
     layout.require(parameter.shape, where)

@@ -41,7 +41,7 @@ class FreeBox:
         source = self._source
         if len(source) != len(whole) or any(source.get(name) is not x for name, x in whole.items()):
             self._source, self._state = dict(whole), {"step": whole["step"].clone()}
-            for name in whole.keys() - {"step", "exp_avg_sq"}:
+            for name in whole.keys() - {"step", "exp_avg_sq", "exp_avg_sq_col"}:
                 self._state[name] = self._box.of(whole[name])
             self._state["exp_avg_sq"] = self._box.of_second(whole["exp_avg_sq"], tuple(self.view.shape))
         return self._state
@@ -133,16 +133,21 @@ class Shard:
             local = local_of(tensor)
             if name == "exp_avg_sq" and self.geometry.cut is None and self.geometry.boxes:
                 local = self.geometry.boxes[0].of_second(local, tuple(self.view.shape))
-            elif name != "step" and local.shape == self._local_data.shape:
+            elif name not in ("step", "exp_avg_sq_col") and local.shape == self._local_data.shape:
                 local = self._boxed(local)
             cached = self._states[name] = tensor, local
         return cached[1]
 
     def new_state(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state before the first step, with DTensors if the parameter is one."""
-        second = zero_second_moment(self.view, self.geometry.aligned, self.view.device)
-        return new_state(self.parameter, self.geometry.second_moment(second), group)
+        geometry, device = self.geometry, self.view.device
+        second = geometry.second_moment(zero_second_moment(self.view, geometry.aligned, device))
+        if geometry.columns is None:
+            return new_state(self.parameter, second, group)
+        columns = zero_second_moment(self.view, geometry.columns.shape, device)
+        return new_state(self.parameter, second, group, geometry.columns.second_moment(columns))
 
     def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
         """Return the bytes of this rank's state, by kind."""
-        return state_bytes(self.parameter, self.geometry.shape, self.geometry.aligned, group)
+        columns = None if self.geometry.columns is None else self.geometry.columns.shape
+        return state_bytes(self.parameter, self.geometry.shape, self.geometry.aligned, group, columns)

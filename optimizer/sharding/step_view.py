@@ -8,11 +8,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..interface import Position
-from ..partition.layout import AnyLayout, Layout
+from ..partition.factored import TensorLayout
+from ..partition.layout import AnyLayout
 from ..step.dtypes import second_moment_dtype
 from ..step.hyper import Hyper
 from .cut_update import cut_update
-from .exchange import block_means
+from .exchange import Means, Work, block_means
 from .shard import FreeBox, Shard
 
 
@@ -36,13 +37,13 @@ class StepView:
     ) -> None:
         self.groups = list(groups)
         # The cast is safe: layouts of sharded parameters are replaced by local ones before an engine reads them.
-        self.layouts = cast(list[list[Layout]], list(layouts))
+        self.layouts = cast(list[list[TensorLayout]], list(layouts))
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[Shard, Tensor | None]] = {}
         self.free: dict[Position, tuple[int, FreeBox]] = {}
         self.empty: list[Position] = []
         self._lent: list[Tensor] = []
-        self._means: list[Tensor | None] = []
+        self._means: list[Means | None] = []
 
     def lend(self, view: Tensor, grad: Tensor | None) -> None:
         """Set the gradient of a local tensor until ``end``."""
@@ -68,18 +69,22 @@ class StepView:
 
         return state_at
 
-    def exchange(self, grad_scale: Tensor | None = None) -> None:
+    def exchange(self, grad_scale: Tensor | None, columns_of: Callable[[int, int], Tensor | None]) -> None:
         """Sum the shared blocks over ranks. Nothing communicates later in the step.
 
         Args:
             grad_scale: the GradScaler's scale, by which gradients are divided first; None if they are not scaled.
+            columns_of: returns the local column means of the parameter at a position; None if there are none yet.
         """
         if self.cut:
             for position, (shard, grad) in self.cut.items():
                 if grad is not None and grad_scale is not None:
                     self.cut[position] = shard, grad / grad_scale
             self._means = block_means(
-                [(shard.geometry, grad, second_moment_dtype(shard.view)) for shard, grad in self.cut.values()]
+                [
+                    Work(shard.geometry, grad, second_moment_dtype(shard.view), columns_of(*position))
+                    for position, (shard, grad) in self.cut.items()
+                ]
             )
 
     def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
@@ -107,6 +112,7 @@ class StepView:
                 grad,
                 state["exp_avg"],
                 state["exp_avg_sq"],
+                state.get("exp_avg_sq_col"),
                 means,
                 step=state["step"].item(),
                 **hyper.numbers(),

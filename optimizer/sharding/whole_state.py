@@ -18,13 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..partition.discover import tagged_name
-from ..partition.layout import Layout
+from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.names import clean
 from ..state import checkpoint
+from ..state.factored import factored
 from ..step.labels import label, named
+from .columns import unsharded
 from .elements import narrow, widen
 from .flat import FlatLayout, Range
-from .geometry import Box, Geometry
+from .flat_columns import columns_size, held_columns
 from .holdings import Ranges
 from .kinds import local_of
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from .shard import Shard
 
 logger = logging.getLogger("optimizer")
-_NOT_ELEMENTS = ("step", "exp_avg_sq")  # entries of a state that do not have one value per element
+_NOT_ELEMENTS = ("step", "exp_avg_sq", "exp_avg_sq_col")  # entries of a state that do not have one value per element
 
 
 def full_state_dict(optimizer: Stepper, *, rank0_only: bool = True) -> dict[str, Any] | None:
@@ -96,7 +98,7 @@ def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, con
     with optimizer.whole():
         members = [member for g in range(len(optimizer.param_groups)) for member in _members(optimizer, g)]
         virtual = [{**group, "params": [], "param_names": []} for group in optimizer.param_groups]
-        layouts: list[list[Layout]] = [[] for _ in virtual]
+        layouts: list[list[TensorLayout]] = [[] for _ in virtual]
         targets = {}
         for member in members:
             for k, whole in enumerate(member.wholes):
@@ -134,7 +136,7 @@ class Whole:
 
     name: str
     shape: tuple[int, ...]
-    layout: Layout
+    layout: TensorLayout
     decays: bool = True
 
     def stand_in(self, parameter: Tensor) -> Tensor:
@@ -218,6 +220,9 @@ class _PlacedMember(Sharded):
             local_of(self.state[key]).copy_(_cut(state[key], placed.held))
         second = _moved(_cut(state["exp_avg_sq"], placed.held_second), local_of(self.parameter))
         self.state["exp_avg_sq"] = placed.wrap(second.reshape(self.geometry.aligned))
+        if self.geometry.columns is not None and (of_columns := self.geometry.columns.placed) is not None:
+            columns = _moved(_cut(state["exp_avg_sq_col"], of_columns.held_second), local_of(self.parameter))
+            self.state["exp_avg_sq_col"] = of_columns.wrap(columns.reshape(self.geometry.columns.shape))
 
 
 class _FlatMember(Sharded):
@@ -228,6 +233,7 @@ class _FlatMember(Sharded):
         super().__init__(g, i, shard, wholes, where)
         self.ranges = layout.ranges
         self._second_per_element: Tensor | None = None
+        self._columns: dict[int, Tensor] = {}
 
     def gathered(self, optimizer: Stepper) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
         state = self._existing(optimizer)
@@ -235,13 +241,13 @@ class _FlatMember(Sharded):
             yield from ((whole, None) for whole in self.wholes)
             return
         group = self.geometry.sharding_groups[0] if self.geometry.sharding_groups else None
-        second_per_element = widen(self.geometry, state["exp_avg_sq"])
+        second_per_element = widen(self.geometry, state["exp_avg_sq"], state.get("exp_avg_sq_col"))
         for whole, held in zip(self.wholes, self.ranges, strict=True):
             elements = {
                 key: _gathered(x, held, group).view(whole.shape) for key, x in state.items() if key not in _NOT_ELEMENTS
             }
-            second = narrow(_unsharded(whole), _gathered(second_per_element, held, group).view(whole.shape))
-            yield whole, {"step": state["step"].clone().cpu(), **elements, "exp_avg_sq": second}
+            second = _second_moment(whole, _gathered(second_per_element, held, group).view(whole.shape))
+            yield whole, {"step": state["step"].clone().cpu(), **elements, **second}
 
     def load(self, k: int, state: dict[str, Any]) -> None:
         second = self._second_per_element
@@ -258,12 +264,20 @@ class _FlatMember(Sharded):
         local = slice(held.offset, held.offset + held.stop - held.start)
         for key in self.state.keys() - set(_NOT_ELEMENTS):
             self.state[key][local] = state[key].reshape(-1)[held.start : held.stop]
-        spread = widen(_unsharded(whole), state["exp_avg_sq"])
+        layout = whole.layout
+        if isinstance(layout, FactoredLayout):
+            self._columns[k] = held_columns(held, state["exp_avg_sq_col"])
+            layout = layout.rows
+        spread = widen(unsharded(layout, whole.shape), state["exp_avg_sq"])
         second[local] = spread.reshape(-1)[held.start : held.stop].to(second)
 
     def finished(self) -> dict[str, Any]:
         assert self._second_per_element is not None
-        return {**self.state, "exp_avg_sq": narrow(self.geometry, self._second_per_element)}
+        second = narrow(self.geometry, self._second_per_element)
+        if self.geometry.columns is None:
+            return {**self.state, "exp_avg_sq": second}
+        joined = [self._columns.get(k, second.new_zeros(columns_size(held))) for k, held in enumerate(self.ranges)]
+        return {**self.state, "exp_avg_sq": second, "exp_avg_sq_col": torch.cat(joined).to(second)}
 
 
 def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
@@ -276,7 +290,7 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
             assert shard is not None
             yield _FlatMember(g, i, shard, layout, where)
             continue
-        assert isinstance(layout, Layout)
+        assert isinstance(layout, TensorLayout)
         whole = Whole(clean(name or tagged_name(parameter)), tuple(parameter.shape), layout)
         if shard is None:
             yield _Member(g, i, parameter, [whole], where)
@@ -284,9 +298,12 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
             yield _PlacedMember(g, i, shard, [whole], where)
 
 
-def _unsharded(whole: Whole) -> Geometry:
-    """Return the geometry of a whole parameter in one process."""
-    return Geometry(whole.shape, (Box(whole.layout),), whole.layout.aligned_shape(whole.shape))
+def _second_moment(whole: Whole, elements: Tensor) -> dict[str, Tensor]:
+    """Return the second moment of a whole parameter from one value per element, as a process without shards stores it."""
+    if isinstance(whole.layout, FactoredLayout):
+        rows, columns = factored(elements, whole.layout, whole.shape, elements.dtype)
+        return {"exp_avg_sq": rows, "exp_avg_sq_col": columns}
+    return {"exp_avg_sq": narrow(unsharded(whole.layout, whole.shape), elements)}
 
 
 def _gathered(local: Tensor, held: Range, group: ProcessGroup | None) -> Tensor:

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..partition import Layout, Rules
+from ..partition import FactoredLayout, Rules, TensorLayout
 from ..partition.layout import AnyLayout
 from ..partition.rules import shipped
 from ..step.dtypes import second_moment_dtype
 from . import first_moments as moment
 from .blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
+from .factored import dense, factored
 from .matching import Slot, matched, options_of, rules_named, slots_of, written_by_published
 from .saved import Saved, read
 from .specification import step_counter
@@ -271,6 +272,11 @@ def offence_of(slot: Slot, saved: Saved, other_rules: bool) -> str | None:
     aligned = slot.aligned
     if aligned is None:
         return None
+    columns = None if saved.columns is None else tuple(saved.columns.shape)
+    if columns != slot.columns:
+        now = "is not factored" if slot.columns is None else f"needs column means of shape {slot.columns}"
+        then = "has no column means" if columns is None else f"has column means of shape {columns}"
+        return f"{then} in the checkpoint, but here it {now}"
     layout = slot.blocks
     if layout is not None and (saved.axes is not None or saved.blocks.startswith("vmean")):
         if saved.axes == axes_of(layout, shape):
@@ -278,6 +284,8 @@ def offence_of(slot: Slot, saved: Saved, other_rules: bool) -> str | None:
         return f"was kept as {saved.blocks} in the checkpoint, but {layout.n_blocks} blocks of {aligned} are needed"
     if tuple(v.shape) != aligned:
         return f"has shape {tuple(v.shape)} in the checkpoint, but {aligned} is needed"
+    if slot.factored is not None:
+        return None  # any row and column means of these shapes are those of some second moment
     if layout is None or hasattr(v, "to_local"):
         # Comparing the values of a sharded tensor would need communication.
         return "was kept under other rules; it is sharded, so its values are not compared" if other_rules else None
@@ -301,19 +309,9 @@ def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], se
         seed: seed of the parameter's stochastic rounding.
     """
     parameter, group = slot.parameter, slot.group
-    shape, v = tuple(parameter.shape), saved.exp_avg_sq
-    dtype = second_moment_dtype(parameter)
-    if other_blocks or slot.aligned not in (None, tuple(v.shape)):
-        v = rebuilt(v, _whole_layout(slot, v), shape, dtype).to(parameter.device)
-        if other_blocks:
-            notes["exp_avg_sq rebuilt from block means"] += 1
-    else:
-        if v.dtype != dtype:
-            notes[f"exp_avg_sq cast from {v.dtype} to {dtype}"] += 1
-        v = v.detach().to(parameter.device, dtype, copy=True).contiguous()
     state: dict[str, Any] = {"step": step_counter(parameter, group, saved.step)}
     state.update(moment.restored(saved, parameter, group["exp_avg_dtype"], notes, seed))
-    state["exp_avg_sq"] = v
+    state.update(_second_moment(slot, saved, other_blocks, notes))
     if group["bf16_rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
         state["compensation"] = _compensation(saved, parameter, notes)
     elif saved.compensation is not None:
@@ -322,6 +320,59 @@ def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], se
         notes[f"{key} dropped: it has no meaning here"] += 1
     state.update(copy.deepcopy(dict(saved.others)))
     return state
+
+
+def _second_moment(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str]) -> dict[str, Tensor]:
+    """Return ``exp_avg_sq``, and ``exp_avg_sq_col`` under a factored layout, as the running optimizer stores them."""
+    parameter, v, columns = slot.parameter, saved.exp_avg_sq, saved.columns
+    dtype = second_moment_dtype(parameter)
+    if other_blocks or slot.aligned not in (None, tuple(v.shape)):
+        if other_blocks:
+            notes["exp_avg_sq rebuilt from block means"] += 1
+        new = converted_second_moment(saved, _whole_layout(slot, v), tuple(parameter.shape), dtype, slot.where)
+        return {name: tensor.to(parameter.device) for name, tensor in new.items()}
+    if v.dtype != dtype:
+        notes[f"exp_avg_sq cast from {v.dtype} to {dtype}"] += 1
+    pairs = (("exp_avg_sq", v), ("exp_avg_sq_col", columns))
+    return {
+        name: tensor.detach().to(parameter.device, dtype, copy=True).contiguous()
+        for name, tensor in pairs
+        if tensor is not None
+    }
+
+
+def converted_second_moment(
+    saved: Saved, layout: TensorLayout, shape: tuple[int, ...], dtype: torch.dtype, where: str
+) -> dict[str, Tensor]:
+    """Rebuild a saved second moment for a layout from block means, or from row and column means.
+
+    Args:
+        saved: the parameter's state in the checkpoint.
+        layout: the layout of the whole parameter.
+        shape: the parameter's shape.
+        dtype: dtype of the result.
+        where: description of the parameter for error messages.
+
+    Returns:
+        ``exp_avg_sq``, and ``exp_avg_sq_col`` under a factored layout, on the CPU.
+
+    Raises:
+        ValueError: the second moment is factored, and how the parameter's parts were factored is unknown.
+    """
+    v = saved.exp_avg_sq
+    if saved.columns is not None:
+        source = layout if isinstance(layout, FactoredLayout) else layout.factored
+        if source is None or source.columns_shape(shape) != tuple(saved.columns.shape):
+            raise ValueError(
+                f"exp_avg_sq of {where} is factored with column means of shape {tuple(saved.columns.shape)} in the "
+                "checkpoint, and its parts are unknown here; build the optimizer from the model, as the optimizer of "
+                "the checkpoint was"
+            )
+        v = dense(v, saved.columns, source, shape)
+    if isinstance(layout, FactoredLayout):
+        rows, columns = factored(v, layout, shape, dtype)
+        return {"exp_avg_sq": rows, "exp_avg_sq_col": columns}
+    return {"exp_avg_sq": rebuilt(v, layout, shape, dtype)}
 
 
 def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tensor:
@@ -333,13 +384,13 @@ def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tenso
     return zeros.copy_(saved.compensation)
 
 
-def _whole_layout(slot: Slot, v: Tensor) -> Layout:
+def _whole_layout(slot: Slot, v: Tensor) -> TensorLayout:
     """Return the layout for which to rebuild a second moment.
 
     Raises:
         ValueError: the tensor is sharded, or the second moment fits no partition of the parameter.
     """
-    shape, layout = tuple(slot.parameter.shape), slot.blocks
+    shape, layout = tuple(slot.parameter.shape), slot.factored or slot.blocks
     if layout is None or hasattr(v, "to_local") or hasattr(slot.parameter, "to_local"):
         raise ValueError(
             f"exp_avg_sq of {slot.where} is sharded, but rebuilding it needs the whole tensor; convert the "

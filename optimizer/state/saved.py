@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "state1": "bitsandbytes",
     "z": "a schedule-free optimizer",
 }
-_OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "compensation"}
+_OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_col", "exp_avg_scale", "compensation"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Saved:
         step: number of steps taken.
         exp_avg: first moment in the parameter's shape; quantised codes if there is a ``scale``.
         exp_avg_sq: second moment; each axis has the parameter's size, a divisor of it (axis 0) or size 1.
+        columns: means of columns of a factored second moment, whose row means are ``exp_avg_sq``; None if it is not
+            factored.
         scale: scales of a quantised first moment; None if it is not quantised.
         compensation: Kahan compensation of a bf16 parameter; None if there is none.
         axes: the blocks of the second moment; None if the checkpoint does not state them.
@@ -53,6 +55,7 @@ class Saved:
     step: float
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    columns: Tensor | None = None
     scale: Tensor | None = None
     compensation: Tensor | None = None
     axes: Axes | None = None
@@ -100,6 +103,7 @@ def _adam(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved
         _step(state, where),
         _tensor(state, "exp_avg", where),
         v,
+        columns=_tensor(state, "exp_avg_sq_col", where) if "exp_avg_sq_col" in state else None,
         scale=_tensor(state, "exp_avg_scale", where) if "exp_avg_scale" in state else None,
         compensation=_tensor(state, "compensation", where) if "compensation" in state else None,
         blocks=f"shape {tuple(v.shape)}",

@@ -24,7 +24,7 @@ def cases(ranks: int) -> list[Trained]:
     out += [Trained("llama-parallel", "tp"), Trained("llama-parallel", "tp", dtype="float32")]
     if ranks % 2 == 0:
         out += [Trained("llama-parallel", "tp-fsdp2"), Trained("llama-parallel", "tp-fsdp2", dtype="float32")]
-    return out
+    return out + [case._replace(rules="factored") for case in out]
 
 
 def kept(ranks: int, folder: str) -> dict[str, Case]:

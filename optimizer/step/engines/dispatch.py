@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...partition.layout import Layout
+from ...partition.factored import FactoredLayout, TensorLayout
 from ..dtypes import rounding_of
+from ..factored import factored_update
 from ..hyper import Hyper
 from ..labels import label
 from ..update import adam_mini_update
@@ -29,7 +30,7 @@ class Item(NamedTuple):
         param: parameter.
         grad: its gradient.
         state: the parameter's optimizer state.
-        layout: the blocks of the parameter.
+        layout: the layout of the parameter.
     """
 
     position: int
@@ -37,7 +38,7 @@ class Item(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
-    layout: Layout
+    layout: TensorLayout
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Work:
 
     g: int
     group: dict[str, Any]
-    layouts: list[Layout]
+    layouts: list[TensorLayout]
     batches: native.Batches
     others: list[int]
 
@@ -76,7 +77,7 @@ class Engines:
         self,
         g: int,
         group: dict[str, Any],
-        layouts: list[Layout],
+        layouts: list[TensorLayout],
         states: Mapping[Tensor, Any],
         only: Sequence[int] | None = None,
     ) -> Work:
@@ -167,14 +168,15 @@ def run(
             batches.add(record, item.param, item.grad, item.position)
         elif _rounds(item, group):
             _eager(item, group, hyper)
+        elif isinstance(item.layout, FactoredLayout):
+            # Its means are reductions of one tensor, so a list of tensors would take as many operations.
+            _alone(item, group, hyper)
         elif _may_fuse(group) and triton.available() and _fits_triton(item):
             on_cuda.append(item)
         elif _uses_foreach(group, item.param):
             listed.append(item)
-        elif group["differentiable"] or group["capturable"]:
-            _traced(item, hyper, differentiable=group["differentiable"])
         else:
-            _eager(item, group, hyper)
+            _alone(item, group, hyper)
     for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, listed)):
         if tensors:
             _step_lists(update, tensors, hyper, capturable=group["capturable"])
@@ -194,6 +196,8 @@ def seed_of(g: int, i: int) -> int:
 
 def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
     """Return the native loop's record of the item, or None if the loop does not support its tensors."""
+    if isinstance(item.layout, FactoredLayout):
+        return None
     rounding = rounding_of(item.param, group)
     return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
 
@@ -209,11 +213,27 @@ def _uses_foreach(group: Mapping[str, Any], parameter: Tensor) -> bool:
     return (group["foreach"] or default) and not group["differentiable"]
 
 
+def _alone(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
+    """Step one tensor with torch operations: on the device alone if autograd or a captured graph needs that."""
+    if group["differentiable"] or group["capturable"]:
+        _traced(item, hyper, differentiable=group["differentiable"])
+    else:
+        _eager(item, group, hyper)
+
+
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
     """Step one tensor with the traced engine."""
     param, grad, state, layout = item[2:]
     traced_update(
-        param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper, differentiable=differentiable
+        param,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["step"],
+        layout,
+        hyper,
+        exp_avg_sq_col=state.get("exp_avg_sq_col"),
+        differentiable=differentiable,
     )
 
 
@@ -232,7 +252,12 @@ def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
         rounded_update(param, grad, state, layout, hyper, seed=item.seed, rounding=rounding_of(param, group))
         return
     first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
-    adam_mini_update(param, grad, first, second, layout, step=step, **(hyper.numbers() | {"lr": hyper.lr}))
+    numbers = hyper.numbers() | {"lr": hyper.lr}
+    if isinstance(layout, FactoredLayout):
+        columns = state["exp_avg_sq_col"]
+        factored_update(param, grad, first, second, columns, layout, step=step, **numbers)
+    else:
+        adam_mini_update(param, grad, first, second, layout, step=step, **numbers)
 
 
 def _fits_triton(item: Item) -> bool:

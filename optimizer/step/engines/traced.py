@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...partition.factored import FactoredLayout, TensorLayout
 from ...partition.layout import Layout
 from ..dtypes import second_moment_dtype
+from ..factored import per_row, roots_of_parts
 from ..hyper import Hyper, corrections
 
 
@@ -20,9 +22,10 @@ def traced_update(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     step: Tensor,
-    layout: Layout,
+    layout: TensorLayout,
     hyper: Hyper,
     *,
+    exp_avg_sq_col: Tensor | None = None,
     differentiable: bool = False,
 ) -> None:
     """Take one Adam-mini step of one tensor, in place (arXiv 2406.16793, Algorithm 1).
@@ -33,8 +36,9 @@ def traced_update(
         exp_avg: first moment, same shape; changed.
         exp_avg_sq: second moment, shape ``layout.aligned_shape(param.shape)``; changed.
         step: number of steps taken before this one, 0-dim fp32 on any device; changed.
-        layout: the blocks of the parameter.
+        layout: the layout of the parameter.
         hyper: the group's hyper-parameters; lr and betas may be tensors, with ``requires_grad`` if ``differentiable``.
+        exp_avg_sq_col: means of columns under a factored layout; changed. None under any other layout.
         differentiable: whether to keep the values that a backward pass through this step needs.
     """
     if param.numel() == 0:
@@ -51,11 +55,21 @@ def traced_update(
     dtype = second_moment_dtype(param)
     grad = grad.to(dtype)
     first = hyper.beta1 * m.to(dtype) + (1 - hyper.beta1) * grad
-    second = hyper.beta2 * v + (1 - hyper.beta2) * spread_mean_square(grad, layout)
+    if isinstance(layout, FactoredLayout):
+        assert exp_avg_sq_col is not None
+        c = exp_avg_sq_col.clone() if differentiable else exp_avg_sq_col
+        row_means, column_means = spread_factored_means(grad, layout)
+        second = hyper.beta2 * v + (1 - hyper.beta2) * row_means
+        columns = hyper.beta2 * c + (1 - hyper.beta2) * column_means
+        exp_avg_sq_col.copy_(columns)
+        root_of_second = factored_root(second, columns, layout)
+    else:
+        second = hyper.beta2 * v + (1 - hyper.beta2) * spread_mean_square(grad, layout)
+        root_of_second = second.sqrt()
     exp_avg.copy_(first)
     exp_avg_sq.copy_(second)
     size, root = corrections(hyper.lr, hyper.beta1, hyper.beta2, t)
-    factor = size / (second.sqrt() / root + hyper.eps)
+    factor = size / (root_of_second / root + hyper.eps)
     decayed = (1 - hyper.lr * hyper.weight_decay) * p.to(dtype)
     first, factor = layout.unfold(first, factor)
     param.copy_(decayed - (first * factor).reshape(param.shape))
@@ -82,3 +96,37 @@ def spread_mean_square(grad: Tensor, layout: Layout) -> Tensor:
         runs.mean(-1, keepdim=True).expand_as(runs).flatten(-2) for runs in layout.segments(per_index.contiguous())
     ]
     return torch.cat(means, dim=-1).reshape(shape)
+
+
+def spread_factored_means(grad: Tensor, layout: FactoredLayout) -> tuple[Tensor, Tensor]:
+    """Compute ``step.factored.factored_means`` without in-place operations.
+
+    Args:
+        grad: gradient, the layout's full shape.
+        layout: the layout of the parameter.
+    """
+    if layout.fold > 1:
+        rows, columns = spread_factored_means(layout.unfold(grad)[0], layout.unfolded())
+        return rows.flatten(0, 1), columns.flatten(0, 1)
+    squares, part_of_row = grad.square(), layout.part_of_row().to(grad.device)
+    rows_of_parts = [
+        squares.index_select(layout.axis, (part_of_row == part).nonzero().squeeze(1)) if layout.parts > 1 else squares
+        for part in range(layout.parts)
+    ]
+    means = torch.cat([squares_of.mean(layout.axis, keepdim=True) for squares_of in rows_of_parts], dim=layout.axis)
+    return spread_mean_square(grad, layout.rows), means
+
+
+def factored_root(rows: Tensor, columns: Tensor, layout: FactoredLayout) -> Tensor:
+    """Return the square root of a factored second moment for every element, in a shape that ``layout.unfold`` splits.
+
+    Args:
+        rows: means of rows.
+        columns: means of columns.
+        layout: the layout of the parameter.
+    """
+    unfolded = layout.unfolded()
+    rows, columns = layout.unfold(rows, columns)
+    row_roots, column_roots = roots_of_parts(rows, columns, unfolded)
+    root = row_roots * per_row(column_roots, unfolded)
+    return root if layout.fold == 1 else root.flatten(0, 1)

@@ -23,7 +23,7 @@ from ...adam_mini import AdamMini
 from ...partition import Rules, tag
 from ...partition.names import clean
 from ...state import checkpoint, matching
-from ...state.blocks import rebuilt, spreads
+from ...state.blocks import spreads
 from ...state.grouping import fits, usual
 from ...state.saved import Saved, is_published, read
 from ...step.dtypes import second_moment_dtype
@@ -148,10 +148,14 @@ def _converted_state(slot: matching.Slot, saved: Saved, rules_differ: bool) -> t
             f"shape {shape} has; is it a checkpoint of another model?"
         )
     blocks_differ = checkpoint.offence_of(slot, saved, rules_differ) is not None
+    second = {"exp_avg_sq": v} if saved.columns is None else {"exp_avg_sq": v, "exp_avg_sq_col": saved.columns}
     if blocks_differ or tuple(v.shape) != slot.aligned:
-        assert slot.blocks is not None  # ``converted`` built the optimizer from whole parameters.
-        v = rebuilt(v, slot.blocks, shape, second_moment_dtype(slot.parameter))
-    state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, "exp_avg_sq": v, **saved.others}
+        layout = slot.factored or slot.blocks
+        assert layout is not None  # ``converted`` built the optimizer from whole parameters.
+        second = checkpoint.converted_second_moment(
+            saved, layout, shape, second_moment_dtype(slot.parameter), slot.where
+        )
+    state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, **second, **saved.others}
     if saved.scale is not None:
         state["exp_avg_scale"] = saved.scale
     if saved.compensation is not None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from ...partition import Layout
+from ...partition import FactoredLayout, TensorLayout
 from ...sharding.flat import FlatLayout, Range, within
 from ...sharding.offline import ALIGNMENT, Mesh, chunk, joined, part, place, share, sub_groups
 from ...step.moments import row_axes
@@ -31,7 +31,7 @@ class Weight(NamedTuple):
 
     shape: tuple[int, ...]
     axis: int | None
-    layout: Layout
+    layout: TensorLayout
 
 
 class Portion(NamedTuple):
@@ -56,13 +56,13 @@ class Cut(NamedTuple):
 
     Attributes:
         shape: shape of the local tensor.
-        second: shape of the local second moment.
+        second: shape of the local second moment; the number of row and column means if it is factored.
         boxes: (shape, layout) of each box that the local tensor consists of, in the order of their elements.
     """
 
     shape: tuple[int, ...]
     second: tuple[int, ...]
-    boxes: tuple[tuple[tuple[int, ...], Layout], ...]
+    boxes: tuple[tuple[tuple[int, ...], TensorLayout], ...]
 
 
 @lru_cache(maxsize=4096)
@@ -76,11 +76,23 @@ def cut(weight: Weight, dp: int, tp: int) -> Cut:
     """
     shape, axis, layout = weight
     if dp == tp == 1 or not shape:  # FSDP2 does not shard scalars.
-        return Cut(shape, layout.aligned_shape(shape), ((shape, layout),))
+        columns = layout.columns_shape(shape)
+        second = layout.aligned_shape(shape)
+        if columns is not None:
+            second = (prod(second) + prod(columns),)
+        return Cut(shape, second, ((shape, layout),))
     # Imported here, because it imports torch.distributed.tensor, which takes seconds.
     from ...sharding.placed import placed_geometry
+    from ...sharding.placed_columns import placed_factored_geometry
 
-    geometry = placed_geometry(place(shape, axis, Mesh((dp, tp), (0, 0))), layout)  # type: ignore[arg-type]
+    placed = place(shape, axis, Mesh((dp, tp), (0, 0)))
+    if isinstance(layout, FactoredLayout):
+        factored = placed_factored_geometry(placed, layout)  # type: ignore[arg-type]
+        state = factored.columns
+        assert state is not None
+        second = (prod(factored.aligned) + prod(state.shape),)
+        return Cut(factored.shape, second, ((factored.shape, state.local or layout),))
+    geometry = placed_geometry(placed, layout)  # type: ignore[arg-type]
     boxes = tuple(((*(box.shape or geometry.shape[:1]), *geometry.shape[1:]), box.layout) for box in geometry.boxes)
     return Cut(geometry.shape, geometry.aligned, boxes)
 
@@ -140,7 +152,8 @@ def _portion(section: Section) -> Portion:
     whole, box_start, second = cut(section.weight, 1, section.tp), 0, 0
     for shape, layout in whole.boxes:
         bounds = within(box_start, box_start + prod(shape), section.start, section.stop)
-        second += prod(FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "").aligned_shape(()))
+        flat = FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "")
+        second += prod(flat.aligned_shape(())) + prod(flat.columns_shape(()) or (0,))
         box_start += prod(shape)
     return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
 
@@ -182,7 +195,7 @@ Holding = Counter[Tensor]
 """The tensors that one rank's optimizer steps, and the number of equal tensors."""
 
 
-def stepped(parameters: Sequence[Parameter], layouts: Sequence[Layout], setup: Setup) -> Iterator[Holding]:
+def stepped(parameters: Sequence[Parameter], layouts: Sequence[TensorLayout], setup: Setup) -> Iterator[Holding]:
     """Yield the tensors that the optimizer of each rank steps.
 
     Args:
@@ -205,7 +218,7 @@ def stepped(parameters: Sequence[Parameter], layouts: Sequence[Layout], setup: S
         yield Counter(flat for group_flats in flats for flat in group_flats)
 
 
-def _weight(parameter: Parameter, layout: Layout, setup: Setup) -> Weight:
+def _weight(parameter: Parameter, layout: TensorLayout, setup: Setup) -> Weight:
     require_divisible(parameter, setup.tp)
     axis = tensor_parallel_axis(parameter.anatomy) if setup.tp > 1 else None
     return Weight(parameter.anatomy.shape, axis, layout)
