@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,11 +16,11 @@ from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
 from ..step.engines.checks import require_takeable
 from ..step.labels import label
 from .agreement import require_agreement
+from .columns import unsharded
 from .elements import is_blockwise, narrow, settle, widen
 from .exchange import Work, destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_geometry
 from .geometry import Geometry
-from .columns import unsharded
 from .kinds import is_dtensor, local_of
 from .shard import Shard
 from .step_view import StepView
