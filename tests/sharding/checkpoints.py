@@ -32,11 +32,13 @@ def shares() -> int:
     return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
-def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _start(
+    name: str, mesh: DeviceMesh | None, wrap: Any = None, **options: Any
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = MODELS[name]().to(torch.float64)
     if mesh is not None:
         model = wrap(model, mesh)
-    return model, AdamMini(model, **OPTIONS)
+    return model, AdamMini(model, **OPTIONS | options)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first: int, last: int) -> None:
@@ -56,9 +58,9 @@ WRAPS = {
 }
 
 
-def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[str, Any]:
+def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **chosen: Any) -> dict[str, Any]:
     """Three steps on n ranks, saved; three more on m: every pair up to all ranks, against six steps in one process."""
-    alone = _start(name, None)
+    alone = _start(name, None, **chosen)
     _train(*alone, 0, 0, 6)
     wanted = dict(alone[0].named_parameters())
     worlds = range(1, 1 + dist.get_world_size())
@@ -67,7 +69,7 @@ def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[st
     worst = {}
     for n, mesh in meshes.items():
         if dist.get_rank() < n:
-            model, optimizer = _start(name, mesh, WRAPS[wrap])
+            model, optimizer = _start(name, mesh, WRAPS[wrap], **chosen)
             _train(model, optimizer, n, 0, 3)
             document = {"model": get_model_state_dict(model),
                         "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
@@ -77,17 +79,22 @@ def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[st
         dist.barrier()
         for m, others in meshes.items():
             if dist.get_rank() < m:
-                worst[f"{n} to {m}"] = _go_on(
-                    name, wrap, Path(folder, f"{name}-{wrap}-{n}-{flatten}"), others, options, wanted
-                )
+                saved = Path(folder, f"{name}-{wrap}-{n}-{flatten}")
+                worst[f"{n} to {m}"] = _go_on(name, wrap, saved, others, options, wanted, **chosen)
             dist.barrier()
     return worst
 
 
 def _go_on(
-    name: str, wrap: str, folder: Path, mesh: DeviceMesh, options: StateDictOptions, wanted: dict[str, Any]
+    name: str,
+    wrap: str,
+    folder: Path,
+    mesh: DeviceMesh,
+    options: StateDictOptions,
+    wanted: dict[str, Any],
+    **chosen: Any,
 ) -> float:
-    model, optimizer = _start(name, mesh, WRAPS[wrap])
+    model, optimizer = _start(name, mesh, WRAPS[wrap], **chosen)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # nothing of the fresh model may be of use

@@ -47,6 +47,10 @@ FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules",
          "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient",
          "nothing_held", "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
+FACTORED = "factored-"
+"""Prefix of the cases with factored second moments."""
+FACTORED_SAVED = ("fsdp2", "fsdp1-flat")
+FACTORED_ACROSS = {"gpt2": ("plain", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp")}
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 
 
@@ -66,12 +70,22 @@ def others(world: int, folder: str) -> dict[str, Case]:
             f"across-{name}": ("tests.sharding.whole_state:across_case", {"name": name, "wraps": wraps})
             for name, wraps in ACROSS.items()
         }
+        across |= {
+            f"across-{FACTORED}{name}": (
+                "tests.sharding.whole_state:across_case",
+                {"name": name, "wraps": wraps, "rules": "factored"},
+            )
+            for name, wraps in FACTORED_ACROSS.items()
+        }
         return across | {name: (f"tests.sharding.single_steps:{name}", {}) for name in FACTS}
     where = "tests.sharding.checkpoints:"
     saved: dict[str, Any] = {
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})
         for wrap in SAVED
     }
+    for wrap in FACTORED_SAVED:
+        case = {"name": "gpt2", "wrap": wrap, "folder": f"{folder}/{FACTORED}", "flatten": wrap == "fsdp2"}
+        saved[FACTORED + wrap] = (f"{where}checkpoint_case", case | {"rules": "factored"})
     saved |= {f"adamw-{wrap}": (f"{where}adamw_case", {"name": "gpt2", "wrap": wrap}) for wrap in ("fsdp1", "fsdp2")}
     for flatten in (False, True):
         case = {"name": "llama", "folder": folder, "flatten": flatten}

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.suite import ACROSS, SAVED, on_ranks
+from tests.sharding.suite import ACROSS, FACTORED, FACTORED_ACROSS, FACTORED_SAVED, SAVED, on_ranks
 from tests.sharding.training import FINE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
 
 
 @on_ranks(3)
-@pytest.mark.parametrize("wrap", SAVED)
+@pytest.mark.parametrize("wrap", [*SAVED, *(FACTORED + wrap for wrap in FACTORED_SAVED)])
 def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, wrap: str) -> None:
     for rank, answer in enumerate(results[3][wrap]):
         assert isinstance(answer, dict), answer
@@ -22,11 +22,13 @@ def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, w
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("prefix", ["", FACTORED])
 @pytest.mark.parametrize("name", ACROSS)
-def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str) -> None:
-    for answer in results[2][f"across-{name}"]:
+def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str, prefix: str) -> None:
+    wraps = (FACTORED_ACROSS if prefix else ACROSS)[name]
+    for answer in results[2][f"across-{prefix}{name}"]:
         assert isinstance(answer, dict), answer
-        assert len(answer) == len(ACROSS[name]) * (1 + len(ACROSS[name]))
+        assert len(answer) == len(wraps) * (1 + len(wraps))
         assert max(answer.values()) <= 1e-12, answer
 
 
