@@ -15,7 +15,7 @@ from analysis.runs import RESULTS, config_hash, read_run, state_of
 from analysis.stats import Interval, t_interval
 
 BASELINE = "elementwise"
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
+ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
 
 
 def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
