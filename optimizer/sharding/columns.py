@@ -132,6 +132,14 @@ class Columns:
         """The process groups that share rows or columns."""
         return (*self.groups, *(group for group in self.row_groups if group not in self.groups))
 
+    @property
+    def sent(self) -> list[tuple[int, tuple[ProcessGroup, ...]]]:
+        """What this rank sends in a step for its columns: (number of numbers, process groups)."""
+        out = [(self.size, self.groups)]
+        if self.row_groups:  # the means over all columns, before the step and of the gradient
+            out += [(self.mean_size, self.row_groups), (self.mean_size, self.all_groups)]
+        return out
+
     def second_moment(self, values: Tensor) -> Tensor:
         """Return the state tensor for local values: a DTensor if the parameter is one, else the values themselves."""
         return values if self.placed is None else self.placed.wrap(values)

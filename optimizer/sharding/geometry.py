@@ -163,6 +163,12 @@ class Geometry:
         """The boxes that ordinary engines step although other boxes of the tensor share blocks."""
         return tuple(box for box in self.boxes if box.free)
 
+    @property
+    def sent(self) -> list[tuple[int, tuple[ProcessGroup, ...]]]:
+        """What this rank sends in a step: (number of numbers, process groups), without the count of gradients."""
+        rows = [] if self.cut is None else [(self.cut.size, self.cut.groups)]
+        return rows if self.columns is None else rows + self.columns.sent
+
     def second_moment(self, values: Tensor) -> Tensor:
         """Return the state tensor for local values: a DTensor if the parameter is one, else the values themselves."""
         return values if self.placed is None else self.placed.wrap(values)

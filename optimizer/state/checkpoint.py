@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..partition import FactoredLayout, Rules, TensorLayout
+from ..partition import Rules, TensorLayout
 from ..partition.layout import AnyLayout
 from ..partition.rules import shipped
 from ..step.dtypes import second_moment_dtype
 from . import first_moments as moment
-from .blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
-from .factored import dense, factored
+from .blocks import LEVEL, axes_of, is_level, looks_coarser, spreads
+from .factored import converted_second_moment
 from .matching import Slot, matched, options_of, rules_named, slots_of, written_by_published
 from .saved import Saved, read
 from .specification import step_counter
@@ -339,40 +339,6 @@ def _second_moment(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[
         for name, tensor in pairs
         if tensor is not None
     }
-
-
-def converted_second_moment(
-    saved: Saved, layout: TensorLayout, shape: tuple[int, ...], dtype: torch.dtype, where: str
-) -> dict[str, Tensor]:
-    """Rebuild a saved second moment for a layout from block means, or from row and column means.
-
-    Args:
-        saved: the parameter's state in the checkpoint.
-        layout: the layout of the whole parameter.
-        shape: the parameter's shape.
-        dtype: dtype of the result.
-        where: description of the parameter for error messages.
-
-    Returns:
-        ``exp_avg_sq``, and ``exp_avg_sq_col`` under a factored layout, on the CPU.
-
-    Raises:
-        ValueError: the second moment is factored, and how the parameter's parts were factored is unknown.
-    """
-    v = saved.exp_avg_sq
-    if saved.columns is not None:
-        source = layout if isinstance(layout, FactoredLayout) else layout.factored
-        if source is None or source.columns_shape(shape) != tuple(saved.columns.shape):
-            raise ValueError(
-                f"exp_avg_sq of {where} is factored with column means of shape {tuple(saved.columns.shape)} in the "
-                "checkpoint, and its parts are unknown here; build the optimizer from the model, as the optimizer of "
-                "the checkpoint was"
-            )
-        v = dense(v, saved.columns, source, shape)
-    if isinstance(layout, FactoredLayout):
-        rows, columns = factored(v, layout, shape, dtype)
-        return {"exp_avg_sq": rows, "exp_avg_sq_col": columns}
-    return {"exp_avg_sq": rebuilt(v, layout, shape, dtype)}
 
 
 def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tensor:

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..partition.factored import FactoredLayout
+from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.layout import Layout
 from ..partition.roles import viewed
 from ..step.factored import column_mean, per_row
 from .blocks import rebuilt
+from .saved import Saved
 
 
 def dense(rows: Tensor, columns: Tensor, layout: FactoredLayout, shape: Sequence[int]) -> Tensor:
@@ -66,3 +67,37 @@ def factored(
     sizes = [-1 if dim == layout.axis else 1 for dim in range(every.dim())]
     columns = sums / layout.part_sizes().clamp(min=1).double().reshape(sizes)
     return rows, columns.to(dtype).reshape(layout.columns_shape(shape))
+
+
+def converted_second_moment(
+    saved: Saved, layout: TensorLayout, shape: tuple[int, ...], dtype: torch.dtype, where: str
+) -> dict[str, Tensor]:
+    """Rebuild a saved second moment for a layout from block means, or from row and column means.
+
+    Args:
+        saved: the parameter's state in the checkpoint.
+        layout: the layout of the whole parameter.
+        shape: the parameter's shape.
+        dtype: dtype of the result.
+        where: description of the parameter for error messages.
+
+    Returns:
+        ``exp_avg_sq``, and ``exp_avg_sq_col`` under a factored layout, on the CPU.
+
+    Raises:
+        ValueError: the second moment is factored, and how the parameter's parts were factored is unknown.
+    """
+    v = saved.exp_avg_sq
+    if saved.columns is not None:
+        source = layout if isinstance(layout, FactoredLayout) else layout.factored
+        if source is None or source.columns_shape(shape) != tuple(saved.columns.shape):
+            raise ValueError(
+                f"exp_avg_sq of {where} is factored with column means of shape {tuple(saved.columns.shape)} in the "
+                "checkpoint, and its parts are unknown here; build the optimizer from the model, as the optimizer of "
+                "the checkpoint was"
+            )
+        v = dense(v, saved.columns, source, shape)
+    if isinstance(layout, FactoredLayout):
+        rows, columns = factored(v, layout, shape, dtype)
+        return {"exp_avg_sq": rows, "exp_avg_sq_col": columns}
+    return {"exp_avg_sq": rebuilt(v, layout, shape, dtype)}

@@ -72,8 +72,8 @@ def test_impossible_sizes_are_named(config: TrainConfig, field: str, value: floa
 
 def test_grid_is_complete_and_balanced() -> None:
     runs = grid("cpu")
-    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 63
-    assert len({run.hash for run in runs}) == 63
+    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 72
+    assert len({run.hash for run in runs}) == 72
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     same = {dataclasses.replace(run, arm="", lr=0.1, seed=0) for run in runs}
     assert len(same) == 1  # nothing else differs between arms
