@@ -49,24 +49,35 @@ def ended(folder: Path) -> bool:
     return (folder / "status.json").exists() and status(folder)["state"] == "finished"
 
 
-def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) -> dict[str, Any] | None:
-    """Start the run from where it stands and kill it; None where it came to its end first."""
+def kill_once(
+    run: TrainConfig, root: Path, aimed: bool, chance: random.Random, within: float = 4.0
+) -> dict[str, Any] | None:
+    """Start the run from where it stands and kill it; None if it came to its end first.
+
+    Args:
+        run: what is trained.
+        root: results folder; the output of the ranks is added to ``log.txt`` in it.
+        aimed: wait for the write of a checkpoint to begin, and kill within milliseconds of it.
+        chance: source of the moment.
+        within: seconds after the start of training in which a kill comes that is not aimed.
+    """
     folder, log = run_folder(root, run), root / "log.txt"
     checkpoints = folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     if ended(folder):
         return None
     known, before = steps(folder), set(checkpoints.glob(".step-*"))
-    said = len(log.read_text()) if log.exists() else 0
+    log.touch()
+    said = len(log.read_text())
     ranks = start_ranks(run, root, log, *OPTIONS)
     try:
         wait_until(lambda: "config {" in log.read_text()[said:], *ranks, log=log)  # rank 0 is about to take a step
         if aimed:
             over = [lambda: set(checkpoints.glob(".step-*.tmp-*")) - before, lambda: ended(folder)]
-            wait_until(lambda: any(sign() for sign in over), log=log)
+            wait_until(lambda: any(sign() for sign in over), log=log, every=0.002)
             time.sleep(chance.uniform(0, 0.01))
         else:
-            time.sleep(chance.uniform(0, 4.0))
+            time.sleep(chance.uniform(0, within))
         if all(r.poll() is not None for r in ranks):
             return None
     finally:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs import TrainConfig
+from tests import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
@@ -47,19 +49,33 @@ def torchrun(config: TrainConfig, root: Path, log: Path, *options: str, ranks: i
 
 
 def start_ranks(config: TrainConfig, root: Path, log: Path, *options: str, ranks: int = 2) -> list[Any]:
-    """What torchrun would start, without its agent, so that a kill of all of them is a kill of all of them."""
+    """The ranks that torchrun would start, without its agent: no other process has to be killed with them.
+
+    They are forked, so that a kill does not cost every rank its imports. ``torchrun`` starts interpreters.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = command(config, root, *options)
     return [
-        start(command(config, root, *options), log, RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
-              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        forking.start(_as_a_rank, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, output=log)
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
+
+
+def _as_a_rank(environment: dict[str, str], arguments: list[str]) -> None:
+    """Run a command line of ``python`` in this process."""
+    os.environ.update(environment)
+    _, module, *sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def kill(processes: list[Any]) -> None:
     for process in processes:
+        if isinstance(process, forking.Forked):
+            process.kill()
+            continue
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     for process in processes:
@@ -77,14 +93,14 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def wait_until(what: Callable[[], Any], *processes: Any, log: Path) -> Any:
-    """Poll until something is true while the processes live; its value."""
+def wait_until(what: Callable[[], Any], *processes: Any, log: Path, every: float = 0.01) -> Any:
+    """Ask every few seconds until something is true, while the processes live; its value."""
     deadline = time.monotonic() + PATIENCE
     while not (value := what()):
         ended = [p.returncode for p in processes if p.poll() is not None]
         assert not ended, f"ended with {ended} too early:\n{log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, f"waited in vain:\n{log.read_text()[-3000:]}"
-        time.sleep(0.002)
+        time.sleep(every)
     return value
 
 
