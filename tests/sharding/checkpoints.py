@@ -1,4 +1,4 @@
-"""What ranks do in the tests of checkpoints: save from some ranks, go on with others."""
+"""Cases that ranks run for the tests of checkpoints: save with some number of ranks, resume with another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.sharding.training import FINE, OPTIONS, clip, fsdp1, fsdp2, local, pl
 
 
 def shares() -> int:
-    """Batches of a step, whoever computes them: any number of the ranks shares them equally."""
+    """Number of batches of a step. Every number of ranks up to all of them divides it, so each takes equally many."""
     return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
@@ -59,12 +59,16 @@ WRAPS = {
 
 
 def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **chosen: Any) -> dict[str, Any]:
-    """Three steps on n ranks, saved; three more on m: every pair up to all ranks, against six steps in one process."""
+    """Train three steps on n ranks, save, and train three more on m, for every n and m up to the number of ranks.
+
+    Returns:
+        "n to m" -> the largest difference of a parameter from six steps in one process, for the m of this rank.
+    """
     alone = _start(name, None, **chosen)
     _train(*alone, 0, 0, 6)
     wanted = dict(alone[0].named_parameters())
     worlds = range(1, 1 + dist.get_world_size())
-    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # every rank takes part in making each
+    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # making a mesh is collective
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     worst = {}
     for n, mesh in meshes.items():
@@ -97,7 +101,7 @@ def _go_on(
     model, optimizer = _start(name, mesh, WRAPS[wrap], **chosen)
     with torch.no_grad():
         for p in model.parameters():
-            p.zero_()  # nothing of the fresh model may be of use
+            p.zero_()  # so that a parameter that is not loaded is noticed
     document = {"model": get_model_state_dict(model),
                 "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
     dcp.load(document, checkpoint_id=folder, process_group=mesh.get_group())
@@ -115,7 +119,7 @@ def _apart(model: nn.Module, wanted: dict[str, Any]) -> float:
 
 
 def state_is_whole(name: str = "gpt2") -> str:
-    """Gathered from the ranks, the second moments are those of one process."""
+    """The state gathered from all ranks equals the state of training in one process."""
     model, optimizer = _start(name, DeviceMesh("cpu", list(range(dist.get_world_size()))), WRAPS["fsdp2"])
     alone = _start(name, None)
     _train(model, optimizer, dist.get_world_size(), 0, 4)
@@ -132,7 +136,7 @@ def state_is_whole(name: str = "gpt2") -> str:
 
 
 def _as_in_one_process(model: nn.Module, name: str) -> str:
-    """Whether weights are those of three steps of AdamW, its state converted, and three of AdamMini."""
+    """Compare weights with one process: three steps of AdamW, its state converted, and three steps of AdamMini."""
     alone = MODELS[name]().to(torch.float64)
     first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
     _train(alone, first, 0, 0, 3)
@@ -144,7 +148,7 @@ def _as_in_one_process(model: nn.Module, name: str) -> str:
 
 
 def adamw_case(name: str, wrap: str) -> str:
-    """Sharded AdamW state: refused, and with convert=True what the same state is in one process."""
+    """Sharded AdamW state is refused. With ``convert=True`` training continues as in one process."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     model, _ = _start(name, mesh, WRAPS[wrap])
     before = torch.optim.AdamW(model.parameters(), **OPTIONS)
@@ -164,7 +168,7 @@ def adamw_case(name: str, wrap: str) -> str:
 
 
 def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
-    """AdamW's sharded checkpoint, converted on one rank, taken by all: as the same state in one process."""
+    """One rank converts a sharded AdamW checkpoint and all ranks load it. Training continues as in one process."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     model, _ = _start(name, mesh, WRAPS["fsdp2"])
     before = torch.optim.AdamW(model.parameters(), **OPTIONS)

@@ -65,6 +65,10 @@ def identity(case: Trained) -> str:
 
 def others(world: int, folder: str) -> dict[str, Case]:
     """Cases that are no plain training."""
+    where = "tests.sharding.checkpoints:"
+    adamw: dict[str, Case] = {
+        f"adamw-{wrap}": (f"{where}adamw_case", {"name": "gpt2", "wrap": wrap}) for wrap in ("fsdp1", "fsdp2")
+    }
     if world == 2:
         across = {
             f"across-{name}": ("tests.sharding.whole_state:across_case", {"name": name, "wraps": wraps})
@@ -77,8 +81,7 @@ def others(world: int, folder: str) -> dict[str, Case]:
             )
             for name, wraps in FACTORED_ACROSS.items()
         }
-        return across | {name: (f"tests.sharding.single_steps:{name}", {}) for name in FACTS}
-    where = "tests.sharding.checkpoints:"
+        return across | adamw | {name: (f"tests.sharding.single_steps:{name}", {}) for name in FACTS}
     saved: dict[str, Any] = {
         wrap: (f"{where}checkpoint_case", {"name": "llama", "wrap": wrap, "folder": folder, "flatten": wrap == "fsdp2"})
         for wrap in SAVED
@@ -86,8 +89,7 @@ def others(world: int, folder: str) -> dict[str, Case]:
     for wrap in FACTORED_SAVED:
         case = {"name": "gpt2", "wrap": wrap, "folder": f"{folder}/{FACTORED}", "flatten": wrap == "fsdp2"}
         saved[FACTORED + wrap] = (f"{where}checkpoint_case", case | {"rules": "factored"})
-    saved |= {f"adamw-{wrap}": (f"{where}adamw_case", {"name": "gpt2", "wrap": wrap}) for wrap in ("fsdp1", "fsdp2")}
     for flatten in (False, True):
         case = {"name": "llama", "folder": folder, "flatten": flatten}
         saved[f"folder-{flatten}"] = (f"{where}converted_folder_case", case)
-    return saved | {"whole": (f"{where}state_is_whole", {})}
+    return saved | adamw | {"whole": (f"{where}state_is_whole", {})}

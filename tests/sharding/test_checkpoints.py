@@ -32,10 +32,10 @@ def test_whole_state_goes_from_any_wrapper_to_any(results: Any, name: str, prefi
         assert max(answer.values()) <= 1e-12, answer
 
 
-@on_ranks(3)
+@pytest.mark.parametrize("world", [pytest.param(world, marks=on_ranks(world)) for world in (2, 3)])
 @pytest.mark.parametrize("wrap", ["fsdp1", "fsdp2"])
-def test_sharded_state_of_adamw_is_refused_or_converted_as_in_one_process(results: Any, wrap: str) -> None:
-    assert results[3][f"adamw-{wrap}"] == [FINE] * 3
+def test_sharded_state_of_adamw_is_refused_or_converted_as_in_one_process(results: Any, wrap: str, world: int) -> None:
+    assert results[world][f"adamw-{wrap}"] == [FINE] * world
 
 
 @on_ranks(3)
