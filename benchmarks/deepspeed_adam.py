@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks.common import RESULTS, OtherProcesses, interleaved, machine, rep
 from benchmarks.contestants import BASELINE, CONTESTANTS, DECAY, LR, state_bytes
 from benchmarks.models import build
 
+logger = logging.getLogger("benchmarks")
 DEEPSPEED = "DeepSpeedCPUAdam"
 OURS = ("AdamMini fused", "AdamMini fused, bf16 moment", "AdamMini fused, int8 moment")
 
@@ -79,10 +82,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--out", type=Path, default=RESULTS / "deepspeed_adam.json")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     result = {"machine": machine(), **measure(arguments.model, arguments.rounds)}
     replace(arguments.out, json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    print(f"n = {arguments.rounds} rounds; cores used by others: {result['other_processes_cores']}; {arguments.out}")
+    busy = result["other_processes_cores"]
+    logger.info("%s\nn = %d rounds; cores used by others: %s; %s", table(result), arguments.rounds, busy, arguments.out)
 
 
 if __name__ == "__main__":
