@@ -14,12 +14,13 @@ built once per set of layouts. Sums have a fixed order, so a step is determinist
 
 This engine was never run on a device, because none was available. Every kernel ran under Triton's interpreter on a CPU,
 which tested the numerics, masks, addresses, tables, and the operator under ``torch.compile``. Triton and ptxas compiled
-every kernel to cubins for compute capability 8.0 and 9.0. These properties were not tested:
+every kernel to cubins for compute capability 8.0 and 9.0, in which tests count accesses of 16 bytes and spilled
+registers. These properties were not tested:
 
 - speed; tile sizes and numbers of warps were chosen and not tuned;
 - the order of launches and copies on streams, including uploads of the address table from pinned memory;
 - concurrent threads of one program, and the barrier before second moments are stored;
-- loads of 16 bytes, which the kernels declare to be aligned;
+- whether accesses of 16 bytes, which the kernels declare to be aligned, are;
 - rounding to bf16, where the interpreter truncates, and the rounding of division and square root;
 - capture into CUDA graphs;
 - several devices in one process.
