@@ -91,16 +91,20 @@ def _require_fused(
 ) -> None:
     """Raise RuntimeError if no fused engine supports the tensors, although ``fused=True``."""
     if parameter.device.type == "cuda":
-        moments = {name: state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")}
-        second = moments["exp_avg_sq"] if state else torch.zeros((), device=parameter.device)
-        plain = moment_format(parameter, group) is None and rounding_of(parameter, group) is None
-        if plain and triton.available() and triton.accepts(parameter, grad, moments["exp_avg"], second):
+        if moment_format(parameter, group) is not None or rounding_of(parameter, group) is not None:
+            reason: str | None = (
+                f"the Triton kernels neither quantise (exp_avg_dtype={group['exp_avg_dtype']}) nor round specially "
+                f"(bf16_rounding={group['bf16_rounding']})"
+            )
+        elif not triton.available():
+            reason = "Triton is not installed"
+        else:
+            second = state.get("exp_avg_sq", torch.zeros((), device=parameter.device))
+            first = state.get("exp_avg", parameter)
+            reason = triton.obstacle(parameter, grad, first, second, state.get("exp_avg_sq_col"))
+        if reason is None:
             return
-        raise RuntimeError(
-            f"fused=True, but Triton is not installed or does not support {where} ({parameter.dtype}, strides "
-            f"{parameter.stride()}, gradient {grad.dtype}, strides {grad.stride()}, exp_avg_dtype="
-            f"{group['exp_avg_dtype']}, bf16_rounding={group['bf16_rounding']}); use fused=None"
-        )
+        raise RuntimeError(f"fused=True, but no fused engine supports {where} on CUDA: {reason}; use fused=None")
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
     reason = native.obstacle(

@@ -168,11 +168,11 @@ def run(
             batches.add(record, item.param, item.grad, item.position)
         elif _rounds(item, group):
             _eager(item, group, hyper)
+        elif _may_fuse(group) and triton.available() and _fits_triton(item):
+            on_cuda.append(item)
         elif isinstance(item.layout, FactoredLayout):
             # Its means are reductions of one tensor, so a list of tensors would take as many operations.
             _alone(item, group, hyper)
-        elif _may_fuse(group) and triton.available() and _fits_triton(item):
-            on_cuda.append(item)
         elif _uses_foreach(group, item.param):
             listed.append(item)
         else:
@@ -215,10 +215,10 @@ def _uses_foreach(group: Mapping[str, Any], parameter: Tensor) -> bool:
 
 def _alone(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
     """Step one tensor with torch operations: on the device alone if autograd or a captured graph needs that."""
-    if group["differentiable"] or group["capturable"]:
-        _traced(item, hyper, differentiable=group["differentiable"])
-    else:
+    if not group["differentiable"] and not group["capturable"]:
         _eager(item, group, hyper)
+    elif group["capturable"] or not hyper.skips():  # a skipped step would give autograd NaNs; a capture cannot ask
+        _traced(item, hyper, differentiable=group["differentiable"])
 
 
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
@@ -244,6 +244,8 @@ def _rounds(item: Item, group: Mapping[str, Any]) -> bool:
 
 def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
     """Step one tensor with the eager engine, or with ``rounded_update`` if the step includes a special rounding."""
+    if hyper.skips():
+        return
     param, grad, state, layout = item[2:]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
@@ -262,13 +264,16 @@ def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
 
 def _fits_triton(item: Item) -> bool:
     """Whether the Triton kernels support the item's tensors."""
-    return triton.accepts(item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])
+    state = item.state
+    return triton.accepts(item.param, item.grad, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_sq_col"))
 
 
 def _step_lists(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
     """Call an engine that steps lists of tensors."""
     params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:])
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    columns = [state.get("exp_avg_sq_col") for state in states]
+    factored = {} if all(c is None for c in columns) else {"exp_avg_sq_cols": columns}
     update(
         params,
         grads,
@@ -285,4 +290,5 @@ def _step_lists(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyp
         capturable=capturable,
         grad_scale=hyper.grad_scale,
         found_inf=hyper.found_inf,
+        **factored,
     )

@@ -41,8 +41,9 @@ def traced_update(
         exp_avg_sq_col: means of columns under a factored layout; changed. None under any other layout.
         differentiable: whether to keep the values that a backward pass through this step needs.
     """
+    skip = None if hyper.found_inf is None else hyper.found_inf.reshape(()).to(step.device) != 0
+    step.add_(1 if skip is None else torch.where(skip, 0.0, 1.0))
     if param.numel() == 0:
-        step.add_(1)
         return
     # A backward pass needs the old values, so the tensors that are written in place are read from copies.
     p, m, v = (t.clone() if differentiable else t for t in (param, exp_avg, exp_avg_sq))
@@ -50,7 +51,6 @@ def traced_update(
         grad = grad / hyper.grad_scale
     if hyper.maximize:
         grad = -grad
-    step.add_(1)
     t = step.to(torch.float64)  # in fp32, 1 - 0.999 has an error of 6e-5
     dtype = second_moment_dtype(param)
     grad = grad.to(dtype)
@@ -61,18 +61,23 @@ def traced_update(
         row_means, column_means = spread_factored_means(grad, layout)
         second = hyper.beta2 * v + (1 - hyper.beta2) * row_means
         columns = hyper.beta2 * c + (1 - hyper.beta2) * column_means
-        exp_avg_sq_col.copy_(columns)
+        _write(exp_avg_sq_col, columns, skip)
         root_of_second = factored_root(second, columns, layout)
     else:
         second = hyper.beta2 * v + (1 - hyper.beta2) * spread_mean_square(grad, layout)
         root_of_second = second.sqrt()
-    exp_avg.copy_(first)
-    exp_avg_sq.copy_(second)
+    _write(exp_avg, first, skip)
+    _write(exp_avg_sq, second, skip)
     size, root = corrections(hyper.lr, hyper.beta1, hyper.beta2, t)
     factor = size / (root_of_second / root + hyper.eps)
     decayed = (1 - hyper.lr * hyper.weight_decay) * p.to(dtype)
     first, factor = layout.unfold(first, factor)
-    param.copy_(decayed - (first * factor).reshape(param.shape))
+    _write(param, decayed - (first * factor).reshape(param.shape), skip)
+
+
+def _write(target: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    """Copy new values, unless ``skip``, a 0-dim boolean on any device, is true."""
+    target.copy_(new if skip is None else torch.where(skip.to(target.device), target, new.to(target.dtype)))
 
 
 def spread_mean_square(grad: Tensor, layout: Layout) -> Tensor:
