@@ -117,7 +117,12 @@ def per_row(columns: Tensor, layout: FactoredLayout) -> Tensor:
     """Return, for every index of the axis, the values of its part: a view that broadcasts if there is a single part."""
     if layout.parts == 1:
         return columns
-    return columns.index_select(layout.axis, layout.part_of_row().to(columns.device))
+    # Joined from views, because an index tensor would be copied to the device, which a graph capture does not allow.
+    rows = []
+    for part, _, length in layout.pieces():
+        of_part = columns.narrow(layout.axis, part, 1)
+        rows.append(of_part.expand(*of_part.shape[: layout.axis], length, *of_part.shape[layout.axis + 1 :]))
+    return torch.cat(rows, dim=layout.axis) if rows else columns.narrow(layout.axis, 0, 0)
 
 
 def factored_update(

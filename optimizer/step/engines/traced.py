@@ -113,12 +113,11 @@ def spread_factored_means(grad: Tensor, layout: FactoredLayout) -> tuple[Tensor,
     if layout.fold > 1:
         rows, columns = spread_factored_means(layout.unfold(grad)[0], layout.unfolded())
         return rows.flatten(0, 1), columns.flatten(0, 1)
-    squares, part_of_row = grad.square(), layout.part_of_row().to(grad.device)
-    rows_of_parts = [
-        squares.index_select(layout.axis, (part_of_row == part).nonzero().squeeze(1)) if layout.parts > 1 else squares
-        for part in range(layout.parts)
-    ]
-    means = torch.cat([squares_of.mean(layout.axis, keepdim=True) for squares_of in rows_of_parts], dim=layout.axis)
+    squares, axis, sizes = grad.square(), layout.axis, layout.part_sizes().clamp(min=1).tolist()
+    sums = [torch.zeros_like(squares.narrow(axis, 0, 1)) for _ in range(layout.parts)]
+    for part, start, length in layout.pieces():
+        sums[part] = sums[part] + squares.narrow(axis, start, length).sum(axis, keepdim=True)
+    means = torch.cat([total / size for total, size in zip(sums, sizes, strict=True)], dim=axis)
     return spread_mean_square(grad, layout.rows), means
 
 
