@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..interface import Position, wrappers
 from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.layout import AnyLayout, Layout
-from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
+from ..step.dtypes import moment_dtype, moment_format, second_moment_dtype
+from ..step.engines import PLACES, SEEDS, seed_of
 from ..step.engines.checks import require_takeable
 from ..step.labels import label
+from ..step.places import Place
+from . import moment_forms
 from .agreement import require_agreement
+from .columns import unsharded
 from .elements import is_blockwise, narrow, settle, widen
 from .exchange import Work, destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_geometry
 from .geometry import Geometry
-from .columns import unsharded
 from .kinds import is_dtensor, local_of
+from .placed_moments import cuts_rows
 from .shard import Shard
 from .step_view import StepView
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+logger = logging.getLogger("optimizer")
+_SHOWN = 3  # names listed in a message
 
 
 class Shards:
@@ -89,7 +97,10 @@ class Shards:
     def widened(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
     ) -> dict[str, Any]:
-        """Return a state dict in which second moments of flattened parameters have one value per element.
+        """Return a state dict that can be divided among other ranks.
+
+        Second moments of flattened parameters have one value per element, and so have quantised first moments if ranks
+        hold pieces of rows (``moment_forms``).
 
         Args:
             document: the optimizer's state dict; not changed.
@@ -104,7 +115,11 @@ class Shards:
         widened = _with_second_moments(document, seconds)
         for key in seconds:
             widened["state"][key].pop("exp_avg_sq_col", None)  # one value per element has no column means
-        return widened
+        firsts = {}
+        for key, shard, _ in self._placed(document, groups, layouts):
+            if first := moment_forms.widened(shard, document["state"].get(key, {})):
+                firsts[key] = first
+        return _with_second_moments(widened, firsts)
 
     def narrowed(
         self,
@@ -114,7 +129,7 @@ class Shards:
         *,
         convert: bool,
     ) -> dict[str, Any]:
-        """Return a state dict in which second moments of sharded parameters have the form that the optimizer stores.
+        """Return a state dict in which moments of sharded parameters have the form that the optimizer stores.
 
         Args:
             document: a state dict in which second moments of flattened parameters have one value per element; not
@@ -127,6 +142,13 @@ class Shards:
         Raises:
             ValueError: values differ inside a block and ``convert`` is not set.
         """
+        firsts = {
+            key: moment_forms.narrowed(shard, groups[g], document["state"][key], sum(map(len, layouts[:g])) + i)
+            for key, shard, (g, i) in self._placed(document, groups, layouts)
+            if document["state"].get(key)
+        }
+        if firsts:
+            document = {**document, "state": {**document["state"], **firsts}}
         seconds: dict[Any, dict[str, Tensor]] = {}
         works: dict[Any, Work] = {}
         for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
@@ -157,6 +179,15 @@ class Shards:
             if works[key].grad is not None:
                 seconds[key] = _wrapped(works[key].geometry, second)
         return _with_second_moments(document, seconds)
+
+    def _placed(
+        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
+    ) -> Iterator[tuple[Any, Shard, Position]]:
+        """Find the DTensors of a state dict; yield (key of the state in the document, shard, position)."""
+        for key, _, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
+            shard = self.of(g, i, groups[g], layouts[g][i])
+            assert shard is not None
+            yield key, shard, (g, i)
 
     def _second_moments(
         self,
@@ -226,6 +257,7 @@ class Shards:
                     self._localise(view, g, groups[g], layouts[g], states, only)
             if self._must_agree:
                 self._agree(groups, layouts)
+                self._report_cut_rows(groups, layouts)
                 self._must_agree = False
         except BaseException:
             view.end()
@@ -253,23 +285,27 @@ class Shards:
         """
         params, local_layouts, local_states = list(group["params"]), cast(list[TensorLayout], list(layouts)), {}
         names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
-        restricted = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
+        places: list[Place | None] = [None] * len(params)
+        seeds, free_seeds, position = [], [], 0
         for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
             shard = self.of(g, i, group, layout)
+            seeds.append(seed_of(g, position))
+            position += len(layout.ranges) if isinstance(layout, FlatLayout) else 1
             if shard is None:
                 local_states[parameter] = states.get(parameter, {})
                 continue
             shard.refresh()
             geometry = shard.geometry
-            if restricted:
-                _require_options(parameter, geometry, group, label(group, g, i))
-            params[i] = shard.view
+            _require_options(layout, group, label(group, g, i))
+            params[i], places[i] = shard.view, shard.place
             if geometry.boxes:  # without boxes, no engine reads the layout
                 local_layouts[i] = geometry.boxes[0].layout
             first = len(params)
             params += [free.view for free in shard.free]
             local_layouts += [box.layout for box in geometry.free]
             names += [f"a part of {names[i]}"] * len(shard.free)
+            free_seeds += [seeds[i]] * len(shard.free)
+            places += [free.place for free in shard.free]
             if only is not None and only != i:
                 continue
             grad = shard.local_gradient(partial(label, group, g, i))
@@ -277,7 +313,8 @@ class Shards:
             if geometry.cut is not None:
                 if grad is not None:
                     unfused = {**group, "fused": False}  # cut_update runs torch operations whatever ``fused`` says
-                    require_takeable(shard.view, grad, state, unfused, label(group, g, i))
+                    whole = None if shard.place is None else shard.place.shape
+                    require_takeable(shard.view, grad, state, unfused, label(group, g, i), whole)
                 view.cut[g, i] = (shard, grad)
                 for k, free in enumerate(shard.free if grad is not None else ()):
                     view.free[g, first + k] = (i, free)
@@ -288,8 +325,26 @@ class Shards:
                 local_states[shard.view] = state
             elif grad is not None:
                 view.empty.append((g, i))
-        view.groups[g] = {**group, "params": params, "param_names": names}
+        seeds += free_seeds
+        view.groups[g] = {**group, "params": params, "param_names": names, PLACES: places, SEEDS: seeds}
         view.layouts[g], view.states[g] = local_layouts, local_states
+
+    def _report_cut_rows(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
+        """Log on rank 0 which quantised first moments have rows that ranks hold pieces of."""
+        cut = []
+        for g, group in enumerate(groups):
+            for i, parameter in enumerate(group["params"]):
+                shard = self.of(g, i, group, layouts[g][i])
+                held = shard.geometry.placed.held if shard is not None and shard.geometry.placed is not None else {}
+                if cuts_rows(tuple(parameter.shape), held) and moment_format(parameter, group) is not None:
+                    cut.append(label(group, g, i))
+        if cut and dist.get_rank() == 0:
+            logger.info(
+                "the rows of %d quantised first moments are cut by their sharding, so each rank quantises its own piece of "
+                "a row, and results differ from one process by rounding: %s",
+                len(cut),
+                ", ".join(cut[:_SHOWN]) + (f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""),
+            )
 
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
         """Check that all ranks of every process group that shards a parameter have the same parameters.
@@ -338,17 +393,12 @@ def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
     return is_dtensor(parameter) or isinstance(layout, FlatLayout)
 
 
-def _require_options(parameter: Tensor, geometry: Geometry, group: Mapping[str, Any], where: str) -> None:
+def _require_options(layout: AnyLayout, group: Mapping[str, Any], where: str) -> None:
     """Raise ValueError if the group has an option that this sharded parameter cannot have."""
-    if isinstance(group["exp_avg_dtype"], str):
+    if isinstance(group["exp_avg_dtype"], str) and isinstance(layout, FlatLayout):
         raise ValueError(
-            f"{where} is sharded, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales that do not reshard with "
-            "it; use None, torch.float32 or torch.bfloat16"
-        )
-    if geometry.cut is not None and rounding_of(parameter, group):
-        raise ValueError(
-            f"{where} shares blocks with other ranks, and their step does not round ({group['bf16_rounding']!r}); use "
-            "bf16_rounding=None, or fp32 parameters with a mixed-precision policy"
+            f"{where} was flattened, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales of whole rows; use "
+            "None, torch.float32 or torch.bfloat16, or shard with fully_shard (FSDP2)"
         )
     if group["differentiable"]:
         raise ValueError(f"{where} is sharded; differentiable=True takes ordinary tensors only")

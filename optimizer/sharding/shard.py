@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..state.specification import new_state, state_bytes, zero_second_moment
+from ..step.dtypes import moment_format
+from ..step.places import Place
+from . import placed_moments
 from .cut_update import local_gradient
 from .geometry import Box, Geometry
 from .kinds import local_of
@@ -18,10 +21,11 @@ class FreeBox:
 
     Attributes:
         view: the parameter's elements in the box.
+        place: where they lie in the whole tensor.
     """
 
-    def __init__(self, box: Box, view: Tensor) -> None:
-        self._box, self.view = box, view
+    def __init__(self, box: Box, view: Tensor, place: Place | None) -> None:
+        self._box, self.view, self.place = box, view, place
         self._source: Mapping[str, Any] = {}
         self._state: dict[str, Any] = {}
 
@@ -56,11 +60,18 @@ class Shard:
         spec: the DTensor specification of the parameter; None for plain tensors.
         view: the local tensor that engines step. It shares the parameter's storage and has its own ``grad``.
         free: the free boxes, which engines step as tensors of their own.
+        place: where the local tensor lies in the whole one, for the random numbers of rounding.
+        by_element: whether its placements divide the rows that share scales of a quantised first moment. State dicts
+            then have that moment by element (``moment_forms``), also if there is one rank.
     """
 
     def __init__(self, parameter: Tensor, geometry: Geometry) -> None:
         self.parameter, self.geometry = parameter, geometry
         self.spec = getattr(parameter, "_spec", None)
+        placed, shape = geometry.placed, tuple(parameter.shape)
+        self.place = None if placed is None else placed_moments.place_of(shape, placed.held)
+        dims = [getattr(placement, "dim", -1) for placement in getattr(parameter, "placements", ())]
+        self.by_element = placed_moments.cuts_rows(shape, dims)
         # Whether ``view`` is the whole local tensor, and not only the single box that an engine can step.
         self._whole = geometry.cut is not None or not geometry.boxes or geometry.boxes[0].start is None
         self._local_data = local_of(parameter)
@@ -71,7 +82,11 @@ class Shard:
 
     def _make_views(self) -> None:
         self.view = self._boxed(self._local_data.detach())
-        self.free = [FreeBox(box, box.of(self._local_data.detach())) for box in self.geometry.free]
+        self.free = [FreeBox(box, box.of(self._local_data.detach()), self._place_of(box)) for box in self.geometry.free]
+
+    def _place_of(self, box: Box) -> Place | None:
+        """Return the place of a free box, which is a slice of axis 0 of a DTensor's local tensor."""
+        return None if self.place is None else placed_moments.moved(self.place, self.geometry.shape, box.start or 0)
 
     def fits(self, parameter: Tensor) -> bool:
         """Return whether this shard still describes the parameter: same tensor, same DTensor specification."""
@@ -142,10 +157,13 @@ class Shard:
         """Return the state before the first step, with DTensors if the parameter is one."""
         geometry, device = self.geometry, self.view.device
         second = geometry.second_moment(zero_second_moment(self.view, geometry.aligned, device))
-        if geometry.columns is None:
-            return new_state(self.parameter, second, group)
-        columns = zero_second_moment(self.view, geometry.columns.shape, device)
-        return new_state(self.parameter, second, group, geometry.columns.second_moment(columns))
+        format = moment_format(self.parameter, group)
+        quantised = None if format is None else placed_moments.zeros(self.parameter, format)  # type: ignore[arg-type]
+        columns = None
+        if geometry.columns is not None:
+            zeros = zero_second_moment(self.view, geometry.columns.shape, device)
+            columns = geometry.columns.second_moment(zeros)
+        return new_state(self.parameter, second, group, columns, quantised)
 
     def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
         """Return the bytes of this rank's state, by kind."""

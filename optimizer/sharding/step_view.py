@@ -10,8 +10,10 @@ from torch import Tensor
 from ..interface import Position
 from ..partition.factored import TensorLayout
 from ..partition.layout import AnyLayout
-from ..step.dtypes import second_moment_dtype
+from ..step.dtypes import rounding_of, second_moment_dtype
+from ..step.engines import PLACES, SEEDS
 from ..step.hyper import Hyper
+from .cut_rounded import Rounds
 from .cut_update import cut_update
 from .exchange import Means, Work, block_means
 from .shard import FreeBox, Shard
@@ -110,13 +112,20 @@ class StepView:
                 shard.geometry,
                 shard.view,
                 grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state.get("exp_avg_sq_col"),
+                state,
                 means,
+                self._rounds(g, i, state),
                 step=state["step"].item(),
                 **hyper.numbers(),
             )
+
+    def _rounds(self, g: int, i: int, state: Mapping[str, Any]) -> Rounds | None:
+        """Return how the values of a parameter with shared blocks are rounded; None if they are not."""
+        group = self.groups[g]
+        how = rounding_of(group["params"][i], group)
+        if how is None and "exp_avg_scale" not in state:
+            return None
+        return Rounds(group[SEEDS][i], how, group[PLACES][i])
 
     def end(self) -> None:
         """Remove the gradients that ``lend`` set."""

@@ -114,3 +114,56 @@ def _row_slices(rows: int, n: int) -> Iterator[slice]:
     """Return slices that cover ``rows`` rows of ``n`` elements, of at most ``_PIECE`` elements or one row each."""
     count = max(1, _PIECE // n)
     return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
+
+
+def spread(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a quantised first moment with one value and one scale per element, without loss.
+
+    Args:
+        codes: codes as stored, rows along the last axis.
+        scale: their scales.
+        n: number of elements of a row.
+        dtype: dtype of the results, fp32 or float64.
+
+    Returns:
+        Values and scales, both [*lead, n].
+    """
+    block = moments.format_of(codes).block
+    return moments.dequantise(codes, scale, n, dtype), scale.to(dtype).repeat_interleave(block, -1)[..., :n]
+
+
+def joined(
+    values: Tensor, scales: Tensor | None, target: moments.Format, *, step: int, seed: int, first: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
+    """Quantise rows, but take over the codes of every block whose elements have one scale: the inverse of ``spread``.
+
+    Args:
+        values: first moment, fp32 or float64, [*lead, n].
+        scales: scale of each element, same shape; None if the moment was not quantised.
+        target: the format.
+        step: number of steps taken, for the rounding of blocks that were not quantised together.
+        seed: seed of that rounding.
+        first: index of the first block, or of all blocks, for that rounding; see ``moments.quantise``.
+
+    Returns:
+        Codes and scales as they are stored.
+    """
+    codes, scale = moments.quantise(values, target, step=step, seed=seed, first=first)
+    if scales is None or not values.numel():
+        return codes, scale
+    n = values.shape[-1]
+    missing = -n % target.block
+
+    def blocks(rows: Tensor) -> Tensor:
+        """Divide rows into blocks. The last block is filled with copies of the row's last value."""
+        filled = torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], missing)], -1)
+        return filled.unflatten(-1, (-1, target.block))
+
+    scales, values = blocks(scales), blocks(values)
+    of_block = scales[..., :1]
+    same = ((scales == of_block) | (scales.isnan() & of_block.isnan())).all(-1, keepdim=True)
+    old = (values.abs() / of_block).sqrt().round().nan_to_num(0.0, 0.0, 0.0).copysign(values)
+    same &= (old.abs() <= target.levels).all(-1, keepdim=True)
+    kept = torch.where(same, old, blocks(moments.unpacked(codes, n)).to(old)).flatten(-2)[..., :n]
+    new_scale = torch.where(same, of_block, scale.to(old).unsqueeze(-1)).squeeze(-1)
+    return moments.packed(kept.to(torch.int8), target), new_scale.to(target.scale_dtype)

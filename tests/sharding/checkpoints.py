@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Shard
 
 from optimizer import AdamMini, tag
 from optimizer.sharding import load_full_state_dict
@@ -32,11 +33,13 @@ def shares() -> int:
     return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
-def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _start(
+    name: str, mesh: DeviceMesh | None, wrap: Any = None, **more: Any
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = MODELS[name]().to(torch.float64)
     if mesh is not None:
         model = wrap(model, mesh)
-    return model, AdamMini(model, **OPTIONS)
+    return model, AdamMini(model, **OPTIONS, **more)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first: int, last: int) -> None:
@@ -51,14 +54,17 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first
 
 WRAPS = {
     "fsdp2": lambda model, mesh: fsdp2(model, mesh=mesh),
+    "fsdp2-columns": lambda model, mesh: fsdp2(
+        model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % 6 == 0 else None
+    ),
     "fsdp1": lambda model, mesh: fsdp1(model, True, process_group=mesh.get_group()),
     "fsdp1-flat": lambda model, mesh: fsdp1(model, False, process_group=mesh.get_group()),
 }
 
 
-def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[str, Any]:
+def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **more: Any) -> dict[str, Any]:
     """Three steps on n ranks, saved; three more on m: every pair up to all ranks, against six steps in one process."""
-    alone = _start(name, None)
+    alone = _start(name, None, **more)
     _train(*alone, 0, 0, 6)
     wanted = dict(alone[0].named_parameters())
     worlds = range(1, 1 + dist.get_world_size())
@@ -67,27 +73,34 @@ def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[st
     worst = {}
     for n, mesh in meshes.items():
         if dist.get_rank() < n:
-            model, optimizer = _start(name, mesh, WRAPS[wrap])
+            model, optimizer = _start(name, mesh, WRAPS[wrap], **more)
             _train(model, optimizer, n, 0, 3)
             document = {"model": get_model_state_dict(model),
                         "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
-            dcp.save(
-                document, checkpoint_id=Path(folder, f"{name}-{wrap}-{n}-{flatten}"), process_group=mesh.get_group()
-            )
+            dcp.save(document, checkpoint_id=_path(folder, name, wrap, n, more), process_group=mesh.get_group())
         dist.barrier()
         for m, others in meshes.items():
             if dist.get_rank() < m:
-                worst[f"{n} to {m}"] = _go_on(
-                    name, wrap, Path(folder, f"{name}-{wrap}-{n}-{flatten}"), others, options, wanted
-                )
+                path = _path(folder, name, wrap, n, more)
+                worst[f"{n} to {m}"] = _go_on(name, wrap, path, others, options, wanted, more)
             dist.barrier()
     return worst
 
 
+def _path(folder: str, name: str, wrap: str, ranks: int, more: dict[str, Any]) -> Path:
+    return Path(folder, "-".join(map(str, (name, wrap, ranks, *more.values()))))
+
+
 def _go_on(
-    name: str, wrap: str, folder: Path, mesh: DeviceMesh, options: StateDictOptions, wanted: dict[str, Any]
+    name: str,
+    wrap: str,
+    folder: Path,
+    mesh: DeviceMesh,
+    options: StateDictOptions,
+    wanted: dict[str, Any],
+    more: dict[str, Any],
 ) -> float:
-    model, optimizer = _start(name, mesh, WRAPS[wrap])
+    model, optimizer = _start(name, mesh, WRAPS[wrap], **more)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # nothing of the fresh model may be of use
