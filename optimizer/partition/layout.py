@@ -23,8 +23,11 @@ _MaybeTensor = TypeVar("_MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
 class AnyLayout(Protocol):
-    """The form of a second moment: a ``Layout`` of blocks, a ``partition.factored.FactoredLayout`` of rows and columns, or
-    a ``sharding.flat.FlatLayout`` for flattened parameters."""
+    """The form of a second moment.
+
+    It is a ``Layout`` of blocks, a ``partition.factored.FactoredLayout`` of rows and columns, or a
+    ``sharding.flat.FlatLayout`` for flattened parameters.
+    """
 
     @property
     def n_blocks(self) -> int:

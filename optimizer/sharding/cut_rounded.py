@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..step import moments
+from ..step.dtypes import second_moment_dtype
 from ..step.factored import roots
 from ..step.places import Place
+from ..step.rounding import apply
 from .columns import Columns, Piece
+from .flat import Range, box_shapes
+from .flat_moments import FlatMoment, range_of
 from .geometry import Box, Geometry
 from .placed_moments import moved
 
@@ -27,11 +33,15 @@ class Rounds:
         seed: seed of the whole tensor's random numbers, uint32.
         how: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
         place: where the shard lies in the whole tensor; None for a flat tensor.
+        flat: the first moment of a flat tensor; None for a DTensor.
+        seeds: the seed of the whole tensor of each of its ranges.
     """
 
     seed: int
     how: str | None
     place: Place | None = None
+    flat: FlatMoment | None = None
+    seeds: Sequence[int] = ()
 
 
 class Factors:
@@ -54,6 +64,7 @@ class Factors:
         step_size: Callable[[Tensor], Tensor],
     ) -> None:
         self._geometry, self._sizes, self._second, self._step_size = geometry, sizes, second, step_size
+        self._starts = [box.start or 0 for box in geometry.boxes]
         self._pieces: dict[int, list[tuple[Piece, Tensor, Tensor]]] = {}
         if columns is not None:
             assert geometry.columns is not None
@@ -75,6 +86,22 @@ class Factors:
         for start in range(0, len(view), rows):
             size = (min(rows, len(view) - start), *view.shape[1:])
             yield start, start + size[0], self.part(k, (start, *(0 for _ in size[1:])), size)
+
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Return the factors of the elements [start, stop) of a flat tensor, 1-D."""
+        out, boxes = self._second.new_zeros(stop - start), self._geometry.boxes
+        for k in range(max(0, bisect_right(self._starts, start) - 1), len(boxes)):
+            box = boxes[k]
+            assert box.start is not None and box.stop is not None
+            low, high = max(start, box.start), min(stop, box.stop)
+            if box.start >= stop:
+                break
+            at, dims = low - start, box.shape or (box.stop - box.start,)
+            for first, size in box_shapes(low - box.start, high - box.start, dims):
+                count = prod(size)
+                out[at : at + count].view(size).copy_(self.part(k, first, size))
+                at += count
+        return out
 
     def part(self, k: int, first: Sequence[int], size: Sequence[int]) -> Tensor:
         """Return the factor of every element of a part of a box.
@@ -132,6 +159,78 @@ def columns_of_pieces(columns: Columns, state: Tensor, joined: Tensor) -> Iterat
         view = matrices.of(state)
         for piece in matrices.pieces:
             yield piece, piece.columns(view), piece.columns(mean)
+
+
+def move_ranges(
+    geometry: Geometry,
+    param: Tensor,
+    grad: Tensor | None,
+    state: Mapping[str, Any],
+    factors: Factors,
+    rounds: Rounds,
+    *,
+    step: int,
+    beta1: float,
+    decay: float | Tensor,
+    maximize: bool,
+) -> None:
+    """Update the first moment and the elements of a flat tensor, in place; arguments as in ``move_boxes``."""
+    flat, c = rounds.flat, state.get("compensation")
+    assert flat is not None
+    dtype = second_moment_dtype(param)
+    for k, start, stop in _spans(geometry, flat.ranges, every=grad is None):
+        stored, seed = flat.stored[k], rounds.seeds[k]
+        for piece in flat.pieces(stored, start, stop):
+            at = flat.local(stored, piece)
+            g = torch.zeros_like(param[at], dtype=dtype) if grad is None else grad[at].to(dtype)
+            if stored.n:
+                codes, scale = flat.views(stored, piece, state["exp_avg"], state["exp_avg_scale"])
+                g = piece.padded(g)
+                m = moments.advance(
+                    g, codes, scale, beta1=beta1, maximize=maximize, step=step, seed=seed, first=piece.block
+                )
+                m = piece.own(m)
+            else:
+                first = piece.element - stored.source.start
+                old = flat.moment(stored, state["exp_avg"])[first : first + piece.numel]
+                old.copy_(old.to(dtype) * beta1 + g * ((beta1 - 1) if maximize else (1 - beta1)))
+                m = old.to(dtype)
+            apply(
+                param[at],
+                m * factors.elements(at.start, at.stop),
+                decay=decay if stored.source.decays else 0,
+                how=rounds.how,
+                compensation=None if c is None else c[at],
+                step=step,
+                seed=seed,
+                first=piece.element,
+            )
+
+
+def _spans(geometry: Geometry, ranges: Sequence[Range], *, every: bool) -> Iterator[tuple[int, int, int]]:
+    """Yield (range, start, stop) of the elements of flattened tensors that no engine steps, as long as possible.
+
+    Args:
+        geometry: the shard of the flat tensor.
+        ranges: its ranges.
+        every: whether engines step nothing.
+    """
+    last: tuple[int, int, int] | None = None
+    for box in geometry.boxes:
+        if box.free and not every:
+            continue
+        assert box.start is not None and box.stop is not None
+        k = range_of(ranges, box)
+        shift = ranges[k].start - ranges[k].offset
+        span = (k, box.start + shift, box.stop + shift)
+        if last is not None and last[0] == k and last[2] == span[1]:
+            last = (k, last[1], span[2])
+            continue
+        if last is not None:
+            yield last
+        last = span
+    if last is not None:
+        yield last
 
 
 def move_boxes(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..step.factored import factored_move, roots
 from ..step.hyper import corrections
 from ..step.update import move, step_sizes
-from .cut_rounded import Factors, Rounds, columns_of_pieces, move_boxes
+from .cut_rounded import Factors, Rounds, columns_of_pieces, move_boxes, move_ranges
 from .exchange import Means
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
@@ -108,7 +108,8 @@ def cut_update(
             geometry, scale, exp_avg_sq, columns, lambda r: r.add_(eps * root).reciprocal_().mul_(size * root)
         )
         options: dict[str, Any] = {"beta1": beta1, "decay": lr * weight_decay, "maximize": maximize}
-        move_boxes(geometry, param, grad, state, factors, rounds, step=int(step), **options)
+        rounded = move_boxes if rounds.flat is None else move_ranges
+        rounded(geometry, param, grad, state, factors, rounds, step=int(step), **options)
         return
     scale.neg_()
     keep = 1 - lr * weight_decay if weight_decay else None

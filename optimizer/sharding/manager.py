@@ -17,6 +17,7 @@ from ..step.dtypes import moment_dtype, moment_format, second_moment_dtype
 from ..step.engines import PLACES, SEEDS, seed_of
 from ..step.engines.checks import require_takeable
 from ..step.labels import label
+from ..step.moments import FORMATS
 from ..step.places import Place
 from . import moment_forms
 from .agreement import require_agreement
@@ -24,6 +25,7 @@ from .columns import unsharded
 from .elements import is_blockwise, narrow, settle, widen
 from .exchange import Work, destroyed, ranks_of, second_moments
 from .flat import FlatLayout, flat_geometry
+from .flat_moments import FlatMoment
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
 from .placed_moments import cuts_rows
@@ -65,8 +67,10 @@ class Shards:
             return shard
         if not is_sharded(parameter, layout):
             return None
-        if shard is None or not shard.fits(parameter):
-            shard = self._shards[g, i] = Shard(parameter, _geometry_of(parameter, layout, label(group, g, i)))
+        if shard is None or not shard.fits(parameter) or not shard.stores(group):
+            flat = _flat_moment(parameter, layout, group)
+            geometry = _geometry_of(parameter, layout, label(group, g, i), flat)
+            shard = self._shards[g, i] = Shard(parameter, geometry, flat)
             self._must_agree = True
         return shard
 
@@ -289,14 +293,16 @@ class Shards:
         seeds, free_seeds, position = [], [], 0
         for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
             shard = self.of(g, i, group, layout)
-            seeds.append(seed_of(g, position))
-            position += len(layout.ranges) if isinstance(layout, FlatLayout) else 1
+            own = [seed_of(g, position + k) for k in range(len(layout.ranges) if isinstance(layout, FlatLayout) else 1)]
+            seeds.append(own[0] if own else 0)
+            position += len(own)
             if shard is None:
                 local_states[parameter] = states.get(parameter, {})
                 continue
             shard.refresh()
             geometry = shard.geometry
-            _require_options(layout, group, label(group, g, i))
+            if group["differentiable"]:
+                raise ValueError(f"{label(group, g, i)} is sharded; differentiable=True takes ordinary tensors only")
             params[i], places[i] = shard.view, shard.place
             if geometry.boxes:  # without boxes, no engine reads the layout
                 local_layouts[i] = geometry.boxes[0].layout
@@ -304,7 +310,7 @@ class Shards:
             params += [free.view for free in shard.free]
             local_layouts += [box.layout for box in geometry.free]
             names += [f"a part of {names[i]}"] * len(shard.free)
-            free_seeds += [seeds[i]] * len(shard.free)
+            free_seeds += [own[0 if shard.flat is None else shard.flat.range_of(box)] for box in geometry.free]
             places += [free.place for free in shard.free]
             if only is not None and only != i:
                 continue
@@ -316,6 +322,7 @@ class Shards:
                     whole = None if shard.place is None else shard.place.shape
                     require_takeable(shard.view, grad, state, unfused, label(group, g, i), whole)
                 view.cut[g, i] = (shard, grad)
+                view.seeds[g, i] = own
                 for k, free in enumerate(shard.free if grad is not None else ()):
                     view.free[g, first + k] = (i, free)
                     view.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
@@ -393,19 +400,24 @@ def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
     return is_dtensor(parameter) or isinstance(layout, FlatLayout)
 
 
-def _require_options(layout: AnyLayout, group: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if the group has an option that this sharded parameter cannot have."""
-    if isinstance(group["exp_avg_dtype"], str) and isinstance(layout, FlatLayout):
-        raise ValueError(
-            f"{where} was flattened, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales of whole rows; use "
-            "None, torch.float32 or torch.bfloat16, or shard with fully_shard (FSDP2)"
-        )
-    if group["differentiable"]:
-        raise ValueError(f"{where} is sharded; differentiable=True takes ordinary tensors only")
+def _flat_moment(parameter: Tensor, layout: AnyLayout, group: Mapping[str, Any]) -> FlatMoment | None:
+    """Return the first moment of a flat parameter; None for a DTensor."""
+    if not isinstance(layout, FlatLayout):
+        return None
+    name = group["exp_avg_dtype"]
+    format = FORMATS[name] if isinstance(name, str) else None
+    return FlatMoment(layout.ranges, layout.numel, format, second_moment_dtype(parameter))
 
 
-def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
-    """Return the local geometry of a sharded parameter; ``where`` describes the parameter in error messages."""
+def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str, flat: FlatMoment | None) -> Geometry:
+    """Return the local geometry of a sharded parameter.
+
+    Args:
+        parameter: the parameter.
+        layout: its layout.
+        where: description of the parameter for error messages.
+        flat: the first moment of a flat parameter.
+    """
     if not isinstance(layout, FlatLayout):
         from .placed import placed_geometry
         from .placed_columns import placed_factored_geometry
@@ -415,8 +427,9 @@ def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
         assert isinstance(layout, Layout)
         return placed_geometry(parameter, layout, where)  # type: ignore[arg-type]
     layout.require(parameter.shape, where)
+    quantised = flat is not None and flat.format is not None
     if not layout.group:
-        return flat_geometry(layout.ranges, layout.numel, None, parameter.device, where)
+        return flat_geometry(layout.ranges, layout.numel, None, parameter.device, where, quantised=quantised)
     try:
         group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
     except (RuntimeError, KeyError) as error:
@@ -425,4 +438,4 @@ def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
     if device.type not in {supported.type for supported in group._device_types}:
         # The parameter was offloaded to a device on which the group cannot communicate.
         device = group._device_types[0]
-    return flat_geometry(layout.ranges, layout.numel, group, device, where)
+    return flat_geometry(layout.ranges, layout.numel, group, device, where, quantised=quantised)

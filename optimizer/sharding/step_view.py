@@ -31,6 +31,7 @@ class StepView:
         cut: sharded parameters with shared blocks, by position: (shard, local gradient or None).
         free: free boxes of those parameters, by the box's position in ``groups``: (the parameter's index in its
             group, the box).
+        seeds: seeds of the ranges of those that are flat, by position.
         empty: positions of parameters without elements on this rank. Their state counts steps as on other ranks.
     """
 
@@ -43,6 +44,7 @@ class StepView:
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[Shard, Tensor | None]] = {}
         self.free: dict[Position, tuple[int, FreeBox]] = {}
+        self.seeds: dict[Position, list[int]] = {}
         self.empty: list[Position] = []
         self._lent: list[Tensor] = []
         self._means: list[Means | None] = []
@@ -125,7 +127,9 @@ class StepView:
         how = rounding_of(group["params"][i], group)
         if how is None and "exp_avg_scale" not in state:
             return None
-        return Rounds(group[SEEDS][i], how, group[PLACES][i])
+        shard, _ = self.cut[g, i]
+        seeds = self.seeds.get((g, i), ())
+        return Rounds(group[SEEDS][i], how, None if shard.flat is not None else group[PLACES][i], shard.flat, seeds)
 
     def end(self) -> None:
         """Remove the gradients that ``lend`` set."""

@@ -332,7 +332,7 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
 
 
 def _second_moment(whole: Whole, elements: Tensor) -> dict[str, Tensor]:
-    """Return the second moment of a whole parameter from one value per element, as a process without shards stores it."""
+    """Return the second moment of a whole parameter, as one process stores it, from one value per element."""
     if isinstance(whole.layout, FactoredLayout):
         rows, columns = factored(elements, whole.layout, whole.shape, elements.dtype)
         return {"exp_avg_sq": rows, "exp_avg_sq_col": columns}

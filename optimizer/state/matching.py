@@ -65,7 +65,7 @@ class Slot:
 
     @property
     def blocks(self) -> Layout | None:
-        """The layout if it has blocks and describes the tensor as it is; None if it is factored or of a flattened tensor."""
+        """The layout if it has blocks and describes the tensor as it is; None for every other layout."""
         fits = isinstance(self.layout, Layout) and self.layout.fits(self.parameter.shape)
         return self.layout if fits and isinstance(self.layout, Layout) else None
 
