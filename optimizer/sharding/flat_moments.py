@@ -1,8 +1,8 @@
 """Quantised first moments of flat tensors, which contain ranges of flattened tensors.
 
 A rank stores the codes and scales of every block of which it has an element, as one process stores them, one range
-after another. So whole rows have the codes, scales and random numbers of one process. A block that two ranks share has a
-scale on each of them, computed from the elements that the rank has. In its codes, the elements of other ranks are zero.
+after another. So whole rows have the codes, scales and random numbers of one process. A block that two ranks share has
+a scale on each of them, computed from the elements that the rank has. In its codes, those of other ranks are zero.
 """
 
 from __future__ import annotations

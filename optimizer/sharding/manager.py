@@ -116,14 +116,14 @@ class Shards:
             state = document["state"].get(key, {})
             if "exp_avg_sq" in state:
                 seconds[key] = {"exp_avg_sq": widen(geometry, state["exp_avg_sq"], state.get("exp_avg_sq_col"))}
-        widened = _with_second_moments(document, seconds)
+        widened = _with_moments(document, seconds)
         for key in seconds:
             widened["state"][key].pop("exp_avg_sq_col", None)  # one value per element has no column means
         firsts = {}
-        for key, shard, _ in self._placed(document, groups, layouts):
-            if first := moment_forms.widened(shard, document["state"].get(key, {})):
+        for key, shard, parameter, (g, _) in self._stored_by_element(document, groups, layouts):
+            if first := moment_forms.widened(shard, parameter, groups[g], document["state"].get(key, {})):
                 firsts[key] = first
-        return _with_second_moments(widened, firsts)
+        return _with_moments(widened, firsts)
 
     def narrowed(
         self,
@@ -147,8 +147,10 @@ class Shards:
             ValueError: values differ inside a block and ``convert`` is not set.
         """
         firsts = {
-            key: moment_forms.narrowed(shard, groups[g], document["state"][key], sum(map(len, layouts[:g])) + i)
-            for key, shard, (g, i) in self._placed(document, groups, layouts)
+            key: moment_forms.narrowed(
+                shard, parameter, groups[g], document["state"][key], sum(map(len, layouts[:g])) + i
+            )
+            for key, shard, parameter, (g, i) in self._stored_by_element(document, groups, layouts)
             if document["state"].get(key)
         }
         if firsts:
@@ -182,16 +184,31 @@ class Shards:
         for key, second in zip(works, second_moments(list(works.values())), strict=True):
             if works[key].grad is not None:
                 seconds[key] = _wrapped(works[key].geometry, second)
-        return _with_second_moments(document, seconds)
+        return _with_moments(document, seconds)
 
-    def _placed(
+    def packed(
+        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
+    ) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the shapes of quantised first moments of flat parameters, by the parameter's ``id``."""
+        shapes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for g, group in enumerate(groups):
+            for i, (parameter, layout) in enumerate(zip(group["params"], layouts[g], strict=True)):
+                shard = self.of(g, i, group, layout) if isinstance(layout, FlatLayout) else None
+                if shard is not None and shard.flat is not None and shard.flat.format is not None:
+                    shapes[id(parameter)] = shard.flat.shapes
+        return shapes
+
+    def _stored_by_element(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
-    ) -> Iterator[tuple[Any, Shard, Position]]:
-        """Find the DTensors of a state dict; yield (key of the state in the document, shard, position)."""
-        for key, _, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
-            shard = self.of(g, i, groups[g], layouts[g][i])
-            assert shard is not None
-            yield key, shard, (g, i)
+    ) -> Iterator[tuple[Any, Shard | None, Tensor, Position]]:
+        """Find the parameters of a state dict whose moments may be stored by element.
+
+        Yields:
+            (key of the state in the document, shard if it is one, parameter, position).
+        """
+        for flattened in (False, True):
+            for key, _, (g, i) in self._second_moments(document, groups, layouts, flattened=flattened):
+                yield key, self.of(g, i, groups[g], layouts[g][i]), groups[g]["params"][i], (g, i)
 
     def _second_moments(
         self,
@@ -347,8 +364,8 @@ class Shards:
                     cut.append(label(group, g, i))
         if cut and dist.get_rank() == 0:
             logger.info(
-                "the rows of %d quantised first moments are cut by their sharding, so each rank quantises its own piece of "
-                "a row, and results differ from one process by rounding: %s",
+                "sharding cuts the rows of %d quantised first moments, so each rank quantises its own piece of a row, and "
+                "results differ from one process by rounding: %s",
                 len(cut),
                 ", ".join(cut[:_SHOWN]) + (f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""),
             )
@@ -381,8 +398,8 @@ def _wrapped(geometry: Geometry, second: Mapping[str, Tensor]) -> dict[str, Tens
     return out
 
 
-def _with_second_moments(document: dict[str, Any], seconds: Mapping[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """Return a copy of a state dict with the second moments of some keys replaced."""
+def _with_moments(document: dict[str, Any], seconds: Mapping[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Return a copy of a state dict with the moments of some keys replaced."""
     if not seconds:
         return document
     states = dict(document["state"])

@@ -23,9 +23,10 @@ from .geometry import Placed
 from .kinds import is_dtensor, local_of
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
     from .shard import Shard
+
+
+_NAMES = ("exp_avg", "exp_avg_scale")
 
 
 def rows_of(codes: Tensor, axes: int) -> Tensor:
@@ -87,40 +88,52 @@ def quantised(
     return codes.reshape(stored), scale.reshape(of_scale)
 
 
-def widened(shard: Shard, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the first moment of a DTensor parameter by element, if it is quantised and ranks hold pieces of rows.
+def widened(
+    shard: Shard | None, parameter: Any, group: Mapping[str, Any], state: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return a quantised first moment by element, if it cannot be divided as it is stored.
 
     Args:
-        shard: the shard.
+        shard: the shard of a parameter; None for a whole one that FSDP1 flattened, whose moment is returned by element
+            in any case.
+        parameter: the parameter.
+        group: the options of its group.
         state: the parameter's state.
 
     Returns:
-        ``exp_avg`` and ``exp_avg_scale`` with the parameter's placements; nothing if they can stay as they are.
+        ``exp_avg`` and ``exp_avg_scale``, with the placements of a DTensor; nothing if they can stay as they are. FSDP1
+        needs the same entries for all parameters, so one that is too small to quantise has scales of 0.
     """
-    if "exp_avg_scale" not in state or not shard.by_element:
+    if "exp_avg" not in state or not isinstance(group["exp_avg_dtype"], str):
         return {}
-    parameter: Any = shard.parameter
-    local = local_of(parameter)
-    both = by_element(
-        local_of(state["exp_avg"]),
-        local_of(state["exp_avg_scale"]),
-        tuple(local.shape),
-        moments.row_axes(parameter.shape),
-        second_moment_dtype(parameter),
-    )
-    return {name: like(parameter, x) for name, x in zip(("exp_avg", "exp_avg_scale"), both, strict=True)}
+    if "exp_avg_scale" not in state:
+        flattened = shard is None or shard.flat is not None
+        return {"exp_avg_scale": torch.zeros_like(state["exp_avg"])} if flattened else {}
+    if shard is not None and not shard.by_element:
+        return {}
+    codes, scale = (local_of(state[name]) for name in _NAMES)
+    if shard is not None and shard.flat is not None:
+        return dict(zip(_NAMES, shard.flat.by_element(codes, scale), strict=True))
+    axes, dtype = moments.row_axes(parameter.shape), second_moment_dtype(parameter)
+    both = by_element(codes, scale, tuple(local_of(parameter).shape), axes, dtype)
+    return {name: like(parameter, x) for name, x in zip(_NAMES, both, strict=True)}
 
 
-def like(parameter: DTensor, local: Tensor) -> DTensor:
-    """Return a local tensor as a DTensor with the shape and the placements of a parameter."""
+def like(parameter: Any, local: Tensor) -> Tensor:
+    """Return a local tensor with the shape and the placements of a parameter, if that is a DTensor."""
+    if not is_dtensor(parameter):
+        return local
     return Placed(parameter.device_mesh, tuple(parameter.placements), tuple(parameter.shape), {}, {}).wrap(local)
 
 
-def narrowed(shard: Shard, group: Mapping[str, Any], state: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return a saved first moment of a DTensor parameter in the form that the optimizer stores.
+def narrowed(
+    shard: Shard | None, parameter: Any, group: Mapping[str, Any], state: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Return a saved first moment in the form that the optimizer stores.
 
     Args:
-        shard: the shard.
+        shard: the shard of a parameter; None for a whole one.
+        parameter: the parameter.
         group: the options of the parameter's group.
         state: the parameter's state in a state dict.
         seed: seed of the rounding of what was not quantised before.
@@ -128,34 +141,33 @@ def narrowed(shard: Shard, group: Mapping[str, Any], state: Mapping[str, Any], s
     Returns:
         The state with another first moment; unchanged if that fits, or if the state is not sharded as the parameter.
     """
-    parameter: Any = shard.parameter
     target, moment, scale = moment_format(parameter, group), state.get("exp_avg"), state.get("exp_avg_scale")
-    if shard.place is None or not is_dtensor(moment) or (target is None and scale is None):
+    flat = None if shard is None else shard.flat
+    if flat is not None:
+        target = flat.format
+    if moment is None or is_dtensor(moment) != is_dtensor(parameter) or (target is None and scale is None):
         return dict(state)
-    assert moment is not None
-    coded = scale is not None and not moment.is_floating_point()
-    if coded and target is moments.format_of(moment) and not shard.by_element:
-        return dict(state)
-    values, scales, shape = local_of(moment), None if scale is None else local_of(scale), tuple(parameter.shape)
-    local, axes, dtype = local_of(parameter), moments.row_axes(shape), second_moment_dtype(parameter)
-    if coded:
-        fits = tuple(values.shape) == moments.state_shapes(tuple(local.shape), moments.format_of(moment), axes)[0]
-        if not fits or shard.by_element or scales is None:
+    values, scales, local = local_of(moment), None if scale is None else local_of(scale), local_of(parameter)
+    if not moment.is_floating_point():
+        if shard is None or shard.by_element or scales is None or target is moments.format_of(moment):
             return dict(state)
-        values, scales = by_element(values, scales, tuple(local.shape), axes, dtype)
-    elif tuple(moment.shape) != shape or tuple(values.shape) != tuple(local.shape):
+        axes = moments.row_axes(parameter.shape)
+        if tuple(values.shape) != moments.state_shapes(tuple(local.shape), moments.format_of(moment), axes)[0]:
+            return dict(state)
+        values, scales = by_element(values, scales, tuple(local.shape), axes, second_moment_dtype(parameter))
+    elif moment.shape != parameter.shape or values.shape != local.shape:
         return dict(state)
     out = {name: x for name, x in state.items() if name != "exp_avg_scale"}
     if target is None:
         return {**out, "exp_avg": like(parameter, values)}
-    step = int(float(state.get("step", 0)))
-    device = local.device
-    codes, new = quantised(
-        values.to(device, dtype),
-        None if scales is None else scales.to(device, dtype),
-        target,
-        shard.place,
-        step=step,
-        seed=seed,
-    )
-    return out | placed_moments.wrapped(parameter, codes, new, target)
+    step, dtype = int(float(state.get("step", 0))), second_moment_dtype(parameter)
+    values = values.to(local.device, dtype)
+    scales = None if scales is None else scales.to(local.device, dtype)
+    if flat is not None:
+        return out | flat.quantised(values, scales, step=step, seed=seed)
+    place = placed_moments.place_of(tuple(parameter.shape), {}) if shard is None else shard.place
+    assert place is not None
+    both = quantised(values, scales, target, place, step=step, seed=seed)
+    if is_dtensor(parameter):
+        return out | placed_moments.wrapped(parameter, *both, target)
+    return out | dict(zip(_NAMES, both, strict=True))

@@ -24,7 +24,7 @@ from ..state import checkpoint
 from ..state.factored import factored
 from ..step.dtypes import second_moment_dtype
 from ..step.labels import label, named
-from ..step.moments import format_of, row_axes
+from ..step.moments import format_of, quantises, row_axes
 from .columns import unsharded
 from .elements import narrow, widen
 from .flat import FlatLayout, Range
@@ -215,7 +215,7 @@ class _PlacedMember(Sharded):
         if not state:
             yield self.wholes[0], None
             return
-        wide = widened(self.shard, state)
+        wide = widened(self.shard, self.parameter, optimizer.param_groups[self.g], state)
         full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in ({**state, **wide}).items()}
         if wide:
             format, shape = format_of(local_of(state["exp_avg"])), self.wholes[0].shape
@@ -265,6 +265,8 @@ class _FlatMember(Sharded):
         wholes = [Whole(clean(r.name), r.shape, r.layout, r.decays) for r in layout.ranges]
         super().__init__(g, i, shard, wholes, where)
         self.ranges = layout.ranges
+        assert shard.flat is not None
+        self.flat = shard.flat
         self._second_per_element: Tensor | None = None
         self._columns: dict[int, Tensor] = {}
 
@@ -275,15 +277,21 @@ class _FlatMember(Sharded):
             return
         group = self.geometry.sharding_groups[0] if self.geometry.sharding_groups else None
         second_per_element = widen(self.geometry, state["exp_avg_sq"], state.get("exp_avg_sq_col"))
-        for whole, held in zip(self.wholes, self.ranges, strict=True):
+        every = {**state, **widened(self.shard, self.parameter, optimizer.param_groups[self.g], state)}
+        for k, (whole, held) in enumerate(zip(self.wholes, self.ranges, strict=True)):
             elements = {
-                key: _gathered(x, held, group).view(whole.shape) for key, x in state.items() if key not in _NOT_ELEMENTS
+                key: _gathered(x, held, group).view(whole.shape) for key, x in every.items() if key not in _NOT_ELEMENTS
             }
+            if (scales := elements.pop("exp_avg_scale", None)) is not None and quantises(whole.shape):
+                assert self.flat.format is not None
+                args = elements["exp_avg"], scales, self.flat.format, place_of(whole.shape, {})
+                both = quantised(*args, step=int(state["step"]), seed=self.i + k)
+                elements["exp_avg"], elements["exp_avg_scale"] = both
             second = _second_moment(whole, _gathered(second_per_element, held, group).view(whole.shape))
             yield whole, {"step": state["step"].clone().cpu(), **elements, **second}
 
     def load(self, k: int, state: dict[str, Any]) -> None:
-        second = self._second_per_element
+        state, second = self._by_element(k, state), self._second_per_element
         if second is None:
             second = torch.zeros_like(self.parameter, dtype=state["exp_avg_sq"].dtype, requires_grad=False)
             self._second_per_element = second
@@ -304,8 +312,22 @@ class _FlatMember(Sharded):
         spread = widen(unsharded(layout, whole.shape), state["exp_avg_sq"])
         second[local] = spread.reshape(-1)[held.start : held.stop].to(second)
 
+    def _by_element(self, k: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the k-th whole parameter with a value and a scale per element, if others are quantised."""
+        if self.flat.format is None:
+            return state
+        shape, moment, scale = self.wholes[k].shape, state["exp_avg"], state.get("exp_avg_scale")
+        if scale is None:
+            both = moment.to(self.flat.dtype), torch.zeros(shape, dtype=self.flat.dtype)
+        else:
+            both = by_element(moment, scale, shape, row_axes(shape), self.flat.dtype)
+        return {**state, "exp_avg": both[0], "exp_avg_scale": both[1]}
+
     def finished(self) -> dict[str, Any]:
         assert self._second_per_element is not None
+        if self.flat.format is not None:
+            step, scales = int(self.state["step"]), self.state["exp_avg_scale"]
+            self.state |= self.flat.quantised(self.state["exp_avg"], scales, step=step, seed=self.i)
         second = narrow(self.geometry, self._second_per_element)
         if self.geometry.columns is None:
             return {**self.state, "exp_avg_sq": second}

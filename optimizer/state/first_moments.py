@@ -31,6 +31,9 @@ def restored(
     Returns:
         New tensors on the parameter's device, by name.
     """
+    if saved.packed and saved.scale is not None:
+        pairs = (("exp_avg", saved.exp_avg), ("exp_avg_scale", saved.scale))
+        return {name: x.detach().to(parameter.device, copy=True) for name, x in pairs}
     if isinstance(dtype, str):
         target = moments.FORMATS[dtype]
         if moments.quantises(parameter.shape):

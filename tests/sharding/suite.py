@@ -45,7 +45,8 @@ TRAINED = {
 
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
          "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient",
-         "few_bits_of_whole_rows", "few_bits_of_shared_blocks", "nothing_held", "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
+         "few_bits_of_whole_rows", "few_bits_of_shared_blocks",
+         "nothing_held", "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
 
