@@ -25,6 +25,11 @@ _CHUNK = 1 << 15  # elements stepped or converted at once, if a row is not longe
 _ALIGNMENT = 8  # bytes, so that moments that are not quantised can be viewed in their dtype
 
 
+def aligned(nbytes: int) -> int:
+    """Return the bytes that ``nbytes`` take with what follows them up to the next range."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
 class Piece(NamedTuple):
     """Elements of one range that lie in a row, or in several whole rows.
 
@@ -100,19 +105,19 @@ class FlatMoment:
         ranges: the ranges that the flat tensor contains.
         numel: number of elements of the flat tensor.
         format: the format in which the moments of large tensors are quantised; None to quantise nothing. It is ignored
-            if there is no large tensor.
+            if this rank has no element of a large one.
         dtype: dtype of moments that are not quantised next to ones that are, fp32 or float64.
     """
 
     def __init__(self, ranges: Sequence[Range], numel: int, format: Format | None, dtype: torch.dtype) -> None:
         self.ranges, self.dtype, self.numel = tuple(ranges), dtype, numel
         self.requested = format
-        self.format = format if any(quantises(r.shape) for r in ranges) else None
+        self._large = [r.shape for r in ranges if r.start < r.stop and quantises(r.shape)]
+        self.format = format if self._large else None
         self._block_size = 1 if self.format is None else self.format.block
         self._per_byte = 1 if self.format is None else 8 // self.format.bits
         stored, byte, scale = [], 0, 0
         for source in ranges:
-            byte = -(-byte // _ALIGNMENT) * _ALIGNMENT
             size = source.stop - source.start
             if self.format is None or not size or not quantises(source.shape):
                 stored.append(Stored(source, (byte, byte + size * dtype.itemsize), (scale, scale)))
@@ -125,7 +130,7 @@ class FlatMoment:
                 stop = self._byte((source.stop - 1) // n, last + last % 2 * (self._per_byte - 1), n)
                 ends = (byte, byte + stop - start), (scale, scale + blocks[1] - blocks[0])
                 stored.append(Stored(source, *ends, blocks[0], start, n))
-            byte, scale = stored[-1].codes[1], stored[-1].scales[1]
+            byte, scale = aligned(stored[-1].codes[1]), stored[-1].scales[1]
         self.stored, self.shapes = tuple(stored), ((byte,), (scale,))
 
     def _block(self, element: int, n: int) -> int:
@@ -145,7 +150,7 @@ class FlatMoment:
     @property
     def whole(self) -> tuple[int, ...]:
         """Shape that decides whether the moment is quantised: that of a large tensor, if one is."""
-        return (self.numel,) if self.format is None else next(r.shape for r in self.ranges if quantises(r.shape))
+        return (self.numel,) if self.format is None else self._large[0]
 
     def zeros(self, device: torch.device) -> dict[str, Tensor]:
         """Return the quantised moment before the first step."""

@@ -283,8 +283,8 @@ class _FlatMember(Sharded):
                 key: _gathered(x, held, group).view(whole.shape) for key, x in every.items() if key not in _NOT_ELEMENTS
             }
             if (scales := elements.pop("exp_avg_scale", None)) is not None and quantises(whole.shape):
-                assert self.flat.format is not None
-                args = elements["exp_avg"], scales, self.flat.format, place_of(whole.shape, {})
+                assert self.flat.requested is not None
+                args = elements["exp_avg"], scales, self.flat.requested, place_of(whole.shape, {})
                 both = quantised(*args, step=int(state["step"]), seed=self.i + k)
                 elements["exp_avg"], elements["exp_avg_scale"] = both
             second = _second_moment(whole, _gathered(second_per_element, held, group).view(whole.shape))
@@ -313,8 +313,8 @@ class _FlatMember(Sharded):
         second[local] = spread.reshape(-1)[held.start : held.stop].to(second)
 
     def _by_element(self, k: int, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the state of the k-th whole parameter with a value and a scale per element, if others are quantised."""
-        if self.flat.format is None:
+        """Return the k-th whole parameter's state with its first moment by element, if the group quantises moments."""
+        if self.flat.requested is None:
             return state
         shape, moment, scale = self.wholes[k].shape, state["exp_avg"], state.get("exp_avg_scale")
         if scale is None:
@@ -325,8 +325,9 @@ class _FlatMember(Sharded):
 
     def finished(self) -> dict[str, Any]:
         assert self._second_per_element is not None
+        scales = self.state.pop("exp_avg_scale", None)
         if self.flat.format is not None:
-            step, scales = int(self.state["step"]), self.state["exp_avg_scale"]
+            step = int(self.state["step"])
             self.state |= self.flat.quantised(self.state["exp_avg"], scales, step=step, seed=self.i)
         second = narrow(self.geometry, self._second_per_element)
         if self.geometry.columns is None:
