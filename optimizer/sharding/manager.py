@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch.distributed as dist
 from torch import Tensor
 
-from ..interface import Position, wrappers
-from ..partition.factored import FactoredLayout, TensorLayout
-from ..partition.layout import AnyLayout, Layout
-from ..step.dtypes import moment_dtype, moment_format, second_moment_dtype
+from ..interface import Position
+from ..partition.factored import TensorLayout
+from ..partition.layout import AnyLayout
+from ..step.dtypes import moment_dtype, second_moment_dtype
 from ..step.engines import PLACES, SEEDS, seed_of
 from ..step.engines.checks import require_takeable
 from ..step.labels import label
-from ..step.moments import FORMATS
 from ..step.places import Place
 from . import moment_forms
 from .agreement import require_agreement
 from .columns import unsharded
 from .elements import is_blockwise, narrow, settle, widen
-from .exchange import Work, destroyed, ranks_of, second_moments
-from .flat import FlatLayout, flat_geometry
-from .flat_moments import FlatMoment
+from .exchange import Work, ranks_of, second_moments
+from .flat import FlatLayout
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
-from .placed_moments import cuts_rows
 from .shard import Shard
+from .sharded import flat_moment, geometry_of, is_sharded, report_cut_rows, saves_elements
 from .step_view import StepView
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-logger = logging.getLogger("optimizer")
-_SHOWN = 3  # names listed in a message
 
 
 class Shards:
@@ -68,8 +60,8 @@ class Shards:
         if not is_sharded(parameter, layout):
             return None
         if shard is None or not shard.fits(parameter) or not shard.stores(group):
-            flat = _flat_moment(parameter, layout, group)
-            geometry = _geometry_of(parameter, layout, label(group, g, i), flat)
+            flat = flat_moment(parameter, layout, group)
+            geometry = geometry_of(parameter, layout, label(group, g, i), flat)
             shard = self._shards[g, i] = Shard(parameter, geometry, flat)
             self._must_agree = True
         return shard
@@ -91,7 +83,9 @@ class Shards:
                 if state := states.get(parameter):
                     shard = self.of(g, i, group, layouts[g][i])
                     if shard is not None:
-                        settle(state, shard.geometry, moment_dtype(parameter, group), steps)
+                        written = settle(state, shard.geometry, steps)
+                        if shard.flat is not None and "exp_avg" in state and (written or shard.flat.format is not None):
+                            moment_forms.settled(shard.flat, state, moment_dtype(parameter, group))
                         if shard.geometry.columns is not None and "exp_avg_sq_col" not in state:
                             factored.append((state, shard.geometry))
         works = [Work(geometry, x["exp_avg_sq"].sqrt(), x["exp_avg_sq"].dtype) for x, geometry in factored]
@@ -231,7 +225,7 @@ class Shards:
         """
         positions = [(g, i) for g, group_layouts in enumerate(layouts) for i in range(len(group_layouts))]
         sharded = any(
-            is_sharded(groups[g]["params"][i], layouts[g][i]) or _saves_elements(groups[g]["params"][i])
+            is_sharded(groups[g]["params"][i], layouts[g][i]) or saves_elements(groups[g]["params"][i])
             for g, i in positions
         )
         if not sharded or not isinstance(document.get("state"), Mapping) or "param_groups" not in document:
@@ -241,7 +235,7 @@ class Shards:
             group, layout = groups[g], layouts[g][i]
             parameter = group["params"][i]
             # On a single rank such a parameter is not flattened, but must be saved in the form it has on several ranks.
-            is_flat = isinstance(layout, FlatLayout) or _saves_elements(parameter)
+            is_flat = isinstance(layout, FlatLayout) or saves_elements(parameter)
             if is_flat if flattened else is_dtensor(parameter):
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
                 if shard is not None:
@@ -278,7 +272,7 @@ class Shards:
                     self._localise(view, g, groups[g], layouts[g], states, only)
             if self._must_agree:
                 self._agree(groups, layouts)
-                self._report_cut_rows(groups, layouts)
+                report_cut_rows(groups, layouts, self.of)
                 self._must_agree = False
         except BaseException:
             view.end()
@@ -353,23 +347,6 @@ class Shards:
         view.groups[g] = {**group, "params": params, "param_names": names, PLACES: places, SEEDS: seeds}
         view.layouts[g], view.states[g] = local_layouts, local_states
 
-    def _report_cut_rows(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
-        """Log on rank 0 which quantised first moments have rows that ranks hold pieces of."""
-        cut = []
-        for g, group in enumerate(groups):
-            for i, parameter in enumerate(group["params"]):
-                shard = self.of(g, i, group, layouts[g][i])
-                held = shard.geometry.placed.held if shard is not None and shard.geometry.placed is not None else {}
-                if cuts_rows(tuple(parameter.shape), held) and moment_format(parameter, group) is not None:
-                    cut.append(label(group, g, i))
-        if cut and dist.get_rank() == 0:
-            logger.info(
-                "sharding cuts the rows of %d quantised first moments, so each rank quantises its own piece of a row, and "
-                "results differ from one process by rounding: %s",
-                len(cut),
-                ", ".join(cut[:_SHOWN]) + (f" and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""),
-            )
-
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
         """Check that all ranks of every process group that shards a parameter have the same parameters.
 
@@ -405,54 +382,3 @@ def _with_moments(document: dict[str, Any], seconds: Mapping[Any, Mapping[str, T
     states = dict(document["state"])
     states.update({key: {**states[key], **second} for key, second in seconds.items()})
     return {**document, "state": states}
-
-
-def _saves_elements(parameter: Tensor) -> bool:
-    """Return whether a library saves the parameter's state element by element, even if one rank has all of it."""
-    return any(wrapper.saves_elements(parameter) for wrapper in wrappers())
-
-
-def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
-    """Return whether the parameter is a DTensor or contains ranges of flattened tensors."""
-    return is_dtensor(parameter) or isinstance(layout, FlatLayout)
-
-
-def _flat_moment(parameter: Tensor, layout: AnyLayout, group: Mapping[str, Any]) -> FlatMoment | None:
-    """Return the first moment of a flat parameter; None for a DTensor."""
-    if not isinstance(layout, FlatLayout):
-        return None
-    name = group["exp_avg_dtype"]
-    format = FORMATS[name] if isinstance(name, str) else None
-    return FlatMoment(layout.ranges, layout.numel, format, second_moment_dtype(parameter))
-
-
-def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str, flat: FlatMoment | None) -> Geometry:
-    """Return the local geometry of a sharded parameter.
-
-    Args:
-        parameter: the parameter.
-        layout: its layout.
-        where: description of the parameter for error messages.
-        flat: the first moment of a flat parameter.
-    """
-    if not isinstance(layout, FlatLayout):
-        from .placed import placed_geometry
-        from .placed_columns import placed_factored_geometry
-
-        if isinstance(layout, FactoredLayout):
-            return placed_factored_geometry(parameter, layout, where)  # type: ignore[arg-type]
-        assert isinstance(layout, Layout)
-        return placed_geometry(parameter, layout, where)  # type: ignore[arg-type]
-    layout.require(parameter.shape, where)
-    quantised = flat is not None and flat.format is not None
-    if not layout.group:
-        return flat_geometry(layout.ranges, layout.numel, None, parameter.device, where, quantised=quantised)
-    try:
-        group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
-    except (RuntimeError, KeyError) as error:
-        raise destroyed(f"the process group that {where} is sharded over") from error
-    device = parameter.device
-    if device.type not in {supported.type for supported in group._device_types}:
-        # The parameter was offloaded to a device on which the group cannot communicate.
-        device = group._device_types[0]
-    return flat_geometry(layout.ranges, layout.numel, group, device, where, quantised=quantised)

@@ -19,6 +19,7 @@ from ..step import moments
 from ..step.dtypes import moment_format, second_moment_dtype
 from ..step.places import Place
 from . import placed_moments
+from .flat_moments import FlatMoment
 from .geometry import Placed
 from .kinds import is_dtensor, local_of
 
@@ -119,6 +120,25 @@ def widened(
     return {name: like(parameter, x) for name, x in zip(_NAMES, both, strict=True)}
 
 
+def settled(flat: FlatMoment, state: dict[str, Any], dtype: torch.dtype) -> None:
+    """Convert a first moment that a library wrote element by element to the form that the optimizer stores, in place.
+
+    Args:
+        flat: the first moment of the flat tensor.
+        state: its state.
+        dtype: dtype of the first moment if it is not quantised.
+    """
+    moment = state["exp_avg"]
+    if tuple(moment.shape) != (flat.numel,) or not moment.is_floating_point():
+        return
+    scales = state.pop("exp_avg_scale", None)
+    if flat.format is None:
+        state["exp_avg"] = moment.to(dtype)
+        return
+    scales = scales if scales is not None and scales.shape == moment.shape else None
+    state |= flat.quantised(moment, scales, step=int(float(state.get("step", 0))), seed=0)
+
+
 def like(parameter: Any, local: Tensor) -> Tensor:
     """Return a local tensor with the shape and the placements of a parameter, if that is a DTensor."""
     if not is_dtensor(parameter):
@@ -166,7 +186,8 @@ def narrowed(
     if flat is not None:
         return out | flat.quantised(values, scales, step=step, seed=seed)
     place = placed_moments.place_of(tuple(parameter.shape), {}) if shard is None else shard.place
-    assert place is not None
+    if place is None:  # a rank outside the mesh
+        return dict(state)
     both = quantised(values, scales, target, place, step=step, seed=seed)
     if is_dtensor(parameter):
         return out | placed_moments.wrapped(parameter, *both, target)

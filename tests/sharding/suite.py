@@ -31,10 +31,10 @@ class Trained(NamedTuple):
 
 TRAINED = {
     2: [
-        Trained("wide", "fsdp2", moment=("int8", 0)), Trained("wide", "fsdp2", dtype="float32", moment=("int8", 0.02)),
+        Trained("wide", "fsdp2", moment=("int8", 0)), Trained("wide", "fsdp2", dtype="float32", moment=("int8", 0.005)),
         Trained("wide", "fsdp1", moment=("int8", 0)), Trained("wide", "fsdp2", rules="factored", moment=("int4", 0)),
-        Trained("wide", "fsdp2-columns", moment=("int8", 0.02)), Trained("wide", "tp", moment=("int8", 0.02)),
-        Trained("wide", "fsdp1-flat", rules="factored", moment=("int8", 0.02)),
+        Trained("wide", "fsdp2-columns", moment=("int8", 0.01)), Trained("wide-parallel", "tp", moment=("int8", 0.01)),
+        Trained("wide", "fsdp1-flat", rules="factored", moment=("int8", 0.01)),
         Trained("llama", "fsdp1", rules="factored"), Trained("llama", "fsdp1-flat", rules="factored"),
         Trained("gpt2", "fsdp1", rules="factored"), Trained("mixtral", "fsdp1", rules="factored"),
         Trained("llama", "fsdp2", rules="factored"), Trained("gpt2", "fsdp2", rules="factored"),
@@ -51,7 +51,7 @@ TRAINED = {
         Trained("gpt2", "fsdp2", dtype="float32"), Trained("llama", "fsdp1", dtype="float32"),
     ],
     3: [
-        Trained("wide", "fsdp2", moment=("int4", 0)), Trained("wide", "fsdp1", moment=("int8", 0.02)),
+        Trained("wide", "fsdp2", moment=("int4", 0)), Trained("wide", "fsdp1", moment=("int8", 0.01)),
         Trained("gpt2", "fsdp2", rules="factored"), Trained("llama", "fsdp1-flat", rules="factored"),
         Trained("llama", "fsdp1"), Trained("llama", "fsdp1-flat"), Trained("llama", "fsdp2"), Trained("gpt2", "fsdp2"),
         Trained("llama-parallel", "tp"),
@@ -60,7 +60,7 @@ TRAINED = {
 
 FACTS = ("nothing_cut", "missing_gradients", "partial_placement", "other_rules", "other_order", "resharded",
          "without_exchange", "bytes_of_state", "compiled_step", "partial_gradient",
-         "few_bits_of_whole_rows", "few_bits_of_shared_blocks",
+         "few_bits_of_whole_rows", "few_bits_of_shared_blocks", "rounding_of_flat_ranges",
          "nothing_held", "zero_redundancy", "whole_state_through_the_door")  # fmt: skip
 SAVED = ("fsdp2", "fsdp1", "fsdp1-flat")
 ACROSS = {"gpt2": ("plain", "fsdp1", "fsdp1-flat", "fsdp2"), "llama-parallel": ("plain", "tp", "fsdp2-columns")}
