@@ -80,7 +80,7 @@ def main(folder: str, rank: int, world: int, patience: float) -> None:
     faulthandler.dump_traceback_later(patience, exit=True)
     cases: dict[str, Case] = pickle.loads(Path(folder, "cases").read_bytes())
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120))
     answers: dict[str, Any] = {}
     for name, (function, arguments) in cases.items():
         module, _, attribute = function.rpartition(":")
@@ -88,7 +88,6 @@ def main(folder: str, rank: int, world: int, patience: float) -> None:
         try:
             answers[name] = call(**arguments)
         except Exception as error:
-            traceback.print_exc()
             answers[name] = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         dist.barrier()
     Path(folder, f"out{rank}").write_bytes(pickle.dumps(answers))
