@@ -60,7 +60,7 @@ def _quantised(
     if scale is None or moments.format_of(codes) != target:
         source = moments.format_of(codes).name if scale is not None else codes.dtype
         notes[f"exp_avg quantised from {source} to {target.name}"] += 1
-        codes, scale = quantised(plain(saved, parameter), target, saved.step, seed)
+        codes, scale = quantised(plain(saved, parameter), target, saved.step, seed, saved.scales)
     return {
         "exp_avg": codes.to(parameter.device, copy=True).contiguous(),
         "exp_avg_scale": scale.detach().to(parameter.device, target.scale_dtype, copy=True).contiguous(),
@@ -85,7 +85,9 @@ def plain(saved: Saved, parameter: Tensor) -> Tensor:
     return m.reshape(parameter.shape)
 
 
-def quantised(m: Tensor, target: moments.Format, step: float, seed: int) -> tuple[Tensor, Tensor]:
+def quantised(
+    m: Tensor, target: moments.Format, step: float, seed: int, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantise a first moment, with the same rounding as a step.
 
     Args:
@@ -93,6 +95,7 @@ def quantised(m: Tensor, target: moments.Format, step: float, seed: int) -> tupl
         target: the quantised format.
         step: number of steps taken.
         seed: seed of the stochastic rounding, different for each parameter.
+        scales: the scale of each element, if the moment was saved by element; see ``joined``.
 
     Returns:
         Codes and scales in the shapes in which they are stored.
@@ -100,8 +103,16 @@ def quantised(m: Tensor, target: moments.Format, step: float, seed: int) -> tupl
     dtype = second_moment_dtype(m)
     codes_shape, scale_shape = moments.state_shapes(m.shape, target)
     rows = m.reshape(-1, _row(m.shape))
+    each = None if scales is None else scales.reshape(rows.shape)
     parts = [
-        moments.quantise(rows[span].to(dtype), target, step=int(step), seed=seed, first=span.start * scale_shape[-1])
+        joined(
+            rows[span].to(dtype),
+            None if each is None else each[span].to(dtype),
+            target,
+            step=int(step),
+            seed=seed,
+            first=span.start * scale_shape[-1],
+        )
         for span in _row_slices(*rows.shape)
     ]
     codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -45,6 +45,8 @@ class Saved:
         columns: means of columns of a factored second moment, whose row means are ``exp_avg_sq``; None if it is not
             factored.
         scale: scales of a quantised first moment; None if it is not quantised.
+        scales: the scale of each element of a first moment that was saved by element, as it is where ranks hold pieces
+            of rows: ``exp_avg`` has its values.
         compensation: Kahan compensation of a bf16 parameter; None if there is none.
         axes: the blocks of the second moment; None if the checkpoint does not state them.
         blocks: description of the blocks for error messages.
@@ -64,6 +66,7 @@ class Saved:
     dropped: tuple[str, ...] = ()
     others: Mapping[str, Any] = field(default_factory=dict)
     packed: bool = False
+    scales: Tensor | None = None
 
 
 def is_published(state: Mapping[str, Any]) -> bool:
@@ -91,6 +94,8 @@ def read(state: Mapping[str, Any], shape: Sequence[int], where: str, packed: Sha
     read_state = _published if is_published(state) else _adam
     saved = read_state(state, tuple(shape), where)
     packed = None if saved.scale is None else packed
+    if saved.scale is not None and saved.exp_avg.is_floating_point() and saved.scale.shape == saved.exp_avg.shape:
+        saved = replace(saved, scale=None, scales=saved.scale)
     _require_moment(saved, tuple(shape), where, packed)
     return replace(saved, packed=packed is not None)
 

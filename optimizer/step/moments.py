@@ -48,6 +48,10 @@ double precision and rounded to T once. Every operation is rounded separately (n
     param  = keep * param - factor * m                              m before it is quantised
     codes, scale = quantise(m)
 
+**Shards.** Codes and scales of whole rows are those of the whole tensor, and so are the random numbers: a block's index
+is the one among the whole tensor's scales (``step.places``). Where a shard has pieces of rows, each piece is quantised
+as a row of its own, or, in a flattened tensor, each block from the elements that the shard has of it.
+
 Rounding to nearest would freeze moments: without a gradient, 0.9 times the value of a small code rounds to the same
 code at every step; in int4 all codes do. Adding the rounding error of the moment to the parameter would lose
 nothing, but it costs stability: in int4, step sizes have to be ten times smaller. ``docs/low_bit.md`` has the

@@ -6,6 +6,7 @@ whole.
 
 from __future__ import annotations
 
+import copy
 from math import prod
 
 import pytest
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optimizer import Layout
+from optimizer import AdamMini, Layout
 from optimizer.sharding.flat import Range, flat_geometry
 from optimizer.sharding.flat_moments import FlatMoment
+from optimizer.sharding.moment_forms import by_element
 from optimizer.state.first_moments import joined, spread
 from optimizer.step.moments import FORMATS, Format, quantise, quantises, row_axes
+from tests.sharding.models import MODELS, batches, loss_of
 
 SHAPES = [(70, 71), (33, 201), (9, 500), (5,), (40, 12, 9, 3), (64, 64), (3, 50, 77)]
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=lambda f: f.name)
@@ -96,3 +99,26 @@ def test_a_block_of_two_scales_is_quantised_anew_and_its_neighbours_are_not(form
     same[1, 0] = False
     assert torch.equal(new_scale == scale, same)
     assert torch.equal((new_codes == codes).view(3, 4, -1).all(-1), same)
+
+
+@formats
+def test_a_document_by_element_loads_into_one_process(format: Format) -> None:
+    """Torch gathers the state of FSDP1 in this form."""
+    model = MODELS["wide"]()
+    optimizer = AdamMini(model, exp_avg_dtype=format.name)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, batches(step, 1)[0]).backward()
+        optimizer.step()
+    wanted, document = copy.deepcopy(optimizer.state_dict()), optimizer.state_dict()
+    for parameter, (key, state) in zip(optimizer.state, list(document["state"].items()), strict=True):
+        if "exp_avg_scale" in state:
+            axes = row_axes(parameter.shape)
+            both = by_element(state["exp_avg"], state["exp_avg_scale"], tuple(parameter.shape), axes, torch.float32)
+        else:
+            both = state["exp_avg"], torch.zeros_like(parameter)
+        document["state"][key] = {**state, "exp_avg": both[0].clone(), "exp_avg_scale": both[1].clone()}
+    optimizer.load_state_dict(document)
+    for key, state in optimizer.state_dict()["state"].items():
+        assert state.keys() == wanted["state"][key].keys()
+        assert all(torch.equal(state[name], x) for name, x in wanted["state"][key].items())
