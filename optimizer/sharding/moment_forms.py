@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..state.first_moments import joined, spread
+from ..state.first_moments import joined, row_slices, spread
 from ..step import moments
 from ..step.dtypes import moment_format, second_moment_dtype
 from ..step.places import Place
@@ -25,7 +25,6 @@ from .kinds import is_dtensor, local_of
 
 if TYPE_CHECKING:
     from .shard import Shard
-
 
 _NAMES = ("exp_avg", "exp_avg_scale")
 
@@ -78,14 +77,16 @@ def quantised(
     if not values.numel():
         zeros = torch.zeros(stored, dtype=format.dtype, device=values.device)
         return zeros, torch.zeros(of_scale, dtype=format.scale_dtype, device=values.device)
-    codes, scale = joined(
-        values.flatten(-axes),
-        None if scales is None else scales.flatten(-axes),
-        format,
-        step=step,
-        seed=seed,
-        first=place.blocks(0, prod(of_scale), format.block, values.device),
-    )
+    n = prod(values.shape[-axes:])
+    rows, each = values.reshape(-1, n), None if scales is None else scales.reshape(-1, n)
+    per_row = of_scale[-1]
+    parts = []
+    for span in row_slices(*rows.shape):
+        count = (span.stop - span.start) * per_row
+        first = place.blocks(span.start * per_row, count, format.block, values.device)
+        own = None if each is None else each[span]
+        parts.append(joined(rows[span], own, format, step=step, seed=seed, first=first))
+    codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
     return codes.reshape(stored), scale.reshape(of_scale)
 
 

@@ -80,7 +80,7 @@ def plain(saved: Saved, parameter: Tensor) -> Tensor:
     rows = codes.reshape(-1, n if moments.format_of(codes).bits == 8 else codes.shape[-1])
     scales = scale.detach().to(codes.device).reshape(len(rows), -1)
     m = torch.empty(len(rows), n, dtype=dtype, device=codes.device)
-    for span in _row_slices(len(rows), n):
+    for span in row_slices(len(rows), n):
         m[span] = moments.dequantise(rows[span], scales[span], n, dtype)
     return m.reshape(parameter.shape)
 
@@ -113,7 +113,7 @@ def quantised(
             seed=seed,
             first=span.start * scale_shape[-1],
         )
-        for span in _row_slices(*rows.shape)
+        for span in row_slices(*rows.shape)
     ]
     codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     return codes.reshape(codes_shape), scales.reshape(scale_shape)
@@ -124,7 +124,7 @@ def _row(shape: torch.Size) -> int:
     return shape[-moments.row_axes(shape) :].numel()
 
 
-def _row_slices(rows: int, n: int) -> Iterator[slice]:
+def row_slices(rows: int, n: int) -> Iterator[slice]:
     """Return slices that cover ``rows`` rows of ``n`` elements, of at most ``_PIECE`` elements or one row each."""
     count = max(1, _PIECE // n)
     return (slice(start, min(start + count, rows)) for start in range(0, rows, count))

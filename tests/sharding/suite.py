@@ -25,7 +25,9 @@ class Trained(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of ``train_case``."""
-        given = {name: value for name, value in self._asdict().items() if name != "moment"}
+        given = {"model": self.model, "wrap": self.wrap, "kind": self.kind, "dtype": self.dtype}
+        if self.rules != "adam_mini":  # the published package's class has no such argument
+            given["rules"] = self.rules
         return given if self.moment is None else given | {"exp_avg_dtype": self.moment[0]}
 
 
