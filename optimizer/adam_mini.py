@@ -355,8 +355,8 @@ class AdamMini(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does; every group also has the name of the ``rules``.
 
-        For parameters that FSDP1 or DeepSpeed flattened, second moments have one value per element, because these
-        libraries require it.
+        For parameters that FSDP1 or DeepSpeed flattened, second moments and quantised first moments have one value per
+        element, because these libraries require it. So have quantised first moments whose rows are sharded.
         """
         with self.whole(), checkpoint.naming(self, self.rules):
             return self._shards.widened(super().state_dict(), self.param_groups, self.layouts)
@@ -379,9 +379,9 @@ class AdamMini(torch.optim.Optimizer):
             state_dict = self._shards.narrowed(state_dict, self.param_groups, self.layouts, convert=convert)
             model = None if self._model is None or self._stand is not None else self._model()
             add_names = partial(with_model_names, model=model, groups=self.param_groups)
-            with checkpoint.loading(
-                self, self.layouts, self.rules, convert=convert, exempt=self.undecayed, named=add_names
-            ):
+            packed = self._shards.packed(self.param_groups, self.layouts)
+            options: Any = {"convert": convert, "exempt": self.undecayed, "packed": packed, "named": add_names}
+            with checkpoint.loading(self, self.layouts, self.rules, **options):
                 super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

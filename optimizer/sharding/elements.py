@@ -77,7 +77,7 @@ def narrow(geometry: Geometry, elements: Tensor) -> Tensor:
     return second
 
 
-def settle(state: dict[str, Any], geometry: Geometry, dtype: torch.dtype, steps: set[int]) -> None:
+def settle(state: dict[str, Any], geometry: Geometry, steps: set[int]) -> bool:
     """Convert state that a library wrote element by element to the form that the optimizer stores.
 
     A factored second moment stays as it is, because its means are sums over ranks (``Shards.settle``).
@@ -85,15 +85,18 @@ def settle(state: dict[str, Any], geometry: Geometry, dtype: torch.dtype, steps:
     Args:
         state: state of a flat tensor, changed in place.
         geometry: the boxes and blocks of the flat tensor.
-        dtype: dtype of the first moment.
         steps: ``id`` of the step counter of every parameter converted before; this parameter's is added.
+
+    Returns:
+        Whether a library wrote the state, so that its first moment must be converted, too.
     """
     if "step" in state and (not isinstance(state["step"], Tensor) or id(state["step"]) in steps):
         # A library may store one counter for all parameters; each of their steps would then increment it again.
         state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
     steps.add(id(state.get("step")))
     second = state.get("exp_avg_sq")
-    if second is not None and second.shape == geometry.shape != geometry.aligned:
-        if geometry.columns is None:
-            state["exp_avg_sq"] = narrow(geometry, second)
-        state["exp_avg"] = state["exp_avg"].to(dtype)
+    if second is None or second.shape != geometry.shape or geometry.shape == geometry.aligned:
+        return False
+    if geometry.columns is None:
+        state["exp_avg_sq"] = narrow(geometry, second)
+    return True

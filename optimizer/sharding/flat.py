@@ -13,6 +13,7 @@ from torch import Tensor
 from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.layout import Layout, Runs
 from ..partition.roles import viewed
+from ..step.moments import quantises, row_axes
 from .flat_columns import columns_size, flat_columns
 from .geometry import Blocks, Box, Cut, Geometry
 from .holdings import Edges, local_runs, run_ids
@@ -114,7 +115,13 @@ class FlatLayout:
 
 
 def flat_geometry(
-    ranges: Sequence[Range], numel: int, group: ProcessGroup | None, device: torch.device, where: str = "parameter"
+    ranges: Sequence[Range],
+    numel: int,
+    group: ProcessGroup | None,
+    device: torch.device,
+    where: str = "parameter",
+    *,
+    quantised: bool = False,
 ) -> Geometry:
     """Return the local geometry of a 1-D tensor that contains ranges of flattened tensors, one after another.
 
@@ -124,11 +131,12 @@ def flat_geometry(
         group: process group whose ranks store the other elements; None if this rank has all of them.
         device: device on which the group communicates.
         where: description of the parameter for error messages.
+        quantised: whether first moments are quantised, those of large tensors.
 
     Raises:
         ValueError: a layout does not fit its shape, or a range does not lie in its tensor.
     """
-    local_ranges = [_LocalRange(r, where) for r in ranges]
+    local_ranges = [_LocalRange(r, where, quantised=quantised and quantises(r.shape)) for r in ranges]
     boxes: list[Box] = []
     counts, spreads, slots, positions = [], [], [], []
     blocks = values = shared = 0
@@ -147,7 +155,8 @@ def flat_geometry(
         boxes[0] if len(boxes) == 1 and boxes[0].stop == numel and boxes[0].start == 0 and boxes[0].decays else None
     )
     factored = any(isinstance(r.layout, FactoredLayout) for r in ranges)
-    if not factored and not shared and (single is not None or not boxes):
+    quantised = any(box.row for box in boxes)
+    if not factored and not shared and ((single is not None and not quantised) or not boxes):
         return Geometry((numel,), tuple(boxes), (values,), signature=signature, sharding_groups=groups)
     joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
     boxes = _with_free_boxes(boxes, joined[2], blocks)
@@ -205,6 +214,8 @@ def split(box: Box, shared: Tensor) -> list[Box]:
         have elements outside it, or the values of those that have none are not contiguous.
     """
     if box.factored or not box.decays or bool(shared.all()):
+        return [box]
+    if box.row and (box.shape is None or box.shape[3] != box.row):
         return [box]
     if not bool(shared.any()):
         return [replace(box, free=True)]
@@ -335,7 +346,7 @@ class _LocalRange:
         cut_positions: the positions of ``cut_slots`` among all cut blocks.
     """
 
-    def __init__(self, source: Range, where: str) -> None:
+    def __init__(self, source: Range, where: str, *, quantised: bool = False) -> None:
         layout, shape = source.layout, source.shape
         layout.require(shape, where)
         if not 0 <= source.start <= source.stop <= prod(shape):
@@ -343,6 +354,7 @@ class _LocalRange:
                 f"{where}: elements [{source.start}, {source.stop}) do not lie in a tensor of shape {shape}"
             )
         self.source = source
+        self.row = prod(shape[-row_axes(shape) :]) if quantised else 0
         self.dims, self.runs = _grouped_axes(shape, _rows(layout))
         self.edges = Edges(self.runs)
         self._find_values()
@@ -409,5 +421,6 @@ class _LocalRange:
                 slots=self.spread[first : first + many] + blocks,
                 decays=self.source.decays,
                 factored=isinstance(self.source.layout, FactoredLayout),
+                row=self.row,
             )
             yield box, index, shape

@@ -35,6 +35,8 @@ class Box:
         free: whether no block of the box has elements outside it. An ordinary engine can step such a box, even if
             other boxes of the tensor share blocks.
         factored: whether the box belongs to a tensor with a factored second moment; ``layout`` is that of its rows.
+        row: number of elements of the rows that share scales, if the first moment of a flattened tensor is quantised;
+            an engine can then step the box only if they are its last axis. 0 otherwise.
     """
 
     layout: TensorLayout
@@ -46,6 +48,7 @@ class Box:
     decays: bool = True
     free: bool = False
     factored: bool = False
+    row: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the box as a view of a local tensor."""

@@ -10,8 +10,10 @@ from torch import Tensor
 from ..interface import Position
 from ..partition.factored import TensorLayout
 from ..partition.layout import AnyLayout
-from ..step.dtypes import second_moment_dtype
+from ..step.dtypes import rounding_of, second_moment_dtype
+from ..step.engines import PLACES, SEEDS
 from ..step.hyper import Hyper
+from .cut_rounded import Rounds
 from .cut_update import cut_update
 from .exchange import Means, Work, block_means
 from .shard import FreeBox, Shard
@@ -29,6 +31,7 @@ class StepView:
         cut: sharded parameters with shared blocks, by position: (shard, local gradient or None).
         free: free boxes of those parameters, by the box's position in ``groups``: (the parameter's index in its
             group, the box).
+        seeds: seeds of the ranges of those that are flat, by position.
         empty: positions of parameters without elements on this rank. Their state counts steps as on other ranks.
     """
 
@@ -41,6 +44,7 @@ class StepView:
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[Shard, Tensor | None]] = {}
         self.free: dict[Position, tuple[int, FreeBox]] = {}
+        self.seeds: dict[Position, list[int]] = {}
         self.empty: list[Position] = []
         self._lent: list[Tensor] = []
         self._means: list[Means | None] = []
@@ -110,13 +114,22 @@ class StepView:
                 shard.geometry,
                 shard.view,
                 grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state.get("exp_avg_sq_col"),
+                state,
                 means,
+                self._rounds(g, i, state),
                 step=state["step"].item(),
                 **hyper.numbers(),
             )
+
+    def _rounds(self, g: int, i: int, state: Mapping[str, Any]) -> Rounds | None:
+        """Return how the values of a parameter with shared blocks are rounded; None if they are not."""
+        group = self.groups[g]
+        how = rounding_of(group["params"][i], group)
+        if how is None and "exp_avg_scale" not in state:
+            return None
+        shard, _ = self.cut[g, i]
+        seeds = self.seeds.get((g, i), ())
+        return Rounds(group[SEEDS][i], how, None if shard.flat is not None else group[PLACES][i], shard.flat, seeds)
 
     def end(self) -> None:
         """Remove the gradients that ``lend`` set."""

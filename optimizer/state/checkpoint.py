@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from . import first_moments as moment
 from .blocks import LEVEL, axes_of, is_level, looks_coarser, spreads
 from .factored import converted_second_moment
 from .matching import Slot, matched, options_of, rules_named, slots_of, written_by_published
-from .saved import Saved, read
+from .saved import Saved, Shapes, read
 from .specification import step_counter
 
 logger = logging.getLogger("optimizer")
@@ -57,6 +58,7 @@ def loading(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
+    packed: Mapping[int, Shapes] = MappingProxyType({}),
     named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda document: document,
 ) -> Iterator[None]:
     """Open a context in which ``Optimizer.load_state_dict`` loads the result of ``prepare``.
@@ -70,12 +72,14 @@ def loading(
         rules: its rules.
         convert: rebuild second moments of another partition from block means instead of refusing them.
         exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        packed: shapes of the quantised first moments of flat parameters, by the parameter's ``id``.
         named: adds names to a document without names, if they are certain; otherwise returns the document unchanged.
     """
     results: list[Prepared] = []
 
     def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
-        results.append(prepare(optimizer.param_groups, layouts, rules, named(document), convert=convert, exempt=exempt))
+        options: Any = {"convert": convert, "exempt": exempt, "packed": packed}
+        results.append(prepare(optimizer.param_groups, layouts, rules, named(document), **options))
         return {"state": {}, "param_groups": results[-1].groups}
 
     def fill(_: torch.optim.Optimizer) -> None:
@@ -121,6 +125,7 @@ def prepare(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
+    packed: Mapping[int, Shapes] = MappingProxyType({}),
 ) -> Prepared:
     """Check and copy everything that loading a document will set.
 
@@ -132,12 +137,13 @@ def prepare(
             names.
         convert: rebuild second moments of another partition from block means instead of refusing them.
         exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        packed: shapes of the quantised first moments of flat parameters, by the parameter's ``id``.
 
     Raises:
         ValueError: the document is no state dict of an optimizer, its parameters do not match, it is the state of
             another kind of optimizer, or it belongs to another partition and ``convert`` is not set.
     """
-    prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt)
+    prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt, packed=packed)
     prepared.state.update({slot.parameter: state for slot, state in states})
     keys = {key for group in document["param_groups"] for key in group["params"]}
     others = {key: value for key, value in document["state"].items() if key not in keys}
@@ -153,6 +159,7 @@ def checked(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
+    packed: Mapping[int, Shapes] = MappingProxyType({}),
 ) -> tuple[Prepared, Iterator[tuple[Slot, dict[str, Any]]]]:
     """Check a document as ``prepare`` does, but copy the states one at a time, as the caller iterates over them.
 
@@ -163,6 +170,7 @@ def checked(
         document: a state dict, with numbers or names as keys; not changed.
         convert: rebuild second moments of another partition from block means instead of refusing them.
         exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        packed: shapes of the quantised first moments of flat parameters, by the parameter's ``id``.
 
     Returns:
         The prepared checkpoint without states, and an iterator over (slot, state) for each parameter with state.
@@ -175,7 +183,7 @@ def checked(
     sources = matched(param_groups, slots, document)
     states = document["state"]
     saved = [
-        (slot, read(states[source.key], slot.parameter.shape, slot.where))
+        (slot, read(states[source.key], slot.parameter.shape, slot.where, packed.get(id(slot.parameter))))
         for slot, source in zip(slots, sources, strict=True)
         if states.get(source.key)
     ]

@@ -34,7 +34,11 @@ def step_counter(parameter: Tensor, group: Mapping[str, Any], taken: float = 0.0
 
 
 def new_state(
-    parameter: Tensor, exp_avg_sq: Tensor, group: Mapping[str, Any], exp_avg_sq_col: Tensor | None = None
+    parameter: Tensor,
+    exp_avg_sq: Tensor,
+    group: Mapping[str, Any],
+    exp_avg_sq_col: Tensor | None = None,
+    quantised: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return the state before the first step.
 
@@ -43,10 +47,13 @@ def new_state(
         exp_avg_sq: zeros in the aligned shape, of ``second_moment_dtype``. The tensor becomes part of the state.
         group: the options of the parameter's group.
         exp_avg_sq_col: under a factored layout, zeros in the shape of the column means; part of the state, too.
+        quantised: the zeros of a quantised first moment, if the parameter is sharded and its moment is quantised.
     """
     state: dict[str, Any] = {"step": step_counter(parameter, group)}
     moment = moment_format(parameter, group)
-    if moment is None:
+    if quantised is not None:
+        state |= quantised
+    elif moment is None:
         state["exp_avg"] = _zeros_like(parameter, moment_dtype(parameter, group))
     else:
         state |= moments.zero_state(parameter, moment)
@@ -85,11 +92,11 @@ def state_bytes(
         group: the options of the parameter's group.
         columns: shape of the local column means on this rank; None if the second moment is not factored.
     """
-    moment = moment_format(parameter, group)
+    moment, row = moment_format(parameter, group), moments.row_axes(parameter.shape)
     count = {
         "exp_avg": prod(held) * moment_dtype(parameter, group).itemsize
         if moment is None
-        else moments.state_bytes(held, moment),
+        else moments.state_bytes(held, moment, row),
         "exp_avg_sq": (prod(aligned) + (0 if columns is None else prod(columns)))
         * second_moment_dtype(parameter).itemsize,
         "step": torch.float32.itemsize,

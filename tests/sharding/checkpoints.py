@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Shard
 
 from optimizer import AdamMini, tag
 from optimizer.sharding import load_full_state_dict
@@ -33,12 +34,12 @@ def shares() -> int:
 
 
 def _start(
-    name: str, mesh: DeviceMesh | None, wrap: Any = None, **options: Any
+    name: str, mesh: DeviceMesh | None, wrap: Any = None, **more: Any
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = MODELS[name]().to(torch.float64)
     if mesh is not None:
         model = wrap(model, mesh)
-    return model, AdamMini(model, **OPTIONS | options)
+    return model, AdamMini(model, **OPTIONS, **more)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first: int, last: int) -> None:
@@ -53,18 +54,21 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first
 
 WRAPS = {
     "fsdp2": lambda model, mesh: fsdp2(model, mesh=mesh),
+    "fsdp2-columns": lambda model, mesh: fsdp2(
+        model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % 6 == 0 else None
+    ),
     "fsdp1": lambda model, mesh: fsdp1(model, True, process_group=mesh.get_group()),
     "fsdp1-flat": lambda model, mesh: fsdp1(model, False, process_group=mesh.get_group()),
 }
 
 
-def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **chosen: Any) -> dict[str, Any]:
+def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **more: Any) -> dict[str, Any]:
     """Train three steps on n ranks, save, and train three more on m, for every n and m up to the number of ranks.
 
     Returns:
         "n to m" -> the largest difference of a parameter from six steps in one process, for the m of this rank.
     """
-    alone = _start(name, None, **chosen)
+    alone = _start(name, None, **more)
     _train(*alone, 0, 0, 6)
     wanted = dict(alone[0].named_parameters())
     worlds = range(1, 1 + dist.get_world_size())
@@ -73,20 +77,22 @@ def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **chosen: 
     worst = {}
     for n, mesh in meshes.items():
         if dist.get_rank() < n:
-            model, optimizer = _start(name, mesh, WRAPS[wrap], **chosen)
+            model, optimizer = _start(name, mesh, WRAPS[wrap], **more)
             _train(model, optimizer, n, 0, 3)
             document = {"model": get_model_state_dict(model),
                         "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
-            dcp.save(
-                document, checkpoint_id=Path(folder, f"{name}-{wrap}-{n}-{flatten}"), process_group=mesh.get_group()
-            )
+            dcp.save(document, checkpoint_id=_path(folder, name, wrap, n, more), process_group=mesh.get_group())
         dist.barrier()
         for m, others in meshes.items():
             if dist.get_rank() < m:
-                saved = Path(folder, f"{name}-{wrap}-{n}-{flatten}")
-                worst[f"{n} to {m}"] = _go_on(name, wrap, saved, others, options, wanted, **chosen)
+                path = _path(folder, name, wrap, n, more)
+                worst[f"{n} to {m}"] = _go_on(name, wrap, path, others, options, wanted, more)
             dist.barrier()
     return worst
+
+
+def _path(folder: str, name: str, wrap: str, ranks: int, more: dict[str, Any]) -> Path:
+    return Path(folder, "-".join(map(str, (name, wrap, ranks, *more.values()))))
 
 
 def _go_on(
@@ -96,9 +102,9 @@ def _go_on(
     mesh: DeviceMesh,
     options: StateDictOptions,
     wanted: dict[str, Any],
-    **chosen: Any,
+    more: dict[str, Any],
 ) -> float:
-    model, optimizer = _start(name, mesh, WRAPS[wrap], **chosen)
+    model, optimizer = _start(name, mesh, WRAPS[wrap], **more)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()  # so that a parameter that is not loaded is noticed

@@ -22,7 +22,7 @@ class _Results(dict[int, dict[str, list[Any]]]):
         self.folder = folder
 
     def __missing__(self, world: int) -> dict[str, list[Any]]:
-        cases = {identity(c): ("train_case", c._asdict()) for c in TRAINED[world]} | others(world, self.folder)
+        cases = {identity(c): ("train_case", c.arguments()) for c in TRAINED[world]} | others(world, self.folder)
         self[world] = run(world, cases, own_interpreters=world == 2)
         return self[world]
 

@@ -72,7 +72,7 @@ def main() -> int:
     chosen = [case for case in cases(arguments.ranks) if arguments.only in identity(case)]
     with tempfile.TemporaryDirectory() as folder:
         others = {n: c for n, c in kept(arguments.ranks, folder).items() if arguments.only in n}
-        trained: dict[str, Case] = {identity(c): ("train_case", c._asdict()) for c in chosen}
+        trained: dict[str, Case] = {identity(c): ("train_case", c.arguments()) for c in chosen}
         styles = parallel.cases(arguments.ranks) if arguments.ranks % 2 == 0 else {}
         styles = {n: c for n, c in styles.items() if arguments.only in n}
         answers = run(arguments.ranks, trained | others | styles, timeout=3600, own_interpreters=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.sharding.suite import ACROSS, FACTORED, FACTORED_ACROSS, FACTORED_SAVED, SAVED, on_ranks
+from tests.sharding.suite import ACROSS, FACTORED, FACTORED_ACROSS, FACTORED_SAVED, FEW_BITS_SAVED, SAVED, on_ranks
 from tests.sharding.training import FINE
 
 pytestmark = pytest.mark.timeout(900)  # the first test of a module waits for all its ranks
@@ -19,6 +19,25 @@ def test_going_on_with_other_ranks_is_as_if_nothing_had_happened(results: Any, w
         assert isinstance(answer, dict), answer
         assert len(answer) == 3 * (3 - rank)
         assert max(answer.values()) <= 1e-12, answer
+
+
+@on_ranks(3)
+@pytest.mark.parametrize("wrap", FEW_BITS_SAVED)
+def test_codes_and_scales_go_on_with_other_ranks(results: Any, wrap: str) -> None:
+    for rank, answer in enumerate(results[3][f"{wrap}-few-bits"]):
+        assert isinstance(answer, dict), answer
+        assert len(answer) == 3 * (3 - rank)
+        assert max(answer.values()) <= (1e-12 if wrap == "fsdp2" else 5e-3), answer
+
+
+@on_ranks(2)
+def test_whole_codes_and_scales_go_from_any_wrapper_to_any(results: Any) -> None:
+    for answer in results[2]["across-few-bits"]:
+        assert isinstance(answer, dict), answer
+        assert len(answer) == 4 * 5
+        cut = {name: value for name, value in answer.items() if "columns" in name}
+        assert max(value for name, value in answer.items() if name not in cut) <= 1e-12, answer
+        assert cut["fsdp2-columns to plain"] > 1e-6 and cut.pop("fsdp2-columns whole") and max(cut.values()) < 5e-3
 
 
 @on_ranks(2)

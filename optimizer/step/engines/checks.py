@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,12 @@ _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
 
 
 def require_takeable(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    where: str,
+    whole: Sequence[int] | None = None,
 ) -> None:
     """Check one parameter, its gradient and its state before a step.
 
@@ -26,6 +31,7 @@ def require_takeable(
         state: its state, empty before the first step.
         group: the options of its group.
         where: the parameter in words, for messages.
+        whole: shape of the whole parameter, if this is a shard of it.
 
     Raises:
         RuntimeError: the gradient is sparse, complex, or of another dtype or device than the parameter; the state is of
@@ -34,13 +40,13 @@ def require_takeable(
         AssertionError: ``capturable=True`` on a device that does not support capture, as in torch.
     """
     require_steppable(parameter, grad, where)
-    _require_matching_state(parameter, state, group, where)
+    _require_matching_state(parameter, state, group, where, whole)
     if group["foreach"] and not group["capturable"] and isinstance(group["lr"], Tensor):
         raise RuntimeError(f"the lr of {where} is a tensor; with foreach=True, also set capturable=True")
     if group["capturable"] and not group["fused"] and not torch.compiler.is_compiling():
         _require_capturable(parameter, state, where)
     if group["fused"]:
-        _require_fused(parameter, grad, state, group, where)
+        _require_fused(parameter, grad, state, group, where, whole)
 
 
 def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
@@ -63,11 +69,13 @@ def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
         )
 
 
-def _require_matching_state(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+def _require_matching_state(
+    parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str, whole: Sequence[int] | None
+) -> None:
     """Raise RuntimeError if the state was created for another dtype or device than the parameter has now."""
     if "exp_avg" not in state:
         return
-    moment, wanted = state["exp_avg"], moment_dtype(parameter, group)
+    moment, wanted = state["exp_avg"], moment_dtype(parameter, group, whole)
     if moment.device != parameter.device or moment.dtype != wanted:
         raise RuntimeError(
             f"{where} is now {parameter.dtype} on {parameter.device} and needs exp_avg in {wanted} there, but its "
@@ -87,11 +95,16 @@ def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str)
 
 
 def _require_fused(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    where: str,
+    whole: Sequence[int] | None,
 ) -> None:
     """Raise RuntimeError if no fused engine supports the tensors, although ``fused=True``."""
     if parameter.device.type == "cuda":
-        if moment_format(parameter, group) is not None or rounding_of(parameter, group) is not None:
+        if moment_format(parameter, group, whole) is not None or rounding_of(parameter, group) is not None:
             reason: str | None = (
                 f"the Triton kernels neither quantise (exp_avg_dtype={group['exp_avg_dtype']}) nor round specially "
                 f"(bf16_rounding={group['bf16_rounding']})"
@@ -112,7 +125,7 @@ def _require_fused(
         grad,
         state,
         rounding=rounding_of(parameter, group),
-        low_bit=moment_format(parameter, group) is not None,
+        low_bit=moment_format(parameter, group, whole) is not None,
     )
     if reason is not None:
         raise RuntimeError(

@@ -13,12 +13,17 @@ from ..dtypes import rounding_of
 from ..factored import factored_update
 from ..hyper import Hyper
 from ..labels import label
+from ..moments import format_of
+from ..places import Place
 from ..update import adam_mini_update
 from . import native, triton
 from .checks import require_takeable
 from .foreach import foreach_update
 from .rounded import rounded_update
 from .traced import traced_update
+
+PLACES, SEEDS = "places", "seeds"
+"""Keys of a step's view of a group with shards: each tensor's ``Place`` or None, and each tensor's seed."""
 
 
 class Item(NamedTuple):
@@ -31,6 +36,7 @@ class Item(NamedTuple):
         grad: its gradient.
         state: the parameter's optimizer state.
         layout: the layout of the parameter.
+        place: where the parameter lies in the whole one, if it is a shard.
     """
 
     position: int
@@ -39,6 +45,7 @@ class Item(NamedTuple):
     grad: Tensor
     state: dict[str, Any]
     layout: TensorLayout
+    place: Place | None = None
 
 
 @dataclass
@@ -121,7 +128,9 @@ class Engines:
                 work.batches.add(record, parameter, grad, i)
                 continue
             where = label(group, g, i)
-            require_takeable(parameter, grad, states.get(parameter) or {}, group, where)
+            place = group[PLACES][i] if PLACES in group else None
+            whole = None if place is None else place.shape
+            require_takeable(parameter, grad, states.get(parameter) or {}, group, where, whole)
             layouts[i].require(parameter.shape, where)
             work.others.append(i)
         return work
@@ -135,8 +144,17 @@ class Engines:
             state_of: called with (g, i); returns a parameter's state and creates it if there is none.
         """
         params = work.group["params"]
+        seeds, places = work.group.get(SEEDS), work.group.get(PLACES)
         items = [
-            Item(i, seed_of(work.g, i), params[i], params[i].grad, state_of(work.g, i), work.layouts[i])
+            Item(
+                position=i,
+                seed=seed_of(work.g, i) if seeds is None else seeds[i],
+                param=params[i],
+                grad=params[i].grad,
+                state=state_of(work.g, i),
+                layout=work.layouts[i],
+                place=None if places is None else places[i],
+            )
             for i in work.others
         ]
         ready = self._ready[work.g]
@@ -199,7 +217,14 @@ def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
     if isinstance(item.layout, FactoredLayout):
         return None
     rounding = rounding_of(item.param, group)
-    return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
+    if item.place is None:
+        return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
+    size = format_of(item.state["exp_avg"]).block if "exp_avg_scale" in item.state else 1
+    random = "exp_avg_scale" in item.state or rounding == "stochastic"
+    streams = item.place.streams(item.seed, size) if random else (0, 0)
+    if streams is None:
+        return None
+    return native.prepare(item.param, item.grad, item.state, item.layout, streams=streams, rounding=rounding)
 
 
 def _may_fuse(group: Mapping[str, Any]) -> bool:
@@ -223,7 +248,7 @@ def _alone(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
 
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
     """Step one tensor with the traced engine."""
-    param, grad, state, layout = item[2:]
+    param, grad, state, layout = item[2:6]
     traced_update(
         param,
         grad,
@@ -246,12 +271,13 @@ def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
     """Step one tensor with the eager engine, or with ``rounded_update`` if the step includes a special rounding."""
     if hyper.skips():
         return
-    param, grad, state, layout = item[2:]
+    param, grad, state, layout = item[2:6]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     state["step"] += 1
     if _rounds(item, group):
-        rounded_update(param, grad, state, layout, hyper, seed=item.seed, rounding=rounding_of(param, group))
+        rounding = rounding_of(param, group)
+        rounded_update(param, grad, state, layout, hyper, seed=item.seed, rounding=rounding, place=item.place)
         return
     first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
     numbers = hyper.numbers() | {"lr": hyper.lr}
@@ -270,7 +296,7 @@ def _fits_triton(item: Item) -> bool:
 
 def _step_lists(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
     """Call an engine that steps lists of tensors."""
-    params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:])
+    params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:6])
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
     columns = [state.get("exp_avg_sq_col") for state in states]
     factored = {} if all(c is None for c in columns) else {"exp_avg_sq_cols": columns}

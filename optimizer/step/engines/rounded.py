@@ -12,6 +12,7 @@ from ...partition.layout import Layout
 from .. import moments
 from ..factored import factored_means, factored_step_sizes, roots_of_parts
 from ..hyper import Hyper, corrections
+from ..places import Place
 from ..update import block_mean_square, step_sizes
 
 _CHUNK = 1 << 16  # elements per slice under a layout with one block per element, which bounds the temporaries
@@ -26,6 +27,7 @@ def rounded_update(
     *,
     seed: int,
     rounding: str | None,
+    place: Place | None = None,
 ) -> None:
     """Take one Adam-mini step of one tensor, in place; the caller has incremented the step counter.
 
@@ -40,6 +42,7 @@ def rounded_update(
         hyper: the group's hyper-parameters.
         seed: the tensor's seed, uint32, for random rounding.
         rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
+        place: where the tensor lies in the whole one, if it is a shard.
     """
     if param.numel() == 0:
         return
@@ -74,6 +77,7 @@ def rounded_update(
             how=rounding,
             compensation=c,
             first_row=start,
+            place=place,
         )
 
 

@@ -13,10 +13,13 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+import torch
+
 from ...partition import FactoredLayout, TensorLayout
 from ...sharding.flat import FlatLayout, Range, within
+from ...sharding.flat_moments import FlatMoment, aligned
 from ...sharding.offline import ALIGNMENT, Mesh, chunk, joined, part, place, share, sub_groups
-from ...step.moments import row_axes
+from ...step.moments import Format, quantises, row_axes, state_shapes
 from .sharding import Parameter, Setup, by_decay, require_divisible, tensor_parallel_axis, tensor_parallel_shape
 
 
@@ -41,8 +44,8 @@ class Portion(NamedTuple):
         numel: number of elements.
         rows: size of the first axis of the tensor that contains them.
         second: number of second-moment values stored for them.
-        quantised: number of elements of a row if a quantised row spans several axes; 0 otherwise, and for ranges of
-            flattened tensors.
+        quantised: number of elements of a row that is quantised at once: one that spans several axes, or a row of a
+            flattened tensor; 0 if there is no such row.
     """
 
     numel: int
@@ -126,9 +129,21 @@ class Placed:
         """Shape of the second moment."""
         return cut(self.weight, self.dp, self.tp).second
 
+    def quantised(self, format: Format, itemsize: int) -> tuple[int, int] | None:
+        """Return the bytes of codes and of scales, or None if the first moment is too small to quantise.
+
+        Args:
+            format: the format of the first moment.
+            itemsize: bytes of an element that is not quantised.
+        """
+        if not quantises(self.whole):
+            return None
+        codes, scales = state_shapes(self.shape, format, row_axes(self.whole))
+        return prod(codes), prod(scales) * format.scale_dtype.itemsize
+
     def portions(self) -> list[Portion]:
         """Return the elements that are stepped at once: the whole local tensor."""
-        axes = row_axes(self.shape)
+        axes = row_axes(self.whole)
         row = prod(self.shape[-axes:]) if axes > 1 else 0
         return [Portion(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
 
@@ -141,6 +156,19 @@ class Section:
     tp: int
     start: int
     stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter after tensor parallelism."""
+        return cut(self.weight, 1, self.tp).shape
+
+    def quantised(self, format: Format, itemsize: int) -> tuple[int, int]:
+        """Return the bytes of codes, or of a moment that is too small to quantise, and of scales; see ``Placed``."""
+        if not quantises(self.shape):
+            return aligned((self.stop - self.start) * itemsize), 0
+        source = Range(self.shape, self.weight.layout, ((self.start, self.stop),), 0)
+        flat = FlatMoment((source,), self.stop - self.start, format, torch.float32)
+        return aligned(flat.shapes[0][0]), flat.shapes[1][0] * format.scale_dtype.itemsize
 
     def portion(self) -> Portion:
         """Return the number of these elements, and of the second-moment values that a rank stores for them."""
@@ -155,7 +183,8 @@ def _portion(section: Section) -> Portion:
         flat = FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "")
         second += prod(flat.aligned_shape(())) + prod(flat.columns_shape(()) or (0,))
         box_start += prod(shape)
-    return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
+    row = prod(whole.shape[-row_axes(whole.shape) :]) if quantises(whole.shape) else 0
+    return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second, row)
 
 
 @dataclass(frozen=True)
@@ -184,6 +213,13 @@ class Flat:
     def second(self) -> tuple[int, ...]:
         """Shape of the second moment."""
         return (sum(count * section.portion().second for section, count in self.sections),)
+
+    def quantised(self, format: Format, itemsize: int) -> tuple[int, int] | None:
+        """Return the bytes of codes and of scales, or None if no section is quantised; see ``Placed``."""
+        if not any(quantises(section.shape) for section, _ in self.sections):
+            return None
+        sizes = [(count, *section.quantised(format, itemsize)) for section, count in self.sections]
+        return sum(count * codes for count, codes, _ in sizes), sum(count * scales for count, _, scales in sizes)
 
     def portions(self) -> list[Portion]:
         """Return the elements that are stepped at once: each distinct section."""

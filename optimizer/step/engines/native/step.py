@@ -15,6 +15,7 @@ from torch import Tensor
 from ....partition.layout import Layout
 from ...dtypes import second_moment_dtype
 from ...moments import FORMATS, format_of, stored_shapes
+from ...rounding import PARAMETER_STREAM
 from .layouts import encoded, overlaps
 from .library import library
 
@@ -176,6 +177,7 @@ def prepare(
     layout: Layout,
     *,
     seed: int = 0,
+    streams: tuple[int, int] | None = None,
     rounding: str | None = None,
 ) -> Ready | None:
     """Return a ``Ready`` for the parameter, or None if the native loop does not support it.
@@ -186,6 +188,7 @@ def prepare(
         state: exp_avg, exp_avg_sq, step; exp_avg_scale if exp_avg is quantised; compensation for "kahan".
         layout: the blocks of the parameter.
         seed: the tensor's seed, uint32, for random rounding.
+        streams: for a shard, the result of ``Place.streams`` instead of the seed.
         rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
     """
     if not state or obstacle(parameter, grad, state, rounding=rounding) is not None:
@@ -198,7 +201,13 @@ def prepare(
         rounding is not None,
         (parameter, grad, moment, state["compensation"] if rounding == "kahan" else parameter),
     )
-    return Ready(parameter, grad, state, encoded_layout, seed & 0xFFFFFFFF, _ROUNDINGS[rounding])
+    blocks, elements = (seed & 0xFFFFFFFF, (seed & 0xFFFFFFFF) ^ PARAMETER_STREAM) if streams is None else streams
+    return Ready(parameter, grad, state, encoded_layout, _int64(blocks | elements << 32), _ROUNDINGS[rounding])
+
+
+def _int64(value: int) -> int:
+    """Return the int64 with the bits of a uint64."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 class Batches:

@@ -13,7 +13,7 @@ namespace adam_mini {
 // does not exist.
 struct Record {
   int64_t param, moment, second, counter, layout, scale, compensation;
-  int64_t seed;
+  int64_t seed;  // of blocks in the lower 32 bits, of elements in the upper 32 bits
   int64_t dtype, moment_dtype, rounding;
 };
 
@@ -87,7 +87,7 @@ struct Tensors {
 
   explicit Tensors(const Task& task)
       : to{reinterpret_cast<P*>(task.record->param), reinterpret_cast<bfloat16*>(task.record->compensation),
-           task.of<T>().count * 0x85ebca6bu + (static_cast<uint32_t>(task.record->seed) ^ 0x5bd1e995u)},
+           task.of<T>().count * 0x85ebca6bu + static_cast<uint32_t>(static_cast<uint64_t>(task.record->seed) >> 32)},
         g(reinterpret_cast<const P*>(task.grad)),
         m(reinterpret_cast<M*>(task.record->moment)),
         v(reinterpret_cast<T*>(task.record->second)) {}
