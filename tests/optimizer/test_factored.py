@@ -3,82 +3,24 @@
 from __future__ import annotations
 
 import copy
-from math import prod
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from optimizer import AdamMini, Rules, partition
 from optimizer.partition import FactoredLayout, Unit
-from optimizer.partition.roles import viewed
 from optimizer.step.engines.dispatch import Item, run
 from optimizer.step.engines.traced import traced_update
 from optimizer.step.factored import factored_update
 from optimizer.step.hyper import Hyper
-from optimizer.step.reference import factored_reference_step, initial_factored_state
 from tests.fuzz.draw import strided
+from tests.optimizer.factored_steps import Reference, state_of
+from tests.optimizer.strategies import factored_layouts
 
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
-
-
-@st.composite
-def factored_layouts(draw) -> tuple[FactoredLayout, tuple[int, ...]]:
-    """Random factored layouts with the shape of their tensor: leading axes, folds, parts in turn, any axis."""
-    fold = draw(st.sampled_from([1, 1, 2, 3]))
-    leading = draw(st.integers(0, 2)) if fold == 1 else 1
-    lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    repeat = draw(st.integers(1, 3))
-    rows = repeat * sum(lengths)
-    view = [fold] if fold > 1 else [draw(st.integers(1, 3)) for _ in range(leading)]
-    others = [draw(st.integers(1, 4)) for _ in range(draw(st.integers(1, 2)))]
-    at = draw(st.integers(0, len(others)))
-    matrix = [*others[:at], rows, *others[at:]]
-    axis = leading + at
-    view += matrix
-    shape = tuple(view) if fold == 1 else (view[0] * view[1], *view[2:])
-    layout = FactoredLayout(shape, axis, list(enumerate(lengths)), repeat=repeat, leading=leading, fold=fold)
-    return layout, shape
-
-
-class Reference:
-    """The reference, part by part, of any factored layout."""
-
-    def __init__(self, p: Tensor, layout: FactoredLayout) -> None:
-        self.layout, self.shape, self.p = layout, tuple(p.shape), p.clone()
-        self.states = [initial_factored_state(matrix) for matrix, _ in self._matrices(self.p)]
-
-    def _matrices(self, x: Tensor):
-        """Yield every part as a matrix [rows, columns], with the index of its elements in the flattened tensor."""
-        ids = torch.arange(x.numel()).reshape(viewed(self.shape, self.layout.fold))
-        leads = prod(self.layout.leading)
-        ids = ids.movedim(self.layout.axis, len(self.layout.leading))
-        ids = ids.reshape(leads, ids.shape[len(self.layout.leading)], -1)
-        parts = self.layout.part_of_row()
-        for lead in ids:
-            for part in range(self.layout.parts):
-                index = lead[parts == part]
-                yield x.reshape(-1)[index], index
-
-    def step(self, g: Tensor, **options) -> Tensor:
-        new = self.p.reshape(-1).clone()
-        gradients = self._matrices(g)
-        for state, (matrix, index), (gradient, _) in zip(self.states, self._matrices(self.p), gradients, strict=True):
-            new[index] = factored_reference_step(matrix, gradient, state, **options)
-        self.p = new.reshape(self.shape)
-        return self.p
-
-
-def state_of(p: Tensor, layout: FactoredLayout) -> dict[str, Tensor]:
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    return {
-        "step": torch.tensor(0.0),
-        "exp_avg": torch.zeros_like(p),
-        "exp_avg_sq": torch.zeros(layout.aligned_shape(p.shape), dtype=dtype),
-        "exp_avg_sq_col": torch.zeros(layout.columns_shape(p.shape), dtype=dtype),
-    }
 
 
 @settings(max_examples=150, deadline=None)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...partition.factored import FactoredLayout, TensorLayout
 from ..dtypes import moment_dtype, moment_format, rounding_of
 from . import native, triton
 
@@ -16,7 +17,12 @@ _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
 
 
 def require_takeable(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    where: str,
+    layout: TensorLayout | None = None,
 ) -> None:
     """Check one parameter, its gradient and its state before a step.
 
@@ -26,6 +32,7 @@ def require_takeable(
         state: its state, empty before the first step.
         group: the options of its group.
         where: the parameter in words, for messages.
+        layout: its layout; only ``fused=True`` needs it, and only if the second moment is factored.
 
     Raises:
         RuntimeError: the gradient is sparse, complex, or of another dtype or device than the parameter; the state is of
@@ -40,7 +47,7 @@ def require_takeable(
     if group["capturable"] and not group["fused"] and not torch.compiler.is_compiling():
         _require_capturable(parameter, state, where)
     if group["fused"]:
-        _require_fused(parameter, grad, state, group, where)
+        _require_fused(parameter, grad, state, group, where, layout)
 
 
 def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
@@ -87,19 +94,31 @@ def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str)
 
 
 def _require_fused(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    where: str,
+    layout: TensorLayout | None,
 ) -> None:
     """Raise RuntimeError if no fused engine supports the tensors, although ``fused=True``."""
     if parameter.device.type == "cuda":
         moments = {name: state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")}
         second = moments["exp_avg_sq"] if state else torch.zeros((), device=parameter.device)
         plain = moment_format(parameter, group) is None and rounding_of(parameter, group) is None
-        if plain and triton.available() and triton.accepts(parameter, grad, moments["exp_avg"], second):
+        factored = isinstance(layout, FactoredLayout)
+        if (
+            plain
+            and not factored
+            and triton.available()
+            and triton.accepts(parameter, grad, moments["exp_avg"], second)
+        ):
             return
         raise RuntimeError(
             f"fused=True, but Triton is not installed or does not support {where} ({parameter.dtype}, strides "
             f"{parameter.stride()}, gradient {grad.dtype}, strides {grad.stride()}, exp_avg_dtype="
-            f"{group['exp_avg_dtype']}, bf16_rounding={group['bf16_rounding']}); use fused=None"
+            f"{group['exp_avg_dtype']}, bf16_rounding={group['bf16_rounding']}, {'factored' if factored else 'shared'} "
+            "second moment); use fused=None"
         )
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
@@ -107,6 +126,7 @@ def _require_fused(
         parameter,
         grad,
         state,
+        layout=layout,
         rounding=rounding_of(parameter, group),
         low_bit=moment_format(parameter, group) is not None,
     )
