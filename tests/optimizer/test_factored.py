@@ -12,7 +12,6 @@ from torch import nn
 
 from optimizer import AdamMini, Rules, partition
 from optimizer.partition import FactoredLayout, Unit
-from optimizer.step.engines.dispatch import Item, run
 from optimizer.step.engines.traced import traced_update
 from optimizer.step.factored import factored_update
 from optimizer.step.hyper import Hyper

@@ -32,14 +32,18 @@ LARGE = [  # several tiles, pieces that cross tiles, and matrices that threads s
     (FactoredLayout((30, 9000), 0), (30, 9000)),
     (FactoredLayout((600, 1200), 0, [(0, 300), (1, 200), (2, 100)]), (600, 1200)),
     (FactoredLayout((200, 4800), 1, [(0, 1600), (1, 1600), (2, 1600)]), (200, 4800)),
-    (FactoredLayout((300, 960), 1, [(0, 1), (1, 1)], repeat=480), (300, 960)),  # interleaved rows
-    (FactoredLayout((100, 5000), 1, [(0, 3), (1, 40), (0, 7), (2, 50)], repeat=50), (100, 5000)),
-    (FactoredLayout((960, 40), 0, [(0, 2), (1, 3), (2, 1)], repeat=160), (960, 40)),
+    (FactoredLayout((3300, 80), 1, [(0, 1), (1, 1)], repeat=40), (3300, 80)),  # interleaved rows
+    (FactoredLayout((60, 5000), 1, [(0, 300), (1, 400), (0, 7), (2, 293)], repeat=5), (60, 5000)),
+    (FactoredLayout((300, 40), 0, [(0, 2), (1, 3), (2, 1)], repeat=50), (300, 40)),
     (FactoredLayout((3, 300, 400), 1, leading=1), (3, 300, 400)),  # experts, each on one thread
-    (FactoredLayout((2, 300, 1200), 2, [(0, 1), (1, 1)], repeat=600, leading=1), (2, 300, 1200)),  # and shared
+    (FactoredLayout((2, 300, 900), 2, [(0, 450), (1, 450)], leading=1), (2, 300, 900)),  # and shared
     (FactoredLayout((20, 30, 3, 3), 1), (20, 30, 3, 3)),  # transposed convolution
     (FactoredLayout((320, 60), 1, leading=1, fold=4), (320, 60)),
 ]
+
+
+def name_of(x: Any) -> str:
+    return str(x) if isinstance(x, tuple) else f"axis {x.axis}, {x.parts} parts"
 
 
 def take(p: Tensor, g: Tensor, state: dict[str, Tensor], layout: FactoredLayout, **options: Any) -> None:
@@ -97,7 +101,7 @@ def test_equals_the_reference_in_float64(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("layout", "shape"), LARGE, ids=[f"{s}-{x.axis}" for x, s in LARGE])
+@pytest.mark.parametrize(("layout", "shape"), LARGE, ids=name_of)
 def test_large_layouts(restored_threads: None, layout: FactoredLayout, shape: tuple[int, ...], threads: int) -> None:
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +116,7 @@ def test_large_layouts(restored_threads: None, layout: FactoredLayout, shape: tu
     assert float(ours["step"]) == 2
 
 
-@pytest.mark.parametrize("layout_and_shape", [LARGE[0], LARGE[4], LARGE[5], LARGE[9]], ids=lambda x: str(x[1]))
+@pytest.mark.parametrize("layout_and_shape", [LARGE[i] for i in (0, 4, 5, 9)], ids=lambda x: str(x[1]))
 def test_threads_do_not_matter(restored_threads: None, layout_and_shape: Any) -> None:
     layout, shape = layout_and_shape
     results = []
@@ -128,20 +132,26 @@ def test_threads_do_not_matter(restored_threads: None, layout_and_shape: Any) ->
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize(("layout", "shape"), [LARGE[i] for i in (0, 1, 2, 3, 6, 8)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("moment", [None, torch.float32, torch.bfloat16], ids=str)
-def test_low_precision(
-    layout: FactoredLayout, shape: tuple[int, ...], dtype: torch.dtype, moment: torch.dtype | None
-) -> None:
+@pytest.mark.parametrize(("layout", "shape"), [LARGE[i] for i in (1, 2, 3, 6)], ids=name_of)
+@pytest.mark.parametrize(
+    ("dtype", "moment"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_low_precision(layout: FactoredLayout, shape: tuple[int, ...], dtype: Any, moment: Any) -> None:
     """Means as in float64, huge fp16 gradients included; parameters no further from exact ones than the eager step's."""
-    if dtype is torch.float16 and moment is torch.bfloat16:
-        pytest.skip("no such pair")
     torch.manual_seed(0)
     start = torch.randn(shape).to(dtype)
     tensors = [start.clone(), start.clone(), start.double()]
     ours, theirs, exact = (state_of(p, layout, m) for p, m in zip(tensors, (moment, moment, None), strict=True))
-    for step in range(3):
+    for step in range(2):
         g = (6e4 * torch.rand(shape) if step == 1 else 1e-4 * torch.randn(shape)).to(dtype)
         take(tensors[0], g, ours, layout)
         eager(tensors[1], g, theirs, layout)
@@ -219,12 +229,12 @@ def test_what_it_cannot_take_goes_the_eager_way() -> None:
         torch.testing.assert_close(*made)
         w = nn.Parameter(p.clone())
         w.grad = odd
-        with pytest.raises(RuntimeError, match="fused=True.*second moment is factored.*fused=None"):
+        with pytest.raises(RuntimeError, match=r"fused=True.*second moment is factored.*fused=None"):
             AdamMini([("w", w)], rules="factored", fused=True).step()
         assert torch.equal(w.detach(), p)
     for name, wrong in (
-        ("exp_avg_sq", torch.zeros(6)), ("exp_avg_sq_col", torch.zeros(8)), ("exp_avg_sq_col", torch.zeros(1, 8).double()),
-        ("exp_avg_sq_col", torch.zeros(1, 16)[:, ::2]), ("exp_avg_sq_col", None),
+        ("exp_avg_sq", torch.zeros(6)), ("exp_avg_sq_col", torch.zeros(8)),
+        ("exp_avg_sq_col", torch.zeros(1, 8).double()), ("exp_avg_sq_col", torch.zeros(1, 16)[:, ::2]), ("exp_avg_sq_col", None),
     ):  # fmt: skip
         assert name in str(native.obstacle(p, g, {**state, name: wrong}, layout=layout))
         assert native.prepare(p, g, {**state, name: wrong}, layout) is None
@@ -269,7 +279,7 @@ def test_an_optimizer_repeats_its_call_and_follows_the_eager_one(conv1d: bool, d
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, INT8, INT4], ids=str)
 @pytest.mark.parametrize("rounding", [None, "stochastic", "kahan"])
-@pytest.mark.parametrize(("layout", "shape"), [LARGE[i] for i in (3, 5, 6, 8, 10, 11)], ids=str)
+@pytest.mark.parametrize(("layout", "shape"), [LARGE[i] for i in (7, 8, 10, 11)], ids=name_of)
 def test_roundings_and_quantised_moments(
     layout: FactoredLayout, shape: tuple[int, ...], rounding: str | None, kept: torch.dtype | Format
 ) -> None:

@@ -94,16 +94,32 @@ struct Tile {
   }
 };
 
+// How many elements ahead the sums prefetch the gradient. They read one stream of memory, in which the processor's own
+// prefetching stops at every page; without these, sums took a tenth longer.
+constexpr int64_t kFar = 2048;
+
 // Returns the sum of squares of n gradients and adds each square to its sum in `each`.
 template <typename T, typename G>
 inline T sum_both(const G* g, T* each, int64_t n) {
-  T total = 0;
+  T parts[kLanes] = {}, total = 0;
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    fetch(g + i + kFar);
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const T x = load(g + i + j), square = x * x;
+      each[i + j] += square;
+      parts[j] += square;
+    }
+  }
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = whole; i < n; ++i) {
     const T x = load(g + i), square = x * x;
     each[i] += square;
     total += square;
   }
+  if (whole)
+    for (int64_t j = 0; j < kLanes; ++j) total += parts[j];
   return total;
 }
 
@@ -237,7 +253,7 @@ inline __attribute__((always_inline)) void update_products(const Tensors<T, P, M
 
 // Updates the elements of one tile, once the means of matrix o are advanced.
 template <typename T, typename P, typename M, int R>
-void update_tile(const Tensors<T, P, M, R>& x, const Means<T, P>& means, int64_t o, int64_t number) {
+__attribute__((noinline)) void update_tile(const Tensors<T, P, M, R>& x, const Means<T, P>& means, int64_t o, int64_t number) {
   const Grid& grid = means.grid;
   const Layout& l = means.l;
   const Step<T>& s = means.s;

@@ -126,8 +126,8 @@ def _factored_obstacle(
     if _encoded(parameter, grad, state, layout, rounding) is None:
         moment = state.get("exp_avg", parameter)
         return (
-            "their second moment is factored, and the parameter, its gradient and exp_avg are not dense in one order of "
-            f"axes (strides {parameter.stride()}, {grad.stride()}, {moment.stride()})"
+            "their second moment is factored, and the parameter, its gradient and exp_avg are not dense in one order "
+            f"of axes (strides {parameter.stride()}, {grad.stride()}, {moment.stride()})"
         )
     return None
 
