@@ -146,7 +146,7 @@ def test_threads_do_not_matter(restored_threads: None, layout_and_shape: Any) ->
     ids=str,
 )
 def test_low_precision(layout: FactoredLayout, shape: tuple[int, ...], dtype: Any, moment: Any) -> None:
-    """Means as in float64, huge fp16 gradients included; parameters no further from exact ones than the eager step's."""
+    """Means as in float64, huge fp16 gradients included; parameters as close to exact ones as the eager step's."""
     torch.manual_seed(0)
     start = torch.randn(shape).to(dtype)
     tensors = [start.clone(), start.clone(), start.double()]
@@ -179,7 +179,7 @@ def test_scaled_gradients_and_moments_in_bf16() -> None:
 def test_zeros_and_infinities(conv1d: bool) -> None:
     """Zero rows and columns rest; one infinite gradient stops its part and no other; nothing overflows."""
     shape = (6, 8)
-    layout = FactoredLayout((8, 6), 1, [(0, 4), (1, 2)]) if conv1d else FactoredLayout(shape, 0, [(0, 4), (1, 2)])
+    layout = FactoredLayout((8, 6), 1, [(0, 3), (1, 3)]) if conv1d else FactoredLayout(shape, 0, [(0, 3), (1, 3)])
     turn = (lambda x: x.t().contiguous()) if conv1d else (lambda x: x)
     g = torch.randn(shape)
     g[1], g[:, 2] = 0, 0
@@ -188,13 +188,13 @@ def test_zeros_and_infinities(conv1d: bool) -> None:
     moved = turn(g) != 0
     assert torch.equal(p != 1, moved)
 
-    g[5, 0], g[2] = torch.inf, 0
+    g[5, 0], g[4] = torch.inf, 0
     p = turn(torch.ones(shape))
     state = state_of(p, layout)
     take(p, turn(g), state, layout, weight_decay=0.0)
     back = p.t() if conv1d else p
-    assert torch.equal(back[:4] != 1, g[:4] != 0), "the other part steps as ever"
-    assert back[5, 0].isnan() and bool((back[4:, 1:] == 1).all()) and back[4, 0] == 1
+    assert torch.equal(back[:3] != 1, g[:3] != 0), "the other part steps as ever"
+    assert back[5, 0].isnan() and bool((back[3:, 1:] == 1).all() and (back[3:5] == 1).all())
     q = turn(torch.ones(shape))
     expected = state_of(q, layout)
     eager(q, turn(g), expected, layout, weight_decay=0.0)
@@ -234,7 +234,8 @@ def test_what_it_cannot_take_goes_the_eager_way() -> None:
         assert torch.equal(w.detach(), p)
     for name, wrong in (
         ("exp_avg_sq", torch.zeros(6)), ("exp_avg_sq_col", torch.zeros(8)),
-        ("exp_avg_sq_col", torch.zeros(1, 8).double()), ("exp_avg_sq_col", torch.zeros(1, 16)[:, ::2]), ("exp_avg_sq_col", None),
+        ("exp_avg_sq_col", torch.zeros(1, 8).double()), ("exp_avg_sq_col", torch.zeros(1, 16)[:, ::2]),
+        ("exp_avg_sq_col", None),
     ):  # fmt: skip
         assert name in str(native.obstacle(p, g, {**state, name: wrong}, layout=layout))
         assert native.prepare(p, g, {**state, name: wrong}, layout) is None
