@@ -331,7 +331,7 @@ class Shards:
                 if grad is not None:
                     unfused = {**group, "fused": False}  # cut_update runs torch operations whatever ``fused`` says
                     whole = None if shard.place is None else shard.place.shape
-                    require_takeable(shard.view, grad, state, unfused, label(group, g, i), whole)
+                    require_takeable(shard.view, grad, state, unfused, label(group, g, i), whole=whole)
                 view.cut[g, i] = (shard, grad)
                 view.seeds[g, i] = own
                 for k, free in enumerate(shard.free if grad is not None else ()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...partition.factored import TensorLayout
 from ..dtypes import moment_dtype, moment_format, rounding_of
 from . import native, triton
 
@@ -21,6 +22,7 @@ def require_takeable(
     state: Mapping[str, Any],
     group: Mapping[str, Any],
     where: str,
+    layout: TensorLayout | None = None,
     whole: Sequence[int] | None = None,
 ) -> None:
     """Check one parameter, its gradient and its state before a step.
@@ -31,6 +33,7 @@ def require_takeable(
         state: its state, empty before the first step.
         group: the options of its group.
         where: the parameter in words, for messages.
+        layout: its layout; only ``fused=True`` needs it, and only if the second moment is factored.
         whole: shape of the whole parameter, if this is a shard of it.
 
     Raises:
@@ -46,7 +49,7 @@ def require_takeable(
     if group["capturable"] and not group["fused"] and not torch.compiler.is_compiling():
         _require_capturable(parameter, state, where)
     if group["fused"]:
-        _require_fused(parameter, grad, state, group, where, whole)
+        _require_fused(parameter, grad, state, group, where, layout, whole)
 
 
 def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
@@ -100,6 +103,7 @@ def _require_fused(
     state: Mapping[str, Any],
     group: Mapping[str, Any],
     where: str,
+    layout: TensorLayout | None,
     whole: Sequence[int] | None,
 ) -> None:
     """Raise RuntimeError if no fused engine supports the tensors, although ``fused=True``."""
@@ -124,6 +128,7 @@ def _require_fused(
         parameter,
         grad,
         state,
+        layout=layout,
         rounding=rounding_of(parameter, group),
         low_bit=moment_format(parameter, group, whole) is not None,
     )

@@ -110,9 +110,9 @@ def _step(
     for i, param, grad in zip(positions, params, grads, strict=True):
         names = sorted(optimizer.state[options["params"][i]])
         state: dict[str, Any] = {name: next(remaining_states) for name in names}
-        require_takeable(param, grad, state, options, label(options, group, i))
         layout = optimizer.layouts[group][i]
         assert isinstance(layout, TensorLayout)  # parameters with other layouts are not traced
+        require_takeable(param, grad, state, options, label(options, group, i), layout)
         items.append(Item(i, seed_of(group, i), param, grad, state, layout))
     if not optimizer.skips():
         run(items, options, optimizer.numbers(options))

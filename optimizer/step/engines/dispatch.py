@@ -128,10 +128,10 @@ class Engines:
                 work.batches.add(record, parameter, grad, i)
                 continue
             where = label(group, g, i)
+            layouts[i].require(parameter.shape, where)
             place = group[PLACES][i] if PLACES in group else None
             whole = None if place is None else place.shape
-            require_takeable(parameter, grad, states.get(parameter) or {}, group, where, whole)
-            layouts[i].require(parameter.shape, where)
+            require_takeable(parameter, grad, states.get(parameter) or {}, group, where, layouts[i], whole)
             work.others.append(i)
         return work
 
@@ -214,8 +214,6 @@ def seed_of(g: int, i: int) -> int:
 
 def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
     """Return the native loop's record of the item, or None if the loop does not support its tensors."""
-    if isinstance(item.layout, FactoredLayout):
-        return None
     rounding = rounding_of(item.param, group)
     if item.place is None:
         return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
