@@ -209,29 +209,34 @@ def test_zeros_and_infinities(conv1d: bool) -> None:
     assert bool((p == 1).all())
 
 
-def test_what_it_cannot_take_goes_the_eager_way() -> None:
-    """Gradients in another order of memory than the parameter, expanded and gapped ones; fused=True refuses them."""
+def test_gradients_in_another_order_are_copied_and_parameters_with_gaps_are_refused() -> None:
+    """Gradients in another order of memory than the parameter, expanded and gapped ones; the same for parameters."""
     layout = FactoredLayout((6, 8), 0)
     p, g = torch.randn(6, 8), torch.randn(6, 8)
     state = state_of(p, layout)
     for odd in (g.t().contiguous().t(), g[:1].expand(6, 8), torch.stack([g, g], -1)[..., 0]):
         assert native.prepare(p, odd, state, layout) is None
-        assert "not dense in one order of axes (strides (8, 1), " in str(native.obstacle(p, odd, state, layout=layout))
-        assert native.obstacle(p, odd, {}, layout=layout) is not None
+        assert native.obstacle(p, odd, state, layout=layout) is None
+        assert native.prepare(p, native.dense_gradient(p, odd), state, layout) is not None
         made = []
-        for fused in (None, False):
+        for fused in (None, True, False):
             w = nn.Parameter(p.clone())
             optimizer = AdamMini([("w", w)], lr=0.1, rules="factored", fused=fused)
             for gradient in (g, odd, g):
+                before = gradient.clone()
                 w.grad = gradient
                 optimizer.step()
+                assert torch.equal(gradient, before)
             made.append(w.detach())
-        torch.testing.assert_close(*made)
-        w = nn.Parameter(p.clone())
-        w.grad = odd
-        with pytest.raises(RuntimeError, match=r"fused=True.*second moment is factored.*fused=None"):
-            AdamMini([("w", w)], rules="factored", fused=True).step()
-        assert torch.equal(w.detach(), p)
+        torch.testing.assert_close(made[0], made[2])
+        assert torch.equal(made[0], made[1])
+    gapped = torch.stack([p, p], -1)[..., 0]
+    assert "not dense in one order of axes (strides (16, 2), " in str(native.obstacle(gapped, g, {}, layout=layout))
+    w = nn.Parameter(gapped)
+    w.grad = g
+    with pytest.raises(RuntimeError, match=r"fused=True.*second moment is factored.*fused=None"):
+        AdamMini([("w", w)], rules="factored", fused=True).step()
+    assert torch.equal(w.detach(), p)
     for name, wrong in (
         ("exp_avg_sq", torch.zeros(6)), ("exp_avg_sq_col", torch.zeros(8)),
         ("exp_avg_sq_col", torch.zeros(1, 8).double()), ("exp_avg_sq_col", torch.zeros(1, 16)[:, ::2]),

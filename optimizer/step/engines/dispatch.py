@@ -180,6 +180,8 @@ def run(
     batches = native.Batches(len(items)) if batches is None else batches
     usable = _may_fuse(group) and native.available()
     records = [_prepared(item, group) if usable else None for item in items]
+    if usable:
+        items = _with_dense_gradients(items, records, group)
     listed, on_cuda = [], []
     for item, record in zip(items, records, strict=True):
         if record is not None:
@@ -223,6 +225,28 @@ def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
     if streams is None:
         return None
     return native.prepare(item.param, item.grad, item.state, item.layout, streams=streams, rounding=rounding)
+
+
+def _with_dense_gradients(
+    items: Sequence[Item], records: list[native.Ready | None], group: Mapping[str, Any]
+) -> list[Item]:
+    """Copy the gradients of factored tensors for which the native loop needs them dense, and complete the records.
+
+    Args:
+        items: the tensors to dispatch.
+        records: their records, None where the loop does not support an item; changed.
+        group: the options of the group.
+    """
+    out = list(items)
+    for k, (item, record) in enumerate(zip(items, records, strict=True)):
+        param, grad, layout = item.param, item.grad, item.layout
+        if record is not None or not isinstance(layout, FactoredLayout) or grad.stride() == param.stride():
+            continue
+        if native.obstacle(param, grad, item.state, layout=layout, rounding=rounding_of(param, group)) is None:
+            dense = item._replace(grad=native.dense_gradient(param, grad))
+            records[k] = _prepared(dense, group)
+            out[k] = dense if records[k] is not None else item
+    return out
 
 
 def _may_fuse(group: Mapping[str, Any]) -> bool:

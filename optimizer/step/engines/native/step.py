@@ -69,7 +69,7 @@ def obstacle(
                 return f"the first moment is quantised and the {name} has strides {tensor.stride()}"
     reason = _state_obstacle(parameter, state, rounding) if state else None
     if reason is None and isinstance(layout, FactoredLayout):
-        return _factored_obstacle(parameter, grad, state, layout, rounding)
+        return _factored_obstacle(parameter, state, layout, rounding)
     return reason
 
 
@@ -109,9 +109,12 @@ def _scale_obstacle(parameter: Tensor, codes: Tensor, scale: Tensor) -> str | No
 
 
 def _factored_obstacle(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], layout: FactoredLayout, rounding: str | None
+    parameter: Tensor, state: Mapping[str, Any], layout: FactoredLayout, rounding: str | None
 ) -> str | None:
-    """Return why the loop does not support a factored second moment of tensors that it supports, or None if it does."""
+    """Return why the loop does not support a factored second moment of tensors that it supports, or None if it does.
+
+    A gradient that is not dense in the parameter's order is copied first (``dense_gradient``), so it is no obstacle.
+    """
     shapes = {
         "exp_avg_sq": layout.aligned_shape(parameter.shape),
         "exp_avg_sq_col": layout.columns_shape(parameter.shape),
@@ -124,13 +127,18 @@ def _factored_obstacle(
             return f"their {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not of shape {shape}"
         if not tensor.is_contiguous():
             return f"their {name} is not contiguous"
-    if _encoded(parameter, grad, state, layout, rounding) is None:
+    if _encoded(parameter, parameter, state, layout, rounding) is None:
         moment = state.get("exp_avg", parameter)
         return (
-            "their second moment is factored, and the parameter, its gradient and exp_avg are not dense in one order "
-            f"of axes (strides {parameter.stride()}, {grad.stride()}, {moment.stride()})"
+            "their second moment is factored, and the parameter and exp_avg are not dense in one order of axes "
+            f"(strides {parameter.stride()}, {moment.stride()})"
         )
     return None
+
+
+def dense_gradient(parameter: Tensor, grad: Tensor) -> Tensor:
+    """Return a copy of the gradient in the parameter's memory order, if that is dense."""
+    return torch.empty_like(parameter, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(grad)
 
 
 def _encoded(
@@ -245,7 +253,8 @@ def prepare(
     if not state or obstacle(parameter, grad, state, layout=layout, rounding=rounding) is not None:
         return None
     encoded_layout = _encoded(parameter, grad, state, layout, rounding)
-    assert encoded_layout is not None
+    if encoded_layout is None:
+        return None
     blocks, elements = (seed & 0xFFFFFFFF, (seed & 0xFFFFFFFF) ^ PARAMETER_STREAM) if streams is None else streams
     return Ready(parameter, grad, state, encoded_layout, _int64(blocks | elements << 32), _ROUNDINGS[rounding])
 
