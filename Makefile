@@ -26,7 +26,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick sanitize ablation kills figures coverage scaling low-bit clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
@@ -135,6 +135,10 @@ bench: $(READY) $(PEERS)
 
 bench-quick: $(READY) $(PEERS)
 	$(PY) -m benchmarks.optimizer_step --quick --peers $(VENV)/peers
+
+bench-deepspeed: export TORCH_EXTENSIONS_DIR := $(abspath $(INTEROP))/extensions
+bench-deepspeed: $(INTEROP)/.ready
+	PATH=$(abspath $(INTEROP))/bin:$$PATH $(INTEROP)/bin/python -m benchmarks.deepspeed_adam
 
 coverage: $(READY)
 	$(PY) -m benchmarks.coverage

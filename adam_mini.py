@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from optimizer import AdamMini, Layout, Role, Rules, Unit
 from optimizer.groups import Recognition
 from optimizer.interface import Position, whole_shape, wrappers
-from optimizer.partition import Anatomy, Part, layout_of
+from optimizer.partition import Anatomy, Part, TensorLayout, layout_of
 from optimizer.partition.apply import understood
 from optimizer.partition.discover import module_behind, report_unknown, tagged_or_named
 from optimizer.partition.layout import AnyLayout, Runs
@@ -157,7 +157,7 @@ class Adam_mini(AdamMini):
         coarser: list[str] = []
         unknown: dict[str, Anatomy] = {}
 
-        def resolved(anatomy: Anatomy, name: str) -> Layout:
+        def resolved(anatomy: Anatomy, name: str) -> TensorLayout:
             return self._resolved_layout(clean(name).lower(), anatomy, rules, coarser, unknown)
 
         def layout(recorded: tuple[str, Anatomy] | FlatFacts) -> AnyLayout:
@@ -179,7 +179,7 @@ class Adam_mini(AdamMini):
 
     def _resolved_layout(
         self, name: str, anatomy: Anatomy, rules: Rules, coarser: list[str], unknown: dict[str, Anatomy]
-    ) -> Layout:
+    ) -> TensorLayout:
         """Return the layout of one parameter: the model's if it is certain, otherwise the published one or a finer one.
 
         Args:

@@ -15,7 +15,7 @@ from analysis.runs import RESULTS, config_hash, read_run, state_of
 from analysis.stats import Interval, t_interval
 
 BASELINE = "elementwise"
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
+ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
 
 
 def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
@@ -171,6 +171,8 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 def with_prediction(runs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, float]:
     """Return the summary with each arm's predicted cost, and its Spearman rank correlation with the final loss.
 
+    Arms whose cost is null in the file are left out: nothing was measured from which to predict it.
+
     Args:
         runs: all runs.
         path: JSON file that ``experiments.studies.predicted_cost`` wrote.
@@ -188,6 +190,7 @@ def with_prediction(runs: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, float
     table = summary(runs)
     if missing := sorted(set(table.arm) - set(costs)):
         raise ValueError(f"{path} predicts nothing for {missing}; {again}")
+    table = table[[costs[arm] is not None for arm in table.arm]].reset_index(drop=True)
     if odd := [arm for arm in table.arm if not is_finite(costs[arm])]:
         raise ValueError(f"{path} has the cost {costs[odd[0]]!r} for {odd[0]!r}, which is no finite number; {again}")
     table["predicted"] = [costs[arm] for arm in table.arm]

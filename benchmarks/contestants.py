@@ -101,6 +101,7 @@ CONTESTANTS = {
     "AdamMini fused, bf16 moment": Contestant(_mini(fused=True, exp_avg_dtype=torch.bfloat16), "fused", ours=True),
     "AdamMini fused, int8 moment": Contestant(_mini(fused=True, exp_avg_dtype="int8"), "fused", ours=True),
     "AdamMini fused, int4 moment": Contestant(_mini(fused=True, exp_avg_dtype="int4"), "fused", ours=True),
+    "AdamMini fused, factored": Contestant(_mini(fused=True, rules="factored", exp_avg_dtype=_FP32), "fused", True),
     "AdamMini eager": Contestant(_mini(foreach=False, exp_avg_dtype=_FP32), "eager", ours=True),
     "AdamMini foreach": Contestant(_mini(foreach=True, exp_avg_dtype=_FP32), "eager", ours=True),
     "AdamW foreach": Contestant(_torch(torch.optim.AdamW, foreach=True), "slow"),

@@ -17,7 +17,7 @@ from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
 
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "permuted")
+ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 

@@ -43,7 +43,9 @@ class AdamMini(torch.optim.Optimizer):
 
     State of each parameter: ``step`` (0-dim fp32), ``exp_avg`` (:math:`m`, the parameter's shape; its dtype or
     ``exp_avg_dtype``) and ``exp_avg_sq`` (:math:`v`, fp32, or float64 for float64 parameters; one value per index of
-    the layout's axis, equal inside a block; its shape broadcasts against the parameter).
+    the layout's axis, equal inside a block; its shape broadcasts against the parameter). A tensor with the unit
+    ``FACTORED`` also has ``exp_avg_sq_col``: then :math:`v_{ij} = r_i c_j / \mathrm{mean}(r)`, where ``exp_avg_sq`` is
+    :math:`r`, the means over rows, and ``exp_avg_sq_col`` is :math:`c`, the means over columns (arXiv 1804.04235).
 
     Args:
         params: a model, ``model.named_parameters()``, ``model.parameters()``, or parameter-group dicts. A model is
@@ -269,7 +271,7 @@ class AdamMini(torch.optim.Optimizer):
                 self._engines.prepare(g, view.groups[g], view.layouts[g], view.states[g], view.among(g, parameter))
                 for g in groups
             ]
-            view.exchange(getattr(self, "grad_scale", None))
+            view.exchange(getattr(self, "grad_scale", None), self._local_columns_of)
             for part in work:
                 self._engines.step(part, self.numbers(part.group), view.state_of(self._local_state_of))
             view.step(self.numbers, self._local_state_of)
@@ -326,6 +328,11 @@ class AdamMini(torch.optim.Optimizer):
         state, shard = self.state_of(g, i), self.shard_of(g, i)
         return state if shard is None else shard.local_state(state)
 
+    def _local_columns_of(self, g: int, i: int) -> Tensor | None:
+        """Return a sharded parameter's local column means; None if it has no state yet, or they are not factored."""
+        state, shard = self.state.get(self.param_groups[g]["params"][i]), self.shard_of(g, i)
+        return shard.local_state(state).get("exp_avg_sq_col") if state and shard is not None else None
+
     def init_state(self) -> None:
         """Create all state now, filled with zeros, so that its memory is allocated before the first step.
 
@@ -348,8 +355,8 @@ class AdamMini(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does; every group also has the name of the ``rules``.
 
-        For parameters that FSDP1 or DeepSpeed flattened, second moments have one value per element, because these
-        libraries require it.
+        For parameters that FSDP1 or DeepSpeed flattened, second moments and quantised first moments have one value per
+        element, because these libraries require it. So have quantised first moments whose rows are sharded.
         """
         with self.whole(), checkpoint.naming(self, self.rules):
             return self._shards.widened(super().state_dict(), self.param_groups, self.layouts)
@@ -372,9 +379,9 @@ class AdamMini(torch.optim.Optimizer):
             state_dict = self._shards.narrowed(state_dict, self.param_groups, self.layouts, convert=convert)
             model = None if self._model is None or self._stand is not None else self._model()
             add_names = partial(with_model_names, model=model, groups=self.param_groups)
-            with checkpoint.loading(
-                self, self.layouts, self.rules, convert=convert, exempt=self.undecayed, named=add_names
-            ):
+            packed = self._shards.packed(self.param_groups, self.layouts)
+            options: Any = {"convert": convert, "exempt": self.undecayed, "packed": packed, "named": add_names}
+            with checkpoint.loading(self, self.layouts, self.rules, **options):
                 super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

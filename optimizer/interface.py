@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from .partition import Anatomy, Rules
-    from .partition.layout import AnyLayout, Layout
+    from .partition.factored import TensorLayout
+    from .partition.layout import AnyLayout
     from .sharding.shard import Shard
     from .step.hyper import Hyper
 
@@ -28,7 +29,7 @@ Discover = Callable[[nn.Module], "dict[str, Anatomy]"]
 """Maps a model to the anatomy of each of its parameters, by name."""
 AnatomyOf = Callable[[Tensor, str, "tuple[int, ...]"], "Anatomy"]
 """Maps a parameter, its name and its whole shape to its anatomy."""
-LayoutOf = Callable[[Tensor], "Layout | None"]
+LayoutOf = Callable[[Tensor], "TensorLayout | None"]
 """Maps a parameter to its layout, or to None if the optimizer was not built from it."""
 Position = tuple[int, int]
 """A parameter's address (g, i): ``param_groups[g]["params"][i]``."""

@@ -20,8 +20,8 @@ from PIL import Image
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ARM_COLOURS = dict(
     zip(
-        ("elementwise", "adam_mini", "short_run", "slim_adam", "derived", "permuted", "pytorch_default"),
-        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"),
+        ("elementwise", "adam_mini", "short_run", "slim_adam", "derived", "permuted", "pytorch_default", "factored"),
+        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#8B4513"),
         strict=True,
     )
 )
@@ -61,9 +61,10 @@ def setup() -> None:
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write a figure as PNG and PDF, each atomically, and return the path of the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("pdf", "png"):
+    for suffix in ("png", "pdf"):
         temporary = folder / f".{name}.{os.getpid()}.{suffix}"
         figure.savefig(temporary, metadata={"CreationDate": None} if suffix == "pdf" else None)
+        figure.set_layout_engine("none")  # the first file has laid the figure out, which takes longer than drawing it
         os.replace(temporary, folder / f"{name}.{suffix}")
     plt.close(figure)
     return folder / f"{name}.png"

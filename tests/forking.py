@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = ["optimizer", "tests.sharding.parallel", "transformers.models.gpt2.modeling_gpt2",
+PRELOADED = ["optimizer", "tests.sharding.parallel", "experiments.train", "transformers.models.gpt2.modeling_gpt2",
              "transformers.models.mixtral.modeling_mixtral"]  # fmt: skip
 """Modules that the server imports; none of them starts a thread."""
 
@@ -29,7 +29,11 @@ class Forked:
     def __init__(self, process: Any) -> None:
         self._process = process
 
-    def wait(self, timeout: float) -> int:
+    def poll(self) -> int | None:
+        """The exit status, None while the process runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
         """The exit status.
 
         Raises:

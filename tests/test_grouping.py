@@ -1,4 +1,7 @@
-"""Tests of one group run in one worker. Without that every worker would start the gloo ranks of every world size."""
+"""Tests of one group run in one worker, and slow tests run first.
+
+Without groups every worker would start the gloo ranks of every world size.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+from tests.grouping import SLOW, pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = """
@@ -30,3 +36,14 @@ def test_every_group_has_one_worker_and_both_work(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     workers = {group: {path.read_text() for path in tmp_path.glob(f"{group}?")} for group in "ab"}
     assert workers["a"] | workers["b"] == {"gw0", "gw1"} and all(len(own) == 1 for own in workers.values())
+
+
+def test_slow_tests_come_first_in_their_order() -> None:
+    names = ["tests/analysis/test_stats.py::a", f"{SLOW[1]}::c", f"{SLOW[1]}::b", "tests/test_wheel.py::d"]
+    items = [SimpleNamespace(nodeid=name) for name in names]
+    pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [names[1], names[2], names[0], names[3]]
+
+
+def test_no_slow_file_is_stale() -> None:
+    assert [path for path in SLOW if not (ROOT / path).exists()] == []

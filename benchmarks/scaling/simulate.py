@@ -16,10 +16,12 @@ from math import prod
 import torch
 
 from benchmarks.scaling.weights import Weight
-from optimizer.partition import Layout
+from optimizer.partition import FactoredLayout, TensorLayout
 from optimizer.sharding.flat import Range, flat_geometry
+from optimizer.sharding.geometry import Geometry
 from optimizer.sharding.offline import ALIGNMENT, SUB_GROUP, Buffer, Mesh, joined, part, place, sub_groups
 from optimizer.sharding.placed import placed_geometry
+from optimizer.sharding.placed_columns import placed_factored_geometry
 
 _FSDP1_BYTES = 16
 """Number of bytes to which FSDP1 aligns original parameters."""
@@ -53,10 +55,21 @@ class Message:
 
 
 @lru_cache(maxsize=4096)
-def _shared(shape: tuple[int, ...], layout: Layout, axis: int | None, mesh: Mesh) -> tuple[int, tuple[int, ...]]:
-    """Return (number of shared blocks that a rank sends, mesh dimensions along which it sends them)."""
-    cut = placed_geometry(place(shape, axis, mesh), layout).cut
-    return (0, ()) if cut is None else (cut.size, cut.groups)
+def _shared(shape: tuple[int, ...], layout: TensorLayout, axis: int | None, mesh: Mesh) -> dict[int, int]:
+    """Return how many sums of shared blocks, rows and columns a rank sends along each mesh dimension."""
+    placed = place(shape, axis, mesh)
+    if isinstance(layout, FactoredLayout):
+        return _by_group(placed_factored_geometry(placed, layout))
+    return _by_group(placed_geometry(placed, layout))
+
+
+def _by_group(geometry: Geometry) -> dict[int, int]:
+    """Return how many sums a rank sends over each process group, which is a mesh dimension's number here."""
+    numbers: Counter[int] = Counter()
+    for size, groups in geometry.sent:
+        for group in groups:
+            numbers[group] += size
+    return dict(numbers)
 
 
 def fsdp2(weights: Iterable[Weight], dp: int, tp: int = 1, coordinate: tuple[int, int] = (0, 0)) -> list[Message]:
@@ -75,21 +88,20 @@ def fsdp2(weights: Iterable[Weight], dp: int, tp: int = 1, coordinate: tuple[int
     mesh, names = Mesh((dp, tp), coordinate), ("dp", "tp")
     messages: dict[int, Message] = {}
     for (role, shape, layout, axis), times in Counter((w.role, w.shape, w.layout, w.axis) for w in weights).items():
-        blocks, dims = _shared(shape, layout, axis, mesh)
-        for dim in dims:
+        for dim, blocks in _shared(shape, layout, axis, mesh).items():
             messages.setdefault(dim, Message(mesh.shape[dim], names[dim])).add(role, blocks, times)
     return [messages[dim] for dim in sorted(messages)]
 
 
-def _cut_blocks(shape: tuple[int, ...], layout: Layout, bounds: Sequence[tuple[int, int]]) -> int:
+def _cut_blocks(shape: tuple[int, ...], layout: TensorLayout, bounds: Sequence[tuple[int, int]]) -> int:
     """Return the number of shared blocks of a flattened tensor. ``bounds`` may omit ranks without elements."""
     first = Range(shape, layout, tuple(bounds), 0)
-    cut = flat_geometry([first], first.stop - first.start, None, torch.device("cpu")).cut
-    return 0 if cut is None else cut.size
+    geometry = flat_geometry([first], first.stop - first.start, None, torch.device("cpu"))
+    return sum(size for size, _ in geometry.sent)
 
 
 @lru_cache(maxsize=4096)
-def _cut_blocks_zero3(shape: tuple[int, ...], layout: Layout, ranks: int) -> int:
+def _cut_blocks_zero3(shape: tuple[int, ...], layout: TensorLayout, ranks: int) -> int:
     """Return the number of shared blocks of a tensor that is flattened, padded and divided equally among ranks."""
     return _cut_blocks(shape, layout, [part(prod(shape), ranks, rank) for rank in range(ranks)])
 

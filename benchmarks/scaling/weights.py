@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from optimizer.partition import Anatomy, Layout, Rules, discover, layout_of
+from optimizer.partition import Anatomy, Rules, TensorLayout, discover, layout_of
 from optimizer.tools.plan.sharding import tensor_parallel_axis
 
 
@@ -28,7 +28,7 @@ class Weight:
     name: str
     role: str
     shape: tuple[int, ...]
-    layout: Layout
+    layout: TensorLayout
     axis: int | None
     decays: bool
 

@@ -72,6 +72,8 @@ def predicted_cost(model: nn.Module, arm: str, choices: Mapping[str, Any]) -> fl
 def main(out: Path = Path("results/predicted_cost.json")) -> None:
     """Write and print the predicted cost of every arm of the ablation.
 
+    The cost of an arm with factored second moments is null, because the tiny models were not measured with them.
+
     Args:
         out: path of the JSON file.
     """
@@ -79,10 +81,19 @@ def main(out: Path = Path("results/predicted_cost.json")) -> None:
     with refusals(ValueError, OSError, MissingEvidence):
         require_writable(out.parent, "out")
         choices = Rules("derived").evidence["choices"]
-        costs = {arm: round(predicted_cost(model, arm, choices), 4) for arm in ARMS}
-    write_json(out, {"model": "byte_llama", "unit": "nats", "cost": costs})
+        predicted = [arm for arm in ARMS if not is_factored(arm)]
+        costs = {arm: round(predicted_cost(model, arm, choices), 4) for arm in predicted}
+    unknown = {arm: None for arm in ARMS if arm not in costs}
+    write_json(out, {"model": "byte_llama", "unit": "nats", "cost": {**costs, **unknown}})
     for arm, cost in sorted(costs.items(), key=lambda item: item[1]):
         print(f"{arm:16s} {cost:.3f}")
+    for arm in unknown:
+        print(f"{arm:16s} not measured")
+
+
+def is_factored(arm: str) -> bool:
+    """Return whether an arm has factored second moments, of which the evidence has no measurement."""
+    return arm != CONTROL and Unit.FACTORED in Rules.load(arm).units.values()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..interface import Position, whole_shape
-from ..partition.layout import AnyLayout, Layout
+from ..partition.factored import TensorLayout
+from ..partition.layout import AnyLayout
 from ..sharding.facts import facts_of
 from ..step.options import validate
 
@@ -58,7 +59,7 @@ class Arrangement:
         """Whether parameter ``i`` of group ``g`` is the recorded one."""
         return g < len(self._ids) and i < len(self._ids[g]) and self._ids[g][i] == id(groups[g]["params"][i])
 
-    def layout_finder(self, layouts: Sequence[Sequence[AnyLayout]]) -> Callable[[Tensor], Layout | None]:
+    def layout_finder(self, layouts: Sequence[Sequence[AnyLayout]]) -> Callable[[Tensor], TensorLayout | None]:
         """Return a function that returns the layout of a recorded parameter, and None for any other tensor.
 
         The function is reliable only for parameters that somebody has kept alive since they were recorded.
@@ -69,10 +70,10 @@ class Arrangement:
         by_serial = self._by_serial()
         by_id = {n: (g, i) for g, ids in enumerate(self._ids) for i, n in enumerate(ids)}
 
-        def layout_of(parameter: Tensor) -> Layout | None:
+        def layout_of(parameter: Tensor) -> TensorLayout | None:
             position = by_serial.get(getattr(parameter, _STAMP, ""), by_id.get(id(parameter)))
             layout = None if position is None else layouts[position[0]][position[1]]
-            return layout if isinstance(layout, Layout) and layout.fits(whole_shape(parameter)) else None
+            return layout if isinstance(layout, TensorLayout) and layout.fits(whole_shape(parameter)) else None
 
         return layout_of
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..interface import whole_shape, wrappers
-from ..partition import Anatomy, Layout, Role, Rules, discover, layout_of
+from ..partition import Anatomy, Role, Rules, TensorLayout, discover, layout_of
 from ..partition.apply import understood
 from ..partition.discover import report_unknown, tagged_name, tagged_or_named
 from ..partition.layout import AnyLayout
@@ -77,7 +77,7 @@ class Recognition:
             return facts.layout(self._layout_of, exempt=self._exempt)
         return self._layout_of(self.anatomy(parameter, name), self.full_name(parameter, name), name)
 
-    def _layout_of(self, anatomy: Anatomy, full_name: str, name: str = "") -> Layout:
+    def _layout_of(self, anatomy: Anatomy, full_name: str, name: str = "") -> TensorLayout:
         if self._rules.overrides and not full_name:
             raise ValueError(
                 f"rules {self._rules.name!r} have overrides by name ({self._rules.overrides[0].pattern!r}), but a "

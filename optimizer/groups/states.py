@@ -25,8 +25,11 @@ def first_state(parameter: Tensor, layout: AnyLayout, shard: Shard | None, group
     """
     if shard is not None:
         return shard.new_state(group)
-    aligned = layout.aligned_shape(parameter.shape)
-    return new_state(parameter, zero_second_moment(parameter, aligned, parameter.device), group)
+    aligned, columns = layout.aligned_shape(parameter.shape), layout.columns_shape(parameter.shape)
+    rows = zero_second_moment(parameter, aligned, parameter.device)
+    if columns is None:
+        return new_state(parameter, rows, group)
+    return new_state(parameter, rows, group, zero_second_moment(parameter, columns, parameter.device))
 
 
 def total_state_bytes(optimizer: Stepper) -> dict[str, int]:
@@ -41,7 +44,8 @@ def total_state_bytes(optimizer: Stepper) -> dict[str, int]:
                 continue
             shard, shape = optimizer.shard_of(g, i), tuple(parameter.shape)
             if shard is None:
-                total.update(state_bytes(parameter, shape, layout.aligned_shape(shape), group))
+                shapes = layout.aligned_shape(shape), group, layout.columns_shape(shape)
+                total.update(state_bytes(parameter, shape, *shapes))
             else:
                 total.update(shard.state_bytes(group))
     return dict(total)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 from torch import nn
 
 from .discover import discover
+from .factored import FactoredLayout, TensorLayout
 from .layout import Layout, Runs
 from .overrides import refuse_headless
 from .roles import HEAD_ROLES, Anatomy, Part, Role, Unit, viewed
@@ -15,7 +17,7 @@ from .rules import Rules
 _COLUMNS = Unit.IN_NEURON
 
 
-def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str, Layout]:
+def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str, TensorLayout]:
     """Return the layout of every parameter of a model.
 
     Args:
@@ -23,7 +25,7 @@ def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str
         rules: the name of a shipped set, the path of a rules file, or a ``Rules`` object.
 
     Returns:
-        Parameter name, as in ``model.named_parameters()``, -> Layout.
+        Parameter name, as in ``model.named_parameters()``, -> Layout; FactoredLayout for the unit FACTORED.
 
     Raises:
         FileNotFoundError: ``rules`` is a path that does not exist.
@@ -35,12 +37,16 @@ def partition(model: nn.Module, rules: str | Rules = "adam_mini") -> Mapping[str
     return {name: layout_of(anatomy, loaded, name) for name, anatomy in anatomies.items()}
 
 
-def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:
+def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> TensorLayout:
     """Return the layout of one tensor under the rules.
 
     A tensor whose parts all have the unit TENSOR is one block, even if it is fused. The unit IN_NEURON needs an input
     axis and, in a fused tensor, must be the unit of every part, because runs lie along one axis. If that is not so,
     these parts get one scalar per output unit, which is finer than the rules ask for, and the layout's note says so.
+
+    If one part of a fused tensor has the unit FACTORED, all parts are factored, each with its own column means; the
+    note names the units that this replaces. A vector, or a matrix with a single row or column, has the unit ELEMENT
+    instead of FACTORED, which is the same.
 
     Args:
         anatomy: what the tensor does.
@@ -51,6 +57,12 @@ def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:
     Raises:
         ValueError: an override asks for attention heads of a tensor that has none.
     """
+    layout = _layout_under(anatomy, rules, name)
+    return layout.described(factored=factored_layout(anatomy)) if isinstance(layout, Layout) else layout
+
+
+def _layout_under(anatomy: Anatomy, rules: Rules, name: str) -> TensorLayout:
+    """Return the layout of one tensor under the rules, see ``layout_of``."""
     override = rules.override_for(name)
     refuse_headless(override, name, ((part.role, part.head_dim) for part in anatomy.parts))
     units = [rules[part.role] if override is None else override.unit for part in anatomy.parts]
@@ -58,6 +70,8 @@ def layout_of(anatomy: Anatomy, rules: Rules, name: str = "") -> Layout:
         return _per_tensor(anatomy)
     if all(unit is Unit.ELEMENT for unit in units):
         return Layout.per_element(anatomy.shape)
+    if any(unit is Unit.FACTORED for unit in units):
+        return _factored(anatomy, units)
     note = ""
     if any(unit is _COLUMNS for unit in units):
         if all(unit is _COLUMNS for unit in units) and anatomy.in_axis is not None:
@@ -105,6 +119,34 @@ def _per_tensor(anatomy: Anatomy) -> Layout:
 def _columns(anatomy: Anatomy, in_axis: int) -> Layout:
     """Return a layout with one block per index of the input axis."""
     return _layout(anatomy, in_axis, Runs(((1, viewed(anatomy.shape, anatomy.fold)[in_axis]),)))
+
+
+def _factored(anatomy: Anatomy, units: list[Unit]) -> TensorLayout:
+    """Return a layout with row and column means for every part, or the elementwise layout where that is the same."""
+    layout = factored_layout(anatomy)
+    if layout is None:
+        single = len(anatomy.shape) > 1 and prod(anatomy.shape) > 0
+        note = "a single row or column: factored is one scalar per element" if single else ""
+        return Layout.per_element(anatomy.shape).described(note)
+    others = dict.fromkeys(
+        f"{part.role.value} asks for {unit.value}"
+        for part, unit in zip(anatomy.parts, units, strict=True)
+        if unit is not Unit.FACTORED and part.size
+    )
+    return layout.described(f"factored like its other parts: {', '.join(others)}") if others else layout
+
+
+def factored_layout(anatomy: Anatomy) -> FactoredLayout | None:
+    """Return the factored layout of a tensor, or None if it is a vector or has a single row or column."""
+    view = viewed(anatomy.shape, anatomy.fold)
+    matrix = view[anatomy.leading :]
+    rows = view[anatomy.axis] if view else 1
+    if len(matrix) < 2 or rows < 2 or prod(matrix) // rows < 2:
+        return None
+    segments = list(enumerate(part.size for part in anatomy.parts if part.size))
+    return FactoredLayout(
+        anatomy.shape, anatomy.axis, segments, repeat=anatomy.repeat, leading=anatomy.leading, fold=anatomy.fold
+    )
 
 
 def has_heads(anatomy: Anatomy) -> bool:

@@ -10,17 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
 from .roles import viewed
 
+if TYPE_CHECKING:
+    from .factored import FactoredLayout
+
 _MaybeTensor = TypeVar("_MaybeTensor", torch.Tensor, torch.Tensor | None)
 
 
 class AnyLayout(Protocol):
-    """The blocks of a tensor: a ``Layout``, or a ``sharding.flat.FlatLayout`` for flattened parameters."""
+    """The form of a second moment.
+
+    It is a ``Layout`` of blocks, a ``partition.factored.FactoredLayout`` of rows and columns, or a
+    ``sharding.flat.FlatLayout`` for flattened parameters.
+    """
 
     @property
     def n_blocks(self) -> int:
@@ -34,6 +41,9 @@ class AnyLayout(Protocol):
 
     def aligned_shape(self, shape: Iterable[int]) -> tuple[int, ...]:
         """Return the shape of the second moment of a tensor of this shape."""
+
+    def columns_shape(self, shape: Iterable[int]) -> tuple[int, ...] | None:
+        """Return the shape of the column means, if the second moment is factored; otherwise None."""
 
 
 def _merged(segments: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -133,6 +143,8 @@ class Layout:
         fold: the number of equal pieces that axis 0 is split into first, for tensors that concatenate experts along
             axis 0; 1 for no split. ``axis`` and ``leading`` count the axes after the split.
         note: how the layout differs from what the rules ask for; ignored when layouts are compared.
+        factored: how the tensor would be factored, which converting a factored second moment to this layout needs;
+            None if that is unknown or the tensor is no matrix. Ignored when layouts are compared.
 
     Raises:
         ValueError: ``axis`` is one of the leading axes, or ``fold`` is not the size of the first leading axis.
@@ -149,6 +161,7 @@ class Layout:
     leading: tuple[int, ...] = ()
     fold: int = 1
     note: str = field(default="", compare=False)
+    factored: FactoredLayout | None = field(default=None, compare=False, repr=False)
 
     def __init__(
         self, axis: int, runs: Runs | Iterable[int], leading: Iterable[int] = (), note: str = "", fold: int = 1
@@ -183,6 +196,12 @@ class Layout:
             shape: the tensor's shape.
         """
         return cls(0, Runs(((shape[0], 1),) if shape and shape[0] else (((1, 1),) if not shape else ())))
+
+    def described(self, note: str | None = None, factored: FactoredLayout | None = None) -> Layout:
+        """Return the same layout with a note, and with how the tensor would be factored; None keeps what there is."""
+        layout = Layout(self.axis, self.runs, self.leading, self.note if note is None else note, self.fold)
+        object.__setattr__(layout, "factored", self.factored if factored is None else factored)
+        return layout
 
     @property
     def n_blocks(self) -> int:
@@ -233,6 +252,9 @@ class Layout:
         block_axes = (*range(len(self.leading)), self.axis)
         aligned = tuple(size if dim in block_axes else 1 for dim, size in enumerate(view))
         return aligned if self.fold == 1 else (aligned[0] * aligned[1], *aligned[2:])
+
+    def columns_shape(self, shape: Iterable[int]) -> None:
+        """Return None: a second moment with one scalar per block has no column means."""
 
     def unfolded(self) -> Layout:
         """Return the same layout for the view of the tensor in which axis 0 is already split."""

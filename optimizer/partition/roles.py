@@ -29,7 +29,7 @@ class Role(str, Enum):
 
 
 class Unit(str, Enum):
-    """The set of elements that share one second-moment scalar."""
+    """The elements that share one second-moment scalar, or the form of the second moment (``FACTORED``)."""
 
     TENSOR = "TENSOR"
     ATTENTION_HEAD = "ATTENTION_HEAD"
@@ -37,6 +37,7 @@ class Unit(str, Enum):
     IN_NEURON = "IN_NEURON"  # a column of a Linear: one index of the input axis
     TOKEN = "TOKEN"  # a row of an embedding table or of the output layer
     ELEMENT = "ELEMENT"  # every element has its own scalar, as in Adam
+    FACTORED = "FACTORED"  # rank one: the mean of the row times that of the column, divided by the mean of all
 
 
 HEAD_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE})

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..step.factored import factored_move, roots
 from ..step.hyper import corrections
 from ..step.update import move, step_sizes
+from .cut_rounded import Factors, Rounds, columns_of_pieces, move_boxes, move_ranges
+from .exchange import Means
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
 
@@ -42,9 +46,9 @@ def cut_update(
     geometry: Geometry,
     param: Tensor,
     grad: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    means: Tensor,
+    state: Mapping[str, Any],
+    means: Means,
+    rounds: Rounds | None = None,
     *,
     step: float,
     lr: float | Tensor,
@@ -63,9 +67,12 @@ def cut_update(
         param: the local parameter, shape ``geometry.shape``, updated in place.
         grad: the local gradient, same shape, read only. None counts as zeros: then only another rank has a gradient
             for a block that it shares with this rank.
-        exp_avg: first moment, same shape, updated in place.
-        exp_avg_sq: second moment, shape ``geometry.aligned``, updated in place.
-        means: mean squared gradient of each local block over all ranks, [number of local blocks].
+        state: the local state, updated in place: ``exp_avg``, same shape; ``exp_avg_sq``, shape ``geometry.aligned``;
+            ``exp_avg_sq_col``, shape ``geometry.columns.shape``, if the second moment is factored; and, with
+            ``rounds``, ``exp_avg_scale`` and ``compensation``.
+        means: mean squared gradients over all ranks.
+        rounds: how values are rounded if the first moment is quantised or a bf16 parameter has ``bf16_rounding``;
+            None otherwise.
         step: number of steps taken, this one included.
         lr: learning rate.
         beta1: decay rate of the first moment, in [0, 1).
@@ -75,27 +82,118 @@ def cut_update(
         maximize: ascend instead of descend.
     """
     assert geometry.cut is not None
+    exp_avg, exp_avg_sq, exp_avg_sq_col = (state.get(name) for name in ("exp_avg", "exp_avg_sq", "exp_avg_sq_col"))
+    assert exp_avg is not None and exp_avg_sq is not None
     if exp_avg_sq.numel() == 0:
         return  # this rank stores no element of the tensor and no value of its second moment
     # If this rank has no gradient, no engine steps its free boxes, so they are stepped here with a gradient of zeros.
     values = None if grad is None or geometry.cut.values is None else geometry.cut.values.to(exp_avg_sq.device)
     second = exp_avg_sq if values is None else exp_avg_sq[values]
     slots = geometry.cut.blocks.at(values)
-    fresh = means if slots is None else means[slots.to(means.device)]
+    fresh = means.blocks if slots is None else means.blocks[slots.to(means.blocks.device)]
     second.mul_(beta2).add_(fresh.view(second.shape).to(second.device), alpha=1 - beta2)
-    scale = step_sizes(second, *corrections(lr, beta1, beta2, step), eps).neg_()
+    size, root = corrections(lr, beta1, beta2, step)
+    scale = step_sizes(second, size, root, eps)
     if values is not None:
         exp_avg_sq[values] = second
         rates, scale = scale, torch.empty_like(exp_avg_sq)
         scale[values] = rates
+    columns = None
+    if exp_avg_sq_col is not None:
+        columns = exp_avg_sq_col, _update_columns(geometry, exp_avg_sq_col, means, beta2)
     if param.numel() == 0:
         return
+    if rounds is not None:
+        factors = Factors(
+            geometry, scale, exp_avg_sq, columns, lambda r: r.add_(eps * root).reciprocal_().mul_(size * root)
+        )
+        options: dict[str, Any] = {"beta1": beta1, "decay": lr * weight_decay, "maximize": maximize}
+        rounded = move_boxes if rounds.flat is None else move_ranges
+        rounded(geometry, param, grad, state, factors, rounds, step=int(step), **options)
+        return
+    scale.neg_()
+    keep = 1 - lr * weight_decay if weight_decay else None
+    if columns is not None:
+        _step_factored(
+            geometry,
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            columns,
+            size=size,
+            root=root,
+            eps=eps,
+            beta1=beta1,
+            keep=keep,
+            maximize=maximize,
+        )
     for box in geometry.boxes:
-        if box.free and grad is not None:
+        if box.factored or (box.free and grad is not None):
             continue
         p, m = box.of(param), box.of(exp_avg)
         s = box.of_second(scale, tuple(p.shape))
         g = torch.zeros_like(p) if grad is None else box.of(grad)
         p, g, m, s = box.layout.unfold(p, g, m, s)
-        keep = 1 - lr * weight_decay if weight_decay and box.decays else None
-        move(p, g, m, s, beta1=beta1, keep=keep, maximize=maximize)
+        move(p, g, m, s, beta1=beta1, keep=keep if box.decays else None, maximize=maximize)
+
+
+def _step_factored(
+    geometry: Geometry,
+    param: Tensor,
+    grad: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    columns: tuple[Tensor, Tensor],
+    *,
+    size: float | Tensor,
+    root: float,
+    eps: float,
+    beta1: float,
+    keep: float | Tensor | None,
+    maximize: bool,
+) -> None:
+    """Update the elements of factored tensors, whose row and column means are updated already.
+
+    Args:
+        geometry: the shard, with ``columns``.
+        param: the local parameter; changed.
+        grad: the local gradient; None counts as zeros.
+        exp_avg: first moment; changed.
+        exp_avg_sq: row means after the update.
+        columns: column means after the update, and their means over all columns.
+        size: first value that ``hyper.corrections`` returns.
+        root: second value that ``hyper.corrections`` returns.
+        eps: added to the square root of the bias-corrected second moment.
+        beta1: decay rate of the first moment, in [0, 1).
+        keep: 1 - lr * weight_decay; None without weight decay.
+        maximize: ascend instead of descend.
+    """
+    assert geometry.columns is not None
+    for piece, own, mean in columns_of_pieces(geometry.columns, *columns):
+        box = geometry.boxes[piece.box]
+        p, m = box.of(param), box.of(exp_avg)
+        g = torch.zeros_like(p) if grad is None else box.of(grad)
+        second = box.of_second(exp_avg_sq, tuple(p.shape))
+        p, g, m, rows = (piece.rows(t) for t in box.layout.unfold(p, g, m, second))
+        both = roots(rows, own, mean)
+        decay = keep if box.decays else None
+        factored_move(p, g, m, *both, size=size, root=root, eps=eps, beta1=beta1, keep=decay, maximize=maximize)
+
+
+def _update_columns(geometry: Geometry, exp_avg_sq_col: Tensor, means: Means, beta2: float) -> Tensor:
+    """Update the column means in place; return their means over all columns.
+
+    Args:
+        geometry: the shard, with ``columns``.
+        exp_avg_sq_col: column means; changed.
+        means: mean squared gradients over all ranks.
+        beta2: decay rate of the second moment, in [0, 1).
+    """
+    columns = geometry.columns
+    assert columns is not None and means.columns is not None
+    fresh = means.columns.view(exp_avg_sq_col.shape).to(exp_avg_sq_col.device)
+    exp_avg_sq_col.mul_(beta2).add_(fresh, alpha=1 - beta2)
+    if means.all_columns is None or means.before is None:
+        return columns.mean(exp_avg_sq_col)
+    return (means.before * beta2).add_(means.all_columns, alpha=1 - beta2)

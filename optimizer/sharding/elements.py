@@ -7,16 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..partition.layout import Layout
 from ..state.blocks import LEVEL, is_level
 from .geometry import Geometry
 
 
-def widen(geometry: Geometry, second: Tensor) -> Tensor:
+def widen(geometry: Geometry, second: Tensor, columns: Tensor | None = None) -> Tensor:
     """Return the local second moment with one value per element of the local tensor.
 
     Args:
         geometry: the boxes of this rank's shard.
         second: local second moment, shape ``geometry.aligned``.
+        columns: local column means, if the second moment is factored; ``second`` has the row means then. This rank
+            must have all columns of its rows.
 
     Returns:
         A new tensor of shape ``geometry.shape`` with the dtype of ``second``. Padding becomes zero.
@@ -26,6 +29,15 @@ def widen(geometry: Geometry, second: Tensor) -> Tensor:
         view = box.of(elements)
         view, aligned = box.layout.unfold(view, box.of_second(second, tuple(view.shape)))
         view.copy_(aligned.expand_as(view))
+    if columns is not None and geometry.columns is not None:
+        state = geometry.columns
+        for matrices, mean in zip(state.matrices, state.means(state.mean(columns)), strict=True):
+            shares = matrices.of(columns)
+            for piece in matrices.pieces:
+                box = geometry.boxes[piece.box]
+                rows = piece.rows(box.layout.unfold(box.of(elements))[0])
+                average = piece.columns(mean)
+                rows.mul_(piece.columns(shares) / average.masked_fill(average == 0, 1))
     return elements
 
 
@@ -34,6 +46,7 @@ def is_blockwise(geometry: Geometry, elements: Tensor) -> bool:
     for box in geometry.boxes:
         (view,) = box.layout.unfold(box.of(elements))
         layout = box.layout.unfolded()
+        assert isinstance(layout, Layout)  # a factored second moment has no blocks
         aligned = layout.aligned_shape(view.shape)
         shared = [d for d, size in enumerate(aligned) if size != view.shape[d]]
         high = view.amax(shared, keepdim=True) if shared and view.numel() else view
@@ -64,20 +77,26 @@ def narrow(geometry: Geometry, elements: Tensor) -> Tensor:
     return second
 
 
-def settle(state: dict[str, Any], geometry: Geometry, dtype: torch.dtype, steps: set[int]) -> None:
+def settle(state: dict[str, Any], geometry: Geometry, steps: set[int]) -> bool:
     """Convert state that a library wrote element by element to the form that the optimizer stores.
+
+    A factored second moment stays as it is, because its means are sums over ranks (``Shards.settle``).
 
     Args:
         state: state of a flat tensor, changed in place.
         geometry: the boxes and blocks of the flat tensor.
-        dtype: dtype of the first moment.
         steps: ``id`` of the step counter of every parameter converted before; this parameter's is added.
+
+    Returns:
+        Whether a library wrote the state, so that its first moment must be converted, too.
     """
     if "step" in state and (not isinstance(state["step"], Tensor) or id(state["step"]) in steps):
         # A library may store one counter for all parameters; each of their steps would then increment it again.
         state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32)
     steps.add(id(state.get("step")))
     second = state.get("exp_avg_sq")
-    if second is not None and second.shape == geometry.shape != geometry.aligned:
+    if second is None or second.shape != geometry.shape or geometry.shape == geometry.aligned:
+        return False
+    if geometry.columns is None:
         state["exp_avg_sq"] = narrow(geometry, second)
-        state["exp_avg"] = state["exp_avg"].to(dtype)
+    return True

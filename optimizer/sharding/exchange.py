@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..partition.factored import FactoredLayout
+from ..partition.layout import Layout
+from ..step.factored import factored_means
 from ..step.update import block_mean_square
 from .geometry import Geometry
 
@@ -47,6 +50,38 @@ def _words(ranks: tuple[int, ...]) -> str:
     return ", ".join(map(str, ranks)) if len(ranks) <= 16 else f"{ranks[0]} to {ranks[-1]} ({len(ranks)})"
 
 
+class Work(NamedTuple):
+    """One sharded tensor of a step.
+
+    Attributes:
+        geometry: the shard, with a cut.
+        grad: local gradient; None if this rank has none.
+        dtype: dtype of the sums.
+        columns: local column means before the step, if the second moment is factored; None counts as zeros.
+    """
+
+    geometry: Geometry
+    grad: Tensor | None
+    dtype: torch.dtype
+    columns: Tensor | None = None
+
+
+class Means(NamedTuple):
+    """The mean squared gradients of one tensor, over the elements of all ranks.
+
+    Attributes:
+        blocks: of each local block, or of each local row of a factored tensor.
+        columns: of each local column, flattened; None if the tensor is not factored.
+        all_columns: of all columns of each part, see ``Columns.mean``; None if this rank has all columns.
+        before: the mean of all column means before the step; None if this rank has all columns.
+    """
+
+    blocks: Tensor
+    columns: Tensor | None = None
+    all_columns: Tensor | None = None
+    before: Tensor | None = None
+
+
 def groups_in_order(geometries: Sequence[Geometry]) -> dict[tuple[int, ...], ProcessGroup]:
     """Return the process groups over which blocks are cut, by their ranks, in the order of their first appearance.
 
@@ -55,12 +90,13 @@ def groups_in_order(geometries: Sequence[Geometry]) -> dict[tuple[int, ...], Pro
     """
     groups: dict[tuple[int, ...], ProcessGroup] = {}
     for geometry in geometries:
-        for group in geometry.cut.groups if geometry.cut is not None else ():
+        of_columns = geometry.columns.all_groups if geometry.columns is not None else ()
+        for group in (*(geometry.cut.groups if geometry.cut is not None else ()), *of_columns):
             groups.setdefault(ranks_of(group), group)
     return groups
 
 
-def block_means(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) -> list[Tensor | None]:
+def block_means(works: Sequence[Work]) -> list[Means | None]:
     """Return the mean squared gradient of every block of every tensor, over the elements of all ranks.
 
     A rank without a gradient sends zeros. Which ranks send therefore follows from layouts and placements alone, which
@@ -69,69 +105,143 @@ def block_means(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) ->
     would.
 
     Args:
-        works: for each tensor: (geometry with a cut, local gradient or None, accumulation dtype). Every rank of a
-            group must pass the same tensors in the same order.
+        works: the tensors. Every rank of a group must pass the same tensors in the same order.
 
     Returns:
-        For each tensor, the means as [number of local blocks], or None if no rank has a gradient.
+        The means of each tensor, or None if no rank has a gradient.
 
     Raises:
         RuntimeError: a process group was destroyed; or, with torch's own message, a rank failed or timed out.
     """
-    groups = groups_in_order([geometry for geometry, _, _ in works])
+    groups = groups_in_order([work.geometry for work in works])
     for key, group in groups.items():
         _require_alive(key, group)
-    shared: list[Tensor] = []
-    local: list[Tensor] = []
-    for geometry, grad, dtype in works:
-        assert geometry.cut is not None
-        means = _local_share(geometry, grad, dtype)
-        send = torch.zeros(geometry.cut.size + 1, dtype=dtype, device=geometry.cut.device)
-        send[geometry.cut.positions] = means[geometry.cut.slots].to(send.device)
-        send[-1] = grad is not None
-        local.append(means)
-        shared.append(send)
+    local = [_local_share(*work[:3]) for work in works]
+    columns = [
+        work.geometry.columns.shares(work.geometry.boxes, work.grad, means) if work.geometry.columns else None
+        for work, means in zip(works, local, strict=True)
+    ]
+    # The last message of each tensor is the count of gradients.
+    messages = [_messages(*tensor) for tensor in zip(works, local, columns, strict=True)]
+    vectors = [message.vector for of_tensor in messages for message in of_tensor]
+    senders = [{ranks_of(g) for g in message.groups} for of_tensor in messages for message in of_tensor]
     for key, group in groups.items():
-        members = [i for i, (geometry, _, _) in enumerate(works) if key in {ranks_of(g) for g in geometry.cut.groups}]  # type: ignore[union-attr]
-        _all_reduce(shared, members, group)
-    out: list[Tensor | None] = []
-    for (geometry, _, _), means, summed in zip(works, local, shared, strict=True):
-        assert geometry.cut is not None
-        means[geometry.cut.slots] = summed[geometry.cut.positions].to(means.device)
-        out.append(means if summed[-1] > 0 else None)
+        members = [i for i, sender in enumerate(senders) if key in sender]
+        if members:
+            _all_reduce(vectors, members, group)
+    out: list[Means | None] = []
+    summed = iter(vectors)
+    for work, means, shares, of_tensor in zip(works, local, columns, messages, strict=True):
+        received = [next(summed) for _ in of_tensor]
+        out.append(_received(work.geometry, means, shares, received) if received[-1][-1] > 0 else None)
     return out
 
 
-def second_moments(works: Sequence[tuple[Geometry, Tensor | None, torch.dtype]]) -> list[Tensor]:
+class _Message(NamedTuple):
+    """Numbers of one tensor, and the process groups to sum them over."""
+
+    vector: Tensor
+    groups: tuple[ProcessGroup, ...]
+
+
+def _messages(work: Work, means: Tensor, shares: Tensor | None) -> list[_Message]:
+    """Return what a rank sends for one tensor; the last number of the last message counts the gradients.
+
+    Args:
+        work: the tensor.
+        means: this rank's share of the mean square of each local block.
+        shares: this rank's share of the mean square of each local column; None if the tensor is not factored.
+    """
+    cut, columns = work.geometry.cut, work.geometry.columns
+    assert cut is not None
+
+    def message(size: int, positions: Tensor, values: Tensor, last: float | None = None) -> Tensor:
+        vector = torch.zeros(size + (last is not None), dtype=work.dtype, device=cut.device)
+        vector[positions.to(vector.device)] = values.to(vector.device)
+        if last is not None:
+            vector[-1] = last
+        return vector
+
+    has_gradient = float(work.grad is not None)
+    blocks = means[cut.slots.to(means.device)]
+    if columns is None or shares is None:
+        return [_Message(message(cut.size, cut.positions, blocks, has_gradient), cut.groups)]
+    out = [_Message(message(cut.size, cut.positions, blocks), cut.groups)]
+    out.append(
+        _Message(message(columns.size, columns.positions, shares[columns.slots.to(shares.device)]), columns.groups)
+    )
+    total = 0
+    if columns.row_groups:
+        old = torch.zeros_like(shares) if work.columns is None else work.columns.reshape(-1)
+        total = columns.mean_size
+        out.append(_Message(message(total, columns.mean_positions, columns.mean(old)), columns.row_groups))
+    positions = columns.mean_positions if total else cut.positions[:0]
+    values = columns.mean(shares) if total else shares[:0]
+    out.append(_Message(message(total, positions, values, has_gradient), (*cut.groups, *columns.all_groups)))
+    return out
+
+
+def _received(geometry: Geometry, means: Tensor, shares: Tensor | None, received: list[Tensor]) -> Means:
+    """Return the means of one tensor from its summed messages.
+
+    Args:
+        geometry: the shard.
+        means: this rank's share of the mean square of each local block; changed.
+        shares: this rank's share of the mean square of each local column; changed. None if the tensor is not factored.
+        received: the summed messages, in the order of ``_messages``.
+    """
+    cut, columns = geometry.cut, geometry.columns
+    assert cut is not None
+    means[cut.slots.to(means.device)] = received[0][cut.positions.to(received[0].device)].to(means.device)
+    if columns is None or shares is None:
+        return Means(means)
+    shares[columns.slots.to(shares.device)] = received[1][columns.positions.to(received[1].device)].to(shares.device)
+    if not columns.row_groups:
+        return Means(means, shares)
+    before, fresh = (x[columns.mean_positions.to(x.device)].to(shares.device) for x in received[2:])
+    return Means(means, shares, fresh, before)
+
+
+def second_moments(works: Sequence[Work]) -> list[dict[str, Tensor]]:
     """Return block means in the shape of local second moments, for tensors with and without shared blocks.
 
     Args:
-        works: for each tensor: (geometry, local gradient or None, dtype). Every rank of a group must pass the same
-            tensors in the same order.
+        works: the tensors; those without shared blocks have a geometry without a cut. Every rank of a group must pass
+            the same tensors in the same order.
 
     Returns:
-        For each tensor, the mean squared gradient of its blocks, shape ``geometry.aligned``; zeros if there is no
-        gradient.
+        For each tensor, the local values of ``exp_avg_sq``: the mean squared gradient of its blocks, shape
+        ``geometry.aligned``; and of ``exp_avg_sq_col`` if it is factored. Zeros if there is no gradient.
     """
-    cut = [i for i, (geometry, _, _) in enumerate(works) if geometry.cut is not None]
+    cut = [i for i, work in enumerate(works) if work.geometry.cut is not None]
     means = dict(zip(cut, block_means([works[i] for i in cut]), strict=True))
-    out = []
-    for i, (geometry, grad, dtype) in enumerate(works):
-        second = means.get(i)
-        if second is not None and geometry.cut is not None:
-            spread = geometry.cut.blocks.spread
-            second = (second if spread is None else second[spread.to(second.device)]).reshape(geometry.aligned)
-            for box in geometry.free if grad is not None else ():
-                view = box.of(grad)  # type: ignore[arg-type]
-                aligned = box.of_second(second, tuple(view.shape))
-                aligned.copy_(block_mean_square(view, box.layout))
-        elif grad is not None and geometry.boxes:
-            box = geometry.boxes[0]
-            second = block_mean_square(box.of(grad), box.layout)
+    return [_second_moment(work, means.get(i)) for i, work in enumerate(works)]
+
+
+def _second_moment(work: Work, means: Means | None) -> dict[str, Tensor]:
+    """Return the local second moment of one tensor; see ``second_moments``."""
+    geometry, grad, dtype, _ = work
+    columns = None if geometry.columns is None else torch.zeros(geometry.columns.shape, dtype=dtype)
+    if means is not None and geometry.cut is not None:
+        spread = geometry.cut.blocks.spread
+        second = means.blocks if spread is None else means.blocks[spread.to(means.blocks.device)]
+        second = second.reshape(geometry.aligned)
+        if columns is not None and means.columns is not None:
+            columns = means.columns.reshape(columns.shape)
+        for box in geometry.free if grad is not None else ():
+            view = box.of(grad)  # type: ignore[arg-type]
+            assert isinstance(box.layout, Layout)  # boxes of factored tensors are not free
+            box.of_second(second, tuple(view.shape)).copy_(block_mean_square(view, box.layout))
+    elif grad is not None and geometry.boxes:
+        box = geometry.boxes[0]
+        if isinstance(box.layout, FactoredLayout):
+            second, columns = factored_means(box.of(grad), box.layout)
         else:
-            second = torch.zeros(geometry.aligned, dtype=dtype)
-        out.append(second.reshape(geometry.aligned))
-    return out
+            second = block_mean_square(box.of(grad), box.layout)
+    else:
+        second = torch.zeros(geometry.aligned, dtype=dtype)
+    out = {"exp_avg_sq": second.reshape(geometry.aligned)}
+    return out if columns is None else {**out, "exp_avg_sq_col": columns.reshape(geometry.columns.shape)}  # type: ignore[union-attr]
 
 
 def _all_reduce(shared: list[Tensor], members: list[int], group: ProcessGroup) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..partition.layout import Layout
+from ..partition.factored import TensorLayout
 from ..partition.roles import Anatomy
 from .flat import FlatLayout, Range
 
@@ -40,7 +40,7 @@ class FlatFacts:
     mixed: bool
     advice: str = ""
 
-    def layout(self, layout_of: Callable[[Anatomy, str], Layout], *, exempt: bool) -> FlatLayout:
+    def layout(self, layout_of: Callable[[Anatomy, str], TensorLayout], *, exempt: bool) -> FlatLayout:
         """Return the layout of the local parameter.
 
         Args:

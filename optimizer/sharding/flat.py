@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.layout import Layout, Runs
 from ..partition.roles import viewed
+from ..step.moments import quantises, row_axes
+from .flat_columns import columns_size, flat_columns
 from .geometry import Blocks, Box, Cut, Geometry
 from .holdings import Edges, local_runs, run_ids
 
@@ -35,7 +38,7 @@ class Range:
     """
 
     shape: tuple[int, ...]
-    layout: Layout
+    layout: TensorLayout
     bounds: tuple[tuple[int, int], ...]
     rank: int
     offset: int = 0
@@ -104,9 +107,21 @@ class FlatLayout:
         """Return the shape of the local second moment. It does not depend on ``shape``."""
         return (sum(_second_moment_size(r) for r in self.ranges),)
 
+    def columns_shape(self, shape: Iterable[int]) -> tuple[int, ...] | None:
+        """Return the shape of the local column means, or None if no range is factored."""
+        if not any(isinstance(r.layout, FactoredLayout) for r in self.ranges):
+            return None
+        return (sum(columns_size(r) for r in self.ranges),)
+
 
 def flat_geometry(
-    ranges: Sequence[Range], numel: int, group: ProcessGroup | None, device: torch.device, where: str = "parameter"
+    ranges: Sequence[Range],
+    numel: int,
+    group: ProcessGroup | None,
+    device: torch.device,
+    where: str = "parameter",
+    *,
+    quantised: bool = False,
 ) -> Geometry:
     """Return the local geometry of a 1-D tensor that contains ranges of flattened tensors, one after another.
 
@@ -116,29 +131,32 @@ def flat_geometry(
         group: process group whose ranks store the other elements; None if this rank has all of them.
         device: device on which the group communicates.
         where: description of the parameter for error messages.
+        quantised: whether first moments are quantised, those of large tensors.
 
     Raises:
         ValueError: a layout does not fit its shape, or a range does not lie in its tensor.
     """
-    local_ranges = [_LocalRange(r, where) for r in ranges]
+    local_ranges = [_LocalRange(r, where, quantised=quantised and quantises(r.shape)) for r in ranges]
     boxes: list[Box] = []
     counts, spreads, slots, positions = [], [], [], []
     blocks = values = shared = 0
+    boxes_of = []
     for local in local_ranges:
-        boxes += [box for box in local.boxes(values, blocks) if box is not None]
+        boxes_of.append(list(local.boxes(values, blocks)))
+        boxes += [box for box, _, _ in boxes_of[-1]]
         counts.append(local.counts)
         spreads.append(local.spread + blocks)
         slots.append(local.cut_slots + blocks)
         positions.append(local.cut_positions + shared)
         blocks, values, shared = blocks + len(local.counts), values + len(local.spread), shared + local.shared
-    signature = repr(
-        [(r.shape, r.layout.axis, r.layout.leading, r.layout.fold, r.layout.runs, r.bounds) for r in ranges]
-    )
+    signature = repr([(r.shape, *_identity(r.layout), r.bounds) for r in ranges])
     groups = () if group is None else (group,)
     single = (
         boxes[0] if len(boxes) == 1 and boxes[0].stop == numel and boxes[0].start == 0 and boxes[0].decays else None
     )
-    if not shared and (single is not None or not boxes):
+    factored = any(isinstance(r.layout, FactoredLayout) for r in ranges)
+    quantised = any(box.row for box in boxes)
+    if not factored and not shared and ((single is not None and not quantised) or not boxes):
         return Geometry((numel,), tuple(boxes), (values,), signature=signature, sharding_groups=groups)
     joined = [torch.cat(x) if x else torch.zeros(0, dtype=torch.int64) for x in (counts, spreads, slots, positions)]
     boxes = _with_free_boxes(boxes, joined[2], blocks)
@@ -153,7 +171,15 @@ def flat_geometry(
         device=device,
         values=not_free if len(not_free) < values else None,
     )
-    return Geometry((numel,), tuple(boxes), (values,), cut, None, signature, groups)
+    columns = flat_columns(ranges, boxes_of, boxes, group, device) if factored else None
+    return Geometry((numel,), tuple(boxes), (values,), cut, None, signature, groups, columns)
+
+
+def _identity(layout: TensorLayout) -> tuple[object, ...]:
+    """Return what ranks must agree on."""
+    if isinstance(layout, FactoredLayout):
+        return (layout.axis, layout.leading, layout.fold, layout.segments, layout.repeat, layout.parts)
+    return (layout.axis, layout.leading, layout.fold, layout.runs)
 
 
 def _with_free_boxes(boxes: list[Box], cut_slots: Tensor, blocks: int) -> list[Box]:
@@ -187,7 +213,9 @@ def split(box: Box, shared: Tensor) -> list[Box]:
         The boxes in order; a single free box if no block has elements outside it. The unchanged box if all its blocks
         have elements outside it, or the values of those that have none are not contiguous.
     """
-    if not box.decays or bool(shared.all()):
+    if box.factored or not box.decays or bool(shared.all()):
+        return [box]
+    if box.row and (box.shape is None or box.shape[3] != box.row):
         return [box]
     if not bool(shared.any()):
         return [replace(box, free=True)]
@@ -202,6 +230,7 @@ def split(box: Box, shared: Tensor) -> list[Box]:
 def _along(box: Box, start: int, stop: int, free: bool) -> Box:
     """Return the aligned values [start, stop) of a box in which the elements of successive values are adjacent."""
     assert box.start is not None and box.second is not None and box.slots is not None
+    assert isinstance(box.layout, Layout)  # boxes of factored tensors are not split
     inner = 1 if box.shape is None else box.shape[3]  # a box without a new shape is sliced along its own first axis
     edges = Edges(box.layout.runs)
     return replace(
@@ -292,9 +321,14 @@ def _second_moment_range(start: int, stop: int, dims: tuple[int, int, int, int])
 def _second_moment_size(source: Range) -> int:
     """Return the number of second-moment values that this rank stores for a range."""
     source.layout.require(source.shape, "a flattened tensor")
-    dims, _ = _grouped_axes(source.shape, source.layout)
+    dims, _ = _grouped_axes(source.shape, _rows(source.layout))
     _, leads, (first, last) = _second_moment_range(source.start, source.stop, dims)
     return leads * (last - first)
+
+
+def _rows(layout: TensorLayout) -> Layout:
+    """Return the layout of ``exp_avg_sq``: that of the rows, if the layout is factored."""
+    return layout.rows if isinstance(layout, FactoredLayout) else layout
 
 
 class _LocalRange:
@@ -312,7 +346,7 @@ class _LocalRange:
         cut_positions: the positions of ``cut_slots`` among all cut blocks.
     """
 
-    def __init__(self, source: Range, where: str) -> None:
+    def __init__(self, source: Range, where: str, *, quantised: bool = False) -> None:
         layout, shape = source.layout, source.shape
         layout.require(shape, where)
         if not 0 <= source.start <= source.stop <= prod(shape):
@@ -320,7 +354,8 @@ class _LocalRange:
                 f"{where}: elements [{source.start}, {source.stop}) do not lie in a tensor of shape {shape}"
             )
         self.source = source
-        self.dims, self.runs = _grouped_axes(shape, layout)
+        self.row = prod(shape[-row_axes(shape) :]) if quantised else 0
+        self.dims, self.runs = _grouped_axes(shape, _rows(layout))
         self.edges = Edges(self.runs)
         self._find_values()
         self._find_cut()
@@ -362,8 +397,8 @@ class _LocalRange:
         self.cut_positions = torch.isin(runs, local).nonzero().squeeze(1)
         self.cut_slots = torch.searchsorted(local, runs[self.cut_positions])
 
-    def boxes(self, values: int, blocks: int) -> Iterable[Box]:
-        """Yield the boxes of this range in the local tensor.
+    def boxes(self, values: int, blocks: int) -> Iterable[tuple[Box, tuple[int, ...], tuple[int, ...]]]:
+        """Yield the boxes of this range in the local tensor, each with the index of its first element and its shape.
 
         Args:
             values: number of second-moment values of earlier ranges.
@@ -377,7 +412,7 @@ class _LocalRange:
             start, stop = stop, stop + prod(shape)
             runs = local_runs(self.runs, self.edges, ((index[2], index[2] + shape[2]),))
             one_axis = shape[0] == shape[1] == shape[3] == 1
-            yield Box(
+            box = Box(
                 layout=Layout(0, runs) if one_axis else Layout(2, runs, shape[:1]),
                 start=start,
                 stop=stop,
@@ -385,4 +420,7 @@ class _LocalRange:
                 second=(values + first, values + first + many),
                 slots=self.spread[first : first + many] + blocks,
                 decays=self.source.decays,
+                factored=isinstance(self.source.layout, FactoredLayout),
+                row=self.row,
             )
+            yield box, index, shape

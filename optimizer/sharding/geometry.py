@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..partition.layout import Layout
+from ..partition.factored import TensorLayout
 from .holdings import Ranges
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
+
+    from .columns import Columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,12 @@ class Box:
         decays: whether weight decay applies.
         free: whether no block of the box has elements outside it. An ordinary engine can step such a box, even if
             other boxes of the tensor share blocks.
+        factored: whether the box belongs to a tensor with a factored second moment; ``layout`` is that of its rows.
+        row: number of elements of the rows that share scales, if the first moment of a flattened tensor is quantised;
+            an engine can then step the box only if they are its last axis. 0 otherwise.
     """
 
-    layout: Layout
+    layout: TensorLayout
     start: int | None = None
     stop: int | None = None
     shape: tuple[int, ...] | None = None
@@ -42,6 +47,8 @@ class Box:
     slots: Tensor | None = None
     decays: bool = True
     free: bool = False
+    factored: bool = False
+    row: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the box as a view of a local tensor."""
@@ -141,6 +148,8 @@ class Geometry:
         placed: the placement of a DTensor parameter's second moment; None for plain tensors.
         signature: everything that ranks must agree on, as text.
         sharding_groups: all process groups that the tensor is sharded over, whether they cut a block or not.
+        columns: the column means, if the second moment is factored, and then ``aligned``, ``cut`` and ``placed`` are
+            those of the row means. None if it is not.
     """
 
     shape: tuple[int, ...]
@@ -150,11 +159,18 @@ class Geometry:
     placed: Placed | None = None
     signature: str = ""
     sharding_groups: tuple[ProcessGroup, ...] = field(default=())
+    columns: Columns | None = None
 
     @property
     def free(self) -> tuple[Box, ...]:
         """The boxes that ordinary engines step although other boxes of the tensor share blocks."""
         return tuple(box for box in self.boxes if box.free)
+
+    @property
+    def sent(self) -> list[tuple[int, tuple[ProcessGroup, ...]]]:
+        """What this rank sends in a step: (number of numbers, process groups), without the count of gradients."""
+        rows = [] if self.cut is None else [(self.cut.size, self.cut.groups)]
+        return rows if self.columns is None else rows + self.columns.sent
 
     def second_moment(self, values: Tensor) -> Tensor:
         """Return the state tensor for local values: a DTensor if the parameter is one, else the values themselves."""

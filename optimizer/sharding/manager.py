@@ -6,22 +6,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..interface import Position, wrappers
-from ..partition.layout import AnyLayout, Layout
-from ..step.dtypes import moment_dtype, rounding_of, second_moment_dtype
+from ..interface import Position
+from ..partition.factored import TensorLayout
+from ..partition.layout import AnyLayout
+from ..step.dtypes import moment_dtype, second_moment_dtype
+from ..step.engines import PLACES, SEEDS, seed_of
 from ..step.engines.checks import require_takeable
 from ..step.labels import label
+from ..step.places import Place
+from . import moment_forms
 from .agreement import require_agreement
+from .columns import unsharded
 from .elements import is_blockwise, narrow, settle, widen
-from .exchange import destroyed, ranks_of, second_moments
-from .flat import FlatLayout, flat_geometry
-from .geometry import Box, Geometry
+from .exchange import Work, ranks_of, second_moments
+from .flat import FlatLayout
+from .geometry import Geometry
 from .kinds import is_dtensor, local_of
 from .shard import Shard
+from .sharded import flat_moment, geometry_of, is_sharded, report_cut_rows, saves_elements
 from .step_view import StepView
 
 if TYPE_CHECKING:
@@ -55,8 +59,10 @@ class Shards:
             return shard
         if not is_sharded(parameter, layout):
             return None
-        if shard is None or not shard.fits(parameter):
-            shard = self._shards[g, i] = Shard(parameter, _geometry_of(parameter, layout, label(group, g, i)))
+        if shard is None or not shard.fits(parameter) or not shard.stores(group):
+            flat = flat_moment(parameter, layout, group)
+            geometry = geometry_of(parameter, layout, label(group, g, i), flat)
+            shard = self._shards[g, i] = Shard(parameter, geometry, flat)
             self._must_agree = True
         return shard
 
@@ -71,29 +77,47 @@ class Shards:
             states: the state of every parameter that has one.
         """
         steps: set[int] = set()
+        factored: list[tuple[dict[str, Any], Geometry]] = []
         for g, group in enumerate(groups):
             for i, parameter in enumerate(group["params"]):
                 if state := states.get(parameter):
                     shard = self.of(g, i, group, layouts[g][i])
                     if shard is not None:
-                        settle(state, shard.geometry, moment_dtype(parameter, group), steps)
+                        written = settle(state, shard.geometry, steps)
+                        if shard.flat is not None and "exp_avg" in state and (written or shard.flat.format is not None):
+                            moment_forms.settled(shard.flat, state, moment_dtype(parameter, group))
+                        if shard.geometry.columns is not None and "exp_avg_sq_col" not in state:
+                            factored.append((state, shard.geometry))
+        works = [Work(geometry, x["exp_avg_sq"].sqrt(), x["exp_avg_sq"].dtype) for x, geometry in factored]
+        for (state, _), second in zip(factored, second_moments(works), strict=True):
+            state.update(second)
 
     def widened(
         self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
     ) -> dict[str, Any]:
-        """Return a state dict in which second moments of flattened parameters have one value per element.
+        """Return a state dict that can be divided among other ranks.
+
+        Second moments of flattened parameters have one value per element, and so have quantised first moments if ranks
+        hold pieces of rows (``moment_forms``).
 
         Args:
             document: the optimizer's state dict; not changed.
             groups: the optimizer's parameter groups.
             layouts: the layouts of their parameters, by group.
         """
-        seconds = {
-            key: widen(geometry, document["state"][key]["exp_avg_sq"])
-            for key, geometry, _ in self._second_moments(document, groups, layouts, flattened=True)
-            if "exp_avg_sq" in document["state"].get(key, {})
-        }
-        return _with_second_moments(document, seconds)
+        seconds: dict[Any, dict[str, Tensor]] = {}
+        for key, geometry, _ in self._second_moments(document, groups, layouts, flattened=True):
+            state = document["state"].get(key, {})
+            if "exp_avg_sq" in state:
+                seconds[key] = {"exp_avg_sq": widen(geometry, state["exp_avg_sq"], state.get("exp_avg_sq_col"))}
+        widened = _with_moments(document, seconds)
+        for key in seconds:
+            widened["state"][key].pop("exp_avg_sq_col", None)  # one value per element has no column means
+        firsts = {}
+        for key, shard, parameter, (g, _) in self._stored_by_element(document, groups, layouts):
+            if first := moment_forms.widened(shard, parameter, groups[g], document["state"].get(key, {})):
+                firsts[key] = first
+        return _with_moments(widened, firsts)
 
     def narrowed(
         self,
@@ -103,7 +127,7 @@ class Shards:
         *,
         convert: bool,
     ) -> dict[str, Any]:
-        """Return a state dict in which second moments of sharded parameters have the form that the optimizer stores.
+        """Return a state dict in which moments of sharded parameters have the form that the optimizer stores.
 
         Args:
             document: a state dict in which second moments of flattened parameters have one value per element; not
@@ -116,14 +140,24 @@ class Shards:
         Raises:
             ValueError: values differ inside a block and ``convert`` is not set.
         """
-        seconds: dict[Any, Tensor] = {}
-        works: dict[Any, tuple[Geometry, Tensor | None, torch.dtype]] = {}
+        firsts = {
+            key: moment_forms.narrowed(
+                shard, parameter, groups[g], document["state"][key], sum(map(len, layouts[:g])) + i
+            )
+            for key, shard, parameter, (g, i) in self._stored_by_element(document, groups, layouts)
+            if document["state"].get(key)
+        }
+        if firsts:
+            document = {**document, "state": {**document["state"], **firsts}}
+        seconds: dict[Any, dict[str, Tensor]] = {}
+        works: dict[Any, Work] = {}
         for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=True):
             values = document["state"].get(key, {}).get("exp_avg_sq")
-            if convert and (values is not None or geometry.cut is not None):
+            means = convert or geometry.columns is not None  # row and column means are sums over ranks, too
+            if means and (values is not None or geometry.cut is not None):
                 # A rank without elements of a tensor has no state of it, but must still join the all-reduce.
                 dtype = second_moment_dtype(groups[g]["params"][i])
-                works[key] = geometry, None if values is None else values.to(dtype).sqrt(), dtype
+                works[key] = Work(geometry, None if values is None else values.to(dtype).sqrt(), dtype)
             elif values is None:
                 continue
             elif not is_blockwise(geometry, values):
@@ -133,18 +167,42 @@ class Shards:
                     "of the checkpoint"
                 )
             else:
-                seconds[key] = narrow(geometry, values)
+                seconds[key] = {"exp_avg_sq": narrow(geometry, values)}
         if convert:
             for key, geometry, (g, i) in self._second_moments(document, groups, layouts, flattened=False):
                 values = document["state"].get(key, {}).get("exp_avg_sq")
                 parameter = groups[g]["params"][i]
                 same_placements = values is not None and getattr(values, "placements", None) == parameter.placements
                 if same_placements and values.shape == parameter.shape:
-                    works[key] = geometry, local_of(values).sqrt(), values.dtype
-            for key, second in zip(works, second_moments(list(works.values())), strict=True):
-                if works[key][1] is not None:
-                    seconds[key] = works[key][0].second_moment(second)
-        return _with_second_moments(document, seconds)
+                    works[key] = Work(geometry, local_of(values).sqrt(), values.dtype)
+        for key, second in zip(works, second_moments(list(works.values())), strict=True):
+            if works[key].grad is not None:
+                seconds[key] = _wrapped(works[key].geometry, second)
+        return _with_moments(document, seconds)
+
+    def packed(
+        self, groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
+    ) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the shapes of quantised first moments of flat parameters, by the parameter's ``id``."""
+        shapes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for g, group in enumerate(groups):
+            for i, (parameter, layout) in enumerate(zip(group["params"], layouts[g], strict=True)):
+                shard = self.of(g, i, group, layout) if isinstance(layout, FlatLayout) else None
+                if shard is not None and shard.flat is not None and shard.flat.format is not None:
+                    shapes[id(parameter)] = shard.flat.shapes
+        return shapes
+
+    def _stored_by_element(
+        self, document: dict[str, Any], groups: Sequence[dict[str, Any]], layouts: Sequence[list[AnyLayout]]
+    ) -> Iterator[tuple[Any, Shard | None, Tensor, Position]]:
+        """Find the parameters of a state dict whose moments may be stored by element.
+
+        Yields:
+            (key of the state in the document, shard if it is one, parameter, position).
+        """
+        for flattened in (False, True):
+            for key, _, (g, i) in self._second_moments(document, groups, layouts, flattened=flattened):
+                yield key, self.of(g, i, groups[g], layouts[g][i]), groups[g]["params"][i], (g, i)
 
     def _second_moments(
         self,
@@ -167,7 +225,7 @@ class Shards:
         """
         positions = [(g, i) for g, group_layouts in enumerate(layouts) for i in range(len(group_layouts))]
         sharded = any(
-            is_sharded(groups[g]["params"][i], layouts[g][i]) or _saves_elements(groups[g]["params"][i])
+            is_sharded(groups[g]["params"][i], layouts[g][i]) or saves_elements(groups[g]["params"][i])
             for g, i in positions
         )
         if not sharded or not isinstance(document.get("state"), Mapping) or "param_groups" not in document:
@@ -177,13 +235,13 @@ class Shards:
             group, layout = groups[g], layouts[g][i]
             parameter = group["params"][i]
             # On a single rank such a parameter is not flattened, but must be saved in the form it has on several ranks.
-            is_flat = isinstance(layout, FlatLayout) or _saves_elements(parameter)
+            is_flat = isinstance(layout, FlatLayout) or saves_elements(parameter)
             if is_flat if flattened else is_dtensor(parameter):
                 shard, shape = self.of(g, i, group, layout), tuple(parameter.shape)
                 if shard is not None:
                     yield key, shard.geometry, (g, i)
-                elif isinstance(layout, Layout):
-                    yield key, Geometry(shape, (Box(layout),), layout.aligned_shape(shape)), (g, i)
+                elif isinstance(layout, TensorLayout):
+                    yield key, unsharded(layout, shape), (g, i)
 
     def begin(
         self,
@@ -214,6 +272,7 @@ class Shards:
                     self._localise(view, g, groups[g], layouts[g], states, only)
             if self._must_agree:
                 self._agree(groups, layouts)
+                report_cut_rows(groups, layouts, self.of)
                 self._must_agree = False
         except BaseException:
             view.end()
@@ -239,25 +298,31 @@ class Shards:
             states: the state of every parameter that has one.
             only: position of the only parameter to step; None for all parameters.
         """
-        params, local_layouts, local_states = list(group["params"]), cast(list[Layout], list(layouts)), {}
+        params, local_layouts, local_states = list(group["params"]), cast(list[TensorLayout], list(layouts)), {}
         names = list(group.get("param_names") or [f"parameter {i}" for i in range(len(params))])
-        restricted = isinstance(group["exp_avg_dtype"], str) or group["bf16_rounding"] or group["differentiable"]
+        places: list[Place | None] = [None] * len(params)
+        seeds, free_seeds, position = [], [], 0
         for i, (parameter, layout) in enumerate(zip(group["params"], layouts, strict=True)):
             shard = self.of(g, i, group, layout)
+            own = [seed_of(g, position + k) for k in range(len(layout.ranges) if isinstance(layout, FlatLayout) else 1)]
+            seeds.append(own[0] if own else 0)
+            position += len(own)
             if shard is None:
                 local_states[parameter] = states.get(parameter, {})
                 continue
             shard.refresh()
             geometry = shard.geometry
-            if restricted:
-                _require_options(parameter, geometry, group, label(group, g, i))
-            params[i] = shard.view
+            if group["differentiable"]:
+                raise ValueError(f"{label(group, g, i)} is sharded; differentiable=True takes ordinary tensors only")
+            params[i], places[i] = shard.view, shard.place
             if geometry.boxes:  # without boxes, no engine reads the layout
                 local_layouts[i] = geometry.boxes[0].layout
             first = len(params)
             params += [free.view for free in shard.free]
             local_layouts += [box.layout for box in geometry.free]
             names += [f"a part of {names[i]}"] * len(shard.free)
+            free_seeds += [own[0 if shard.flat is None else shard.flat.range_of(box)] for box in geometry.free]
+            places += [free.place for free in shard.free]
             if only is not None and only != i:
                 continue
             grad = shard.local_gradient(partial(label, group, g, i))
@@ -265,8 +330,10 @@ class Shards:
             if geometry.cut is not None:
                 if grad is not None:
                     unfused = {**group, "fused": False}  # cut_update runs torch operations whatever ``fused`` says
-                    require_takeable(shard.view, grad, state, unfused, label(group, g, i))
+                    whole = None if shard.place is None else shard.place.shape
+                    require_takeable(shard.view, grad, state, unfused, label(group, g, i), whole=whole)
                 view.cut[g, i] = (shard, grad)
+                view.seeds[g, i] = own
                 for k, free in enumerate(shard.free if grad is not None else ()):
                     view.free[g, first + k] = (i, free)
                     view.lend(free.view, free.gradient(grad))  # type: ignore[arg-type]
@@ -276,7 +343,8 @@ class Shards:
                 local_states[shard.view] = state
             elif grad is not None:
                 view.empty.append((g, i))
-        view.groups[g] = {**group, "params": params, "param_names": names}
+        seeds += free_seeds
+        view.groups[g] = {**group, "params": params, "param_names": names, PLACES: places, SEEDS: seeds}
         view.layouts[g], view.states[g] = local_layouts, local_states
 
     def _agree(self, groups: Sequence[Mapping[str, Any]], layouts: Sequence[list[AnyLayout]]) -> None:
@@ -299,57 +367,18 @@ class Shards:
                 self._agreed[ranks] = digest
 
 
-def _with_second_moments(document: dict[str, Any], seconds: Mapping[Any, Tensor]) -> dict[str, Any]:
-    """Return a copy of a state dict with the second moments of some keys replaced."""
+def _wrapped(geometry: Geometry, second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return local second moments as the state stores them: as DTensors if the parameter is one."""
+    out = {"exp_avg_sq": geometry.second_moment(second["exp_avg_sq"])}
+    if geometry.columns is not None:
+        out["exp_avg_sq_col"] = geometry.columns.second_moment(second["exp_avg_sq_col"])
+    return out
+
+
+def _with_moments(document: dict[str, Any], seconds: Mapping[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Return a copy of a state dict with the moments of some keys replaced."""
     if not seconds:
         return document
     states = dict(document["state"])
-    states.update({key: {**states[key], "exp_avg_sq": second} for key, second in seconds.items()})
+    states.update({key: {**states[key], **second} for key, second in seconds.items()})
     return {**document, "state": states}
-
-
-def _saves_elements(parameter: Tensor) -> bool:
-    """Return whether a library saves the parameter's state element by element, even if one rank has all of it."""
-    return any(wrapper.saves_elements(parameter) for wrapper in wrappers())
-
-
-def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
-    """Return whether the parameter is a DTensor or contains ranges of flattened tensors."""
-    return is_dtensor(parameter) or isinstance(layout, FlatLayout)
-
-
-def _require_options(parameter: Tensor, geometry: Geometry, group: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if the group has an option that this sharded parameter cannot have."""
-    if isinstance(group["exp_avg_dtype"], str):
-        raise ValueError(
-            f"{where} is sharded, and exp_avg_dtype={group['exp_avg_dtype']!r} keeps scales that do not reshard with "
-            "it; use None, torch.float32 or torch.bfloat16"
-        )
-    if geometry.cut is not None and rounding_of(parameter, group):
-        raise ValueError(
-            f"{where} shares blocks with other ranks, and their step does not round ({group['bf16_rounding']!r}); use "
-            "bf16_rounding=None, or fp32 parameters with a mixed-precision policy"
-        )
-    if group["differentiable"]:
-        raise ValueError(f"{where} is sharded; differentiable=True takes ordinary tensors only")
-
-
-def _geometry_of(parameter: Tensor, layout: AnyLayout, where: str) -> Geometry:
-    """Return the local geometry of a sharded parameter; ``where`` describes the parameter in error messages."""
-    if not isinstance(layout, FlatLayout):
-        from .placed import placed_geometry
-
-        assert isinstance(layout, Layout)
-        return placed_geometry(parameter, layout, where)  # type: ignore[arg-type]
-    layout.require(parameter.shape, where)
-    if not layout.group:
-        return flat_geometry(layout.ranges, layout.numel, None, parameter.device, where)
-    try:
-        group = dist.distributed_c10d._resolve_process_group(layout.group)  # type: ignore[arg-type]
-    except (RuntimeError, KeyError) as error:
-        raise destroyed(f"the process group that {where} is sharded over") from error
-    device = parameter.device
-    if device.type not in {supported.type for supported in group._device_types}:
-        # The parameter was offloaded to a device on which the group cannot communicate.
-        device = group._device_types[0]
-    return flat_geometry(layout.ranges, layout.numel, group, device, where)

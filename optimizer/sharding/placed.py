@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from ..partition.layout import Layout, Runs
@@ -33,23 +34,11 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     """
     mesh, shape = param.device_mesh, tuple(param.shape)
     layout.require(shape, where)
-    coordinate = mesh.get_coordinate()
-    placements = tuple(param.placements)
-    _require_supported(placements, where)
     layout, folded = _unfolded(layout, shape)
-    dims: dict[int, list[int]] = {}
-    for m, placement in enumerate(placements):
-        if mesh.size(m) > 1 and not isinstance(placement, Replicate):
-            dims.setdefault(placement.dim, []).append(m)  # type: ignore[attr-defined]
-    local = tuple(param.to_local().shape)
+    placements, local = tuple(param.placements), tuple(param.to_local().shape)
+    coordinate, axes = mesh.get_coordinate(), held_axes(param, where)
     if coordinate is None:  # a rank outside the mesh stores no elements
         return Geometry(local, (), (0,))
-    axes = {
-        d: _Axis(
-            shape[d], ms, [MeshSharding(mesh.size(m), _split(placements[m])) for m in ms], coordinate, local[d], where
-        )
-        for d, ms in dims.items()
-    }
     slab = _Slab(layout, shape, axes, coordinate)
     aligned = layout.aligned_shape(shape)
     # Axes along which the second moment has one value per index, or per folded matrix.
@@ -61,10 +50,7 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     local_aligned = tuple(
         local[d] * aligned[d] // shape[d] if d in full_axes and shape[d] else aligned[d] for d in range(len(shape))
     )
-    try:
-        groups = {m: mesh.get_group(m) for m in sorted({m for ms in dims.values() for m in ms})}
-    except (RuntimeError, KeyError) as error:
-        raise destroyed(f"the process group that {where} is sharded over") from error
+    groups = mesh_groups(mesh, (m for axis in axes.values() for m in axis.dims), where)
     blocks = (layout.axis, layout.leading, layout.fold, layout.runs)
     orders = sorted((d, axis.inner_first) for d, axis in axes.items())
     signature = repr((shape, *blocks, placements, mesh.mesh.tolist(), orders))
@@ -86,6 +72,33 @@ def placed_geometry(param: DTensor, layout: Layout, where: str = "parameter") ->
     }
     placed = Placed(mesh, second, aligned, held, held_second)
     return Geometry(local, boxes, local_aligned, cut, placed, signature, tuple(groups.values()))
+
+
+def held_axes(param: DTensor, where: str) -> dict[int, HeldAxis]:
+    """Return the sharded axes of a DTensor; none on a rank outside its mesh.
+
+    Raises:
+        ValueError: a placement is neither Replicate nor a Shard, or the local size does not follow from them.
+    """
+    mesh, placements, local = param.device_mesh, tuple(param.placements), tuple(param.to_local().shape)
+    coordinate = mesh.get_coordinate()
+    _require_supported(placements, where)
+    if coordinate is None:
+        return {}
+    dims: dict[int, list[int]] = {}
+    for m, placement in enumerate(placements):
+        if mesh.size(m) > 1 and not isinstance(placement, Replicate):
+            dims.setdefault(placement.dim, []).append(m)  # type: ignore[attr-defined]
+    shardings = {d: [MeshSharding(mesh.size(m), _split(placements[m])) for m in ms] for d, ms in dims.items()}
+    return {d: HeldAxis(param.shape[d], ms, shardings[d], coordinate, local[d], where) for d, ms in dims.items()}
+
+
+def mesh_groups(mesh: DeviceMesh, dims: Iterable[int], where: str) -> dict[int, dist.ProcessGroup]:
+    """Return the process group of each mesh dimension, ascending; raise RuntimeError if one was destroyed."""
+    try:
+        return {m: mesh.get_group(m) for m in sorted(set(dims))}
+    except (RuntimeError, KeyError) as error:
+        raise destroyed(f"the process group that {where} is sharded over") from error
 
 
 def _with_free_boxes(box: Box, cut: Cut, local: tuple[int, ...]) -> tuple[tuple[Box, ...], Cut]:
@@ -137,7 +150,7 @@ def _unfolded(layout: Layout, shape: tuple[int, ...]) -> tuple[Layout, bool]:
     return layout, True
 
 
-class _Axis:
+class HeldAxis:
     """One sharded axis of the tensor.
 
     Attributes:
@@ -189,7 +202,7 @@ class _Slab:
     """
 
     def __init__(
-        self, layout: Layout, shape: tuple[int, ...], axes: dict[int, _Axis], coordinate: Sequence[int]
+        self, layout: Layout, shape: tuple[int, ...], axes: dict[int, HeldAxis], coordinate: Sequence[int]
     ) -> None:
         self.global_layout, self.shape, self.axes, self.coordinate = layout, shape, axes, coordinate
         shift = 1 if layout.fold > 1 else 0  # the folded view has one axis more than the tensor

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ..state.specification import new_state, state_bytes, zero_second_moment
+from ..step.dtypes import moment_format
+from ..step.moments import FORMATS
+from ..step.places import Place
+from . import placed_moments
 from .cut_update import local_gradient
+from .flat_moments import FlatMoment
 from .geometry import Box, Geometry
 from .kinds import local_of
 
@@ -18,10 +24,11 @@ class FreeBox:
 
     Attributes:
         view: the parameter's elements in the box.
+        place: where they lie in the whole tensor.
     """
 
-    def __init__(self, box: Box, view: Tensor) -> None:
-        self._box, self.view = box, view
+    def __init__(self, box: Box, view: Tensor, place: Place | None, flat: FlatMoment | None = None) -> None:
+        self._box, self.view, self.place, self._flat = box, view, place, flat
         self._source: Mapping[str, Any] = {}
         self._state: dict[str, Any] = {}
 
@@ -41,8 +48,13 @@ class FreeBox:
         source = self._source
         if len(source) != len(whole) or any(source.get(name) is not x for name, x in whole.items()):
             self._source, self._state = dict(whole), {"step": whole["step"].clone()}
-            for name in whole.keys() - {"step", "exp_avg_sq"}:
+            others = {"step", "exp_avg_sq", "exp_avg_sq_col"}
+            if self._flat is not None and "exp_avg_scale" in whole:
+                others |= {"exp_avg", "exp_avg_scale"}
+            for name in whole.keys() - others:
                 self._state[name] = self._box.of(whole[name])
+            if self._flat is not None and "exp_avg_scale" in whole:
+                self._state |= self._flat.box_state(self._box, whole["exp_avg"], whole["exp_avg_scale"])
             self._state["exp_avg_sq"] = self._box.of_second(whole["exp_avg_sq"], tuple(self.view.shape))
         return self._state
 
@@ -56,11 +68,21 @@ class Shard:
         spec: the DTensor specification of the parameter; None for plain tensors.
         view: the local tensor that engines step. It shares the parameter's storage and has its own ``grad``.
         free: the free boxes, which engines step as tensors of their own.
+        place: where the local tensor lies in the whole one, for the random numbers of rounding.
+        flat: the first moment of a flat parameter; None for a DTensor.
+        by_element: whether its placements divide the rows that share scales of a quantised first moment. State dicts
+            then have that moment by element (``moment_forms``), also if there is one rank.
     """
 
-    def __init__(self, parameter: Tensor, geometry: Geometry) -> None:
-        self.parameter, self.geometry = parameter, geometry
+    def __init__(self, parameter: Tensor, geometry: Geometry, flat: FlatMoment | None = None) -> None:
+        self.parameter, self.geometry, self.flat = parameter, geometry, flat
         self.spec = getattr(parameter, "_spec", None)
+        placed, shape = geometry.placed, tuple(parameter.shape)
+        self.place = None if placed is None else placed_moments.place_of(shape, placed.held)
+        if flat is not None and geometry.boxes:
+            self.place = replace(flat.place(geometry.boxes[0]), shape=flat.whole)
+        dims = [getattr(placement, "dim", -1) for placement in getattr(parameter, "placements", ())]
+        self.by_element = flat is not None or placed_moments.cuts_rows(shape, dims)
         # Whether ``view`` is the whole local tensor, and not only the single box that an engine can step.
         self._whole = geometry.cut is not None or not geometry.boxes or geometry.boxes[0].start is None
         self._local_data = local_of(parameter)
@@ -71,13 +93,25 @@ class Shard:
 
     def _make_views(self) -> None:
         self.view = self._boxed(self._local_data.detach())
-        self.free = [FreeBox(box, box.of(self._local_data.detach())) for box in self.geometry.free]
+        local = self._local_data.detach()
+        self.free = [FreeBox(box, box.of(local), self._place_of(box), self.flat) for box in self.geometry.free]
+
+    def _place_of(self, box: Box) -> Place | None:
+        """Return the place of a free box, which is a slice of axis 0 of the local tensor."""
+        if self.flat is not None:
+            return self.flat.place(box)
+        return None if self.place is None else placed_moments.moved(self.place, self.geometry.shape, box.start or 0)
 
     def fits(self, parameter: Tensor) -> bool:
         """Return whether this shard still describes the parameter: same tensor, same DTensor specification."""
         return parameter is self.parameter and (
             self.spec is None or parameter._spec is self.spec  # type: ignore[attr-defined]
         )
+
+    def stores(self, group: Mapping[str, Any]) -> bool:
+        """Return whether the first moment of a flat parameter has the form that the group asks for."""
+        name = group["exp_avg_dtype"]
+        return self.flat is None or self.flat.requested is (FORMATS[name] if isinstance(name, str) else None)
 
     def refresh(self) -> None:
         """Make the views anew if the local tensor was replaced or its storage has moved."""
@@ -133,16 +167,30 @@ class Shard:
             local = local_of(tensor)
             if name == "exp_avg_sq" and self.geometry.cut is None and self.geometry.boxes:
                 local = self.geometry.boxes[0].of_second(local, tuple(self.view.shape))
-            elif name != "step" and local.shape == self._local_data.shape:
+            elif name not in ("step", "exp_avg_sq_col") and local.shape == self._local_data.shape:
                 local = self._boxed(local)
             cached = self._states[name] = tensor, local
         return cached[1]
 
     def new_state(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state before the first step, with DTensors if the parameter is one."""
-        second = zero_second_moment(self.view, self.geometry.aligned, self.view.device)
-        return new_state(self.parameter, self.geometry.second_moment(second), group)
+        geometry, device = self.geometry, self.view.device
+        second = geometry.second_moment(zero_second_moment(self.view, geometry.aligned, device))
+        quantised, format = None, moment_format(self.parameter, group)
+        if self.flat is not None and self.flat.format is not None:
+            quantised = self.flat.zeros(device)
+        elif format is not None:
+            quantised = placed_moments.zeros(self.parameter, format)  # type: ignore[arg-type]
+        columns = None
+        if geometry.columns is not None:
+            zeros = zero_second_moment(self.view, geometry.columns.shape, device)
+            columns = geometry.columns.second_moment(zeros)
+        return new_state(self.parameter, second, group, columns, quantised)
 
     def state_bytes(self, group: Mapping[str, Any]) -> dict[str, int]:
         """Return the bytes of this rank's state, by kind."""
-        return state_bytes(self.parameter, self.geometry.shape, self.geometry.aligned, group)
+        columns = None if self.geometry.columns is None else self.geometry.columns.shape
+        count = state_bytes(self.parameter, self.geometry.shape, self.geometry.aligned, group, columns)
+        if self.flat is not None and self.flat.format is not None:
+            count["exp_avg"] = self.flat.nbytes
+        return count

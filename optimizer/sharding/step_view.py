@@ -8,11 +8,14 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..interface import Position
-from ..partition.layout import AnyLayout, Layout
-from ..step.dtypes import second_moment_dtype
+from ..partition.factored import TensorLayout
+from ..partition.layout import AnyLayout
+from ..step.dtypes import rounding_of, second_moment_dtype
+from ..step.engines import PLACES, SEEDS
 from ..step.hyper import Hyper
+from .cut_rounded import Rounds
 from .cut_update import cut_update
-from .exchange import block_means
+from .exchange import Means, Work, block_means
 from .shard import FreeBox, Shard
 
 
@@ -28,6 +31,7 @@ class StepView:
         cut: sharded parameters with shared blocks, by position: (shard, local gradient or None).
         free: free boxes of those parameters, by the box's position in ``groups``: (the parameter's index in its
             group, the box).
+        seeds: seeds of the ranges of those that are flat, by position.
         empty: positions of parameters without elements on this rank. Their state counts steps as on other ranks.
     """
 
@@ -36,13 +40,14 @@ class StepView:
     ) -> None:
         self.groups = list(groups)
         # The cast is safe: layouts of sharded parameters are replaced by local ones before an engine reads them.
-        self.layouts = cast(list[list[Layout]], list(layouts))
+        self.layouts = cast(list[list[TensorLayout]], list(layouts))
         self.states: list[Mapping[Tensor, Any]] = [states] * len(groups)
         self.cut: dict[Position, tuple[Shard, Tensor | None]] = {}
         self.free: dict[Position, tuple[int, FreeBox]] = {}
+        self.seeds: dict[Position, list[int]] = {}
         self.empty: list[Position] = []
         self._lent: list[Tensor] = []
-        self._means: list[Tensor | None] = []
+        self._means: list[Means | None] = []
 
     def lend(self, view: Tensor, grad: Tensor | None) -> None:
         """Set the gradient of a local tensor until ``end``."""
@@ -68,18 +73,22 @@ class StepView:
 
         return state_at
 
-    def exchange(self, grad_scale: Tensor | None = None) -> None:
+    def exchange(self, grad_scale: Tensor | None, columns_of: Callable[[int, int], Tensor | None]) -> None:
         """Sum the shared blocks over ranks. Nothing communicates later in the step.
 
         Args:
             grad_scale: the GradScaler's scale, by which gradients are divided first; None if they are not scaled.
+            columns_of: returns the local column means of the parameter at a position; None if there are none yet.
         """
         if self.cut:
             for position, (shard, grad) in self.cut.items():
                 if grad is not None and grad_scale is not None:
                     self.cut[position] = shard, grad / grad_scale
             self._means = block_means(
-                [(shard.geometry, grad, second_moment_dtype(shard.view)) for shard, grad in self.cut.values()]
+                [
+                    Work(shard.geometry, grad, second_moment_dtype(shard.view), columns_of(*position))
+                    for position, (shard, grad) in self.cut.items()
+                ]
             )
 
     def step(self, hyper_of: Callable[[Mapping[str, Any]], Hyper], state_of: Callable[[int, int], Any]) -> None:
@@ -105,12 +114,22 @@ class StepView:
                 shard.geometry,
                 shard.view,
                 grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
+                state,
                 means,
+                self._rounds(g, i, state),
                 step=state["step"].item(),
                 **hyper.numbers(),
             )
+
+    def _rounds(self, g: int, i: int, state: Mapping[str, Any]) -> Rounds | None:
+        """Return how the values of a parameter with shared blocks are rounded; None if they are not."""
+        group = self.groups[g]
+        how = rounding_of(group["params"][i], group)
+        if how is None and "exp_avg_scale" not in state:
+            return None
+        shard, _ = self.cut[g, i]
+        seeds = self.seeds.get((g, i), ())
+        return Rounds(group[SEEDS][i], how, None if shard.flat is not None else group[PLACES][i], shard.flat, seeds)
 
     def end(self) -> None:
         """Remove the gradients that ``lend`` set."""

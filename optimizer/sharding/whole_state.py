@@ -18,15 +18,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..partition.discover import tagged_name
-from ..partition.layout import Layout
+from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.names import clean
 from ..state import checkpoint
+from ..state.factored import factored
+from ..step.dtypes import second_moment_dtype
 from ..step.labels import label, named
+from ..step.moments import format_of, quantises, row_axes
+from .columns import unsharded
 from .elements import narrow, widen
 from .flat import FlatLayout, Range
-from .geometry import Box, Geometry
+from .flat_columns import columns_size, held_columns
 from .holdings import Ranges
 from .kinds import local_of
+from .moment_forms import by_element, quantised, widened
+from .placed_moments import place_of, wrapped
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
     from .shard import Shard
 
 logger = logging.getLogger("optimizer")
-_NOT_ELEMENTS = ("step", "exp_avg_sq")  # entries of a state that do not have one value per element
+_NOT_ELEMENTS = ("step", "exp_avg_sq", "exp_avg_sq_col")  # entries of a state that do not have one value per element
 
 
 def full_state_dict(optimizer: Stepper, *, rank0_only: bool = True) -> dict[str, Any] | None:
@@ -96,7 +102,7 @@ def load_full_state_dict(optimizer: Stepper, document: Mapping[str, Any], *, con
     with optimizer.whole():
         members = [member for g in range(len(optimizer.param_groups)) for member in _members(optimizer, g)]
         virtual = [{**group, "params": [], "param_names": []} for group in optimizer.param_groups]
-        layouts: list[list[Layout]] = [[] for _ in virtual]
+        layouts: list[list[TensorLayout]] = [[] for _ in virtual]
         targets = {}
         for member in members:
             for k, whole in enumerate(member.wholes):
@@ -134,7 +140,7 @@ class Whole:
 
     name: str
     shape: tuple[int, ...]
-    layout: Layout
+    layout: TensorLayout
     decays: bool = True
 
     def stand_in(self, parameter: Tensor) -> Tensor:
@@ -206,18 +212,50 @@ class _PlacedMember(Sharded):
 
     def gathered(self, optimizer: Stepper) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
         state = self._existing(optimizer)
-        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in (state or {}).items()}
-        yield self.wholes[0], _on_cpu(full) if state else None
+        if not state:
+            yield self.wholes[0], None
+            return
+        wide = widened(self.shard, self.parameter, optimizer.param_groups[self.g], state)
+        full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in ({**state, **wide}).items()}
+        if wide:
+            format, shape = format_of(local_of(state["exp_avg"])), self.wholes[0].shape
+            place = place_of(shape, {})
+            step = int(state["step"])
+            both = quantised(full["exp_avg"], full["exp_avg_scale"], format, place, step=step, seed=self.i)
+            full["exp_avg"], full["exp_avg_scale"] = both
+        yield self.wholes[0], _on_cpu(full)
 
     def load(self, k: int, state: dict[str, Any]) -> None:
         placed = self.geometry.placed
         assert placed is not None
         self.state = dict(state)
-        for key in state.keys() - set(_NOT_ELEMENTS):
+        elements = state.keys() - set(_NOT_ELEMENTS)
+        if "exp_avg_scale" in state:
+            self._load_quantised(state)
+            elements -= {"exp_avg", "exp_avg_scale"}
+        for key in elements:
             self.state[key] = torch.zeros_like(self.parameter, dtype=state[key].dtype, requires_grad=False)
             local_of(self.state[key]).copy_(_cut(state[key], placed.held))
         second = _moved(_cut(state["exp_avg_sq"], placed.held_second), local_of(self.parameter))
         self.state["exp_avg_sq"] = placed.wrap(second.reshape(self.geometry.aligned))
+        if self.geometry.columns is not None and (of_columns := self.geometry.columns.placed) is not None:
+            columns = _moved(_cut(state["exp_avg_sq_col"], of_columns.held_second), local_of(self.parameter))
+            self.state["exp_avg_sq_col"] = of_columns.wrap(columns.reshape(self.geometry.columns.shape))
+
+    def _load_quantised(self, state: Mapping[str, Any]) -> None:
+        """Load this rank's shard of a quantised first moment; pieces of rows are quantised anew."""
+        placed, place, local = self.geometry.placed, self.shard.place, local_of(self.parameter)
+        assert placed is not None and place is not None
+        codes, scale = state["exp_avg"], state["exp_avg_scale"]
+        format, shape = format_of(codes), self.wholes[0].shape
+        if not self.shard.by_element:
+            codes, scale = _cut(codes, placed.held), _cut(scale, placed.held)
+        else:
+            whole = by_element(codes, scale, shape, row_axes(shape), second_moment_dtype(self.parameter))
+            values, scales = (_cut(x, placed.held) for x in whole)
+            step = int(state["step"])
+            codes, scale = quantised(values, scales, format, place, step=step, seed=self.i)
+        self.state |= wrapped(self.parameter, _moved(codes, local), _moved(scale, local), format)  # type: ignore[arg-type]
 
 
 class _FlatMember(Sharded):
@@ -227,7 +265,10 @@ class _FlatMember(Sharded):
         wholes = [Whole(clean(r.name), r.shape, r.layout, r.decays) for r in layout.ranges]
         super().__init__(g, i, shard, wholes, where)
         self.ranges = layout.ranges
+        assert shard.flat is not None
+        self.flat = shard.flat
         self._second_per_element: Tensor | None = None
+        self._columns: dict[int, Tensor] = {}
 
     def gathered(self, optimizer: Stepper) -> Iterator[tuple[Whole, dict[str, Any] | None]]:
         state = self._existing(optimizer)
@@ -235,16 +276,22 @@ class _FlatMember(Sharded):
             yield from ((whole, None) for whole in self.wholes)
             return
         group = self.geometry.sharding_groups[0] if self.geometry.sharding_groups else None
-        second_per_element = widen(self.geometry, state["exp_avg_sq"])
-        for whole, held in zip(self.wholes, self.ranges, strict=True):
+        second_per_element = widen(self.geometry, state["exp_avg_sq"], state.get("exp_avg_sq_col"))
+        every = {**state, **widened(self.shard, self.parameter, optimizer.param_groups[self.g], state)}
+        for k, (whole, held) in enumerate(zip(self.wholes, self.ranges, strict=True)):
             elements = {
-                key: _gathered(x, held, group).view(whole.shape) for key, x in state.items() if key not in _NOT_ELEMENTS
+                key: _gathered(x, held, group).view(whole.shape) for key, x in every.items() if key not in _NOT_ELEMENTS
             }
-            second = narrow(_unsharded(whole), _gathered(second_per_element, held, group).view(whole.shape))
-            yield whole, {"step": state["step"].clone().cpu(), **elements, "exp_avg_sq": second}
+            if (scales := elements.pop("exp_avg_scale", None)) is not None and quantises(whole.shape):
+                assert self.flat.requested is not None
+                args = elements["exp_avg"], scales, self.flat.requested, place_of(whole.shape, {})
+                both = quantised(*args, step=int(state["step"]), seed=self.i + k)
+                elements["exp_avg"], elements["exp_avg_scale"] = both
+            second = _second_moment(whole, _gathered(second_per_element, held, group).view(whole.shape))
+            yield whole, {"step": state["step"].clone().cpu(), **elements, **second}
 
     def load(self, k: int, state: dict[str, Any]) -> None:
-        second = self._second_per_element
+        state, second = self._by_element(k, state), self._second_per_element
         if second is None:
             second = torch.zeros_like(self.parameter, dtype=state["exp_avg_sq"].dtype, requires_grad=False)
             self._second_per_element = second
@@ -258,12 +305,35 @@ class _FlatMember(Sharded):
         local = slice(held.offset, held.offset + held.stop - held.start)
         for key in self.state.keys() - set(_NOT_ELEMENTS):
             self.state[key][local] = state[key].reshape(-1)[held.start : held.stop]
-        spread = widen(_unsharded(whole), state["exp_avg_sq"])
+        layout = whole.layout
+        if isinstance(layout, FactoredLayout):
+            self._columns[k] = held_columns(held, state["exp_avg_sq_col"])
+            layout = layout.rows
+        spread = widen(unsharded(layout, whole.shape), state["exp_avg_sq"])
         second[local] = spread.reshape(-1)[held.start : held.stop].to(second)
+
+    def _by_element(self, k: int, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the k-th whole parameter's state with its first moment by element, if the group quantises moments."""
+        if self.flat.requested is None:
+            return state
+        shape, moment, scale = self.wholes[k].shape, state["exp_avg"], state.get("exp_avg_scale")
+        if scale is None:
+            both = moment.to(self.flat.dtype), torch.zeros(shape, dtype=self.flat.dtype)
+        else:
+            both = by_element(moment, scale, shape, row_axes(shape), self.flat.dtype)
+        return {**state, "exp_avg": both[0], "exp_avg_scale": both[1]}
 
     def finished(self) -> dict[str, Any]:
         assert self._second_per_element is not None
-        return {**self.state, "exp_avg_sq": narrow(self.geometry, self._second_per_element)}
+        scales = self.state.pop("exp_avg_scale", None)
+        if self.flat.format is not None:
+            step = int(self.state["step"])
+            self.state |= self.flat.quantised(self.state["exp_avg"], scales, step=step, seed=self.i)
+        second = narrow(self.geometry, self._second_per_element)
+        if self.geometry.columns is None:
+            return {**self.state, "exp_avg_sq": second}
+        joined = [self._columns.get(k, second.new_zeros(columns_size(held))) for k, held in enumerate(self.ranges)]
+        return {**self.state, "exp_avg_sq": second, "exp_avg_sq_col": torch.cat(joined).to(second)}
 
 
 def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
@@ -276,7 +346,7 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
             assert shard is not None
             yield _FlatMember(g, i, shard, layout, where)
             continue
-        assert isinstance(layout, Layout)
+        assert isinstance(layout, TensorLayout)
         whole = Whole(clean(name or tagged_name(parameter)), tuple(parameter.shape), layout)
         if shard is None:
             yield _Member(g, i, parameter, [whole], where)
@@ -284,9 +354,12 @@ def _members(optimizer: Stepper, g: int) -> Iterable[_Member]:
             yield _PlacedMember(g, i, shard, [whole], where)
 
 
-def _unsharded(whole: Whole) -> Geometry:
-    """Return the geometry of a whole parameter in one process."""
-    return Geometry(whole.shape, (Box(whole.layout),), whole.layout.aligned_shape(whole.shape))
+def _second_moment(whole: Whole, elements: Tensor) -> dict[str, Tensor]:
+    """Return the second moment of a whole parameter as one process stores it, from one value per element."""
+    if isinstance(whole.layout, FactoredLayout):
+        rows, columns = factored(elements, whole.layout, whole.shape, elements.dtype)
+        return {"exp_avg_sq": rows, "exp_avg_sq_col": columns}
+    return {"exp_avg_sq": narrow(unsharded(whole.layout, whole.shape), elements)}
 
 
 def _gathered(local: Tensor, held: Range, group: ProcessGroup | None) -> Tensor:

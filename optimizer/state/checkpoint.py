@@ -15,19 +15,21 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..partition import Layout, Rules
+from ..partition import Rules, TensorLayout
 from ..partition.layout import AnyLayout
 from ..partition.rules import shipped
 from ..step.dtypes import second_moment_dtype
 from . import first_moments as moment
-from .blocks import LEVEL, axes_of, is_level, looks_coarser, rebuilt, spreads
+from .blocks import LEVEL, axes_of, is_level, looks_coarser, spreads
+from .factored import converted_second_moment
 from .matching import Slot, matched, options_of, rules_named, slots_of, written_by_published
-from .saved import Saved, read
+from .saved import Saved, Shapes, read
 from .specification import step_counter
 
 logger = logging.getLogger("optimizer")
@@ -56,6 +58,7 @@ def loading(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
+    packed: Mapping[int, Shapes] = MappingProxyType({}),
     named: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda document: document,
 ) -> Iterator[None]:
     """Open a context in which ``Optimizer.load_state_dict`` loads the result of ``prepare``.
@@ -69,12 +72,14 @@ def loading(
         rules: its rules.
         convert: rebuild second moments of another partition from block means instead of refusing them.
         exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        packed: shapes of the quantised first moments of flat parameters, by the parameter's ``id``.
         named: adds names to a document without names, if they are certain; otherwise returns the document unchanged.
     """
     results: list[Prepared] = []
 
     def check(_: torch.optim.Optimizer, document: dict[str, Any]) -> dict[str, Any]:
-        results.append(prepare(optimizer.param_groups, layouts, rules, named(document), convert=convert, exempt=exempt))
+        options: Any = {"convert": convert, "exempt": exempt, "packed": packed}
+        results.append(prepare(optimizer.param_groups, layouts, rules, named(document), **options))
         return {"state": {}, "param_groups": results[-1].groups}
 
     def fill(_: torch.optim.Optimizer) -> None:
@@ -120,6 +125,7 @@ def prepare(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
+    packed: Mapping[int, Shapes] = MappingProxyType({}),
 ) -> Prepared:
     """Check and copy everything that loading a document will set.
 
@@ -131,12 +137,13 @@ def prepare(
             names.
         convert: rebuild second moments of another partition from block means instead of refusing them.
         exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        packed: shapes of the quantised first moments of flat parameters, by the parameter's ``id``.
 
     Raises:
         ValueError: the document is no state dict of an optimizer, its parameters do not match, it is the state of
             another kind of optimizer, or it belongs to another partition and ``convert`` is not set.
     """
-    prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt)
+    prepared, states = checked(param_groups, layouts, rules, document, convert=convert, exempt=exempt, packed=packed)
     prepared.state.update({slot.parameter: state for slot, state in states})
     keys = {key for group in document["param_groups"] for key in group["params"]}
     others = {key: value for key, value in document["state"].items() if key not in keys}
@@ -152,6 +159,7 @@ def checked(
     *,
     convert: bool = False,
     exempt: Container[str] = (),
+    packed: Mapping[int, Shapes] = MappingProxyType({}),
 ) -> tuple[Prepared, Iterator[tuple[Slot, dict[str, Any]]]]:
     """Check a document as ``prepare`` does, but copy the states one at a time, as the caller iterates over them.
 
@@ -162,6 +170,7 @@ def checked(
         document: a state dict, with numbers or names as keys; not changed.
         convert: rebuild second moments of another partition from block means instead of refusing them.
         exempt: names of parameters that do not decay, even if their group in the checkpoint decays.
+        packed: shapes of the quantised first moments of flat parameters, by the parameter's ``id``.
 
     Returns:
         The prepared checkpoint without states, and an iterator over (slot, state) for each parameter with state.
@@ -174,7 +183,7 @@ def checked(
     sources = matched(param_groups, slots, document)
     states = document["state"]
     saved = [
-        (slot, read(states[source.key], slot.parameter.shape, slot.where))
+        (slot, read(states[source.key], slot.parameter.shape, slot.where, packed.get(id(slot.parameter))))
         for slot, source in zip(slots, sources, strict=True)
         if states.get(source.key)
     ]
@@ -271,6 +280,11 @@ def offence_of(slot: Slot, saved: Saved, other_rules: bool) -> str | None:
     aligned = slot.aligned
     if aligned is None:
         return None
+    columns = None if saved.columns is None else tuple(saved.columns.shape)
+    if columns != slot.columns:
+        now = "is not factored" if slot.columns is None else f"needs column means of shape {slot.columns}"
+        then = "has no column means" if columns is None else f"has column means of shape {columns}"
+        return f"{then} in the checkpoint, but here it {now}"
     layout = slot.blocks
     if layout is not None and (saved.axes is not None or saved.blocks.startswith("vmean")):
         if saved.axes == axes_of(layout, shape):
@@ -278,6 +292,8 @@ def offence_of(slot: Slot, saved: Saved, other_rules: bool) -> str | None:
         return f"was kept as {saved.blocks} in the checkpoint, but {layout.n_blocks} blocks of {aligned} are needed"
     if tuple(v.shape) != aligned:
         return f"has shape {tuple(v.shape)} in the checkpoint, but {aligned} is needed"
+    if slot.factored is not None:
+        return None  # any row and column means of these shapes are those of some second moment
     if layout is None or hasattr(v, "to_local"):
         # Comparing the values of a sharded tensor would need communication.
         return "was kept under other rules; it is sharded, so its values are not compared" if other_rules else None
@@ -301,19 +317,9 @@ def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], se
         seed: seed of the parameter's stochastic rounding.
     """
     parameter, group = slot.parameter, slot.group
-    shape, v = tuple(parameter.shape), saved.exp_avg_sq
-    dtype = second_moment_dtype(parameter)
-    if other_blocks or slot.aligned not in (None, tuple(v.shape)):
-        v = rebuilt(v, _whole_layout(slot, v), shape, dtype).to(parameter.device)
-        if other_blocks:
-            notes["exp_avg_sq rebuilt from block means"] += 1
-    else:
-        if v.dtype != dtype:
-            notes[f"exp_avg_sq cast from {v.dtype} to {dtype}"] += 1
-        v = v.detach().to(parameter.device, dtype, copy=True).contiguous()
     state: dict[str, Any] = {"step": step_counter(parameter, group, saved.step)}
     state.update(moment.restored(saved, parameter, group["exp_avg_dtype"], notes, seed))
-    state["exp_avg_sq"] = v
+    state.update(_second_moment(slot, saved, other_blocks, notes))
     if group["bf16_rounding"] == "kahan" and parameter.dtype == torch.bfloat16:
         state["compensation"] = _compensation(saved, parameter, notes)
     elif saved.compensation is not None:
@@ -322,6 +328,25 @@ def _state(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str], se
         notes[f"{key} dropped: it has no meaning here"] += 1
     state.update(copy.deepcopy(dict(saved.others)))
     return state
+
+
+def _second_moment(slot: Slot, saved: Saved, other_blocks: bool, notes: Counter[str]) -> dict[str, Tensor]:
+    """Return ``exp_avg_sq``, and ``exp_avg_sq_col`` under a factored layout, as the running optimizer stores them."""
+    parameter, v, columns = slot.parameter, saved.exp_avg_sq, saved.columns
+    dtype = second_moment_dtype(parameter)
+    if other_blocks or slot.aligned not in (None, tuple(v.shape)):
+        if other_blocks:
+            notes["exp_avg_sq rebuilt from block means"] += 1
+        new = converted_second_moment(saved, _whole_layout(slot, v), tuple(parameter.shape), dtype, slot.where)
+        return {name: tensor.to(parameter.device) for name, tensor in new.items()}
+    if v.dtype != dtype:
+        notes[f"exp_avg_sq cast from {v.dtype} to {dtype}"] += 1
+    pairs = (("exp_avg_sq", v), ("exp_avg_sq_col", columns))
+    return {
+        name: tensor.detach().to(parameter.device, dtype, copy=True).contiguous()
+        for name, tensor in pairs
+        if tensor is not None
+    }
 
 
 def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tensor:
@@ -333,13 +358,13 @@ def _compensation(saved: Saved, parameter: Tensor, notes: Counter[str]) -> Tenso
     return zeros.copy_(saved.compensation)
 
 
-def _whole_layout(slot: Slot, v: Tensor) -> Layout:
+def _whole_layout(slot: Slot, v: Tensor) -> TensorLayout:
     """Return the layout for which to rebuild a second moment.
 
     Raises:
         ValueError: the tensor is sharded, or the second moment fits no partition of the parameter.
     """
-    shape, layout = tuple(slot.parameter.shape), slot.blocks
+    shape, layout = tuple(slot.parameter.shape), slot.factored or slot.blocks
     if layout is None or hasattr(v, "to_local") or hasattr(slot.parameter, "to_local"):
         raise ValueError(
             f"exp_avg_sq of {slot.where} is sharded, but rebuilding it needs the whole tensor; convert the "

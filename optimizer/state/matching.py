@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..partition.discover import tagged_name
+from ..partition.factored import FactoredLayout
 from ..partition.layout import AnyLayout, Layout
 from ..partition.names import clean
 from ..step.labels import label, named
@@ -64,9 +65,21 @@ class Slot:
 
     @property
     def blocks(self) -> Layout | None:
-        """The layout if it describes the tensor as it is; None for ranges of a flattened tensor."""
+        """The layout if it has blocks and describes the tensor as it is; None for factored and flattened tensors."""
         fits = isinstance(self.layout, Layout) and self.layout.fits(self.parameter.shape)
         return self.layout if fits and isinstance(self.layout, Layout) else None
+
+    @property
+    def factored(self) -> FactoredLayout | None:
+        """The layout if it is factored and describes the tensor as it is; None for every other layout."""
+        fits = isinstance(self.layout, FactoredLayout) and self.layout.fits(self.parameter.shape)
+        return self.layout if fits and isinstance(self.layout, FactoredLayout) else None
+
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """Shape of the column means; None if the layout is not factored or does not fit the tensor."""
+        shape = tuple(self.parameter.shape)
+        return self.layout.columns_shape(shape) if self.layout.fits(shape) else None
 
     @property
     def aligned(self) -> tuple[int, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "state1": "bitsandbytes",
     "z": "a schedule-free optimizer",
 }
-_OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "compensation"}
+_OWN = {"step", "exp_avg", "exp_avg_sq", "exp_avg_sq_col", "exp_avg_scale", "compensation"}
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,31 @@ class Saved:
         step: number of steps taken.
         exp_avg: first moment in the parameter's shape; quantised codes if there is a ``scale``.
         exp_avg_sq: second moment; each axis has the parameter's size, a divisor of it (axis 0) or size 1.
+        columns: means of columns of a factored second moment, whose row means are ``exp_avg_sq``; None if it is not
+            factored.
         scale: scales of a quantised first moment; None if it is not quantised.
+        scales: the scale of each element of a first moment that was saved by element, as it is where ranks hold pieces
+            of rows: ``exp_avg`` has its values.
         compensation: Kahan compensation of a bf16 parameter; None if there is none.
         axes: the blocks of the second moment; None if the checkpoint does not state them.
         blocks: description of the blocks for error messages.
         dropped: keys without meaning for this optimizer, which are not loaded.
         others: entries with unknown keys, which are loaded unchanged.
+        packed: whether the first moment is that of a flat parameter, in the form in which the optimizer stores it.
     """
 
     step: float
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    columns: Tensor | None = None
     scale: Tensor | None = None
     compensation: Tensor | None = None
     axes: Axes | None = None
     blocks: str = ""
     dropped: tuple[str, ...] = ()
     others: Mapping[str, Any] = field(default_factory=dict)
+    packed: bool = False
+    scales: Tensor | None = None
 
 
 def is_published(state: Mapping[str, Any]) -> bool:
@@ -66,13 +74,18 @@ def is_published(state: Mapping[str, Any]) -> bool:
     return "m" in state and ("v" in state or "vmean" in state)
 
 
-def read(state: Mapping[str, Any], shape: Sequence[int], where: str) -> Saved:
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shapes of codes and scales."""
+
+
+def read(state: Mapping[str, Any], shape: Sequence[int], where: str, packed: Shapes | None = None) -> Saved:
     """Read and check a parameter's state.
 
     Args:
         state: the parameter's entries in the checkpoint.
         shape: the parameter's shape.
         where: description of the parameter for error messages.
+        packed: shapes of a quantised first moment, if the parameter is flat and its moment is quantised.
 
     Raises:
         ValueError: the state belongs to another optimizer, an entry is missing or invalid, or a shape does not fit the
@@ -80,8 +93,11 @@ def read(state: Mapping[str, Any], shape: Sequence[int], where: str) -> Saved:
     """
     read_state = _published if is_published(state) else _adam
     saved = read_state(state, tuple(shape), where)
-    _require_moment(saved, tuple(shape), where)
-    return saved
+    packed = None if saved.scale is None else packed
+    if saved.scale is not None and saved.exp_avg.is_floating_point() and saved.scale.shape == saved.exp_avg.shape:
+        saved = replace(saved, scale=None, scales=saved.scale)
+    _require_moment(saved, tuple(shape), where, packed)
+    return replace(saved, packed=packed is not None)
 
 
 def _adam(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved:
@@ -100,6 +116,7 @@ def _adam(state: Mapping[str, Any], shape: tuple[int, ...], where: str) -> Saved
         _step(state, where),
         _tensor(state, "exp_avg", where),
         v,
+        columns=_tensor(state, "exp_avg_sq_col", where) if "exp_avg_sq_col" in state else None,
         scale=_tensor(state, "exp_avg_scale", where) if "exp_avg_scale" in state else None,
         compensation=_tensor(state, "compensation", where) if "compensation" in state else None,
         blocks=f"shape {tuple(v.shape)}",
@@ -149,7 +166,7 @@ def _per_row(chunks: Tensor, shape: tuple[int, ...]) -> Tensor:
     return chunks.reshape(-1, *(1 for _ in shape[1:]))
 
 
-def _require_moment(saved: Saved, shape: tuple[int, ...], where: str) -> None:
+def _require_moment(saved: Saved, shape: tuple[int, ...], where: str, packed: Shapes | None) -> None:
     """Raise ValueError unless the first moment has the parameter's shape, or the shapes of its codes and scales."""
     if saved.scale is None:
         moment_shape: tuple[int, ...] = shape
@@ -160,7 +177,7 @@ def _require_moment(saved: Saved, shape: tuple[int, ...], where: str) -> None:
     else:
         if saved.exp_avg.dtype not in (torch.int8, torch.uint8):
             raise ValueError(f"exp_avg of {where} has a scale, but is {saved.exp_avg.dtype}, not int8 or uint8 codes")
-        moment_shape, scale_shape = (
+        moment_shape, scale_shape = packed or (
             moments.state_shapes(shape, moments.format_of(saved.exp_avg)) if shape else ((-1,), (-1,))
         )
         if tuple(saved.scale.shape) != scale_shape:

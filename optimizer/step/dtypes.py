@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,23 @@ def second_moment_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def moment_format(parameter: Tensor, group: Mapping[str, Any]) -> moments.Format | None:
-    """Return the format in which the parameter's first moment is quantised, or None if it is not quantised."""
-    dtype = group["exp_avg_dtype"]
-    return moments.FORMATS[dtype] if isinstance(dtype, str) and moments.quantises(parameter.shape) else None
+def moment_format(
+    parameter: Tensor, group: Mapping[str, Any], whole: Sequence[int] | None = None
+) -> moments.Format | None:
+    """Return the format in which the parameter's first moment is quantised, or None if it is not quantised.
+
+    Args:
+        parameter: the parameter, or this rank's shard of it.
+        group: the options of its group.
+        whole: shape of the whole parameter, which decides; None if ``parameter`` has it.
+    """
+    dtype, shape = group["exp_avg_dtype"], parameter.shape if whole is None else whole
+    return moments.FORMATS[dtype] if isinstance(dtype, str) and moments.quantises(shape) else None
 
 
-def moment_dtype(parameter: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype of the parameter's ``exp_avg`` as it is stored."""
-    format = moment_format(parameter, group)
+def moment_dtype(parameter: Tensor, group: Mapping[str, Any], whole: Sequence[int] | None = None) -> torch.dtype:
+    """Return the dtype of the parameter's ``exp_avg`` as it is stored; the arguments are those of ``moment_format``."""
+    format = moment_format(parameter, group, whole)
     if format is not None:
         return format.dtype
     if isinstance(group["exp_avg_dtype"], str):  # the parameter is too small to quantise

@@ -48,6 +48,10 @@ double precision and rounded to T once. Every operation is rounded separately (n
     param  = keep * param - factor * m                              m before it is quantised
     codes, scale = quantise(m)
 
+**Shards.** Codes and scales of whole rows are those of the whole tensor, and so are the random numbers: a block's index
+is the one among the whole tensor's scales (``step.places``). Where a shard has pieces of rows, each piece is quantised
+as a row of its own, or, in a flattened tensor, each block from the elements that the shard has of it.
+
 Rounding to nearest would freeze moments: without a gradient, 0.9 times the value of a small code rounds to the same
 code at every step; in int4 all codes do. Adding the rounding error of the moment to the parameter would lose
 nothing, but it costs stability: in int4, step sizes have to be ten times smaller. ``docs/low_bit.md`` has the
@@ -63,11 +67,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .rounding import apply, hashed
+from .rounding import INCREMENT, apply, hashed, indices
+
+if TYPE_CHECKING:
+    from .places import Place
 
 SMALL = 4096
 """Tensors with fewer elements have an unquantised moment."""
@@ -121,10 +129,18 @@ def quantises(shape: Sequence[int]) -> bool:
     return len(shape) >= 2 and prod(shape) >= SMALL and prod(shape[-row_axes(shape) :]) >= _SHORTEST
 
 
-def state_shapes(shape: Sequence[int], format: Format) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of (exp_avg, exp_avg_scale) of a quantised tensor, or of a shard made of whole rows."""
-    shape = tuple(shape)
-    return stored_shapes(shape[: -row_axes(shape)], shape[-row_axes(shape) :], format)
+def state_shapes(
+    shape: Sequence[int], format: Format, axes: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of (exp_avg, exp_avg_scale) of a quantised tensor.
+
+    Args:
+        shape: shape of the tensor, or of a shard of it.
+        format: the format.
+        axes: ``row_axes`` of the whole tensor, if this is the shape of a shard.
+    """
+    shape, axes = tuple(shape), axes or row_axes(shape)
+    return stored_shapes(shape[:-axes], shape[-axes:], format)
 
 
 def stored_shapes(lead: tuple[int, ...], row: Sequence[int], format: Format) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -142,9 +158,9 @@ def zero_state(parameter: Tensor, format: Format) -> dict[str, Tensor]:
     }
 
 
-def state_bytes(shape: Sequence[int], format: Format) -> int:
-    """Return the bytes of a quantised first moment, scales included; ``shape`` is one that ``quantises`` accepts."""
-    codes, scale = state_shapes(shape, format)
+def state_bytes(shape: Sequence[int], format: Format, axes: int | None = None) -> int:
+    """Return the bytes of a quantised first moment, scales included; the arguments are those of ``state_shapes``."""
+    codes, scale = state_shapes(shape, format, axes)
     return prod(codes) + format.scale_dtype.itemsize * prod(scale)
 
 
@@ -153,7 +169,9 @@ def format_of(exp_avg: Tensor) -> Format:
     return INT8 if exp_avg.dtype == torch.int8 else INT4
 
 
-def quantise(m: Tensor, format: Format, *, step: int | Tensor, seed: int, first: int = 0) -> tuple[Tensor, Tensor]:
+def quantise(
+    m: Tensor, format: Format, *, step: int | Tensor, seed: int, first: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
     """Quantise moments to codes and scales with stochastic rounding; the mean of the quantised values is exact.
 
     Args:
@@ -161,7 +179,8 @@ def quantise(m: Tensor, format: Format, *, step: int | Tensor, seed: int, first:
         format: the format to store them in.
         step: number of the step, beginning at 1; an int64 tensor if the host must not wait for its value.
         seed: the tensor's seed, uint32.
-        first: row-major index, among the blocks of the whole tensor, of the first block of ``m``.
+        first: row-major index, among the blocks of the whole tensor, of the first block of ``m``; or the indices of all
+            blocks, int64 [number of blocks], if they are not neighbours there.
 
     Returns:
         (codes as stored: int8 [*lead, n] or uint8 [*lead, ceil(n / 2)]; scales [*lead, ceil(n / block)]).
@@ -178,13 +197,13 @@ def quantise(m: Tensor, format: Format, *, step: int | Tensor, seed: int, first:
     remainder = x.sub_(low.square())
     up = _uniform(scale, format.block, step, seed, first).mul(low * 2 + 1) < remainder
     codes = low.add_(up).clamp_(max=format.levels).copysign_(blocks).masked_fill_(~(scale > 0), 0.0).to(torch.int8)
-    return _packed(codes.flatten(-2)[..., :n], format), scale.squeeze(-1).to(format.scale_dtype)
+    return packed(codes.flatten(-2)[..., :n], format), scale.squeeze(-1).to(format.scale_dtype)
 
 
-def _uniform(scale: Tensor, block: int, step: int | Tensor, seed: int, first: int) -> Tensor:
+def _uniform(scale: Tensor, block: int, step: int | Tensor, seed: int, first: int | Tensor) -> Tensor:
     """Return random fp32 numbers in [0, 1), shape [*lead, blocks, block], for scales of shape [*lead, blocks, 1]."""
-    index = torch.arange(first, first + scale.numel(), device=scale.device)
-    along = torch.arange(block, device=scale.device) * 0x9E3779B9
+    index = indices(first, scale.numel(), scale.device)
+    along = torch.arange(block, device=scale.device) * INCREMENT
     # The sum is modulo 2^32, because int32 addition wraps around.
     numbers = hashed(index, step, seed).to(torch.int32).unsqueeze(-1) + along.to(torch.int32)
     numbers = numbers.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF)
@@ -204,7 +223,7 @@ def dequantise(codes: Tensor, scale: Tensor, n: int, dtype: torch.dtype = torch.
         Tensor of ``dtype``, [*lead, n].
     """
     format = format_of(codes)
-    values = (codes if format.bits == 8 else _unpacked(codes, n)).to(dtype)
+    values = unpacked(codes, n).to(dtype)
     values = _blocks(values, format.block)
     return (values * values.abs()).mul_(scale.to(dtype).unsqueeze(-1)).flatten(-2)[..., :n]
 
@@ -215,7 +234,7 @@ def _blocks(rows: Tensor, block: int) -> Tensor:
     return (torch.nn.functional.pad(rows, (0, missing)) if missing else rows).unflatten(-1, (-1, block))
 
 
-def _packed(codes: Tensor, format: Format) -> Tensor:
+def packed(codes: Tensor, format: Format) -> Tensor:
     """Pack int8 codes as the format stores them: one code per byte, or two."""
     if format.bits == 8:
         return codes.contiguous()
@@ -223,8 +242,10 @@ def _packed(codes: Tensor, format: Format) -> Tensor:
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
 
 
-def _unpacked(codes: Tensor, n: int) -> Tensor:
-    """Unpack bytes of two codes each to int8 codes, [..., n]."""
+def unpacked(codes: Tensor, n: int) -> Tensor:
+    """Return stored codes as int8 [..., n], one per element; ``n`` is the number of elements of a row."""
+    if format_of(codes).bits == 8:
+        return codes
     nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :n]
     return (nibbles ^ 8).view(torch.int8) - 8
 
@@ -238,7 +259,7 @@ def advance(
     maximize: bool,
     step: int | Tensor,
     seed: int,
-    first: int = 0,
+    first: int | Tensor = 0,
 ) -> Tensor:
     """Update the quantised first moment of whole rows, in place.
 
@@ -250,7 +271,8 @@ def advance(
         maximize: whether to ascend the gradient instead of descending it.
         step: number of the step, beginning at 1; an int64 tensor if the host must not wait for its value.
         seed: the tensor's seed, uint32.
-        first: row-major index, among the blocks of the whole tensor, of the first block of these rows.
+        first: row-major index, among the blocks of the whole tensor, of the first block of these rows, or of all
+            their blocks.
 
     Returns:
         The new moment before it is quantised; dtype and shape of ``grad``.
@@ -278,6 +300,7 @@ def move(
     how: str | None = None,
     compensation: Tensor | None = None,
     first_row: int = 0,
+    place: Place | None = None,
 ) -> None:
     """Update the first moment and the parameter, in place, after the second moment has been updated.
 
@@ -294,8 +317,9 @@ def move(
         seed: the tensor's seed, uint32, for the random numbers.
         how: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
         compensation: bf16, the parameter's shape: the rounding errors that "kahan" carries over; changed.
-        first_row: index on the first axis of the whole tensor at which these tensors begin, if they are a slice of it;
-            the random numbers are those of the whole tensor.
+        first_row: index on the first axis of the tensor at which these tensors begin, if they are a slice of it; the
+            random numbers are those of the whole tensor.
+        place: where the tensor lies in a larger one whose random numbers it uses; None if it is no shard.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     full = (param, grad, factor.expand_as(param), *(() if compensation is None else (compensation,)))
@@ -311,7 +335,10 @@ def move(
         if axes:
             p, g, f, *rest = views
             g = g.to(dtype).flatten(-axes)
-            m = advance(g, *stored, beta1=beta1, maximize=maximize, step=step, seed=seed, first=first_block)
+            index = (
+                first_block if place is None else place.blocks(first_block, stored[1].numel(), format.block, g.device)
+            )
+            m = advance(g, *stored, beta1=beta1, maximize=maximize, step=step, seed=seed, first=index)
             u = m.view(p.shape).mul_(f)
             first_block += stored[1].numel()
         else:
@@ -319,7 +346,8 @@ def move(
             new_moment = m.to(dtype) * beta1 + g.to(dtype) * ((beta1 - 1) if maximize else (1 - beta1))
             m.copy_(new_moment)
             u = m.to(dtype) * f
-        apply(p, u, decay=decay, how=how, compensation=rest[0] if rest else None, step=step, seed=seed, first=first)
+        at = first if place is None or how != "stochastic" else place.elements(first, p.numel(), p.device)
+        apply(p, u, decay=decay, how=how, compensation=rest[0] if rest else None, step=step, seed=seed, first=at)
         first += p.numel()
 
 

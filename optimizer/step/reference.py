@@ -1,6 +1,6 @@
-"""Adam-mini as the paper writes it: one block at a time, every symbol under the paper's name.
+"""Adam-mini as the paper writes it: one block at a time, every symbol under the paper's name; and its factored form.
 
-This reference is simple and slow. The tests compare every other implementation of the step with it.
+These references are simple and slow. The tests compare every other implementation of the step with them.
 
 Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", arXiv 2406.16793, Algorithm 1. As in the
 authors' code, weight decay is decoupled and epsilon is added outside the square root.
@@ -89,3 +89,80 @@ def reference_step(
         v_hat_b = state.v[b] / (1 - beta2**state.t)
         theta[inside] = theta[inside] - lr * m_hat[inside] / (v_hat_b.sqrt() + eps).to(theta.dtype)
     return theta.reshape(p.shape)
+
+
+@dataclass
+class FactoredState:
+    """The optimizer state of one part of a factored tensor, as a matrix of rows and columns.
+
+    Attributes:
+        t: number of steps taken.
+        m: first moment, [rows, columns].
+        r: moving average of the mean squared gradient of each row, [rows].
+        c: moving average of the mean squared gradient of each column, [columns].
+    """
+
+    t: int
+    m: Tensor
+    r: Tensor
+    c: Tensor
+
+
+def initial_factored_state(p: Tensor) -> FactoredState:
+    """Return the state before the first step: zeros; ``r`` and ``c`` are fp32, or float64 for a float64 parameter.
+
+    Args:
+        p: the parameter, [rows, columns].
+    """
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    rows, columns = p.shape
+    return FactoredState(0, torch.zeros_like(p), torch.zeros(rows, dtype=dtype), torch.zeros(columns, dtype=dtype))
+
+
+def factored_reference_step(
+    p: Tensor,
+    g: Tensor,
+    state: FactoredState,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> Tensor:
+    """Compute one step of one part of a factored tensor.
+
+    Source: Shazeer and Stern, arXiv 1804.04235, Algorithm 2, lines 4 to 8, with means instead of sums: R is ``r`` and
+    C is ``c``. It has Adam's momentum as in Zhai et al., arXiv 2106.04560, Adam's constant betas with their bias
+    corrections and AdamW's weight decay. It has no clipping of the update and no relative step size. Epsilon is
+    added outside the square root, as in AdamW.
+
+    Args:
+        p: the parameter as a matrix, [rows, columns]; not changed.
+        g: its gradient, same shape; not changed.
+        state: the part's state; updated in place.
+        lr: learning rate.
+        beta1: decay rate of the first moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1).
+        eps: added to the square root of the bias-corrected second moment.
+        weight_decay: coefficient of the decoupled weight decay.
+        maximize: whether to ascend the gradient instead of descending it.
+
+    Returns:
+        The new parameter.
+    """
+    state.t += 1
+    theta = p.detach().clone()
+    gradient = (-g if maximize else g).detach()
+
+    theta = theta - lr * weight_decay * theta
+    state.m = beta1 * state.m + (1 - beta1) * gradient
+    m_hat = state.m / (1 - beta1**state.t)
+    squares = gradient.to(state.r.dtype) ** 2
+    state.r = beta2 * state.r + (1 - beta2) * squares.mean(1)
+    state.c = beta2 * state.c + (1 - beta2) * squares.mean(0)
+    mean = state.r.mean()
+    v = torch.outer(state.r, state.c) / mean if mean > 0 else torch.zeros_like(squares)
+    v_hat = v / (1 - beta2**state.t)
+    return theta - lr * m_hat / (v_hat.sqrt() + eps).to(theta.dtype)

@@ -33,6 +33,8 @@ from torch import Tensor
 PARAMETER_STREAM = 0x5BD1E995
 """XORed into a tensor's seed to round its parameter, so that other uses of the seed draw other random numbers."""
 _MASK = 0xFFFFFFFF
+INCREMENT = 0x9E3779B9
+"""What ``hashed`` adds to the seed for each index, so that a shifted seed is a shifted index."""
 
 
 def hashed(index: Tensor, step: int | Tensor, seed: int) -> Tensor:
@@ -55,25 +57,31 @@ def hashed(index: Tensor, step: int | Tensor, seed: int) -> Tensor:
     """
     start = (step * 0x85EBCA6B + seed) & _MASK
     # Two of the factors are reduced by 2^32, so that the products fit int64.
-    x = (index & _MASK).mul_(0x9E3779B9 - (1 << 32)).add_(start).bitwise_and_(_MASK)
+    x = (index & _MASK).mul_(INCREMENT - (1 << 32)).add_(start).bitwise_and_(_MASK)
     x.bitwise_xor_(x >> 16).mul_(0x7FEB352D).bitwise_and_(_MASK)
     x.bitwise_xor_(x >> 15).mul_(0x846CA68B - (1 << 32)).bitwise_and_(_MASK)
     return x.bitwise_xor_(x >> 16)
 
 
-def stochastic(exact: Tensor, *, step: int | Tensor, seed: int, first: int = 0) -> Tensor:
+def indices(first: int | Tensor, count: int, device: torch.device) -> Tensor:
+    """Return ``count`` indices from ``first`` on, int64; ``first`` itself if it already holds all of them."""
+    return first if isinstance(first, Tensor) else torch.arange(first, first + count, device=device)
+
+
+def stochastic(exact: Tensor, *, step: int | Tensor, seed: int, first: int | Tensor = 0) -> Tensor:
     """Round fp32 values to bf16 at random, so that the mean of the result is exact.
 
     Args:
         exact: fp32, any shape; not changed.
         step: number of the step, beginning at 1.
         seed: the tensor's seed, uint32; this function XORs ``PARAMETER_STREAM`` into it.
-        first: row-major index, in the whole tensor, of the first element of ``exact``.
+        first: row-major index, in the whole tensor, of the first element of ``exact``; or the indices of all elements,
+            int64 [numel], if they are not neighbours there.
 
     Returns:
         bf16, shape of ``exact``.
     """
-    index = torch.arange(first, first + exact.numel(), device=exact.device)
+    index = indices(first, exact.numel(), exact.device)
     noise = hashed(index, step, seed ^ PARAMETER_STREAM).bitwise_right_shift_(16)
     bits = exact.contiguous().view(torch.int32).flatten()
     # Integer addition carries from the mantissa into the exponent, as rounding up requires. Infinities and NaN must not
@@ -107,7 +115,7 @@ def apply(
     compensation: Tensor | None = None,
     step: int | Tensor = 0,
     seed: int = 0,
-    first: int = 0,
+    first: int | Tensor = 0,
 ) -> None:
     """Set ``param = (1 - decay) * param - change`` in place, computed in ``change``'s dtype and rounded once.
 
@@ -119,7 +127,8 @@ def apply(
         compensation: bf16, shape of ``param``, needed for "kahan"; changed.
         step: number of the step, beginning at 1; used by "stochastic".
         seed: the tensor's seed, uint32; used by "stochastic".
-        first: row-major index, in the whole tensor, of the first element of ``param``; used by "stochastic".
+        first: row-major index, in the whole tensor, of the first element of ``param``, or of all elements; used by
+            "stochastic".
 
     Raises:
         ValueError: ``how`` is unknown or does not apply to the parameter's dtype, or "kahan" has no compensation.

@@ -46,7 +46,7 @@ def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
     reduction = _reduction if torch.compiler.is_compiling() else _cached_reduction
     shape, reduced, count, shares = reduction(layout, grad.shape)
     if reduced:
-        per_index = _sum_of_squares(grad, shape, reduced, dtype).div_(count)
+        per_index = sum_of_squares(grad, shape, reduced, dtype).div_(count)
     else:
         per_index = grad.to(dtype).square().contiguous()
     if not shares:
@@ -73,7 +73,7 @@ def _reduction(layout: Layout, shape: tuple[int, ...]) -> tuple[tuple[int, ...],
 _cached_reduction = functools.lru_cache(maxsize=4096)(_reduction)
 
 
-def _sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return the sums of grad**2 over the axes ``reduced``, which keep size 1.
 
     ``vector_norm`` reads the gradient once and needs no squared copy; squaring its result costs one more rounding.
@@ -82,7 +82,7 @@ def _sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: tuple[int, ..
     if grad.dtype == dtype:
         return torch.linalg.vector_norm(grad, 2, dim=reduced, keepdim=True).contiguous().square_()
     sums = torch.zeros(shape, dtype=dtype, device=grad.device)
-    for slice_of in _slices(grad, _limit(grad)):
+    for slice_of in slices_of(grad, limit_of(grad)):
         norm = torch.linalg.vector_norm(slice_of(grad), 2, dim=reduced, keepdim=True, dtype=dtype)
         slice_of(sums).add_(norm.square_())
     return sums
@@ -154,7 +154,7 @@ def move(
             p.mul_(keep)
         p.addcmul_(m, scale)
         return
-    for slice_of in _slices(p, _limit(p)):
+    for slice_of in slices_of(p, limit_of(p)):
         _update_in_widest_dtype(
             slice_of(p), slice_of(g), slice_of(m), slice_of(scale), beta1, 1.0 if keep is None else keep, maximize
         )
@@ -201,7 +201,7 @@ def _update_in_widest_dtype(
     p.copy_(copy)
 
 
-def _limit(x: Tensor) -> int:
+def limit_of(x: Tensor) -> int:
     """Return how many elements a temporary may have: all of ``x``'s on an accelerator and in compiled code.
 
     Slicing costs more than the memory is worth there: more kernel launches, or a longer graph.
@@ -211,7 +211,7 @@ def _limit(x: Tensor) -> int:
     return min(max(x.numel() >> _SHARE, _SMALLEST), _LARGEST)
 
 
-def _slices(x: Tensor, limit: int) -> Iterator[Callable[[Tensor], Tensor]]:
+def slices_of(x: Tensor, limit: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield functions that cut the same slice, of about ``limit`` elements, out of any tensor they are called with.
 
     The tensor must have the shape of ``x`` or broadcast to it.
@@ -241,7 +241,7 @@ def _windows(
     whole = exp_avg_sq.numel() != param.numel() or param.dim() == 0
     if (
         whole
-        or param.numel() <= max(limit := _limit(param), param[0].numel())
+        or param.numel() <= max(limit := limit_of(param), param[0].numel())
         or (layout != Layout.per_element(tuple(param.shape)))
     ):
         yield param, grad, exp_avg, exp_avg_sq, layout

@@ -73,6 +73,7 @@ TORCH = _engines("AdamW", torch.optim.AdamW, {"elementwise": True}, weight_decay
 OURS = [
     *_engines("AdamMini", AdamMini, {"ours": True}),
     *_engines("AdamMini elementwise", AdamMini, {"ours": True, "elementwise": True}, rules="elementwise"),
+    *_engines("AdamMini factored", AdamMini, {"ours": True}, rules="factored"),
     Subject("Adam_mini", Adam_mini, ours=True, arguments=False),
 ]
 SUBJECTS = {subject.name: subject for subject in (*TORCH, *OURS)}

@@ -1,9 +1,9 @@
 """SIGKILL a run of two FSDP2 ranks again and again: ``python -m tests.experiments.kills --kills 20``.
 
-Every other kill waits for a checkpoint's write to begin and comes within milliseconds of it; the others come at random
-moments after the first step. After each one every visible checkpoint is checked by code of this folder, and the next
-start has to go on from the newest of them. In the end the weights are those of a run that nobody disturbed, bit for
-bit. A folder given with ``--folder`` remembers what was done, so that the script itself may be killed.
+Every second kill waits until a checkpoint is being written, and comes within milliseconds. The others come at random
+moments after training has begun. After each kill, code of this folder checks every visible checkpoint, and the next
+start must resume from the newest one. At the end, the weights must equal those of an undisturbed run, bit for bit. With
+``--folder``, the folder records the kills so far, so that the script itself may be killed and started again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ OPTIONS = ("--parallel=fsdp2",)
 
 
 def config(length: int = 300, every: int = 10) -> TrainConfig:
-    """A run long enough to be killed in."""
+    """A run that is long enough to be killed."""
     base = dataclasses.replace(smoke(), experiment="kills", steps=length, checkpoint_every=every, eval_every=50)
     return base.with_rules_hash()
 
 
 def finish(run: TrainConfig, root: Path) -> dict[str, Any]:
-    """Let the run come to its end, from wherever it stands; its status."""
+    """Resume the run, let it finish, and return its status."""
     folder = run_folder(root, run)
     root.mkdir(parents=True, exist_ok=True)
     if not ended(folder):
@@ -49,24 +49,35 @@ def ended(folder: Path) -> bool:
     return (folder / "status.json").exists() and status(folder)["state"] == "finished"
 
 
-def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) -> dict[str, Any] | None:
-    """Start the run from where it stands and kill it; None where it came to its end first."""
+def kill_once(
+    run: TrainConfig, root: Path, aimed: bool, chance: random.Random, within: float = 4.0
+) -> dict[str, Any] | None:
+    """Resume the run and kill it. Return what was seen, or None if the run finished before the kill.
+
+    Args:
+        run: what is trained.
+        root: results folder; the output of the ranks is added to ``log.txt`` in it.
+        aimed: wait for the write of a checkpoint to begin, and kill within milliseconds of it.
+        chance: source of the moment.
+        within: seconds after the start of training in which a kill comes that is not aimed.
+    """
     folder, log = run_folder(root, run), root / "log.txt"
     checkpoints = folder / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     if ended(folder):
         return None
     known, before = steps(folder), set(checkpoints.glob(".step-*"))
-    said = len(log.read_text()) if log.exists() else 0
+    log.touch()
+    said = len(log.read_text())
     ranks = start_ranks(run, root, log, *OPTIONS)
     try:
         wait_until(lambda: "config {" in log.read_text()[said:], *ranks, log=log)  # rank 0 is about to take a step
         if aimed:
             over = [lambda: set(checkpoints.glob(".step-*.tmp-*")) - before, lambda: ended(folder)]
-            wait_until(lambda: any(sign() for sign in over), log=log)
+            wait_until(lambda: any(sign() for sign in over), log=log, every=0.002)
             time.sleep(chance.uniform(0, 0.01))
         else:
-            time.sleep(chance.uniform(0, 4.0))
+            time.sleep(chance.uniform(0, within))
         if all(r.poll() is not None for r in ranks):
             return None
     finally:
@@ -81,7 +92,7 @@ def kill_once(run: TrainConfig, root: Path, aimed: bool, chance: random.Random) 
 
 
 def compare(run: TrainConfig, killed: Path, straight: Path) -> None:
-    """Same weights, same records."""
+    """Finish both runs and check that their weights and records are equal."""
     a, b = finish(run, killed), finish(run, straight)
     assert a["weights_sha256"] == b["weights_sha256"]
     assert metrics(run_folder(killed, run)) == metrics(run_folder(straight, run))

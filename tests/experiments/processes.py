@@ -1,4 +1,4 @@
-"""Runs as real processes that can be signalled and killed, and checkpoints judged without the trainer's own code."""
+"""Start training runs as processes, signal and kill them, and check their checkpoints without the trainer's code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.configs import TrainConfig
+from tests import forking
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 150.0
 
 
 def flags(config: TrainConfig) -> list[str]:
-    """The command line that makes the smoke config this one."""
+    """The arguments of ``experiments.train`` that change the smoke config into this config."""
     names = ("experiment", "arm", "batch", "steps", "eval_every", "checkpoint_every", "seed")
     return ["smoke", *(f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names)]
 
@@ -32,7 +34,7 @@ def command(config: TrainConfig, root: Path, *options: str) -> list[str]:
 
 
 def start(arguments: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
-    """Python in a process group of its own, both outputs appended to a file."""
+    """Start Python in a separate process group. Its stdout and stderr are appended to a file."""
     own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")}
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -47,19 +49,33 @@ def torchrun(config: TrainConfig, root: Path, log: Path, *options: str, ranks: i
 
 
 def start_ranks(config: TrainConfig, root: Path, log: Path, *options: str, ranks: int = 2) -> list[Any]:
-    """What torchrun would start, without its agent, so that a kill of all of them is a kill of all of them."""
+    """Start the ranks that torchrun would start, but without its agent, which would start killed ranks again.
+
+    The ranks are forked, so that no rank has to import torch again after a kill. ``torchrun`` starts interpreters.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = command(config, root, *options)
     return [
-        start(command(config, root, *options), log, RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank),
-              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        forking.start(_as_a_rank, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, output=log)
         for rank in range(ranks)
-    ]  # fmt: skip
+    ]
+
+
+def _as_a_rank(environment: dict[str, str], arguments: list[str]) -> None:
+    """Run a command line of ``python`` in this process."""
+    os.environ.update(environment)
+    _, module, *sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def kill(processes: list[Any]) -> None:
     for process in processes:
+        if isinstance(process, forking.Forked):
+            process.kill()
+            continue
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     for process in processes:
@@ -67,7 +83,7 @@ def kill(processes: list[Any]) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started and not yet buried."""
+    """The ids of a process's children that are still running."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -77,24 +93,27 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-def wait_until(what: Callable[[], Any], *processes: Any, log: Path) -> Any:
-    """Poll until something is true while the processes live; its value."""
+def wait_until(what: Callable[[], Any], *processes: Any, log: Path, every: float = 0.01) -> Any:
+    """Call ``what`` every ``every`` seconds until its value is true, and return the value.
+
+    It fails if one of the processes ends, or after ``PATIENCE`` seconds.
+    """
     deadline = time.monotonic() + PATIENCE
     while not (value := what()):
         ended = [p.returncode for p in processes if p.poll() is not None]
         assert not ended, f"ended with {ended} too early:\n{log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, f"waited in vain:\n{log.read_text()[-3000:]}"
-        time.sleep(0.002)
+        time.sleep(every)
     return value
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints that a run shows."""
+    """The steps of the complete checkpoints in a run's folder."""
     return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
 
 
 def torn(folder: Path) -> list[str]:
-    """Checkpoints under a final name that are not what their manifest says; none, whenever one looks."""
+    """The names of complete checkpoints whose files differ from their manifest. At any moment there must be none."""
     found = []
     for path in (folder / "checkpoints").glob("step-*"):
         try:
@@ -113,6 +132,6 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run without the one thing that may differ: seconds."""
+    """The records of a run, without the seconds, which differ between equal runs."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]

@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +35,13 @@ LLAMA = LlamaConfig(vocab=8, dim=16, n_layers=1, n_heads=4, n_kv_heads=2, hidden
 GPT = GPTConfig(vocab=8, block_size=8, n_embd=16, n_layer=1, n_head=4)
 
 
+SUBJECTS = {
+    "gpt": GPTConfig(vocab=8, block_size=8, n_embd=4, n_layer=1, n_head=2),
+    "llama": LlamaConfig(vocab=8, dim=4, n_layers=1, n_heads=2, n_kv_heads=1, hidden=8),
+    "mlp": subjects("smoke")["mlp"],
+}
+"""The models of the smoke profile at half their width: an exact Hessian is a product for every parameter."""
+
 shares_the_study = pytest.mark.xdist_group("hessian study")
 
 
@@ -49,14 +57,17 @@ class Recording(StageBar):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a study that has ended."""
     threads = torch.get_num_threads()
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("experiments.studies.hessian_maps.progress.StageBar", Recording)
-        run(out, "smoke")
-    torch.set_num_threads(threads)
-    return out
+        patch.setattr("experiments.studies.hessian_maps.__main__.subjects", lambda profile: SUBJECTS)
+        with patch.context() as recording:
+            recording.setattr("experiments.studies.hessian_maps.progress.StageBar", Recording)
+            run(out, "smoke")
+        torch.set_num_threads(threads)
+        yield out
 
 
 # ---------------------------------------------------------------------------------------------- the whole way
@@ -277,7 +288,7 @@ def test_other_format_version_is_refused(tmp_path: Path) -> None:
 def test_progress_names_the_model_its_state_and_every_matrix(study: Path) -> None:
     """A bar that only says "hessian-gpt-50" leaves minutes unexplained."""
     shown = Recording.SHOWN
-    for name, config in subjects("smoke").items():
+    for name, config in SUBJECTS.items():
         assert f"{name}: training" in shown
         for percent in ("0%", "50%", "100%"):
             where = f"{name} at {percent} of training"

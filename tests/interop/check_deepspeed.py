@@ -42,6 +42,9 @@ BUILT: dict[str, dict[str, Any]] = {
     "own groups": {"kind": "groups", "zero": {"stage": 2}},
     "own groups, stage 3": {"kind": "groups", "zero": STAGE3},
     "rules slim_adam": {"zero": STAGE3, "rules": "slim_adam"},
+    "rules factored, stage 1 offloaded": {"zero": {"stage": 1} | HOST, "rules": "factored"},
+    "rules factored, stage 2": {"zero": {"stage": 2}, "rules": "factored"},
+    "rules factored, stage 3": {"zero": STAGE3, "rules": "factored"},
 }
 MODELS = ("llama", "gpt2", "mixtral")
 

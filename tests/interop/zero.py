@@ -158,23 +158,23 @@ def shadow_case(model: str, zero: dict[str, Any], dtype: str = "bfloat16", **opt
     return {"difference": difference(whole(engine), wanted), "wrapper": type(engine.optimizer).__name__}
 
 
-def whole_state_case(model: str, zero: dict[str, Any], then: dict[str, Any]) -> dict[str, Any]:
+def whole_state_case(model: str, zero: dict[str, Any], then: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Five steps under one ZeRO stage; five more under another, and in one process that knows of no DeepSpeed."""
     from optimizer.sharding import full_state_dict, load_full_state_dict
 
-    engine, optimizer = engine_of(model, zero)
+    engine, optimizer = engine_of(model, zero, **options)
     train(engine, 0, 5)
     document, weights = full_state_dict(optimizer, rank0_only=False), whole(engine)
     assert document is not None
     engine.destroy()
 
-    other, second = engine_of(model, then, weights=weights)
+    other, second = engine_of(model, then, weights=weights, **options)
     load_full_state_dict(second, document)
     train(other, 5, STEPS)
 
     alone = MODELS[model]().to(torch.float32)
     alone.load_state_dict(weights, strict=False)
-    third = AdamMini(alone, **OPTIONS)
+    third = AdamMini(alone, **OPTIONS | options)
     third.load_state_dict(document)
     for step in range(5, STEPS):
         third.zero_grad()
@@ -182,7 +182,7 @@ def whole_state_case(model: str, zero: dict[str, Any], then: dict[str, Any]) -> 
         clip(list(alone.parameters()))
         third.step()
     run = Run(nn.Identity(), optimizer, "ddp", dist.get_world_size(), dist.get_rank(), [])
-    wanted = reference(run, model, "model", torch.float32, STEPS)
+    wanted = reference(run, model, "model", torch.float32, STEPS, **options)
     apart = difference({n: p.detach() for n, p in alone.named_parameters()}, wanted)
     return {"difference": max(apart, difference(whole(other), wanted))}
 

@@ -141,6 +141,11 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
 
+def wrap_compiled(model: nn.Module) -> nn.Module:
+    """Return what ``torch.compile`` makes of a model that will not run; the default backend takes seconds to import."""
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Next-token cross entropy, for models that return logits or a transformers output."""
     out = model(tokens)

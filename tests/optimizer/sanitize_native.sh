@@ -34,4 +34,5 @@ esac
 import sys; c = __import__('os').environ['CXX']; f = Path('$scratch'); print(l._built(f, __import__('shutil').which(c) or c))"
 LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider -x -q -s \
   tests/optimizer/test_native.py tests/optimizer/test_native_strides.py tests/optimizer/test_native_low_bit.py \
+  tests/optimizer/test_native_factored.py \
   -k "not cache and not compiler and not processes and not fifty and not whole_models"

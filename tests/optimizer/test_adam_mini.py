@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from optimizer import AdamMini, Layout, Rules, partition
-from optimizer.step.reference import initial_state, reference_step
 from tests.optimizer.models import GPT, Llama, batch, loss_of, train
+from tests.optimizer.references import reference_of
 
 
 def test_elementwise_is_adamw() -> None:
@@ -30,30 +30,22 @@ def test_sharing_has_an_effect() -> None:
     assert max((p - q).abs().max() for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("rules", ["adam_mini", "adam_mini_v1_0", "short_run", "pytorch_default", "slim_adam"])
+@pytest.mark.parametrize(
+    "rules", ["adam_mini", "adam_mini_v1_0", "short_run", "pytorch_default", "slim_adam", "factored"]
+)
 @pytest.mark.parametrize("make", [lambda: Llama(n_heads=6, n_kv_heads=2, head_dim=5), GPT])
 def test_whole_models_follow_the_reference(rules: str, make) -> None:
     model = make().double()
     layouts = partition(model, rules)
     optimizer = AdamMini(model, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, rules=rules)
     decay = {n: g["weight_decay"] for g in optimizer.param_groups for n in g["param_names"]}
-    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
-    blocks = {n: layouts[n].block_ids(p.shape) for n, p in model.named_parameters()}
-    states = {n: initial_state(p, blocks[n]) for n, p in model.named_parameters()}
+    references = {n: reference_of(p.detach(), layouts[n]) for n, p in model.named_parameters()}
+    expected = {}
     for step in range(4):
         loss_of(model, batch(11, step)).backward()
         for n, p in model.named_parameters():
-            expected[n] = reference_step(
-                expected[n],
-                p.grad,
-                states[n],
-                blocks[n],
-                lr=1e-2,
-                beta1=0.9,
-                beta2=0.95,
-                eps=1e-8,
-                weight_decay=decay[n],
-            )
+            options = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": decay[n]}
+            expected[n] = references[n].step(p.grad, **options)
         optimizer.step()
         optimizer.zero_grad()
     for n, p in model.named_parameters():

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from optimizer import AdamMini, Rules
+from optimizer.partition import FactoredLayout
 from tests.optimizer.models import GPT, Llama, train
 from tests.optimizer.states import refused, same_weights, trained
 
 ADAM = {torch.optim.Adam: {"weight_decay": 0.0}, torch.optim.AdamW: {"weight_decay": 0.01}}
 
 
-SHARED = ["adam_mini", "pytorch_default", "slim_adam", "short_run", "adam_mini_v1_0"]
+SHARED = ["adam_mini", "pytorch_default", "slim_adam", "short_run", "adam_mini_v1_0", "factored"]
 
 
 @pytest.mark.parametrize("new", [*SHARED, "elementwise"])
@@ -88,7 +89,12 @@ def test_adamw_converts_to_any_rules_by_block_means(rules: str, caplog) -> None:
         ours.load_state_dict(adamw.state_dict(), convert=True)
     assert "rebuilt from block means" in caplog.text
     for p, layout in zip(ours.param_groups[0]["params"], ours.layouts[0], strict=True):
-        ids, v = layout.block_ids(p.shape), adamw.state[p]["exp_avg_sq"]
+        v = adamw.state[p]["exp_avg_sq"]
+        if isinstance(layout, FactoredLayout):
+            for name, axis in (("exp_avg_sq", 1), ("exp_avg_sq_col", 0)):
+                torch.testing.assert_close(ours.state[p][name], v.mean(axis, keepdim=True), rtol=1e-5, atol=0)
+            continue
+        ids = layout.block_ids(p.shape)
         for block in range(layout.n_blocks):
             got = ours.state[p]["exp_avg_sq"].expand_as(p)[ids == block]
             torch.testing.assert_close(got, v[ids == block].mean().expand_as(got), rtol=1e-5, atol=0)

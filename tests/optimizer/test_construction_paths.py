@@ -16,7 +16,7 @@ from adam_mini import Adam_mini
 from optimizer import AdamMini, Layout, partition, tag
 from optimizer.partition import discover
 from optimizer.partition.names import clean
-from tests.optimizer.models import GPT, Llama
+from tests.optimizer.models import GPT, Llama, wrap_compiled
 from tests.optimizer.zoo import TEXT
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -78,14 +78,14 @@ def _checkpointed(model: nn.Module) -> nn.Module:
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "compile": torch.compile,
+    "compile": wrap_compiled,
     "checkpointing": _checkpointed,
     "DDP": nn.parallel.DistributedDataParallel,
     "FSDP2": lambda m: fully_shard(m),
     "FSDP1, original parameters": lambda m: FullyShardedDataParallel(
         m, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu")
     ),
-    "compiled DDP of checkpointing": lambda m: torch.compile(nn.parallel.DistributedDataParallel(_checkpointed(m))),
+    "compiled DDP of checkpointing": lambda m: wrap_compiled(nn.parallel.DistributedDataParallel(_checkpointed(m))),
 }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from optimizer import AdamMini, Layout, Rules, Unit, explain, partition, tag
 from optimizer.partition.names import clean
-from tests.optimizer.models import GPT, Llama, batch, loss_of
+from tests.optimizer.models import GPT, Llama, batch, loss_of, wrap_compiled
 
 RULES = Rules("adam_mini").override({"*.output.weight": Unit.ELEMENT, "layers.1.*.wv.weight": "TENSOR"})
 
@@ -36,7 +36,7 @@ def test_every_door_gives_the_same_partition() -> None:
     expected = partition(model, RULES)
     wanted = {id(p): expected[name] for name, p in model.named_parameters()}
     pairs = list(model.named_parameters())
-    compiled = torch.compile(model)
+    compiled = wrap_compiled(model)
     prefixed = [(f"module._fsdp_wrapped_module.{name}", p) for name, p in tag(Llama()).named_parameters()]
     assert layouts(AdamMini(model, rules=RULES)) == wanted
     assert layouts(AdamMini(model.named_parameters(), rules=RULES)) == wanted

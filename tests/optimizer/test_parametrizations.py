@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from optimizer import AdamMini, Role, partition
 from optimizer.partition import discover
+from tests.optimizer.models import wrap_compiled
 
 
 class Attention(nn.Module):
@@ -113,8 +114,8 @@ WRAPS = {
     "sequential": lambda layer: nn.Sequential(layer, nn.Dropout(0.1)),
     "nested": lambda layer: nn.Sequential(nn.ModuleDict({"proj": nn.ModuleList([layer])})),
     "own class": lambda layer: Linears(),
-    "compiled": torch.compile,
-    "in a sequential, compiled": lambda layer: nn.Sequential(torch.compile(layer)),
+    "compiled": wrap_compiled,
+    "in a sequential, compiled": lambda layer: nn.Sequential(wrap_compiled(layer)),
 }
 
 

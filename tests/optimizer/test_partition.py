@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optimizer import AdamMini, Role, Rules, Unit, explain, partition, tag
 from optimizer.partition import discover
 from optimizer.partition.names import clean
-from tests.optimizer.models import GPT, Llama
+from tests.optimizer.models import GPT, Llama, wrap_compiled
 
 
 def per(length: int, count: int) -> list[int]:
@@ -207,7 +207,7 @@ def test_explain_and_wrapped_models() -> None:
     model = Llama()
     text = explain(model, "short_run")
     assert "layers.{0..1}.attention.wq.weight" in text and "ATTENTION_HEAD" in text and "TENSOR" in text
-    compiled = torch.compile(model)
+    compiled = wrap_compiled(model)
     assert {clean(name): layout for name, layout in partition(compiled).items()} == partition(model)
 
 

@@ -59,7 +59,8 @@ def nbytes(tensors: Iterator[Tensor]) -> int:
 
 
 def state_of(optimizer: torch.optim.Optimizer, kind: str) -> int:
-    return nbytes(state[kind] for state in optimizer.state.values())
+    names = (kind, "exp_avg_sq_col") if kind == "exp_avg_sq" else (kind,)
+    return nbytes(state[name] for state in optimizer.state.values() for name in names if name in state)
 
 
 # --- one device: real optimizers ----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """First moments in eight and four bits: the planned bytes are those of ``AdamMini.state_bytes()``.
 
 ``test_plan.py`` compares states whose size follows from a dtype alone. Here it follows from blocks, from rows, and from
-what is too small to quantise; and the planner must refuse what the optimizer refuses.
+what is too small to quantise. ``test_plan_shards`` has the ranks of FSDP2 and ZeRO.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 from optimizer import AdamMini
 from optimizer.__main__ import main
 from optimizer.tools.plan import Setup, make_plan, parameters_of
+from optimizer.tools.targets import load_target
 from tests.optimizer.test_plan import measured, with_gradients
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -88,26 +89,16 @@ def test_temporaries_of_quantised_moments_are_bounded_and_not_by_much(
     assert top <= bound <= 2.1 * top
 
 
-@pytest.mark.parametrize("moment", ["int8", "int4"])
-@pytest.mark.parametrize(
-    ("how", "named"),
-    [
-        (["--world", "8", "--fsdp"], "--fsdp over 8 ranks"),
-        (["--world", "2", "--zero", "1"], "--zero 1 over 2 ranks"),
-        (["--world", "4", "--zero", "2"], "--zero 2 over 4 ranks"),
-        (["--world", "4", "--zero", "3"], "--zero 3 over 4 ranks"),
-        (["--world", "2", "--tp", "2"], "--tp 2"),
-        (["--world", "4", "--tp", "2", "--fsdp"], "--fsdp over 2 ranks"),
-    ],
-)
-def test_what_the_optimizer_refuses_is_refused(moment: str, how: list[str], named: str) -> None:
-    words = rf"--exp-avg-dtype '{moment}' .*{named}.*; choose fp32 or bf16, or leave out"
-    with pytest.raises(SystemExit, match=words):
-        main(["plan", "llama-3-8b", "--exp-avg-dtype", moment, *how])
+@pytest.mark.parametrize(("moment", "bound"), [("int8", 1.05), ("int4", 0.60)])
+@pytest.mark.parametrize("how", [{"sharding": "fsdp"}, {"sharding": "zero3"}, {"sharding": "fsdp", "tp": 2}])
+def test_bytes_per_parameter_of_a_shard(moment: str, bound: float, how: dict[str, Any]) -> None:
+    setup = Setup(world=8, exp_avg_dtype=moment, **how)
+    row = make_plan(parameters_of(load_target("llama-3-8b")), setup, ("adam_mini",)).rows[-1]
+    assert row.state.total <= bound * row.parameters / 2, "bytes per parameter, which has two in bf16"
 
 
 @pytest.mark.parametrize("how", [["--world", "8"], ["--fsdp"], ["--zero", "3"], ["--world", "2", "--zero", "0"]])
-def test_where_nothing_is_sharded_nothing_is_refused(how: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_is_sharded_it_is_as_on_one_device(how: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "gpt2-125m", "--rules", "adam_mini", "--exp-avg-dtype", "int8", *how])
     sharded = capsys.readouterr().out.split("Adam-mini, adam_mini")[1].splitlines()[0]
     main(["plan", "gpt2-125m", "--rules", "adam_mini", "--exp-avg-dtype", "int8"])

@@ -59,6 +59,7 @@ def planned(parameters: list[Parameter], setup: Setup, rules: str) -> list[dict[
         for tensor, count in holding.items():
             state = adam_mini(setup)(tensor)
             total.update({kind: count * getattr(state, kind) for kind in KINDS})
+            total["exp_avg"] += count * state.scales
         out.append(dict(total))
     return out
 
@@ -163,12 +164,12 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def on_ranks(
-    wrapped: Any, model: nn.Module, rules: str, stage: int, world: int, sub_group: int = offline.SUB_GROUP
+    wrapped: Any, model: nn.Module, rules: str, stage: int, world: int, sub_group: int = offline.SUB_GROUP, **more: Any
 ) -> list[dict[str, int]]:
     out = []
     for rank in range(world):
         with rank_of(world, rank):
-            optimizer = AdamMini(model, rules=rules)
+            optimizer = AdamMini(model, rules=rules, **more)
             wrapper = wrapped(optimizer, stage, world, rank, sub_group)
             out.append(optimizer.state_bytes())
             assert wrapper.optimizer is optimizer  # it is alive: the optimizer looks for it
@@ -186,6 +187,34 @@ def test_every_rank_of_zero_holds_what_is_planned(wrapped: Any, name: str, world
         assert planned(parameters, setup, rules) == held
         row = make_plan(parameters, setup, (rules,)).rows[-1]
         assert {kind: getattr(row.state, kind) for kind in KINDS} in held
+
+
+@pytest.mark.parametrize("moment", ["int8", "int4"])
+@pytest.mark.parametrize("stage", [1, 3])
+def test_quantised_moments_of_zero_are_planned_as_they_are_held(wrapped: Any, stage: int, moment: str) -> None:
+    setup = Setup(world=5, sharding=f"zero{stage}", dtype="fp32", exp_avg_dtype=moment)
+    model = MODELS["wide"]()
+    held = on_ranks(wrapped, model, "adam_mini", stage, 5, exp_avg_dtype=moment)
+    assert planned(parameters_of(model), setup, "adam_mini") == held
+
+
+@pytest.mark.parametrize("moment", ["int8", "int4"])
+def test_quantised_moments_of_fsdp2_are_planned_as_they_are_held(moment: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    setup = Setup(world=5, sharding="fsdp", dtype="fp32", exp_avg_dtype=moment)
+    with rank_of(5, 0):
+        model = MODELS["wide"]()
+        parameters = parameters_of(model)
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (5,)))
+        optimizer = AdamMini(model, exp_avg_dtype=moment)
+        held = optimizer.state_bytes()
+        optimizer.init_state()
+        made = sum(
+            x.to_local().nbytes for s in optimizer.state.values() for k, x in s.items() if k.startswith("exp_avg")
+        )
+    assert planned(parameters, setup, "adam_mini") == [held]
+    assert made == held["exp_avg"] + held["exp_avg_sq"]
 
 
 def test_sub_groups_have_a_counter_each(wrapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,16 @@ from optimizer.partition.overrides import Override
 from optimizer.partition.rules import shipped
 from optimizer.partition.schema import SCHEMA_FILE, json_schema
 
-EXPECTED = {"adam_mini", "adam_mini_v1_0", "short_run", "pytorch_default", "slim_adam", "elementwise", "derived"}
+EXPECTED = {
+    "adam_mini",
+    "adam_mini_v1_0",
+    "short_run",
+    "pytorch_default",
+    "slim_adam",
+    "elementwise",
+    "derived",
+    "factored",
+}
 
 
 def test_every_shipped_set_is_complete() -> None:

@@ -1,4 +1,4 @@
-"""The Triton step against the paper's transcription, under Triton's interpreter; and its compilation for CUDA.
+"""The Triton step against the paper's transcription, under Triton's interpreter.
 
 Triton decides whether to interpret when it is imported: the functions named ``check_...`` run in a process of their
 own. What these tests cannot see: everything that the package's docstring says was never run on a device.
@@ -221,50 +221,6 @@ def test_interpreted(checks: list[str]) -> None:
 
 def test_nothing_imports_triton_before_it_is_used() -> None:
     in_a_process("import sys, optimizer, optimizer.step.engines.triton; assert 'triton' not in sys.modules")
-
-
-SHARED = {"addresses": "*i64", "entries": "*i64", "programs": "*i32", "factors": "*fp32", "numbers": "*fp32",
-          "scratch": "*fp32", "P": "constexpr", "G": "constexpr", "M": "constexpr", "WIDTH": "constexpr",
-          "EVEN": "constexpr"}  # fmt: skip
-NUMBERS = ("lr", "beta1", "beta2", "weight_decay", "eps", "sign")
-POINTERS = ("lr_at", "beta1_at", "beta2_at", "decay_at", "scale_at", "found_inf_at")
-
-
-def cubin(kernel: str, capability: int, signature: dict[str, str], constants: dict[str, Any]) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from optimizer.step.engines.triton import kernels
-
-    source = ASTSource(getattr(kernels, kernel), signature, constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", ["prepare", "each", "rows", "span_sums", "span_update", "column_sums",
-                                    "column_update", "seconds"])  # fmt: skip
-def test_compiles_to_machine_code(
-    kernel: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    if kernel == "prepare":
-        own = {"addresses": "*i64", "factors": "*fp32", "numbers": "*fp32", "n": "i32"}
-        own |= dict.fromkeys(NUMBERS, "fp64")
-        plain = cubin(kernel, capability, own | dict.fromkeys(POINTERS, "constexpr"), dict.fromkeys(POINTERS))
-        given_tensors = cubin(kernel, capability, own | dict.fromkeys(POINTERS, "*fp32"), {})
-        assert plain["cubin"] != given_tensors["cubin"]
-        return
-    import triton.language as tl
-
-    types = {"P": tl.bfloat16, "G": tl.bfloat16, "M": tl.float32}
-    for width in (16, 1024) if kernel == "rows" else (0,):
-        made = cubin(kernel, capability, SHARED, {**types, "WIDTH": width, "EVEN": True})
-        assert made["cubin"][:4] == b"\x7fELF" and f"sm_{capability}" in made["ptx"]
-        if kernel != "seconds":
-            assert "ld.global.v4" in made["ptx"], "aligned data is read one number at a time"
-        if "sums" not in kernel and kernel != "seconds":
-            assert "cvt.rn.bf16" in made["ptx"], "rounded to nearest"
 
 
 def test_launches_do_not_grow_with_the_tensors() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -15,6 +14,7 @@ from adam_mini import Adam_mini
 from optimizer import AdamMini, explain, partition
 from optimizer.__main__ import main
 from optimizer.tools.verify import verify
+from tests.optimizer.models import wrap_compiled
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,12 +25,12 @@ def group() -> Iterator[None]:
 
 
 WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "compile": torch.compile,
+    "compile": wrap_compiled,
     "DataParallel": nn.DataParallel,
     "DistributedDataParallel": nn.parallel.DistributedDataParallel,
     "AveragedModel": AveragedModel,
     "ModuleDict": lambda layer: nn.ModuleDict({"module": layer}),
-    "twice": lambda layer: AveragedModel(torch.compile(layer)),
+    "twice": lambda layer: AveragedModel(wrap_compiled(layer)),
 }
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: nn.Linear(4, 6),
@@ -39,7 +39,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "LayerNorm": lambda: nn.LayerNorm(4),
     "MultiheadAttention": lambda: nn.MultiheadAttention(8, 2),
 }
-compiled = torch.compile(nn.Linear(4, 6))
+compiled = wrap_compiled(nn.Linear(4, 6))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of checkpoints: save from some ranks, go on with others."""
+"""Cases that ranks run for the tests of checkpoints: save with some number of ranks, resume with another."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Shard
 
 from optimizer import AdamMini, tag
 from optimizer.sharding import load_full_state_dict
@@ -28,15 +29,17 @@ from tests.sharding.training import FINE, OPTIONS, clip, fsdp1, fsdp2, local, pl
 
 
 def shares() -> int:
-    """Batches of a step, whoever computes them: any number of the ranks shares them equally."""
+    """Number of batches of a step. Every number of ranks up to all of them divides it, so each takes equally many."""
     return math.lcm(*range(1, 1 + dist.get_world_size()))
 
 
-def _start(name: str, mesh: DeviceMesh | None, wrap: Any = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _start(
+    name: str, mesh: DeviceMesh | None, wrap: Any = None, **more: Any
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = MODELS[name]().to(torch.float64)
     if mesh is not None:
         model = wrap(model, mesh)
-    return model, AdamMini(model, **OPTIONS)
+    return model, AdamMini(model, **OPTIONS, **more)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first: int, last: int) -> None:
@@ -51,46 +54,60 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ranks: int, first
 
 WRAPS = {
     "fsdp2": lambda model, mesh: fsdp2(model, mesh=mesh),
+    "fsdp2-columns": lambda model, mesh: fsdp2(
+        model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % 6 == 0 else None
+    ),
     "fsdp1": lambda model, mesh: fsdp1(model, True, process_group=mesh.get_group()),
     "fsdp1-flat": lambda model, mesh: fsdp1(model, False, process_group=mesh.get_group()),
 }
 
 
-def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool) -> dict[str, Any]:
-    """Three steps on n ranks, saved; three more on m: every pair up to all ranks, against six steps in one process."""
-    alone = _start(name, None)
+def checkpoint_case(name: str, wrap: str, folder: str, flatten: bool, **more: Any) -> dict[str, Any]:
+    """Train three steps on n ranks, save, and train three more on m, for every n and m up to the number of ranks.
+
+    Returns:
+        "n to m" -> the largest difference of a parameter from six steps in one process, for the m of this rank.
+    """
+    alone = _start(name, None, **more)
     _train(*alone, 0, 0, 6)
     wanted = dict(alone[0].named_parameters())
     worlds = range(1, 1 + dist.get_world_size())
-    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # every rank takes part in making each
+    meshes = {n: DeviceMesh("cpu", list(range(n))) for n in worlds}  # making a mesh is collective
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
     worst = {}
     for n, mesh in meshes.items():
         if dist.get_rank() < n:
-            model, optimizer = _start(name, mesh, WRAPS[wrap])
+            model, optimizer = _start(name, mesh, WRAPS[wrap], **more)
             _train(model, optimizer, n, 0, 3)
             document = {"model": get_model_state_dict(model),
                         "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
-            dcp.save(
-                document, checkpoint_id=Path(folder, f"{name}-{wrap}-{n}-{flatten}"), process_group=mesh.get_group()
-            )
+            dcp.save(document, checkpoint_id=_path(folder, name, wrap, n, more), process_group=mesh.get_group())
         dist.barrier()
         for m, others in meshes.items():
             if dist.get_rank() < m:
-                worst[f"{n} to {m}"] = _go_on(
-                    name, wrap, Path(folder, f"{name}-{wrap}-{n}-{flatten}"), others, options, wanted
-                )
+                path = _path(folder, name, wrap, n, more)
+                worst[f"{n} to {m}"] = _go_on(name, wrap, path, others, options, wanted, more)
             dist.barrier()
     return worst
 
 
+def _path(folder: str, name: str, wrap: str, ranks: int, more: dict[str, Any]) -> Path:
+    return Path(folder, "-".join(map(str, (name, wrap, ranks, *more.values()))))
+
+
 def _go_on(
-    name: str, wrap: str, folder: Path, mesh: DeviceMesh, options: StateDictOptions, wanted: dict[str, Any]
+    name: str,
+    wrap: str,
+    folder: Path,
+    mesh: DeviceMesh,
+    options: StateDictOptions,
+    wanted: dict[str, Any],
+    more: dict[str, Any],
 ) -> float:
-    model, optimizer = _start(name, mesh, WRAPS[wrap])
+    model, optimizer = _start(name, mesh, WRAPS[wrap], **more)
     with torch.no_grad():
         for p in model.parameters():
-            p.zero_()  # nothing of the fresh model may be of use
+            p.zero_()  # so that a parameter that is not loaded is noticed
     document = {"model": get_model_state_dict(model),
                 "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}  # fmt: skip
     dcp.load(document, checkpoint_id=folder, process_group=mesh.get_group())
@@ -108,7 +125,7 @@ def _apart(model: nn.Module, wanted: dict[str, Any]) -> float:
 
 
 def state_is_whole(name: str = "gpt2") -> str:
-    """Gathered from the ranks, the second moments are those of one process."""
+    """The state gathered from all ranks equals the state of training in one process."""
     model, optimizer = _start(name, DeviceMesh("cpu", list(range(dist.get_world_size()))), WRAPS["fsdp2"])
     alone = _start(name, None)
     _train(model, optimizer, dist.get_world_size(), 0, 4)
@@ -125,7 +142,7 @@ def state_is_whole(name: str = "gpt2") -> str:
 
 
 def _as_in_one_process(model: nn.Module, name: str) -> str:
-    """Whether weights are those of three steps of AdamW, its state converted, and three of AdamMini."""
+    """Compare weights with one process: three steps of AdamW, its state converted, and three steps of AdamMini."""
     alone = MODELS[name]().to(torch.float64)
     first = torch.optim.AdamW(alone.parameters(), **OPTIONS)
     _train(alone, first, 0, 0, 3)
@@ -137,7 +154,7 @@ def _as_in_one_process(model: nn.Module, name: str) -> str:
 
 
 def adamw_case(name: str, wrap: str) -> str:
-    """Sharded AdamW state: refused, and with convert=True what the same state is in one process."""
+    """Sharded AdamW state is refused. With ``convert=True`` training continues as in one process."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     model, _ = _start(name, mesh, WRAPS[wrap])
     before = torch.optim.AdamW(model.parameters(), **OPTIONS)
@@ -157,7 +174,7 @@ def adamw_case(name: str, wrap: str) -> str:
 
 
 def converted_folder_case(name: str, folder: str, flatten: bool) -> str:
-    """AdamW's sharded checkpoint, converted on one rank, taken by all: as the same state in one process."""
+    """One rank converts a sharded AdamW checkpoint and all ranks load it. Training continues as in one process."""
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     model, _ = _start(name, mesh, WRAPS["fsdp2"])
     before = torch.optim.AdamW(model.parameters(), **OPTIONS)

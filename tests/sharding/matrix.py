@@ -24,7 +24,7 @@ def cases(ranks: int) -> list[Trained]:
     out += [Trained("llama-parallel", "tp"), Trained("llama-parallel", "tp", dtype="float32")]
     if ranks % 2 == 0:
         out += [Trained("llama-parallel", "tp-fsdp2"), Trained("llama-parallel", "tp-fsdp2", dtype="float32")]
-    return out
+    return out + [case._replace(rules="factored") for case in out]
 
 
 def kept(ranks: int, folder: str) -> dict[str, Case]:
@@ -72,7 +72,7 @@ def main() -> int:
     chosen = [case for case in cases(arguments.ranks) if arguments.only in identity(case)]
     with tempfile.TemporaryDirectory() as folder:
         others = {n: c for n, c in kept(arguments.ranks, folder).items() if arguments.only in n}
-        trained: dict[str, Case] = {identity(c): ("train_case", c._asdict()) for c in chosen}
+        trained: dict[str, Case] = {identity(c): ("train_case", c.arguments()) for c in chosen}
         styles = parallel.cases(arguments.ranks) if arguments.ranks % 2 == 0 else {}
         styles = {n: c for n, c in styles.items() if arguments.only in n}
         answers = run(arguments.ranks, trained | others | styles, timeout=3600, own_interpreters=True)

@@ -40,7 +40,24 @@ def llama_parallel() -> nn.Module:
     return llama(n_heads=6, n_kv_heads=6, hidden=36)
 
 
-MODELS = {"llama": llama, "llama-parallel": llama_parallel, "gpt2": gpt2, "mixtral": mixtral}
+def wide() -> nn.Module:
+    """Matrices that are large enough to be quantised, with rows of more than one block; nothing divides evenly."""
+    return llama(dim=144, n_heads=6, n_kv_heads=3, head_dim=22, hidden=166)
+
+
+def wide_parallel() -> nn.Module:
+    """The same for tensor parallelism, which shares heads and hidden units evenly."""
+    return llama(dim=144, n_heads=6, n_kv_heads=6, head_dim=22, hidden=168)
+
+
+MODELS = {
+    "wide": wide,
+    "wide-parallel": wide_parallel,
+    "llama": llama,
+    "llama-parallel": llama_parallel,
+    "gpt2": gpt2,
+    "mixtral": mixtral,
+}
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:

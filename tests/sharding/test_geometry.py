@@ -137,7 +137,7 @@ def _summed(geometries: list[Geometry], groups: list[list[tuple[int, ...]]], gra
 
 def _step(geometry: Geometry, means: Tensor, p: Tensor, g: Tensor, m: Tensor, v: Tensor) -> None:
     if geometry.cut is not None:
-        cut_update(geometry, p, g, m, v, means, step=3, **NUMBERS)
+        cut_update(geometry, p, g, {"exp_avg": m, "exp_avg_sq": v}, exchange.Means(means), step=3, **NUMBERS)
     for part in geometry.free if geometry.cut is not None else geometry.boxes[:1]:  # what an engine would take
         box = part.of(p)
         second = part.of_second(v, tuple(box.shape))

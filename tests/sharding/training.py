@@ -333,7 +333,8 @@ def train_case(model: str, wrap: str, kind: str = "model", dtype: str = "float64
     layouts = {
         position: run.optimizer.layouts[position[0]][position[1]]
         for position, shard in run.optimizer._shards._shards.items()
-        if shard.geometry.cut is not None and shard.geometry.cut.size
+        if shard.geometry.cut is not None
+        and (shard.geometry.cut.size or (shard.geometry.columns is not None and shard.geometry.columns.all_groups))
     }
     return {
         "difference": difference(run, model, wanted),

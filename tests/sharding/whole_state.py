@@ -19,12 +19,12 @@ SHARES = 12
 """Batches of a step, whoever computes them."""
 
 
-def _start(name: str, wrap: str, weights: dict[str, Tensor] | None = None) -> Run:
+def _start(name: str, wrap: str, weights: dict[str, Tensor] | None = None, **more: Any) -> Run:
     model = MODELS[name]().to(torch.float64)
     if weights is not None:
         model.load_state_dict(weights)
     wrapped = WRAPS[wrap](model) if wrap != "plain" else model
-    return Run(wrapped, AdamMini(wrapped, **OPTIONS), wrap, dist.get_world_size(), dist.get_rank(), [])
+    return Run(wrapped, AdamMini(wrapped, **OPTIONS, **more), wrap, dist.get_world_size(), dist.get_rank(), [])
 
 
 def _train(run: Run, first: int, last: int) -> None:
@@ -41,23 +41,23 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {plain(name): value.clone() for name, value in get_model_state_dict(model, options=options).items()}
 
 
-def across_case(name: str, wraps: tuple[str, ...]) -> dict[str, Any]:
+def across_case(name: str, wraps: tuple[str, ...], **more: Any) -> dict[str, Any]:
     """Three steps under each wrapper, three more under each: the largest differences to six in one process."""
-    alone = _start(name, "plain")
+    alone = _start(name, "plain", **more)
     _train(alone, 0, 3)
     state_of_one = copy.deepcopy(alone.optimizer.state_dict())
     _train(alone, 3, 6)
     wanted = {n: p.detach() for n, p in alone.model.named_parameters()}
     out: dict[str, Any] = {}
     for source in wraps:
-        run = _start(name, source)
+        run = _start(name, source, **more)
         _train(run, 0, 3)
         document = full_state_dict(run.optimizer, rank0_only=False)
         assert document is not None
         out[f"{source} whole"] = _apart(document, state_of_one)
         weights = _on_all(_weights(run.model) if source != "plain" else run.model.state_dict())
         for target in wraps:
-            then = _start(name, target, weights)
+            then = _start(name, target, weights, **more)
             load_full_state_dict(then.optimizer, document)
             _train(then, 3, 6)
             out[f"{source} to {target}"] = _difference(then, name, wanted)
@@ -82,7 +82,7 @@ def _apart(document: dict[str, Any], wanted: dict[str, Any]) -> float:
     for k, n in enumerate(there):
         for key, value in wanted["state"][k].items():
             assert own[n][key].shape == value.shape, (n, key, own[n][key].shape, value.shape)
-            worst = max(worst, float((own[n][key] - value).abs().max()))
+            worst = max(worst, float((own[n][key].double() - value.double()).abs().max()))
     return worst
 
 

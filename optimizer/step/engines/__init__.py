@@ -7,6 +7,6 @@ that ``torch.compile`` sees, which dispatches to the same engines.
 """
 
 from .compiled import register, traced_step
-from .dispatch import Engines
+from .dispatch import PLACES, SEEDS, Engines, seed_of
 
-__all__ = ["Engines", "register", "traced_step"]
+__all__ = ["PLACES", "SEEDS", "Engines", "register", "seed_of", "traced_step"]

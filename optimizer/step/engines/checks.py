@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...partition.factored import TensorLayout
 from ..dtypes import moment_dtype, moment_format, rounding_of
 from . import native, triton
 
@@ -16,7 +17,13 @@ _CAPTURABLE = ("cuda", "xpu", "hpu", "xla")
 
 
 def require_takeable(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    where: str,
+    layout: TensorLayout | None = None,
+    whole: Sequence[int] | None = None,
 ) -> None:
     """Check one parameter, its gradient and its state before a step.
 
@@ -26,6 +33,8 @@ def require_takeable(
         state: its state, empty before the first step.
         group: the options of its group.
         where: the parameter in words, for messages.
+        layout: its layout; only ``fused=True`` needs it, and only if the second moment is factored.
+        whole: shape of the whole parameter, if this is a shard of it.
 
     Raises:
         RuntimeError: the gradient is sparse, complex, or of another dtype or device than the parameter; the state is of
@@ -34,13 +43,13 @@ def require_takeable(
         AssertionError: ``capturable=True`` on a device that does not support capture, as in torch.
     """
     require_steppable(parameter, grad, where)
-    _require_matching_state(parameter, state, group, where)
+    _require_matching_state(parameter, state, group, where, whole)
     if group["foreach"] and not group["capturable"] and isinstance(group["lr"], Tensor):
         raise RuntimeError(f"the lr of {where} is a tensor; with foreach=True, also set capturable=True")
     if group["capturable"] and not group["fused"] and not torch.compiler.is_compiling():
         _require_capturable(parameter, state, where)
     if group["fused"]:
-        _require_fused(parameter, grad, state, group, where)
+        _require_fused(parameter, grad, state, group, where, layout, whole)
 
 
 def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
@@ -63,11 +72,13 @@ def require_steppable(parameter: Tensor, grad: Tensor, where: str) -> None:
         )
 
 
-def _require_matching_state(parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> None:
+def _require_matching_state(
+    parameter: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str, whole: Sequence[int] | None
+) -> None:
     """Raise RuntimeError if the state was created for another dtype or device than the parameter has now."""
     if "exp_avg" not in state:
         return
-    moment, wanted = state["exp_avg"], moment_dtype(parameter, group)
+    moment, wanted = state["exp_avg"], moment_dtype(parameter, group, whole)
     if moment.device != parameter.device or moment.dtype != wanted:
         raise RuntimeError(
             f"{where} is now {parameter.dtype} on {parameter.device} and needs exp_avg in {wanted} there, but its "
@@ -87,28 +98,39 @@ def _require_capturable(parameter: Tensor, state: Mapping[str, Any], where: str)
 
 
 def _require_fused(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], where: str
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    where: str,
+    layout: TensorLayout | None,
+    whole: Sequence[int] | None,
 ) -> None:
     """Raise RuntimeError if no fused engine supports the tensors, although ``fused=True``."""
     if parameter.device.type == "cuda":
-        moments = {name: state.get(name, parameter) for name in ("exp_avg", "exp_avg_sq")}
-        second = moments["exp_avg_sq"] if state else torch.zeros((), device=parameter.device)
-        plain = moment_format(parameter, group) is None and rounding_of(parameter, group) is None
-        if plain and triton.available() and triton.accepts(parameter, grad, moments["exp_avg"], second):
+        if moment_format(parameter, group, whole) is not None or rounding_of(parameter, group) is not None:
+            reason: str | None = (
+                f"the Triton kernels neither quantise (exp_avg_dtype={group['exp_avg_dtype']}) nor round specially "
+                f"(bf16_rounding={group['bf16_rounding']})"
+            )
+        elif not triton.available():
+            reason = "Triton is not installed"
+        else:
+            second = state.get("exp_avg_sq", torch.zeros((), device=parameter.device))
+            first = state.get("exp_avg", parameter)
+            reason = triton.obstacle(parameter, grad, first, second, state.get("exp_avg_sq_col"))
+        if reason is None:
             return
-        raise RuntimeError(
-            f"fused=True, but Triton is not installed or does not support {where} ({parameter.dtype}, strides "
-            f"{parameter.stride()}, gradient {grad.dtype}, strides {grad.stride()}, exp_avg_dtype="
-            f"{group['exp_avg_dtype']}, bf16_rounding={group['bf16_rounding']}); use fused=None"
-        )
+        raise RuntimeError(f"fused=True, but no fused engine supports {where} on CUDA: {reason}; use fused=None")
     if not native.available():
         raise RuntimeError("fused=True, but the native step cannot be built here (see the log); use fused=None")
     reason = native.obstacle(
         parameter,
         grad,
         state,
+        layout=layout,
         rounding=rounding_of(parameter, group),
-        low_bit=moment_format(parameter, group) is not None,
+        low_bit=moment_format(parameter, group, whole) is not None,
     )
     if reason is not None:
         raise RuntimeError(

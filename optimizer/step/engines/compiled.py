@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ...partition.layout import Layout
+from ...partition.factored import TensorLayout
 from ..labels import label
 from .checks import require_takeable
 from .dispatch import Item, run, seed_of
@@ -70,7 +70,7 @@ def _uncompiled(optimizer: Stepper) -> None:
 
 def _flattened(handle: str) -> bool:
     """Whether a parameter has a layout of flattened tensors, which the operator does not support."""
-    return any(type(layout) is not Layout for layouts in _LIVE[handle].layouts for layout in layouts)
+    return any(not isinstance(layout, TensorLayout) for layouts in _LIVE[handle].layouts for layout in layouts)
 
 
 def _make_state(handle: str) -> bool:
@@ -110,9 +110,9 @@ def _step(
     for i, param, grad in zip(positions, params, grads, strict=True):
         names = sorted(optimizer.state[options["params"][i]])
         state: dict[str, Any] = {name: next(remaining_states) for name in names}
-        require_takeable(param, grad, state, options, label(options, group, i))
         layout = optimizer.layouts[group][i]
-        assert isinstance(layout, Layout)  # parameters with other layouts are not traced
+        assert isinstance(layout, TensorLayout)  # parameters with other layouts are not traced
+        require_takeable(param, grad, state, options, label(options, group, i), layout)
         items.append(Item(i, seed_of(group, i), param, grad, state, layout))
     if not optimizer.skips():
         run(items, options, optimizer.numbers(options))

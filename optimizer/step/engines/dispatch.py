@@ -8,16 +8,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...partition.layout import Layout
+from ...partition.factored import FactoredLayout, TensorLayout
 from ..dtypes import rounding_of
+from ..factored import factored_update
 from ..hyper import Hyper
 from ..labels import label
+from ..moments import format_of
+from ..places import Place
 from ..update import adam_mini_update
 from . import native, triton
 from .checks import require_takeable
 from .foreach import foreach_update
 from .rounded import rounded_update
 from .traced import traced_update
+
+PLACES, SEEDS = "places", "seeds"
+"""Keys of a step's view of a group with shards: each tensor's ``Place`` or None, and each tensor's seed."""
 
 
 class Item(NamedTuple):
@@ -29,7 +35,8 @@ class Item(NamedTuple):
         param: parameter.
         grad: its gradient.
         state: the parameter's optimizer state.
-        layout: the blocks of the parameter.
+        layout: the layout of the parameter.
+        place: where the parameter lies in the whole one, if it is a shard.
     """
 
     position: int
@@ -37,7 +44,8 @@ class Item(NamedTuple):
     param: Tensor
     grad: Tensor
     state: dict[str, Any]
-    layout: Layout
+    layout: TensorLayout
+    place: Place | None = None
 
 
 @dataclass
@@ -55,7 +63,7 @@ class Work:
 
     g: int
     group: dict[str, Any]
-    layouts: list[Layout]
+    layouts: list[TensorLayout]
     batches: native.Batches
     others: list[int]
 
@@ -76,7 +84,7 @@ class Engines:
         self,
         g: int,
         group: dict[str, Any],
-        layouts: list[Layout],
+        layouts: list[TensorLayout],
         states: Mapping[Tensor, Any],
         only: Sequence[int] | None = None,
     ) -> Work:
@@ -120,8 +128,10 @@ class Engines:
                 work.batches.add(record, parameter, grad, i)
                 continue
             where = label(group, g, i)
-            require_takeable(parameter, grad, states.get(parameter) or {}, group, where)
             layouts[i].require(parameter.shape, where)
+            place = group[PLACES][i] if PLACES in group else None
+            whole = None if place is None else place.shape
+            require_takeable(parameter, grad, states.get(parameter) or {}, group, where, layouts[i], whole)
             work.others.append(i)
         return work
 
@@ -134,8 +144,17 @@ class Engines:
             state_of: called with (g, i); returns a parameter's state and creates it if there is none.
         """
         params = work.group["params"]
+        seeds, places = work.group.get(SEEDS), work.group.get(PLACES)
         items = [
-            Item(i, seed_of(work.g, i), params[i], params[i].grad, state_of(work.g, i), work.layouts[i])
+            Item(
+                position=i,
+                seed=seed_of(work.g, i) if seeds is None else seeds[i],
+                param=params[i],
+                grad=params[i].grad,
+                state=state_of(work.g, i),
+                layout=work.layouts[i],
+                place=None if places is None else places[i],
+            )
             for i in work.others
         ]
         ready = self._ready[work.g]
@@ -161,6 +180,8 @@ def run(
     batches = native.Batches(len(items)) if batches is None else batches
     usable = _may_fuse(group) and native.available()
     records = [_prepared(item, group) if usable else None for item in items]
+    if usable:
+        items = _with_dense_gradients(items, records, group)
     listed, on_cuda = [], []
     for item, record in zip(items, records, strict=True):
         if record is not None:
@@ -169,12 +190,13 @@ def run(
             _eager(item, group, hyper)
         elif _may_fuse(group) and triton.available() and _fits_triton(item):
             on_cuda.append(item)
+        elif isinstance(item.layout, FactoredLayout):
+            # Its means are reductions of one tensor, so a list of tensors would take as many operations.
+            _alone(item, group, hyper)
         elif _uses_foreach(group, item.param):
             listed.append(item)
-        elif group["differentiable"] or group["capturable"]:
-            _traced(item, hyper, differentiable=group["differentiable"])
         else:
-            _eager(item, group, hyper)
+            _alone(item, group, hyper)
     for update, tensors in ((triton.triton_update, on_cuda), (foreach_update, listed)):
         if tensors:
             _step_lists(update, tensors, hyper, capturable=group["capturable"])
@@ -195,7 +217,36 @@ def seed_of(g: int, i: int) -> int:
 def _prepared(item: Item, group: Mapping[str, Any]) -> native.Ready | None:
     """Return the native loop's record of the item, or None if the loop does not support its tensors."""
     rounding = rounding_of(item.param, group)
-    return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
+    if item.place is None:
+        return native.prepare(item.param, item.grad, item.state, item.layout, seed=item.seed, rounding=rounding)
+    size = format_of(item.state["exp_avg"]).block if "exp_avg_scale" in item.state else 1
+    random = "exp_avg_scale" in item.state or rounding == "stochastic"
+    streams = item.place.streams(item.seed, size) if random else (0, 0)
+    if streams is None:
+        return None
+    return native.prepare(item.param, item.grad, item.state, item.layout, streams=streams, rounding=rounding)
+
+
+def _with_dense_gradients(
+    items: Sequence[Item], records: list[native.Ready | None], group: Mapping[str, Any]
+) -> list[Item]:
+    """Copy the gradients of factored tensors for which the native loop needs them dense, and complete the records.
+
+    Args:
+        items: the tensors to dispatch.
+        records: their records, None where the loop does not support an item; changed.
+        group: the options of the group.
+    """
+    out = list(items)
+    for k, (item, record) in enumerate(zip(items, records, strict=True)):
+        param, grad, layout = item.param, item.grad, item.layout
+        if record is not None or not isinstance(layout, FactoredLayout) or grad.stride() == param.stride():
+            continue
+        if native.obstacle(param, grad, item.state, layout=layout, rounding=rounding_of(param, group)) is None:
+            dense = item._replace(grad=native.dense_gradient(param, grad))
+            records[k] = _prepared(dense, group)
+            out[k] = dense if records[k] is not None else item
+    return out
 
 
 def _may_fuse(group: Mapping[str, Any]) -> bool:
@@ -209,11 +260,27 @@ def _uses_foreach(group: Mapping[str, Any], parameter: Tensor) -> bool:
     return (group["foreach"] or default) and not group["differentiable"]
 
 
+def _alone(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
+    """Step one tensor with torch operations: on the device alone if autograd or a captured graph needs that."""
+    if not group["differentiable"] and not group["capturable"]:
+        _eager(item, group, hyper)
+    elif group["capturable"] or not hyper.skips():  # a skipped step would give autograd NaNs; a capture cannot ask
+        _traced(item, hyper, differentiable=group["differentiable"])
+
+
 def _traced(item: Item, hyper: Hyper, *, differentiable: bool) -> None:
     """Step one tensor with the traced engine."""
-    param, grad, state, layout = item[2:]
+    param, grad, state, layout = item[2:6]
     traced_update(
-        param, grad, state["exp_avg"], state["exp_avg_sq"], state["step"], layout, hyper, differentiable=differentiable
+        param,
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["step"],
+        layout,
+        hyper,
+        exp_avg_sq_col=state.get("exp_avg_sq_col"),
+        differentiable=differentiable,
     )
 
 
@@ -224,26 +291,37 @@ def _rounds(item: Item, group: Mapping[str, Any]) -> bool:
 
 def _eager(item: Item, group: Mapping[str, Any], hyper: Hyper) -> None:
     """Step one tensor with the eager engine, or with ``rounded_update`` if the step includes a special rounding."""
-    param, grad, state, layout = item[2:]
+    if hyper.skips():
+        return
+    param, grad, state, layout = item[2:6]
     if hyper.grad_scale is not None:
         grad = grad / hyper.grad_scale
     state["step"] += 1
     if _rounds(item, group):
-        rounded_update(param, grad, state, layout, hyper, seed=item.seed, rounding=rounding_of(param, group))
+        rounding = rounding_of(param, group)
+        rounded_update(param, grad, state, layout, hyper, seed=item.seed, rounding=rounding, place=item.place)
         return
     first, second, step = state["exp_avg"], state["exp_avg_sq"], state["step"].item()
-    adam_mini_update(param, grad, first, second, layout, step=step, **(hyper.numbers() | {"lr": hyper.lr}))
+    numbers = hyper.numbers() | {"lr": hyper.lr}
+    if isinstance(layout, FactoredLayout):
+        columns = state["exp_avg_sq_col"]
+        factored_update(param, grad, first, second, columns, layout, step=step, **numbers)
+    else:
+        adam_mini_update(param, grad, first, second, layout, step=step, **numbers)
 
 
 def _fits_triton(item: Item) -> bool:
     """Whether the Triton kernels support the item's tensors."""
-    return triton.accepts(item.param, item.grad, item.state["exp_avg"], item.state["exp_avg_sq"])
+    state = item.state
+    return triton.accepts(item.param, item.grad, state["exp_avg"], state["exp_avg_sq"], state.get("exp_avg_sq_col"))
 
 
 def _step_lists(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyper, *, capturable: bool) -> None:
     """Call an engine that steps lists of tensors."""
-    params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:])
+    params, grads, states, layouts = (list(column) for column in list(zip(*tensors, strict=True))[2:6])
     first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    columns = [state.get("exp_avg_sq_col") for state in states]
+    factored = {} if all(c is None for c in columns) else {"exp_avg_sq_cols": columns}
     update(
         params,
         grads,
@@ -260,4 +338,5 @@ def _step_lists(update: Callable[..., None], tensors: Sequence[Item], hyper: Hyp
         capturable=capturable,
         grad_scale=hyper.grad_scale,
         found_inf=hyper.found_inf,
+        **factored,
     )

@@ -23,13 +23,15 @@ from ...adam_mini import AdamMini
 from ...partition import Rules, tag
 from ...partition.names import clean
 from ...state import checkpoint, matching
-from ...state.blocks import rebuilt, spreads
+from ...state.blocks import spreads
+from ...state.factored import converted_second_moment
 from ...state.grouping import fits, usual
 from ...state.saved import Saved, is_published, read
 from ...step.dtypes import second_moment_dtype
 from .folders import is_folder, mapped_folder
 
 KINDS = ("auto", "adam", "adam-mini", "ours")
+_SECOND = ("exp_avg_sq", "exp_avg_sq_col")  # entries of a second moment
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ def converted(
             saved = read(document["state"][origin.key], slot.parameter.shape, slot.where)
             states[index], was_rebuilt = _converted_state(slot, saved, rules_differ)
             rebuilds += was_rebuilt
-            before, after = before + saved.exp_avg_sq.numel(), after + states[index]["exp_avg_sq"].numel()
+            before += saved.exp_avg_sq.numel() + (0 if saved.columns is None else saved.columns.numel())
+            after += sum(states[index][name].numel() for name in _SECOND if name in states[index])
     names = {slot.name for slot in slots}
     without = tuple(n for n, p in model.named_parameters() if p.requires_grad and clean(n) not in names)
     new = {
@@ -148,10 +151,12 @@ def _converted_state(slot: matching.Slot, saved: Saved, rules_differ: bool) -> t
             f"shape {shape} has; is it a checkpoint of another model?"
         )
     blocks_differ = checkpoint.offence_of(slot, saved, rules_differ) is not None
+    second = {"exp_avg_sq": v} if saved.columns is None else {"exp_avg_sq": v, "exp_avg_sq_col": saved.columns}
     if blocks_differ or tuple(v.shape) != slot.aligned:
-        assert slot.blocks is not None  # ``converted`` built the optimizer from whole parameters.
-        v = rebuilt(v, slot.blocks, shape, second_moment_dtype(slot.parameter))
-    state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, "exp_avg_sq": v, **saved.others}
+        layout = slot.factored or slot.blocks
+        assert layout is not None  # ``converted`` built the optimizer from whole parameters.
+        second = converted_second_moment(saved, layout, shape, second_moment_dtype(slot.parameter), slot.where)
+    state = {"step": torch.tensor(saved.step), "exp_avg": saved.exp_avg, **second, **saved.others}
     if saved.scale is not None:
         state["exp_avg_scale"] = saved.scale
     if saved.compensation is not None:

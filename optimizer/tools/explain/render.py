@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...partition.factored import FactoredLayout
 from .rows import Comparison, Explanation, Row
 
 if TYPE_CHECKING:
@@ -175,6 +176,11 @@ def _diff_summary(comparison: Comparison) -> list[str]:
 
 def _entry(row: Row) -> dict[str, Any]:
     """Return a row as JSON-able values. The numbers are those of one parameter."""
+    layout, factored = row.layout, None
+    rows = layout.rows if isinstance(layout, FactoredLayout) else layout
+    if isinstance(layout, FactoredLayout):
+        segments = [list(pair) for pair in layout.segments]
+        factored = {"segments": segments, "repeat": layout.repeat, "parts": layout.parts, "columns": layout.columns}
     return {
         "name": row.name,
         "count": row.count,
@@ -183,9 +189,10 @@ def _entry(row: Row) -> dict[str, Any]:
         "roles": [role.value for role in row.roles],
         "units": list(row.units),
         "blocks": row.n_blocks,
-        "axis": row.layout.axis,
-        "leading": list(row.layout.leading),
-        "runs": {"segments": [list(pair) for pair in row.layout.runs.segments], "repeat": row.layout.runs.repeat},
+        "axis": rows.axis,
+        "leading": list(rows.leading),
+        "runs": {"segments": [list(pair) for pair in rows.runs.segments], "repeat": rows.runs.repeat},
+        "factored": factored,
         "exp_avg_bytes": row.exp_avg_bytes,
         "exp_avg_sq_bytes": row.exp_avg_sq_bytes,
         "adamw_bytes": row.adamw_bytes,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...partition.apply import layout_of, understood
 from ...partition.discover import discover
-from ...partition.layout import Layout
+from ...partition.factored import TensorLayout
 from ...partition.names import clean
 from ...partition.roles import Anatomy, Role
 from ...partition.rules import Rules
@@ -28,7 +28,7 @@ class Row:
         dtype: dtype of the parameter, without the prefix ``torch.``.
         roles: roles of the parameter's parts, in order.
         units: names of the units whose elements share a scalar, without duplicates, in the order of the parts.
-        layout: division of the parameter into blocks.
+        layout: division of the parameter into blocks, or into factored parts.
         exp_avg_bytes: bytes of the first moment, in the parameter's dtype; 0 for a frozen parameter.
         exp_avg_sq_bytes: bytes of the stored second moment, aligned with the layout's axis; 0 for a frozen parameter.
         adamw_bytes: bytes of both moments of torch's AdamW, in the parameter's dtype; 0 for a frozen parameter.
@@ -45,7 +45,7 @@ class Row:
     dtype: str
     roles: tuple[Role, ...]
     units: tuple[str, ...]
-    layout: Layout
+    layout: TensorLayout
     exp_avg_bytes: int
     exp_avg_sq_bytes: int
     adamw_bytes: int
@@ -169,7 +169,9 @@ def _row(name: str, parameter: Tensor, anatomy: Anatomy, rules: Rules) -> Row:
     layout, override = layout_of(anatomy, rules, name), rules.override_for(name)
     trainable = parameter.requires_grad
     exp_avg_bytes = parameter.numel() * parameter.element_size() if trainable else 0
-    exp_avg_sq_bytes = prod(layout.aligned_shape(anatomy.shape)) * second_moment_dtype(parameter).itemsize
+    shapes = layout.aligned_shape(anatomy.shape), layout.columns_shape(anatomy.shape)
+    values = sum(prod(shape) for shape in shapes if shape is not None)
+    exp_avg_sq_bytes = values * second_moment_dtype(parameter).itemsize
     reasons = ([f"override {override.pattern!r}"] if override else []) + [anatomy.reason, layout.note]
     return Row(
         name=name,

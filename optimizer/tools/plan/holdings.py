@@ -13,10 +13,13 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from ...partition import Layout
+import torch
+
+from ...partition import FactoredLayout, TensorLayout
 from ...sharding.flat import FlatLayout, Range, within
+from ...sharding.flat_moments import FlatMoment, aligned
 from ...sharding.offline import ALIGNMENT, Mesh, chunk, joined, part, place, share, sub_groups
-from ...step.moments import row_axes
+from ...step.moments import Format, quantises, row_axes, state_shapes
 from .sharding import Parameter, Setup, by_decay, require_divisible, tensor_parallel_axis, tensor_parallel_shape
 
 
@@ -31,7 +34,7 @@ class Weight(NamedTuple):
 
     shape: tuple[int, ...]
     axis: int | None
-    layout: Layout
+    layout: TensorLayout
 
 
 class Portion(NamedTuple):
@@ -41,8 +44,8 @@ class Portion(NamedTuple):
         numel: number of elements.
         rows: size of the first axis of the tensor that contains them.
         second: number of second-moment values stored for them.
-        quantised: number of elements of a row if a quantised row spans several axes; 0 otherwise, and for ranges of
-            flattened tensors.
+        quantised: number of elements of a row that is quantised at once: one that spans several axes, or a row of a
+            flattened tensor; 0 if there is no such row.
     """
 
     numel: int
@@ -56,13 +59,13 @@ class Cut(NamedTuple):
 
     Attributes:
         shape: shape of the local tensor.
-        second: shape of the local second moment.
+        second: shape of the local second moment; the number of row and column means if it is factored.
         boxes: (shape, layout) of each box that the local tensor consists of, in the order of their elements.
     """
 
     shape: tuple[int, ...]
     second: tuple[int, ...]
-    boxes: tuple[tuple[tuple[int, ...], Layout], ...]
+    boxes: tuple[tuple[tuple[int, ...], TensorLayout], ...]
 
 
 @lru_cache(maxsize=4096)
@@ -76,11 +79,23 @@ def cut(weight: Weight, dp: int, tp: int) -> Cut:
     """
     shape, axis, layout = weight
     if dp == tp == 1 or not shape:  # FSDP2 does not shard scalars.
-        return Cut(shape, layout.aligned_shape(shape), ((shape, layout),))
+        columns = layout.columns_shape(shape)
+        second = layout.aligned_shape(shape)
+        if columns is not None:
+            second = (prod(second) + prod(columns),)
+        return Cut(shape, second, ((shape, layout),))
     # Imported here, because it imports torch.distributed.tensor, which takes seconds.
     from ...sharding.placed import placed_geometry
+    from ...sharding.placed_columns import placed_factored_geometry
 
-    geometry = placed_geometry(place(shape, axis, Mesh((dp, tp), (0, 0))), layout)  # type: ignore[arg-type]
+    placed = place(shape, axis, Mesh((dp, tp), (0, 0)))
+    if isinstance(layout, FactoredLayout):
+        factored = placed_factored_geometry(placed, layout)  # type: ignore[arg-type]
+        state = factored.columns
+        assert state is not None
+        second = (prod(factored.aligned) + prod(state.shape),)
+        return Cut(factored.shape, second, ((factored.shape, state.local or layout),))
+    geometry = placed_geometry(placed, layout)  # type: ignore[arg-type]
     boxes = tuple(((*(box.shape or geometry.shape[:1]), *geometry.shape[1:]), box.layout) for box in geometry.boxes)
     return Cut(geometry.shape, geometry.aligned, boxes)
 
@@ -114,9 +129,21 @@ class Placed:
         """Shape of the second moment."""
         return cut(self.weight, self.dp, self.tp).second
 
+    def quantised(self, format: Format, itemsize: int) -> tuple[int, int] | None:
+        """Return the bytes of codes and of scales, or None if the first moment is too small to quantise.
+
+        Args:
+            format: the format of the first moment.
+            itemsize: bytes of an element that is not quantised.
+        """
+        if not quantises(self.whole):
+            return None
+        codes, scales = state_shapes(self.shape, format, row_axes(self.whole))
+        return prod(codes), prod(scales) * format.scale_dtype.itemsize
+
     def portions(self) -> list[Portion]:
         """Return the elements that are stepped at once: the whole local tensor."""
-        axes = row_axes(self.shape)
+        axes = row_axes(self.whole)
         row = prod(self.shape[-axes:]) if axes > 1 else 0
         return [Portion(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
 
@@ -130,6 +157,19 @@ class Section:
     start: int
     stop: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter after tensor parallelism."""
+        return cut(self.weight, 1, self.tp).shape
+
+    def quantised(self, format: Format, itemsize: int) -> tuple[int, int]:
+        """Return the bytes of codes, or of a moment that is too small to quantise, and of scales; see ``Placed``."""
+        if not quantises(self.shape):
+            return aligned((self.stop - self.start) * itemsize), 0
+        source = Range(self.shape, self.weight.layout, ((self.start, self.stop),), 0)
+        flat = FlatMoment((source,), self.stop - self.start, format, torch.float32)
+        return aligned(flat.shapes[0][0]), flat.shapes[1][0] * format.scale_dtype.itemsize
+
     def portion(self) -> Portion:
         """Return the number of these elements, and of the second-moment values that a rank stores for them."""
         return _portion(self)
@@ -140,9 +180,11 @@ def _portion(section: Section) -> Portion:
     whole, box_start, second = cut(section.weight, 1, section.tp), 0, 0
     for shape, layout in whole.boxes:
         bounds = within(box_start, box_start + prod(shape), section.start, section.stop)
-        second += prod(FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "").aligned_shape(()))
+        flat = FlatLayout((Range(shape, layout, (bounds,), 0),), prod(shape), "")
+        second += prod(flat.aligned_shape(())) + prod(flat.columns_shape(()) or (0,))
         box_start += prod(shape)
-    return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second)
+    row = prod(whole.shape[-row_axes(whole.shape) :]) if quantises(whole.shape) else 0
+    return Portion(section.stop - section.start, whole.shape[0] if whole.shape else 1, second, row)
 
 
 @dataclass(frozen=True)
@@ -172,6 +214,13 @@ class Flat:
         """Shape of the second moment."""
         return (sum(count * section.portion().second for section, count in self.sections),)
 
+    def quantised(self, format: Format, itemsize: int) -> tuple[int, int] | None:
+        """Return the bytes of codes and of scales, or None if no section is quantised; see ``Placed``."""
+        if not any(quantises(section.shape) for section, _ in self.sections):
+            return None
+        sizes = [(count, *section.quantised(format, itemsize)) for section, count in self.sections]
+        return sum(count * codes for count, codes, _ in sizes), sum(count * scales for count, _, scales in sizes)
+
     def portions(self) -> list[Portion]:
         """Return the elements that are stepped at once: each distinct section."""
         return [section.portion() for section, _ in self.sections]
@@ -182,7 +231,7 @@ Holding = Counter[Tensor]
 """The tensors that one rank's optimizer steps, and the number of equal tensors."""
 
 
-def stepped(parameters: Sequence[Parameter], layouts: Sequence[Layout], setup: Setup) -> Iterator[Holding]:
+def stepped(parameters: Sequence[Parameter], layouts: Sequence[TensorLayout], setup: Setup) -> Iterator[Holding]:
     """Yield the tensors that the optimizer of each rank steps.
 
     Args:
@@ -205,7 +254,7 @@ def stepped(parameters: Sequence[Parameter], layouts: Sequence[Layout], setup: S
         yield Counter(flat for group_flats in flats for flat in group_flats)
 
 
-def _weight(parameter: Parameter, layout: Layout, setup: Setup) -> Weight:
+def _weight(parameter: Parameter, layout: TensorLayout, setup: Setup) -> Weight:
     require_divisible(parameter, setup.tp)
     axis = tensor_parallel_axis(parameter.anatomy) if setup.tp > 1 else None
     return Weight(parameter.anatomy.shape, axis, layout)

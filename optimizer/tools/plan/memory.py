@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ...partition import Layout, Rules, layout_of
+from ...partition import Layout, Rules, TensorLayout, layout_of
 from ...step.moments import FORMATS
 from .holdings import Holding, Tensor, elements, stepped
 from .sharding import DTYPES, Parameter, Setup
 from .states import FP32, Cost, State, adam_mini, adamw, adamw_8bit
 
-DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived")
+DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def make_plan(parameters: Sequence[Parameter], setup: Setup, rules: Sequence[str
     gradients = itemsize * elements(trainable, setup, sharded=setup.zero >= 2)
     numel, has_master = sum(p.numel for p in trainable), setup.master and setup.dtype != "fp32"
 
-    def row(name: str, cost: Cost, layouts: Sequence[Layout], blocks: int, *, all_at_once: bool = False) -> Row:
+    def row(name: str, cost: Cost, layouts: Sequence[TensorLayout], blocks: int, *, all_at_once: bool = False) -> Row:
         stepped_elements, state = worst(stepped(trainable, layouts, setup), cost, all_at_once=all_at_once)
         return Row(name, weights, gradients, FP32 * stepped_elements if has_master else 0, state, blocks)
 

@@ -50,7 +50,7 @@ class Setup:
         master: whether there is an fp32 copy of 16-bit parameters. It is sharded like optimizer state.
 
     Raises:
-        ValueError: an attribute is out of range, or the first moment is quantised although parameters are sharded.
+        ValueError: an attribute is out of range.
     """
 
     world: int = 1
@@ -76,12 +76,6 @@ class Setup:
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ValueError(f"--{name} {value!r} is not one of {', '.join(allowed)}")
-        if self.exp_avg_dtype in FORMATS and self.sharded:
-            raise ValueError(
-                f"--exp-avg-dtype {self.exp_avg_dtype!r} keeps scales that do not reshard with their parameter, and "
-                f"{self.sharded} shards parameters, so AdamMini refuses it; choose fp32 or bf16, or leave out "
-                f"{self.sharded.split()[0]}"
-            )
 
     @property
     def data_parallel(self) -> int:
@@ -92,14 +86,6 @@ class Setup:
     def zero(self) -> int:
         """The equivalent ZeRO stage: 3 for FSDP2, 0 for DDP."""
         return 3 if self.sharding == "fsdp" else int(self.sharding[4:]) if self.sharding != "ddp" else 0
-
-    @property
-    def sharded(self) -> str:
-        """Argument that shards the tensors that the optimizer steps, with its number of ranks; empty if none does."""
-        if self.sharding != "ddp" and self.data_parallel > 1:
-            flag = "--fsdp" if self.sharding == "fsdp" else f"--zero {self.zero}"
-            return f"{flag} over {self.data_parallel} ranks"
-        return f"--tp {self.tp}" if self.tp > 1 else ""
 
     @property
     def flat(self) -> bool:

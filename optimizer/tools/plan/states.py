@@ -11,7 +11,6 @@ import torch
 
 from ...state.specification import state_bytes
 from ...step import moments
-from ...step.dtypes import moment_format
 from .holdings import Portion, Tensor
 from .sharding import DTYPES, Setup
 
@@ -99,16 +98,18 @@ def adamw_8bit(itemsize: int, *, flat: bool) -> Cost:
 def adam_mini(setup: Setup) -> Cost:
     """Return the cost of Adam-mini: the state of ``optimizer.state`` and the temporaries of ``optimizer.step``."""
     name, itemsize = setup.exp_avg_dtype, DTYPES[setup.stepped_dtype]
+    fmt = moments.FORMATS.get(name or "")
     group = {"exp_avg_dtype": name if name is None or name in moments.FORMATS else _TORCH[name], "bf16_rounding": None}
 
     def cost(tensor: Tensor) -> State:
         parameter = torch.empty(tensor.whole, dtype=_TORCH[setup.stepped_dtype], device="meta")
-        fmt = moment_format(parameter, group)
-        scales = 0 if fmt is None else fmt.scale_dtype.itemsize * prod(moments.state_shapes(tensor.shape, fmt)[1])
-        size = state_bytes(parameter, tensor.shape, tensor.second, group)
-        bound = partial(_temporary, itemsize=itemsize) if fmt is None else partial(_quantising, itemsize=itemsize)
+        size, scales = state_bytes(parameter, tensor.shape, tensor.second, group), 0
+        quantised = None if fmt is None else tensor.quantised(fmt, FP32)
+        if quantised is not None:
+            size["exp_avg"], scales = quantised
+        bound = partial(_temporary if quantised is None else _quantising, itemsize=itemsize)
         temporary = max((bound(portion) for portion in tensor.portions()), default=0)
-        return State(size["exp_avg"] - scales, size["exp_avg_sq"], scales, size["step"], temporary)
+        return State(size["exp_avg"], size["exp_avg_sq"], scales, size["step"], temporary)
 
     return cost
 

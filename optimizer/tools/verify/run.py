@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...partition import Anatomy, Role, Rules, discover, layout_of
+from ...partition import Anatomy, Layout, Role, Rules, discover, layout_of
 from ...partition.families import is_convolution
 from ...partition.roles import HEAD_ROLES
 from .compare import judge, looks_like_attention
@@ -80,7 +80,9 @@ def verify(model: nn.Module, inputs: Any = None, *, seed: int = 0, every_layer: 
     findings = []
     for name, anatomy in targets.items():
         footprint, heads = evidence.get(name, (None, None))
-        findings.append(judge(name, anatomy, layout_of(anatomy, rules), footprint, heads))
+        layout = layout_of(anatomy, rules)
+        assert isinstance(layout, Layout)  # these rules factor nothing
+        findings.append(judge(name, anatomy, layout, footprint, heads))
     return Report(tuple(_with_equal_layers(findings, targets)), tuple(ran))
 
 

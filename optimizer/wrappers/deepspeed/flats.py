@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...interface import Calls, LayoutOf, Wrapper, whole_shape
-from ...partition.layout import AnyLayout, Layout
+from ...partition.factored import TensorLayout
+from ...partition.layout import AnyLayout
 from ...sharding.flat import FlatLayout, Range, within
 from ..replacing import replacing
 
@@ -187,7 +188,7 @@ class _Maker:
     def __init__(self, names: Mapping[Tensor, str], layout_of: LayoutOf) -> None:
         self._names, self._of = names, layout_of
 
-    def _layout_of(self, parameter: Tensor) -> Layout:
+    def _layout_of(self, parameter: Tensor) -> TensorLayout:
         """Return a parameter's layout; raise RuntimeError if the optimizer was not built from the parameter."""
         layout = self._of(parameter)
         if layout is None:

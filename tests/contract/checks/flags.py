@@ -170,13 +170,14 @@ def differentiable_through_the_state(subject: Subject) -> None:
     probe = subject.make([("up_proj.weight", p := _doubles(3, 2).detach().requires_grad_())])
     p.grad = torch.ones_like(p)
     probe.step()
-    shape = probe.state[p]["exp_avg_sq"].shape
+    shapes = {name: x.shape for name, x in probe.state[p].items() if name.startswith("exp_avg_sq")}
 
     def act(m: Tensor, v: Tensor) -> Tensor:
         p = _doubles(3, 2).detach().clone().requires_grad_().clone()
         optimizer = subject.make([("up_proj.weight", p)], lr=0.1, differentiable=True)
         p.grad = _doubles(3, 2, seed=1).detach()
-        optimizer.state[p].update(step=torch.tensor(4.0), exp_avg=m.clone(), exp_avg_sq=v.expand(shape).clone())
+        second = {name: v.expand(shape).clone() for name, shape in shapes.items()}
+        optimizer.state[p].update(step=torch.tensor(4.0), exp_avg=m.clone(), **second)
         optimizer.step()
         return p
 

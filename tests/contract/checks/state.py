@@ -60,11 +60,14 @@ def looking_at_state_is_harmless(subject: Subject) -> None:
 
 @check
 def state_has_adams_names(subject: Subject) -> None:
-    """FSDP, DCP and tools look for step, exp_avg and exp_avg_sq; exp_avg has the parameter's shape and dtype."""
+    """FSDP, DCP and tools look for step, exp_avg and exp_avg_sq; exp_avg has the parameter's shape and dtype.
+
+    A factored second moment has means of columns as well.
+    """
     optimizer, pairs = trained(subject)
     for p in tensors(pairs):
         state = optimizer.state[p]
-        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert set(state) - {"exp_avg_sq_col"} == {"step", "exp_avg", "exp_avg_sq"}
         assert state["exp_avg"].shape == p.shape and state["exp_avg"].dtype == p.dtype
 
 

@@ -9,6 +9,7 @@
 #include <deque>
 
 #include "dense.h"
+#include "factored.h"
 #include "low_bit.h"
 #include "strided.h"
 
@@ -65,11 +66,20 @@ int64_t longest(const Layout& l) {
   return out;
 }
 
+// Adds a tensor with a factored second moment to the plan: small matrices as chunks, large ones shared by all threads.
+template <typename T, typename P, typename M, int R>
+void plan_factored(Plan& out, const Task& task) {
+  const Layout& l = task.layout;
+  if (l.numel() / l.outer > kMatrix) out.shared.emplace_back(task, factored_shared<T, P, M, R>);
+  else out.add(task, factored_matrix<T, P, M, R>, l.axis, l.outer);
+}
+
 // Adds a tensor with an unquantised first moment to the plan.
 template <typename T, typename P, typename M, int R>
 void plan(Plan& out, Task task, const Steps& steps) {
   const Layout& l = task.layout;
   task.step = steps.get(static_cast<const T*>(nullptr));
+  if (l.form == kFactored) return plan_factored<T, P, M, R>(out, task);
   const int64_t across = l.between * l.inner;  // elements per index of the axis
   int64_t window = std::max<int64_t>(1, kChunk / across);
   if (l.form == kStrided) return out.add(task, strided_chunk<T, P, M, R>, window, l.outer);
@@ -86,6 +96,7 @@ template <typename T, typename P, typename Q, int R>
 void plan_low_bit(Plan& out, Task task, const Steps& steps) {
   const Layout& l = task.layout;
   task.step = steps.get(static_cast<const T*>(nullptr));
+  if (l.form == kFactored) return out.shared.emplace_back(task, factored_low_bit<T, P, Q, R>), void();
   task.window = std::max<int64_t>(1, kChunk / (l.between * l.inner));
   if (l.between > 1 || l.inner % l.row != 0) {
     task.window = std::max<int64_t>(64, task.window / 64 * 64);
@@ -138,7 +149,7 @@ void process_chunks(const Plan& plan, int threads) {
 
 extern "C" {
 
-int64_t adam_mini_abi() { return 2; }
+int64_t adam_mini_abi() { return 3; }
 
 // Takes one step of n tensors and increments their counters. records: n of Record in tensors.h. grads: the address of
 // each gradient. unscale: the factor of the gradients, 1 / grad scale, negative to ascend.

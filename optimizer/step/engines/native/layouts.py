@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ....partition.factored import FactoredLayout
 from ....partition.layout import Layout
 from ....partition.roles import viewed
 
-_DENSE, _STRIDED = 0, 1
+_DENSE, _STRIDED, _FACTORED = 0, 1, 2
 
 
 class _Dim(NamedTuple):
@@ -66,6 +67,41 @@ def encoded(layout: Layout, row: int, ordered: bool, tensors: Sequence[Tensor]) 
         at = order.index(axis)
         between, inner = prod(shape[d] for d in order[lead:at]), prod(shape[d] for d in order[at + 1 :])
     return _dense(layout, prod(shape[:lead]), between, shape[axis], inner, row)
+
+
+def encoded_factored(layout: FactoredLayout, row: int, ordered: bool, tensors: Sequence[Tensor]) -> Tensor | None:
+    """Encode a factored layout for the native loop; None if the loop does not support the strides of the tensors.
+
+    Args:
+        layout: the layout of the parameter.
+        row: as in ``encoded``.
+        ordered: as in ``encoded``.
+        tensors: as in ``encoded``.
+
+    Returns:
+        int64 tensor, one-dimensional, which ``layout_at`` in tensors.h and ``Columns`` in factored.h decode; or None.
+    """
+    shape = viewed(tuple(tensors[0].shape), layout.fold)
+    lead, axis = len(layout.leading), layout.axis
+    order: list[int] | None = list(range(len(shape)))
+    if not all(t.is_contiguous() for t in tensors):
+        order = None if ordered else _shared_order(_dims(layout.rows, shape, tensors), lead)
+    if order is None:
+        return None
+    at = order.index(axis)
+    means = (*shape[:axis], layout.parts, *shape[axis + 1 :])
+    strides = [prod(means[d + 1 :]) for d in range(len(shape))]
+    axes: list[tuple[int, int]] = []  # (size, stride in the column means) of the axes of columns, in memory's order
+    for d in (*order[lead:at], *order[at + 1 :]):
+        if axes and axes[-1][1] == strides[d] * shape[d]:
+            axes[-1] = (axes[-1][0] * shape[d], strides[d])
+        elif shape[d] != 1:
+            axes.append((shape[d], strides[d]))
+    between, inner = prod(shape[d] for d in order[lead:at]), prod(shape[d] for d in order[at + 1 :])
+    numbers = [_FACTORED, prod(shape[:lead]), between, shape[axis], inner, layout.repeat, row]
+    numbers += [len(layout.segments), 0, 0, -1, *(n for pair in layout.segments for n in pair)]
+    numbers += [layout.parts, strides[axis], len(axes), *(n for pair in axes for n in pair)]
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def _dense(layout: Layout, outer: int, between: int, axis: int, inner: int, row: int) -> Tensor:

@@ -22,7 +22,7 @@ from ...moments import FORMATS
 logger = logging.getLogger("optimizer")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_HEADERS = ("dense.h", "low_bit.h", "numbers.h", "strided.h", "tensors.h")
+_HEADERS = ("dense.h", "factored.h", "low_bit.h", "numbers.h", "strided.h", "tensors.h")
 _FLAGS: tuple[str, ...] = (
     "-O3",
     "-march=native",
@@ -37,7 +37,7 @@ _FLAGS: tuple[str, ...] = (
 if platform.machine() in ("x86_64", "AMD64"):
     # Without this flag compilers use vectors of 256 bits, because older processors are slower with 512.
     _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")
-_ABI = 2
+_ABI = 3
 _TIMEOUT = 300  # seconds that one compilation may last
 
 

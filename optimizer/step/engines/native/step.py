@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....partition.layout import Layout
+from ....partition.factored import FactoredLayout, TensorLayout
 from ...dtypes import second_moment_dtype
 from ...moments import FORMATS, format_of, stored_shapes
-from .layouts import encoded, overlaps
+from ...rounding import PARAMETER_STREAM
+from .layouts import encoded, encoded_factored, overlaps
 from .library import library
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -25,12 +26,18 @@ _PAIRS = _UNQUANTISED_PAIRS | {(p, bits) for p in range(4) for bits in _LOW_BIT.
 """Pairs of codes (dtype of parameter and gradient, dtype or bits of first moment) that the loop is compiled for."""
 _ROUNDINGS = {None: 0, "stochastic": 1, "kahan": 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
-_STATE = ("exp_avg", "exp_avg_sq", "step", "exp_avg_scale", "compensation")
+_STATE = ("exp_avg", "exp_avg_sq", "step", "exp_avg_scale", "compensation", "exp_avg_sq_col")
 _DTYPE = attrgetter("dtype")
 
 
 def obstacle(
-    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], *, rounding: str | None = None, low_bit: bool = False
+    parameter: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Any],
+    *,
+    layout: TensorLayout | None = None,
+    rounding: str | None = None,
+    low_bit: bool = False,
 ) -> str | None:
     """Return why the native loop does not support these tensors, in words, or None if it does.
 
@@ -38,6 +45,7 @@ def obstacle(
         parameter: the parameter.
         grad: its gradient.
         state: its state; empty before the first step.
+        layout: the layout of the parameter; needed if its second moment is factored.
         rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
         low_bit: whether the state will contain a quantised first moment; needed if ``state`` is empty.
     """
@@ -59,7 +67,10 @@ def obstacle(
         for name, tensor in (("parameter", parameter), ("gradient", grad)):
             if not tensor.is_contiguous():
                 return f"the first moment is quantised and the {name} has strides {tensor.stride()}"
-    return _state_obstacle(parameter, state, rounding) if state else None
+    reason = _state_obstacle(parameter, state, rounding) if state else None
+    if reason is None and isinstance(layout, FactoredLayout):
+        return _factored_obstacle(parameter, state, layout, rounding)
+    return reason
 
 
 def _state_obstacle(parameter: Tensor, state: Mapping[str, Any], rounding: str | None) -> str | None:
@@ -95,6 +106,53 @@ def _scale_obstacle(parameter: Tensor, codes: Tensor, scale: Tensor) -> str | No
     if tuple(codes.shape) != codes_shape or tuple(scale.shape) != scale_shape or scale.dtype is not format.scale_dtype:
         return f"their quantised exp_avg and its scale have shapes {tuple(codes.shape)} and {tuple(scale.shape)}"
     return None if codes.is_contiguous() and scale.is_contiguous() else "their quantised exp_avg is not contiguous"
+
+
+def _factored_obstacle(
+    parameter: Tensor, state: Mapping[str, Any], layout: FactoredLayout, rounding: str | None
+) -> str | None:
+    """Return why the loop does not support a factored second moment of tensors that it supports, or None if it does.
+
+    A gradient that is not dense in the parameter's order is copied first (``dense_gradient``), so it is no obstacle.
+    """
+    shapes = {
+        "exp_avg_sq": layout.aligned_shape(parameter.shape),
+        "exp_avg_sq_col": layout.columns_shape(parameter.shape),
+    }
+    for name, shape in shapes.items() if state else ():
+        tensor = state.get(name)
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+            return f"their state's {name} is not a plain tensor on the CPU"
+        if tensor.dtype is not second_moment_dtype(parameter) or tuple(tensor.shape) != shape:
+            return f"their {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not of shape {shape}"
+        if not tensor.is_contiguous():
+            return f"their {name} is not contiguous"
+    if _encoded(parameter, parameter, state, layout, rounding) is None:
+        moment = state.get("exp_avg", parameter)
+        return (
+            "their second moment is factored, and the parameter and exp_avg are not dense in one order of axes "
+            f"(strides {parameter.stride()}, {moment.stride()})"
+        )
+    return None
+
+
+def dense_gradient(parameter: Tensor, grad: Tensor) -> Tensor:
+    """Return a copy of the gradient in the parameter's memory order, if that is dense."""
+    return torch.empty_like(parameter, dtype=grad.dtype, memory_format=torch.preserve_format).copy_(grad)
+
+
+def _encoded(
+    parameter: Tensor, grad: Tensor, state: Mapping[str, Any], layout: TensorLayout, rounding: str | None
+) -> Tensor | None:
+    """Return the encoded layout of a parameter; None if it is factored and its strides are not supported."""
+    scale = state.get("exp_avg_scale")
+    moment = parameter if scale is not None else state.get("exp_avg", parameter)
+    row = 0 if scale is None else _row(parameter, scale)
+    compensation = state.get("compensation", parameter) if rounding == "kahan" else parameter
+    tensors = (parameter, grad, moment, compensation)
+    if isinstance(layout, FactoredLayout):
+        return encoded_factored(layout, row, rounding == "stochastic", tensors)
+    return encoded(layout, row, rounding is not None, tensors)
 
 
 def _row(parameter: Tensor, scale: Tensor) -> int:
@@ -144,7 +202,7 @@ class Ready:
         self.state_values = tuple(state.values())
         self.state_addresses = tuple(t.data_ptr() for t in self.state_values if isinstance(t, Tensor))
         self._layout = layout
-        first, second, step, scale, compensation = (0 if t is None else t.data_ptr() for t in self.state)
+        first, second, step, scale, compensation, columns = (0 if t is None else t.data_ptr() for t in self.state)
         low_bit = self.state[3] is not None
         self.record = (
             parameter.data_ptr(),
@@ -154,6 +212,7 @@ class Ready:
             layout.data_ptr(),
             scale,
             compensation,
+            columns,
             seed,
             _CODES[parameter.dtype],
             (_LOW_BIT if low_bit else _CODES)[state["exp_avg"].dtype],
@@ -173,9 +232,10 @@ def prepare(
     parameter: Tensor,
     grad: Tensor,
     state: Mapping[str, Tensor],
-    layout: Layout,
+    layout: TensorLayout,
     *,
     seed: int = 0,
+    streams: tuple[int, int] | None = None,
     rounding: str | None = None,
 ) -> Ready | None:
     """Return a ``Ready`` for the parameter, or None if the native loop does not support it.
@@ -183,22 +243,25 @@ def prepare(
     Args:
         parameter: the parameter.
         grad: its gradient, any strides.
-        state: exp_avg, exp_avg_sq, step; exp_avg_scale if exp_avg is quantised; compensation for "kahan".
-        layout: the blocks of the parameter.
+        state: exp_avg, exp_avg_sq, step; exp_avg_sq_col if the second moment is factored; exp_avg_scale if exp_avg is
+            quantised; compensation for "kahan".
+        layout: the layout of the parameter.
         seed: the tensor's seed, uint32, for random rounding.
+        streams: for a shard, the result of ``Place.streams`` instead of the seed.
         rounding: rounding of a bf16 parameter: None (to nearest), "stochastic" or "kahan".
     """
-    if not state or obstacle(parameter, grad, state, rounding=rounding) is not None:
+    if not state or obstacle(parameter, grad, state, layout=layout, rounding=rounding) is not None:
         return None
-    scale = state.get("exp_avg_scale")
-    moment = state["exp_avg"] if scale is None else parameter
-    encoded_layout = encoded(
-        layout,
-        0 if scale is None else _row(parameter, scale),
-        rounding is not None,
-        (parameter, grad, moment, state["compensation"] if rounding == "kahan" else parameter),
-    )
-    return Ready(parameter, grad, state, encoded_layout, seed & 0xFFFFFFFF, _ROUNDINGS[rounding])
+    encoded_layout = _encoded(parameter, grad, state, layout, rounding)
+    if encoded_layout is None:
+        return None
+    blocks, elements = (seed & 0xFFFFFFFF, (seed & 0xFFFFFFFF) ^ PARAMETER_STREAM) if streams is None else streams
+    return Ready(parameter, grad, state, encoded_layout, _int64(blocks | elements << 32), _ROUNDINGS[rounding])
+
+
+def _int64(value: int) -> int:
+    """Return the int64 with the bits of a uint64."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 class Batches:

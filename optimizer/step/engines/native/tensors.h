@@ -9,22 +9,23 @@
 
 namespace adam_mini {
 
-// One parameter, as step.py encodes it: one int64 per field. The first seven fields are addresses, 0 for a tensor that
+// One parameter, as step.py encodes it: one int64 per field. The first eight fields are addresses, 0 for a tensor that
 // does not exist.
 struct Record {
-  int64_t param, moment, second, counter, layout, scale, compensation;
-  int64_t seed;
+  int64_t param, moment, second, counter, layout, scale, compensation, columns;
+  int64_t seed;  // of blocks in the lower 32 bits, of elements in the upper 32 bits
   int64_t dtype, moment_dtype, rounding;
 };
 
-enum Form { kDense = 0, kStrided = 1 };
+enum Form { kDense = 0, kStrided = 1, kFactored = 2 };
 
 // One axis: its size, its stride in each tensor, and its stride in row-major order.
 struct Dim { int64_t size, param, grad, moment, compensation, index; };
 
 // A dense tensor is [outer][between][axis][inner] in memory. Its blocks are runs along axis, repeated for each outer
 // index. A strided tensor has the same four sizes as products of its axes, which `dims` lists: first the leading axes,
-// then all others by decreasing stride. The axis of the runs is number axis_at among the others.
+// then all others by decreasing stride. The axis of the runs is number axis_at among the others. A factored tensor is
+// dense, its lengths are (part, length) pairs, and other numbers take the place of `dims` (Columns in factored.h).
 struct Layout {
   int64_t form, outer, between, axis, inner, repeat, row, segments, leading, others, axis_at;
   const int64_t* lengths;  // (length, count) pairs
@@ -87,7 +88,7 @@ struct Tensors {
 
   explicit Tensors(const Task& task)
       : to{reinterpret_cast<P*>(task.record->param), reinterpret_cast<bfloat16*>(task.record->compensation),
-           task.of<T>().count * 0x85ebca6bu + (static_cast<uint32_t>(task.record->seed) ^ 0x5bd1e995u)},
+           task.of<T>().count * 0x85ebca6bu + static_cast<uint32_t>(static_cast<uint64_t>(task.record->seed) >> 32)},
         g(reinterpret_cast<const P*>(task.grad)),
         m(reinterpret_cast<M*>(task.record->moment)),
         v(reinterpret_cast<T*>(task.record->second)) {}

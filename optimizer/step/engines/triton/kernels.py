@@ -2,7 +2,8 @@
 
 Arguments that all kernels but ``prepare`` share:
 
-    addresses  int64 [n, 5]: addresses of each tensor's parameter, gradient, first moment, second moment and counter
+    addresses  int64 [n, ADDRESSES]: addresses of each tensor's parameter, gradient, first moment, second moment,
+               counter, and means of columns (0 if its second moment is not factored)
     entries    int64 [E, FIELDS]: the table of entries
     programs   int32 [P, 2]: the (entry, unit) of each program
     factors    fp32 [n, 2]: -lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import tables
+from .device import ADDRESSES, address, gradients, stepping, update, work
 
 BLOCK = tl.constexpr(tables.BLOCK)
 TILE = tl.constexpr(tables.TILE)
@@ -92,7 +94,7 @@ def prepare(
         stepped = tl.where(tl.load(found_inf_at).to(tl.float32) == 0, 1.0, 0.0)
     i = tl.program_id(0) * COUNTERS + tl.arange(0, COUNTERS)
     inside = i < n
-    counter = tl.load(addresses + 5 * i + 4, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    counter = tl.load(addresses + ADDRESSES * i + 4, mask=inside, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(counter, mask=inside, other=1.0) + stepped
     tl.store(counter, step, mask=inside)
     # If the first step is skipped, the counter is 0, for which there are no corrections. They are not used then.
@@ -119,21 +121,6 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _work(entries, programs):
-    """Return (pointer to the program's entry, its unit)."""
-    program = programs + 2 * tl.program_id(0).to(tl.int64)
-    return entries + tl.load(program).to(tl.int64) * FIELDS, tl.load(program + 1).to(tl.int64)
-
-
-@triton.jit
-def _address(addresses, entry, which: tl.constexpr, dtype: tl.constexpr):
-    """Return a pointer to column ``which`` of the entry's tensor in ``addresses``."""
-    address = tl.load(addresses + 5 * tl.load(entry + TENSOR) + which)
-    # ``accepts`` has checked the alignment, which allows loads of several numbers at a time.
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-
-
-@triton.jit
 def _run(entry, u):
     """Return (outer index, first index along the axis) of run number ``u`` of the entry."""
     repeat, count = tl.load(entry + REPEAT), tl.load(entry + SEGMENT_RUNS)
@@ -141,12 +128,6 @@ def _run(entry, u):
     begin = (inside // count) * tl.load(entry + PERIOD) + (inside % count) * tl.load(entry + LENGTH)
     begin += tl.load(entry + FIRST)
     return outer, begin
-
-
-@triton.jit
-def _stepped(mask, numbers):
-    """Return the mask, or all False if the step is skipped."""
-    return mask & (tl.load(numbers + 5).to(tl.int32) != 0)
 
 
 @triton.jit
@@ -162,24 +143,6 @@ def _scale(v, entry, factors, numbers):
     return tl.load(tensor_factors) / (tl.sqrt(v) * tl.load(tensor_factors + 1) + tl.load(numbers + 3))
 
 
-@triton.jit
-def _gradient(grad, offsets, mask, numbers):
-    """Load gradients as fp32, divided by the gradient scale and negated to ascend."""
-    return tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32) * tl.load(numbers + 4)
-
-
-@triton.jit
-def _update(param, exp_avg, offsets, mask, g, scale, numbers):
-    """Apply weight decay, update first moment and parameter; arithmetic is fp32 and each is rounded once."""
-    m = tl.load(exp_avg + offsets, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
-    m = m + tl.load(numbers) * (g - m)
-    p = tl.load(numbers + 2) * p + m * scale
-    stepped = _stepped(mask, numbers)
-    tl.store(exp_avg + offsets, m.to(exp_avg.dtype.element_ty), mask=stepped)
-    tl.store(param + offsets, p.to(param.dtype.element_ty), mask=stepped)
-
-
 # The arguments that the kernels share stay on two lines (fmt: skip), so that they can be compared at a glance.
 
 
@@ -189,18 +152,18 @@ def each(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Step a tensor in which every element is a block; a unit is BLOCK elements."""
-    entry, unit = _work(entries, programs)
-    param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
-    exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
+    entry, unit = work(entries, programs, FIELDS)
+    param, grad = address(addresses, entry, 0, P), address(addresses, entry, 1, G)
+    exp_avg, exp_avg_sq = address(addresses, entry, 2, M), address(addresses, entry, 3, tl.float32)
     offsets = unit * BLOCK + tl.arange(0, BLOCK)
     numel = tl.load(entry + NUMEL)
     if EVEN:
         numel = tl.multiple_of(numel, 16)
     mask = offsets < numel
-    g = _gradient(grad, offsets, mask, numbers)
+    g = gradients(grad, offsets, mask, numbers)
     v = _second(tl.load(exp_avg_sq + offsets, mask=mask, other=0.0), g * g, numbers)
-    tl.store(exp_avg_sq + offsets, v, mask=_stepped(mask, numbers))
-    _update(param, exp_avg, offsets, mask, g, _scale(v, entry, factors, numbers), numbers)
+    tl.store(exp_avg_sq + offsets, v, mask=stepping(mask, numbers))
+    update(param, exp_avg, offsets, mask, g, _scale(v, entry, factors, numbers), numbers)
 
 
 @triton.jit
@@ -209,9 +172,9 @@ def rows(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Step contiguous runs; a unit is TILE // WIDTH runs. The second read of the gradient comes from cache."""
-    entry, unit = _work(entries, programs)
-    param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
-    exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
+    entry, unit = work(entries, programs, FIELDS)
+    param, grad = address(addresses, entry, 0, P), address(addresses, entry, 1, G)
+    exp_avg, exp_avg_sq = address(addresses, entry, 2, M), address(addresses, entry, 3, tl.float32)
     u = unit * (TILE // WIDTH) + tl.arange(0, TILE // WIDTH)
     valid = u < tl.load(entry + N_RUNS)
     outer, begin = _run(entry, u)
@@ -224,7 +187,7 @@ def rows(
     squares = tl.zeros([TILE // WIDTH, WIDTH], dtype=tl.float32)
     for start in range(0, size, WIDTH):
         mask = valid[:, None] & (start + k < size)[None, :]
-        g = _gradient(grad, (index * inner)[:, None] + start + k[None, :], mask, numbers)
+        g = gradients(grad, (index * inner)[:, None] + start + k[None, :], mask, numbers)
         squares += g * g
     mean = tl.sum(squares, 1) / size.to(tl.float32)
     v = _second(tl.load(exp_avg_sq + index, mask=valid, other=0.0), mean, numbers)
@@ -233,14 +196,14 @@ def rows(
     for start in range(0, size, WIDTH):
         mask = valid[:, None] & (start + k < size)[None, :]
         offsets = (index * inner)[:, None] + start + k[None, :]
-        _update(param, exp_avg, offsets, mask, _gradient(grad, offsets, mask, numbers), scale, numbers)
+        update(param, exp_avg, offsets, mask, gradients(grad, offsets, mask, numbers), scale, numbers)
 
 
 @triton.jit
 def _spread(exp_avg_sq, index, length, v, valid, numbers, WIDTH: tl.constexpr):
     """Store v of each run at all its indices, after every thread of the program has read the old values."""
     tl.debug_barrier()
-    stepped = _stepped(valid, numbers)
+    stepped = stepping(valid, numbers)
     for start in range(0, length, WIDTH):
         k = start + tl.arange(0, WIDTH)
         mask = stepped[:, None] & (k < length)[None, :]
@@ -269,13 +232,13 @@ def span_sums(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute the sums of squares of chunks of long runs; a unit is a chunk."""
-    entry, unit = _work(entries, programs)
-    grad = _address(addresses, entry, 1, G)
+    entry, unit = work(entries, programs, FIELDS)
+    grad = address(addresses, entry, 1, G)
     u, part, offset, size = _chunk(entry, unit, EVEN)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, size, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        g = _gradient(grad, offset + k, k < size, numbers)
+        g = gradients(grad, offset + k, k < size, numbers)
         squares += g * g
     tl.store(scratch + tl.load(entry + SCRATCH) + part * tl.load(entry + STRIDE) + u, tl.sum(squares, 0))
 
@@ -286,16 +249,16 @@ def span_update(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Update a chunk of a long run; a unit is a chunk."""
-    entry, unit = _work(entries, programs)
-    param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
-    exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
+    entry, unit = work(entries, programs, FIELDS)
+    param, grad = address(addresses, entry, 0, P), address(addresses, entry, 1, G)
+    exp_avg, exp_avg_sq = address(addresses, entry, 2, M), address(addresses, entry, 3, tl.float32)
     u, _, offset, size = _chunk(entry, unit, EVEN)
     outer, begin = _run(entry, u)
     scale = _scale(tl.load(exp_avg_sq + outer * tl.load(entry + AXIS) + begin), entry, factors, numbers)
     for start in range(0, size, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        g = _gradient(grad, offset + k, k < size, numbers)
-        _update(param, exp_avg, offset + k, k < size, g, scale, numbers)
+        g = gradients(grad, offset + k, k < size, numbers)
+        update(param, exp_avg, offset + k, k < size, g, scale, numbers)
 
 
 @triton.jit
@@ -304,8 +267,8 @@ def column_sums(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Sum squares down the columns of [between][axis * inner]; a unit is COLUMNS columns of ROWS rows."""
-    entry, unit = _work(entries, programs)
-    grad = _address(addresses, entry, 1, G)
+    entry, unit = work(entries, programs, FIELDS)
+    grad = address(addresses, entry, 1, G)
     width, between = tl.load(entry + AXIS) * tl.load(entry + INNER), tl.load(entry + BETWEEN)
     if EVEN:
         width = tl.multiple_of(width, 16)
@@ -317,7 +280,7 @@ def column_sums(
     for start in range(0, ROWS, 16):
         row = part * ROWS + start + tl.arange(0, 16)
         mask = (row < between)[:, None] & (column < width)[None, :]
-        g = _gradient(grad, ((outer * between + row) * width)[:, None] + column[None, :], mask, numbers)
+        g = gradients(grad, ((outer * between + row) * width)[:, None] + column[None, :], mask, numbers)
         squares += g * g
     sums = scratch + tl.load(entry + SCRATCH) + part * tl.load(entry + STRIDE) + outer * width + column
     tl.store(sums, tl.sum(squares, 0), mask=column < width)
@@ -329,9 +292,9 @@ def column_update(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Update elements, each with the second moment of its index along the axis; a unit is BLOCK elements."""
-    entry, unit = _work(entries, programs)
-    param, grad = _address(addresses, entry, 0, P), _address(addresses, entry, 1, G)
-    exp_avg, exp_avg_sq = _address(addresses, entry, 2, M), _address(addresses, entry, 3, tl.float32)
+    entry, unit = work(entries, programs, FIELDS)
+    param, grad = address(addresses, entry, 0, P), address(addresses, entry, 1, G)
+    exp_avg, exp_avg_sq = address(addresses, entry, 2, M), address(addresses, entry, 3, tl.float32)
     axis, inner, between = tl.load(entry + AXIS), tl.load(entry + INNER), tl.load(entry + BETWEEN)
     offsets = unit * BLOCK + tl.arange(0, BLOCK)
     numel = tl.load(entry + NUMEL)
@@ -340,8 +303,8 @@ def column_update(
     mask = offsets < numel
     index = offsets // (between * axis * inner) * axis + offsets // inner % axis
     v = tl.load(exp_avg_sq + index, mask=mask, other=0.0)
-    g = _gradient(grad, offsets, mask, numbers)
-    _update(param, exp_avg, offsets, mask, g, _scale(v, entry, factors, numbers), numbers)
+    g = gradients(grad, offsets, mask, numbers)
+    update(param, exp_avg, offsets, mask, g, _scale(v, entry, factors, numbers), numbers)
 
 
 @triton.jit
@@ -350,8 +313,8 @@ def seconds(
     WIDTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute second moments from partial sums, which are added in a fixed order; a unit is RUNS runs."""
-    entry, unit = _work(entries, programs)
-    exp_avg_sq = _address(addresses, entry, 3, tl.float32)
+    entry, unit = work(entries, programs, FIELDS)
+    exp_avg_sq = address(addresses, entry, 3, tl.float32)
     u = unit * RUNS + tl.arange(0, RUNS)
     valid = u < tl.load(entry + N_RUNS)
     outer, begin = _run(entry, u)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....partition.layout import Layout
+from ....partition.factored import FactoredLayout, TensorLayout
+from .factored_tables import Matrix
 from .tables import Dense, Tables, tables
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -23,7 +24,8 @@ _CAPTURED: list[Tensor] = []  # tables that captured CUDA graphs read at every r
 _LIBRARY = torch.library.Library("adam_mini", "FRAGMENT")
 _LIBRARY.define(
     "triton_update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, int[] layouts, float[] numbers, Tensor?[] instead) -> ()"
+    "Tensor(d!)[] steps, Tensor(e!)[] exp_avg_sq_cols, int[] layouts, int[] matrices, float[] numbers, "
+    "Tensor?[] instead) -> ()"
 )
 
 
@@ -35,20 +37,37 @@ def available() -> bool:
     return _interpreted() or (torch.cuda.is_available() and torch.version.hip is None)
 
 
-def accepts(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
-    """Whether the kernels support these tensors.
+def accepts(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_sq_col: Tensor | None = None
+) -> bool:
+    """Whether the kernels support these tensors; see ``obstacle``."""
+    return obstacle(param, grad, exp_avg, exp_avg_sq, exp_avg_sq_col) is None
+
+
+def obstacle(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_sq_col: Tensor | None = None
+) -> str | None:
+    """Return in words what keeps the kernels from stepping these tensors, or None.
 
     They must be contiguous, fp32, bf16 or fp16, and begin at multiples of 16 bytes on one CUDA device; ``exp_avg_sq``
-    must be fp32.
+    and ``exp_avg_sq_col`` must be fp32. ``exp_avg_sq_col`` is None unless the second moment is factored.
     """
-    tensors = (param, grad, exp_avg, exp_avg_sq)
-    return (
-        all(type(t) in _PLAIN and t.is_contiguous() and t.dtype in _TYPES for t in tensors)
-        and all(t.data_ptr() % 16 == 0 for t in tensors)
-        and exp_avg_sq.dtype == torch.float32
-        and len({t.device for t in tensors}) == 1
-        and param.device.type == ("cpu" if _interpreted() else "cuda")
-    )
+    names = ("parameter", "gradient", "exp_avg", "exp_avg_sq", "exp_avg_sq_col")
+    wanted = "cpu" if _interpreted() else "cuda"
+    for name, t in zip(names, (param, grad, exp_avg, exp_avg_sq, exp_avg_sq_col), strict=True):
+        if t is None:
+            continue
+        if type(t) not in _PLAIN:
+            return f"its {name} is a {type(t).__name__}, not a plain tensor"
+        if t.device.type != wanted or t.device != param.device:
+            return f"its {name} is on {t.device}, not on one {wanted} device with the others"
+        if not t.is_contiguous():
+            return f"its {name} has strides {t.stride()} and is not contiguous"
+        if t.dtype not in (_TYPES if name in names[:3] else (torch.float32,)):
+            return f"its {name} is {t.dtype}"
+        if t.data_ptr() % 16:
+            return f"its {name} does not begin at a multiple of 16 bytes"
+    return None
 
 
 def triton_update(
@@ -57,8 +76,9 @@ def triton_update(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
-    layouts: Sequence[Layout],
+    layouts: Sequence[TensorLayout],
     *,
+    exp_avg_sq_cols: Sequence[Tensor | None] | None = None,
     lr: float | Tensor,
     beta1: float | Tensor,
     beta2: float | Tensor,
@@ -71,8 +91,9 @@ def triton_update(
 ) -> None:
     """Take one Adam-mini step of every tensor, in place, and increment the step counters.
 
-    Source: arXiv 2406.16793, Algorithm 1; the equations have the order of ``reference.reference_step``. Arithmetic is
-    fp32 and bias corrections are fp64; parameter and first moment are rounded once each.
+    Source: arXiv 2406.16793, Algorithm 1; the equations have the order of ``reference.reference_step``, or under a
+    factored layout that of ``reference.factored_reference_step``. Arithmetic is fp32 and bias corrections are fp64;
+    parameter and first moment are rounded once each.
 
     Args:
         params: parameters for which ``accepts`` is true; changed.
@@ -80,7 +101,9 @@ def triton_update(
         exp_avgs: first moments, shapes of the parameters; changed.
         exp_avg_sqs: second moments, shapes ``layout.aligned_shape(param.shape)``, fp32; changed.
         steps: number of steps taken before this one, 0-dim fp32 each, on the device or the CPU; changed.
-        layouts: the blocks of each parameter.
+        layouts: the layout of each parameter.
+        exp_avg_sq_cols: means of columns under a factored layout, shapes ``layout.columns_shape(param.shape)``, fp32;
+            changed. None under any other layout; None instead of the sequence if no layout is factored.
         lr: learning rate; a one-element tensor on the device is read by the kernels, any other number by the host.
         beta1: decay rate of the first moment, in [0, 1); read like ``lr``.
         beta2: decay rate of the second moment, in [0, 1); read like ``lr``.
@@ -99,10 +122,18 @@ def triton_update(
     values = (lr, beta1, beta2, weight_decay)
     numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in values] + [eps, -1.0 if maximize else 1.0]
     instead = [x if isinstance(x, Tensor) else None for x in values] + [grad_scale, found_inf]
-    shapes = [n for layout, p in zip(layouts, params, strict=True) for n in Dense.of(layout, p.shape).numbers()]
-    torch.ops.adam_mini.triton_update_(
-        list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), list(steps), shapes, numbers, instead
-    )
+    # The operator takes tensors with a factored second moment after all others.
+    order = sorted(range(len(params)), key=lambda i: isinstance(layouts[i], FactoredLayout))
+    lists = [[tensors[i] for i in order] for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]
+    columns = [c for c in exp_avg_sq_cols or () if c is not None]
+    shapes: list[int] = []
+    matrices: list[int] = []
+    for layout, p in zip(layouts, params, strict=True):
+        if isinstance(layout, FactoredLayout):
+            matrices += Matrix.of(layout, p.shape).numbers()
+        else:
+            shapes += Dense.of(layout, p.shape).numbers()
+    torch.ops.adam_mini.triton_update_(*lists, columns, shapes, matrices, numbers, instead)
 
 
 def _operator(
@@ -111,19 +142,23 @@ def _operator(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
+    exp_avg_sq_cols: list[Tensor],
     layouts: list[int],
+    matrices: list[int],
     numbers: list[float],
     instead: list[Tensor | None],
 ) -> None:
     """Implement the operator: launch the kernels once per combination of device and dtypes.
 
     Args:
-        params: parameters; changed.
+        params: parameters, those with a factored second moment last; changed.
         grads: their gradients.
         exp_avgs: first moments; changed.
         exp_avg_sqs: second moments; changed.
         steps: step counters; changed.
-        layouts: the layouts, each encoded by ``Dense.numbers``.
+        exp_avg_sq_cols: means of columns of the last parameters; changed.
+        layouts: the layouts of the first parameters, each encoded by ``Dense.numbers``.
+        matrices: the layouts of the last parameters, each encoded by ``Matrix.numbers``.
         numbers: lr, beta1, beta2, weight_decay, eps, and -1 to ascend the gradient, else 1.
         instead: tensors that replace the first four numbers, then grad_scale and found_inf; None where there is none.
     """
@@ -136,18 +171,20 @@ def _operator(
     for i, tensors in enumerate(zip(params, grads, exp_avgs, strict=True)):
         key = (tensors[0].device, *(t.dtype for t in tensors))
         groups[key].append(i)
-    shapes = list(Dense.read(layouts))
+    shapes = [*Dense.read(layouts), *Matrix.read(matrices)]
+    means = [*[None] * (len(params) - len(exp_avg_sq_cols)), *exp_avg_sq_cols]
     for (device, *dtypes), members in groups.items():
         counters = [steps[i] for i in members]
         if on_host:
             counters = list(torch.tensor([float(t) for t in counters], device=device).unbind())
         columns = [[tensors[i] for i in members] for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
-        _launch([*columns, counters], _tables(tuple(shapes[i] for i in members), device), dtypes, numbers, instead)
+        work = _tables(tuple(shapes[i] for i in members), device)
+        _launch([*columns, counters], [means[i] for i in members], work, dtypes, numbers, instead)
     if on_host:
         torch._foreach_add_(steps, 1)
     # Autograd does not see what the kernels write. With new versions, a backward pass that needs the old values fails
     # instead of using the new ones.
-    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *exp_avg_sq_cols])
 
 
 _LIBRARY.impl("triton_update_", _operator, "CompositeExplicitAutograd")
@@ -155,13 +192,14 @@ torch.library.register_fake("adam_mini::triton_update_", lambda *arguments: None
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(layouts: tuple[Dense, ...], device: torch.device) -> Tables:
+def _tables(layouts: tuple[Dense | Matrix, ...], device: torch.device) -> Tables:
     """Return the tables of these layouts, cached, because layouts rarely change between steps."""
     return tables(layouts, device)
 
 
 def _launch(
     columns: list[list[Tensor]],
+    means: list[Tensor | None],
     work: Tables,
     dtypes: Sequence[torch.dtype],
     numbers: Sequence[float],
@@ -171,16 +209,18 @@ def _launch(
 
     Args:
         columns: lists of parameters, gradients, first moments, second moments and step counters.
+        means: the means of columns of each tensor; None if its second moment is not factored.
         work: the tables for their layouts.
         dtypes: dtypes of parameters, gradients and first moments.
         numbers: lr, beta1, beta2, weight_decay, eps, and -1 to ascend the gradient, else 1.
         instead: tensors that replace the first four numbers, then grad_scale and found_inf; None where there is none.
     """
-    from . import kernels  # imports triton
+    from . import factored_kernels, kernels  # these import triton
 
     device, count = columns[0][0].device, len(columns[0])
-    table = torch.tensor([[t.data_ptr() for t in row] for row in zip(*columns, strict=True)])
-    if bool((table[:, :4] % 16).any()):
+    rows = zip(*columns, means, strict=True)
+    table = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in rows])
+    if bool((table[:, [0, 1, 2, 3, 5]] % 16).any()):
         raise ValueError("a tensor does not begin at a multiple of 16 bytes; call accepts() before triton_update()")
     addresses = _on_device(table, device)
     floats = torch.empty(2 * count + 6 + work.scratch, dtype=torch.float32, device=device)
@@ -200,7 +240,8 @@ def _launch(
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernels.prepare[(-(-count // _COUNTERS),)](addresses, factors, shared, count, *values, *pointers)
         for launch in work.launches:
-            getattr(kernels, launch.kernel)[(len(launch.programs),)](
+            module = factored_kernels if launch.kernel.startswith("factored") else kernels
+            getattr(module, launch.kernel)[(len(launch.programs),)](
                 addresses,
                 launch.entries,
                 launch.programs,

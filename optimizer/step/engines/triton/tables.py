@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ....partition.layout import Layout
 from ....partition.roles import viewed
+from .factored_tables import Matrix, Means, Tile, matrix_work
 
 BLOCK = 2048  # elements that a program processes at a time in one-dimensional work
-TILE = 4096  # elements of a tile of the kernel ``rows``
+TILE = 1024  # elements of a tile of the kernel ``rows``; with 4096, ptxas spills registers
 LONGEST_ROW = 1 << 15  # elements; longer runs are divided among several programs
 SMALLEST_CHUNK = 1 << 13  # smallest number of elements of a run per program
 MOST_CHUNKS = 256  # largest number of programs per run and index of ``between``
 SHORTEST_SPAN = 128  # elements; with shorter runs the kernels sum columns, so that a warp reads contiguous memory
 ROWS, COLUMNS = 256, 64  # shape of a tile in which columns are summed
-RUNS, PARTS = 16, 64  # shape of a tile in which partial sums are added
+RUNS, PARTS = 16, 32  # shape of a tile in which partial sums are added; with 64 parts, ptxas spills registers
 
 
 class Dense(NamedTuple):
@@ -123,8 +124,9 @@ class Launch(NamedTuple):
     Attributes:
         kernel: name of the kernel.
         columns: columns of a tile of the kernel ``rows``; 0 for any other kernel.
-        even: whether all rows, runs and tensors begin and end at multiples of 16 elements.
-        entries: int64 [E, FIELDS], the table of entries.
+        even: whether all rows, runs and tensors begin and end at multiples of 16 elements; False for the kernels of
+            factored second moments, whose entries tell it.
+        entries: int64 [E, fields], the table of entries.
         programs: int32 [P, 2], the (entry, unit) of each program.
     """
 
@@ -152,7 +154,7 @@ class _Builder:
     """Collects the entries of all tensors, by launch, and counts the scratch memory."""
 
     def __init__(self) -> None:
-        self.work: defaultdict[tuple[str, int, bool], list[tuple[Entry, int]]] = defaultdict(list)
+        self.work: defaultdict[tuple[str, int, bool], list[tuple[Entry | Tile | Means, int]]] = defaultdict(list)
         self.scratch = 0
 
     def add(self, kernel: str, entry: Entry, units: int, columns: int = 0) -> None:
@@ -176,6 +178,12 @@ class _Builder:
                 self.add("rows", entry, _ceil(entry.runs, TILE // columns), columns)
             else:
                 self.spans(entry)
+
+    def matrix(self, i: int, matrix: Matrix) -> None:
+        """Add the launches for tensor number ``i``, whose second moment is factored."""
+        work, self.scratch = matrix_work(i, matrix, self.scratch)
+        for kernel, entry, units in work:
+            self.work[kernel, 0, False].append((entry, units))
 
     def spans(self, entry: Entry) -> None:
         """Add the launches for long runs, each of which is cut into chunks."""
@@ -203,14 +211,27 @@ class _Builder:
         self.add("column_update", whole, _ceil(dense.numel, BLOCK))
 
 
-_ORDER = ("each", "rows", "span_sums", "column_sums", "seconds", "span_update", "column_update")
+_ORDER = (
+    "each",
+    "rows",
+    "span_sums",
+    "column_sums",
+    "factored_sums",
+    "seconds",
+    "factored_moments",
+    "span_update",
+    "column_update",
+    "factored_update",
+)
 
 
-def tables(layouts: Sequence[Dense], device: torch.device) -> Tables:
+def tables(layouts: Sequence[Dense | Matrix], device: torch.device) -> Tables:
     """Build the launches of one step of tensors with these layouts; a tensor's number is its index in ``layouts``."""
     builder = _Builder()
     for i, dense in enumerate(layouts):
-        if dense.numel:
+        if isinstance(dense, Matrix) and dense.numel:
+            builder.matrix(i, dense)
+        elif isinstance(dense, Dense) and dense.numel:
             builder.tensor(i, dense)
     launches = []
     for (kernel, columns, even), work in sorted(builder.work.items(), key=lambda item: _ORDER.index(item[0][0])):
