@@ -56,7 +56,7 @@ def block_means(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return out.reshape(x.shape)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), shapes, st.sampled_from([1, 4, 1 << 18]))
 def test_rebuilt_is_the_mean_over_the_elements_of_each_block(data, shape: tuple[int, ...], piece: int) -> None:
     """Between any two partitions of a shape, whatever the size of the pieces it is read in."""
@@ -89,7 +89,7 @@ def test_unions_of_blocks_keep_the_mean_square_of_every_gradient_exact(data, sha
         torch.testing.assert_close(rebuilt(old, new, shape, torch.float64), wanted, rtol=1e-12, atol=1e-300)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), shapes.filter(prod))
 def test_axes_are_one_spelling_of_each_partition(data, shape: tuple[int, ...]) -> None:
     """Equal axes exactly where every element has the same block mates."""

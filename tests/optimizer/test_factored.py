@@ -24,7 +24,7 @@ from tests.optimizer.strategies import factored_layouts
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(factored_layouts(), st.integers(0, 10_000), st.sampled_from(["plain", "transposed", "gapped"]), st.booleans())
 def test_equals_the_reference_in_float64(pair, seed: int, how: str, maximize: bool) -> None:
     layout, shape = pair

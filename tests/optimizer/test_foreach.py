@@ -78,7 +78,7 @@ def run(pairs: Any, seed: int, how: str, n: int, **options: Any) -> None:
     assert [float(t) for t in group.steps] == [n] * len(pairs)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.lists(layouts(), min_size=1, max_size=3), st.integers(0, 10_000), STRIDES, st.booleans(), st.booleans(),
        st.sampled_from([None, 1, 7, 40]))  # fmt: skip
 def test_equals_the_reference_in_float64(

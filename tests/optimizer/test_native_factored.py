@@ -72,7 +72,7 @@ def permuted(x: Tensor, order: list[int]) -> Tensor:
     return x.permute(axes).contiguous().permute([axes.index(d) for d in range(x.dim())])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     factored_layouts(), st.integers(0, 10_000), st.permutations(range(5)), st.booleans(), st.booleans(),
     st.sampled_from([0.0, 0.1]),

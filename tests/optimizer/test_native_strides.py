@@ -41,7 +41,7 @@ def placements(draw) -> tuple[list[int], int]:
     return draw(st.permutations(range(5))), draw(st.sampled_from([0, 0, 1]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     layouts(), st.integers(0, 10_000), placements(), placements(), placements(), st.none() | st.integers(0, 4),
     st.booleans(), st.booleans(),

@@ -90,7 +90,7 @@ def against_the_reference(pairs: Pairs, seed: int, steps: int, *, maximize: bool
     assert [float(t) for t in group.steps] == [steps] * len(pairs)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(st.lists(layouts(), min_size=1, max_size=3), st.integers(0, 10_000), st.booleans())
 def check_random_layouts(pairs: Any, seed: int, maximize: bool) -> None:
     against_the_reference(pairs, seed, 2, maximize=maximize)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -274,12 +274,20 @@ def start(name: str, wrap: str, kind: str = "model", dtype: torch.dtype = torch.
 
 
 def reference(run: Run, name: str, kind: str, dtype: torch.dtype, steps: int, **options: Any) -> dict[str, Tensor]:
-    """Parameters after the same steps in one process, from averaged gradients."""
+    """Parameters after the same steps in one process, from averaged gradients. They must not be changed."""
+    return _reference(run.replicas, name, kind, dtype, steps, tuple(sorted(options.items())))
+
+
+@cache
+def _reference(
+    replicas: int, name: str, kind: str, dtype: torch.dtype, steps: int, options: tuple[tuple[str, Any], ...]
+) -> dict[str, Tensor]:
+    """Compute ``reference`` once for all cases of this process that compare with it."""
     model, params = BUILDS[kind](MODELS[name]().to(dtype), lambda model: model)
-    optimizer = optimizer_of(kind)(model if isinstance(params, Swapped) else params, **OPTIONS | options)
+    optimizer = optimizer_of(kind)(model if isinstance(params, Swapped) else params, **OPTIONS | dict(options))
     for step in range(steps):
         optimizer.zero_grad()
-        torch.stack([loss_of(model, batch) for batch in batches(step, run.replicas)]).mean().backward()
+        torch.stack([loss_of(model, batch) for batch in batches(step, replicas)]).mean().backward()
         clip(list(model.parameters()))
         optimizer.step()
     return {name: p.detach() for name, p in model.named_parameters()}
@@ -292,6 +300,7 @@ def plain(name: str) -> str:
     return name
 
 
+@cache
 def elements(name: str, wrap: str) -> dict[str, Tensor]:
     """Which elements of the model every local tensor holds, numbered through all parameters from 1; 0: padding."""
     model, first = MODELS[name]().to(torch.float64), 1
