@@ -84,7 +84,7 @@ def cut_update(
     assert geometry.cut is not None
     exp_avg, exp_avg_sq, exp_avg_sq_col = (state.get(name) for name in ("exp_avg", "exp_avg_sq", "exp_avg_sq_col"))
     assert exp_avg is not None and exp_avg_sq is not None
-    if exp_avg_sq.numel() == 0:
+    if exp_avg_sq.numel() == 0 and exp_avg_sq_col is None:
         return  # this rank stores no element of the tensor and no value of its second moment
     # If this rank has no gradient, no engine steps its free boxes, so they are stepped here with a gradient of zeros.
     values = None if grad is None or geometry.cut.values is None else geometry.cut.values.to(exp_avg_sq.device)

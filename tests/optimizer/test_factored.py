@@ -13,10 +13,12 @@ from torch import nn
 
 from optimizer import AdamMini, Rules, partition
 from optimizer.memory import gradient_release
-from optimizer.partition import FactoredLayout, Unit
+from optimizer.partition import FactoredLayout, Role, Unit
 from optimizer.step.engines.traced import traced_update
 from optimizer.step.factored import factored_update
 from optimizer.step.hyper import Hyper
+from optimizer.tools.explain.render import explanation_json
+from optimizer.tools.explain.rows import explanation
 from tests.fuzz.draw import strided
 from tests.optimizer.factored_steps import Reference, state_of
 from tests.optimizer.strategies import factored_layouts
@@ -58,6 +60,7 @@ def test_equals_the_reference_in_float64(pair, seed: int, how: str, maximize: bo
 
 def test_a_rank_one_gradient_gives_adam_s_step() -> None:
     """If g**2 is an outer product at every step with the same factors, so is Adam's v, and the steps are equal."""
+    torch.manual_seed(0)
     a, b = torch.rand(7, 1, dtype=torch.float64) + 0.1, torch.rand(1, 5, dtype=torch.float64) + 0.1
     layout = FactoredLayout((7, 5), 0)
     p = torch.randn(7, 5, dtype=torch.float64)
@@ -75,6 +78,7 @@ def test_a_rank_one_gradient_gives_adam_s_step() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_rows_and_columns_stay_where_they_are(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     model = nn.Linear(6, 4, bias=False, dtype=dtype)
     # The default lr is less than half the distance of two large bf16 weights.
     optimizer = AdamMini([("weight", model.weight)], lr=0.1, rules="factored")
@@ -93,19 +97,22 @@ def test_zero_rows_and_columns_stay_where_they_are(dtype: torch.dtype) -> None:
     assert torch.equal(model.weight.detach(), before)
 
 
-def test_one_infinite_gradient_moves_no_finite_element_and_large_ones_do_not_overflow() -> None:
+@pytest.mark.parametrize("options", [{}, {"fused": False}])
+def test_one_infinite_gradient_moves_no_finite_element_and_large_ones_do_not_overflow(options: dict) -> None:
+    torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(4, 6))
-    optimizer = AdamMini([("weight", weight)], lr=0.1, rules="factored")
+    optimizer = AdamMini([("weight", weight)], lr=0.1, rules="factored", **options)
     before = weight.detach().clone()
     weight.grad = torch.randn(4, 6)
     weight.grad[2, 3] = torch.inf
+    weight.grad[1] = 0  # the root of its row mean, 0, times an infinite root would be NaN
     optimizer.step()
     others = torch.ones(4, 6, dtype=torch.bool)
     others[2, 3] = False
     assert torch.equal(weight.detach()[others], before[others]) and not weight[2, 3].isfinite()
     # The squares fit into fp32; the product of a row mean and a column mean does not.
     weight = nn.Parameter(torch.zeros(4, 6))
-    optimizer = AdamMini([("weight", weight)], lr=0.1, rules="factored")
+    optimizer = AdamMini([("weight", weight)], lr=0.1, rules="factored", **options)
     weight.grad = torch.full((4, 6), 1e18)
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((4, 6), -0.1))
@@ -209,3 +216,31 @@ def test_every_way_of_stepping_gives_the_same(how: str) -> None:
     expected = _stepped("plain")
     for name, p in _stepped(how).items():
         torch.testing.assert_close(p, expected[name], rtol=0, atol=0)
+
+
+def test_a_factored_checkpoint_gives_the_values_of_its_product() -> None:
+    """One value per element is r c / mean(r) of the element's part; one value per row is r, without error."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(8, 2)
+    source = AdamMini(model, rules="factored")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    source.step()
+    r, c = (source.state[model.in_proj_weight][name] for name in ("exp_avg_sq", "exp_avg_sq_col"))
+    parts = zip(r.split(8), c, strict=True)
+    expected = torch.cat([rows * columns / rows.mean() for rows, columns in parts])
+    for rules, wanted in ((Rules("elementwise"), expected), (Rules("rows", dict.fromkeys(Role, "OUT_NEURON")), r)):
+        target = AdamMini(model, rules=rules)
+        target.load_state_dict(source.state_dict(), convert=True)
+        got = target.state[model.in_proj_weight]["exp_avg_sq"]
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=0)
+
+
+def test_explain_counts_what_is_stored() -> None:
+    model = nn.MultiheadAttention(8, 2)
+    whole = explanation(model, "factored")
+    assert whole.totals.exp_avg_sq_bytes == AdamMini(model, rules="factored").state_bytes()["exp_avg_sq"]
+    rows = {row["name"]: row for row in explanation_json(whole)["parameters"]}
+    segments = [[0, 8], [1, 8], [2, 8]]
+    assert rows["in_proj_weight"]["factored"] == {"segments": segments, "repeat": 1, "parts": 3, "columns": 8}
+    assert rows["in_proj_bias"]["factored"] is None

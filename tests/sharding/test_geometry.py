@@ -7,7 +7,6 @@ holds is found out by torch itself (``distribute_tensor`` of numbered elements),
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -18,9 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from optimizer import Layout
 from optimizer.partition.layout import Runs
@@ -31,8 +29,7 @@ from optimizer.sharding.flat import Range, flat_geometry
 from optimizer.sharding.geometry import Geometry
 from optimizer.sharding.placed import placed_geometry
 from optimizer.step.update import adam_mini_update
-
-NUMBERS: dict[str, Any] = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+from tests.sharding.in_one_process import NUMBERS, ranks, share
 
 
 @st.composite
@@ -59,31 +56,6 @@ def placed(draw: st.DrawFn) -> tuple[tuple[int, ...], Layout, tuple[int, ...], l
         dim = draw(dims)
         return shape, layout, mesh, [_StridedShard(dim, split_factor=mesh[1]), Shard(dim)]
     return shape, layout, mesh, [draw(st.one_of(st.just(Replicate()), dims.map(Shard))) for _ in mesh]
-
-
-def _chunk(tensor: Tensor, ways: int, dim: int) -> list[Tensor]:
-    chunks = list(tensor.chunk(ways, dim))
-    return chunks + [tensor.narrow(dim, 0, 0)] * (ways - len(chunks))
-
-
-def _share(whole: Tensor, mesh: Any, placements: list[Any]) -> Tensor:
-    """This rank's part: as torch deals it out, or, where strided, inner dimensions first as FSDP2 does."""
-    if not any(isinstance(p, _StridedShard) for p in placements):
-        return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
-    for m, placement in reversed(list(enumerate(placements))):
-        if not isinstance(placement, Replicate):
-            whole = _chunk(whole, mesh.size(m), placement.dim)[mesh.get_coordinate()[m]]
-    return whole
-
-
-def _ranks(world: int) -> Iterator[int]:
-    for rank in range(world):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        exchange.ranks_of.cache_clear()
-        try:
-            yield rank
-        finally:
-            dist.destroy_process_group()
 
 
 def _expected(shape: tuple[int, ...], layout: Layout) -> list[Tensor]:
@@ -113,12 +85,12 @@ def _summed(geometries: list[Geometry], groups: list[list[tuple[int, ...]]], gra
         None if p.cut is None else exchange._local_share(p, g, g.dtype) for p, g in zip(geometries, grads, strict=True)
     ]
     sent: list[Any] = []
-    for geometry, share in zip(geometries, shares, strict=True):
+    for geometry, own_share in zip(geometries, shares, strict=True):
         if geometry.cut is None:
             sent.append(None)
             continue
         message = torch.zeros(geometry.cut.size, dtype=torch.float64)
-        message[geometry.cut.positions] = share[geometry.cut.slots]
+        message[geometry.cut.positions] = own_share[geometry.cut.slots]
         sent.append(message)
     for stage in range(max(map(len, groups), default=0)):
         before = list(sent)
@@ -129,9 +101,9 @@ def _summed(geometries: list[Geometry], groups: list[list[tuple[int, ...]]], gra
                 assert all(groups[other][stage : stage + 1] == [members] for other in members)
                 assert len({len(before[other]) for other in members}) == 1
                 sent[rank] = torch.stack([before[other] for other in members]).sum(0)
-    for geometry, share, message in zip(geometries, shares, sent, strict=True):
-        if share is not None:
-            share[geometry.cut.slots] = message[geometry.cut.positions]  # type: ignore[union-attr]
+    for geometry, own_share, message in zip(geometries, shares, sent, strict=True):
+        if own_share is not None:
+            own_share[geometry.cut.slots] = message[geometry.cut.positions]  # type: ignore[union-attr]
     return shares
 
 
@@ -166,9 +138,9 @@ def test_placed_pieces_step_as_the_whole(case: tuple[Any, ...]) -> None:
     shape, layout, mesh_shape, placements = case
     before_p, g, m, v, after_p, after_m, after_v = _expected(shape, layout)
     geometries, groups, held, held_v = [], [], [], []
-    for _ in _ranks(prod(mesh_shape)):
+    for _ in ranks(prod(mesh_shape)):
         mesh = init_device_mesh("cpu", mesh_shape)
-        numbers = _share(torch.arange(prod(shape)).view(shape), mesh, placements)
+        numbers = share(torch.arange(prod(shape)).view(shape), mesh, placements)
         parameter = DTensor.from_local(numbers.double(), mesh, placements, run_check=False, shape=torch.Size(shape),
                                        stride=torch.empty(shape, device="meta").stride())  # fmt: skip
         geometry = placed_geometry(parameter, layout)
@@ -177,7 +149,7 @@ def test_placed_pieces_step_as_the_whole(case: tuple[Any, ...]) -> None:
         groups.append([exchange.ranks_of(group) for group in (geometry.cut.groups if geometry.cut else ())])
         held.append(numbers)
         aligned = torch.arange(v.numel()).view(v.shape)
-        held_v.append(_share(aligned, mesh, list(geometry.placed.placements)))
+        held_v.append(share(aligned, mesh, list(geometry.placed.placements)))
     _require_cause(layout, shape, held, groups)
     means = _summed(geometries, groups, [g.flatten()[index] for index in held])
     for geometry, index, index_v, mean in zip(geometries, held, held_v, means, strict=True):
@@ -213,7 +185,7 @@ def test_flat_pieces_step_as_the_whole(case: tuple[Any, ...]) -> None:
     ]
     bounds = [tuple((a, b) if a < b else (0, 0) for a, b in own) for own in bounds]
     geometries, groups, local = [], [], []
-    for rank in _ranks(world):
+    for rank in ranks(world):
         ranges = [
             Range(shape, layout, own, rank, max(s - rank * size, 0))
             for (shape, layout), own, s in zip(several, bounds, starts, strict=True)
@@ -256,7 +228,7 @@ def test_flat_pieces_step_as_the_whole(case: tuple[Any, ...]) -> None:
 def test_partial_is_refused_by_name() -> None:
     from torch.distributed.tensor import Partial
 
-    for _ in _ranks(1):
+    for _ in ranks(1):
         mesh = init_device_mesh("cpu", (1,))
         parameter = DTensor.from_local(torch.ones(2, 2), mesh, [Partial()], run_check=False)
         with pytest.raises(ValueError, match=r"placement Partial .* redistribute it"):
