@@ -59,12 +59,21 @@ def setup() -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Write a figure as PNG and PDF, each atomically, and return the path of the PNG."""
+    """Write a figure as PNG and PDF, each atomically, and return the path of the PNG.
+
+    The figure is laid out once, at the resolution of the PNG. With a layout engine left, even one that does nothing,
+    matplotlib would draw the figure a second time for each file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        figure.set_dpi(plt.rcParams["savefig.dpi"])
+        engine.execute(figure)
+        with plt.rc_context({"figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)
     for suffix in ("png", "pdf"):
         temporary = folder / f".{name}.{os.getpid()}.{suffix}"
         figure.savefig(temporary, metadata={"CreationDate": None} if suffix == "pdf" else None)
-        figure.set_layout_engine("none")  # the first file has laid the figure out, which takes longer than drawing it
         os.replace(temporary, folder / f"{name}.{suffix}")
     plt.close(figure)
     return folder / f"{name}.png"

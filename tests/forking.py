@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
@@ -57,6 +59,21 @@ def start(function: Callable[..., Any], *arguments: Any, output: Path) -> Forked
     process = _server().Process(target=_call, args=(output, function, arguments), daemon=True)
     process.start()
     return Forked(process)
+
+
+def run_module(
+    module: str, *arguments: str, output: Path, folder: Path = ROOT, environment: dict[str, str] | None = None
+) -> Forked:
+    """Do what ``python -m module arguments`` does, in a process of its own with a current directory."""
+    return start(_run_module, module, arguments, folder, environment or {}, output=output)
+
+
+def _run_module(module: str, arguments: tuple[str, ...], folder: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @cache

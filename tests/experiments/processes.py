@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -57,18 +56,13 @@ def start_ranks(config: TrainConfig, root: Path, log: Path, *options: str, ranks
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = command(config, root, *options)
+    _, module, *arguments = command(config, root, *options)
     return [
-        forking.start(_as_a_rank, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, arguments, output=log)
+        forking.run_module(
+            module, *arguments, output=log, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
         for rank in range(ranks)
     ]
-
-
-def _as_a_rank(environment: dict[str, str], arguments: list[str]) -> None:
-    """Run a command line of ``python`` in this process."""
-    os.environ.update(environment)
-    _, module, *sys.argv[1:] = arguments
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def kill(processes: list[Any]) -> None:

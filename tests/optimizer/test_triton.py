@@ -90,7 +90,7 @@ def against_the_reference(pairs: Pairs, seed: int, steps: int, *, maximize: bool
     assert [float(t) for t in group.steps] == [steps] * len(pairs)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None)
 @given(st.lists(layouts(), min_size=1, max_size=3), st.integers(0, 10_000), st.booleans())
 def check_random_layouts(pairs: Any, seed: int, maximize: bool) -> None:
     against_the_reference(pairs, seed, 2, maximize=maximize)
@@ -109,7 +109,7 @@ def check_runs_cut_over_programs() -> None:
         (Layout(0, [5000]), (5000,)),  # one run of many indices
         (Layout(2, [1, 2] * 2, (2, 3), fold=2), (6, 6, 7)),
     ]
-    against_the_reference(pairs, 0, 2)
+    against_the_reference(pairs, 0, 1)
 
 
 def check_many_tensors() -> None:
@@ -209,9 +209,8 @@ def in_a_process(code: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize("checks", [
-    ["check_random_layouts"],
     ["check_runs_cut_over_programs", "check_many_tensors", "check_large_fp16_gradients_do_not_overflow"],
-    ["check_dtypes", "check_scaled_and_skipped_steps", "check_tensors_as_hyper_parameters",
+    ["check_random_layouts", "check_dtypes", "check_scaled_and_skipped_steps", "check_tensors_as_hyper_parameters",
      "check_each_tensor_has_its_own_count", "check_compilers_see_one_operator"],
 ])  # fmt: skip
 def test_interpreted(checks: list[str]) -> None:
