@@ -5,25 +5,34 @@ H = HessianOperator(model, loss, params, batches)
 """
 
 from .derive import Evidence, derive, jensen_gap
+from .distributed import RankOperator
+from .estimators import diagonal, trace
 from .exact import dense
-from .lanczos import extreme_eigenvalues, js_distance, slq
-from .operators import HessianOperator, LinearMap, MatrixOperator
+from .lanczos import eigenpairs, extreme_eigenvalues, js_distance, slq
+from .linear import LinearMap, MatrixOperator
+from .operators import GGNOperator, HessianOperator
 from .probing import block_norms
-from .results import BlockNorms, BlockStructure, SpectralDensity
+from .results import BlockNorms, BlockStructure, Eigenpairs, Estimate, SpectralDensity
 from .structure import block_structure, preconditioned_ratio, snr, tau
 
 __all__ = [
     "BlockNorms",
     "BlockStructure",
+    "Eigenpairs",
+    "Estimate",
     "Evidence",
+    "GGNOperator",
     "HessianOperator",
     "LinearMap",
     "MatrixOperator",
+    "RankOperator",
     "SpectralDensity",
     "block_norms",
     "block_structure",
     "dense",
     "derive",
+    "diagonal",
+    "eigenpairs",
     "extreme_eigenvalues",
     "jensen_gap",
     "js_distance",
@@ -31,4 +40,5 @@ __all__ = [
     "slq",
     "snr",
     "tau",
+    "trace",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import at_least
-from .operators import LinearMap
+from .linear import LinearMap
 
 DEFAULT_MAX_BYTES = 4 * 2**30
 

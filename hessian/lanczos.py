@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
 from .checks import at_least, finite
-from .operators import LinearMap, as_scipy
-from .results import SpectralDensity, positive_sigma
+from .linear import LinearMap, as_scipy
+from .results import Eigenpairs, SpectralDensity, positive_sigma
 
 
 def slq(
@@ -91,8 +92,8 @@ def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     return nodes, weights
 
 
-def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed: int = 0) -> Tensor:
-    """Return k eigenvalues from one end of the spectrum, in descending order, float64 [k].
+def eigenpairs(operator: LinearMap, k: int = 1, which: str = "LM", seed: int = 0) -> Eigenpairs:
+    """Compute k eigenvalues from one end of the spectrum and their eigenvectors.
 
     Args:
         operator: symmetric, order n.
@@ -100,9 +101,13 @@ def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed
         which: the end of the spectrum, as in scipy's ``eigsh``: "LM", "LA", "SA", ...
         seed: seed of the start vector.
 
+    Returns:
+        ``Eigenpairs`` with the residual of every pair.
+
     Raises:
         TypeError: k is not an integer.
-        ValueError: k is below 1, or k >= n; for all n use ``torch.linalg.eigvalsh(dense(operator))``.
+        ValueError: k is below 1, or k >= n; for all n use ``torch.linalg.eigh(dense(operator))``.
+        scipy.sparse.linalg.ArpackNoConvergence: ARPACK's iterations did not suffice.
     """
     at_least("k", k, 1)
     if k >= operator.shape[0]:
@@ -110,11 +115,31 @@ def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed
             f"k={k} must be below the operator's order {operator.shape[0]}; for all eigenvalues use "
             "torch.linalg.eigvalsh(dense(operator))"
         )
+    counted, products = as_scipy(operator), 0
+
+    def matvec(vector: np.ndarray) -> np.ndarray:
+        nonlocal products
+        products += 1
+        out: np.ndarray = counted.matvec(vector)
+        return out
+
     start = torch.randn(operator.shape[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    values = scipy.sparse.linalg.eigsh(
-        as_scipy(operator), k=k, which=which, v0=start.numpy(), return_eigenvectors=False
+    counting = scipy.sparse.linalg.LinearOperator(operator.shape, matvec, dtype=np.dtype(np.float64))
+    values, vectors = scipy.sparse.linalg.eigsh(counting, k=k, which=which, v0=start.numpy())
+    order = np.argsort(-values)
+    values, vectors = values[order], vectors[:, order]
+    residuals = np.linalg.norm(counted.matmat(vectors) - vectors * values, axis=0)
+    return Eigenpairs(
+        torch.from_numpy(np.ascontiguousarray(values)),
+        torch.from_numpy(np.ascontiguousarray(vectors)),
+        torch.from_numpy(residuals),
+        products + k,
     )
-    return torch.from_numpy(values).sort(descending=True).values
+
+
+def extreme_eigenvalues(operator: LinearMap, k: int = 1, which: str = "LM", seed: int = 0) -> Tensor:
+    """Return the eigenvalues of ``eigenpairs``, in descending order, float64 [k]."""
+    return eigenpairs(operator, k, which, seed).values
 
 
 def js_distance(first: Tensor, second: Tensor, *, sigma: float = 0.2, points: int = 512) -> float:

@@ -1,7 +1,7 @@
-"""The Hessian of a mean loss as a linear operator over any subset of a model's parameters.
+"""The Hessian of a mean loss, and its Gauss-Newton part, as linear operators over any subset of a model's parameters.
 
-Algorithms use only ``LinearMap``: shape, dtype, device and products with blocks of vectors. ``MatrixOperator`` wraps
-any symmetric matrix as such an operator, so every algorithm can be tested on a matrix whose answer is known.
+Both matrices are the Jacobian of a vector field at the weights: the Hessian that of the gradient, the Gauss-Newton
+matrix that of the gradient with the network's own derivative held fixed. Products, tracing and checks are the same.
 """
 
 from __future__ import annotations
@@ -10,80 +10,34 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 
 from . import checks, symmetry
+from .linear import as_scipy
 from .second_order import twice_differentiable
 from .weights import Weighing, counted
 
 logger = logging.getLogger("hessian")
+Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 LINEARISE_AFTER = 128
 """Number of columns after which products are traced; tracing costs about as much as this many products."""
 
 
-class LinearMap(Protocol):
-    """The interface of a symmetric operator that the algorithms use."""
+class _Call(nn.Module):
+    """A module whose forward pass is function(model, batch), so that ``functional_call`` can replace the parameters."""
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Order of the operator, as (n, n)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the vectors and of the products."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors and of the products."""
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Multiply a block of vectors, [n, k] -> [n, k]."""
-
-
-class MatrixOperator:
-    """A symmetric matrix as an operator.
-
-    Args:
-        matrix: [n, n], symmetric up to rounding.
-
-    Raises:
-        TypeError: the matrix is not a floating-point tensor.
-        ValueError: the matrix is not square, is empty, is not finite, or is not symmetric.
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        checks.square(matrix)
-        off, allowed = float((matrix - matrix.T).abs().max()), symmetry.tolerance(matrix.dtype)
-        if off > allowed * float(matrix.abs().max()):
-            raise ValueError(
-                f"matrix is not symmetric: it differs from its transpose by {off:.2g}, but every algorithm here needs "
-                "a symmetric matrix: pass (matrix + matrix.T) / 2 if you mean its symmetric part"
-            )
-        self.matrix = matrix
-        self.shape = (len(matrix), len(matrix))
-        self.dtype, self.device = matrix.dtype, matrix.device
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """Multiply a block of vectors, [n, k] -> [n, k]."""
-        return self.matrix @ vectors
-
-
-class _LossModule(nn.Module):
-    """A module whose forward pass is loss(model, batch), so that ``functional_call`` can replace the parameters."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self.function = function
 
     def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
+        return self.function(self.model, batch)
 
 
 class HessianOperator:
@@ -143,14 +97,14 @@ class HessianOperator:
         tensors = checks.checked_parameters(model, params)
         checks.deterministic(model)
         self._batches = checks.usable_batches(batches)
-        self._module = _LossModule(model, loss)
+        self._module = _Call(model, loss)
         self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
         self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
         self._columns_asked = 0
-        self._programs: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None
+        self._programs: list[Product] | None = None
         first = next(iter(tensors.values()))
         self.dtype, self.device = first.dtype, first.device
         self.shape = (sum(self._sizes), sum(self._sizes))
@@ -175,6 +129,11 @@ class HessianOperator:
     def names(self) -> list[str]:
         """Parameter names, in vector order."""
         return list(self._theta)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The weights at which the matrix is taken: name -> a copy of the tensor."""
+        return {name: tensor.clone() for name, tensor in self._theta.items()}
 
     def _value(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
         swapped = {f"model.{name}": tensor for name, tensor in theta.items()} | self._buffers
@@ -270,19 +229,26 @@ class HessianOperator:
                 names = symmetry.asymmetric_parameters(self._theta, lambda tangent: self._product(tangent, batch))
         return symmetry.message(i, off, symmetry.tolerance(self.dtype), operations, names)
 
-    def _product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """Return the Hessian-vector product of one batch's loss."""
+    def _field(self, batch: Any) -> Product:
+        """Return the vector field whose Jacobian at the weights is this operator's matrix for one batch."""
         gradient = grad(self._value)
+        return lambda theta: gradient(theta, batch)
 
-        def gradient_at(theta: dict[str, Tensor]) -> dict[str, Tensor]:
-            return gradient(theta, batch)
-
+    def _product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """Return the product of one batch's matrix with a vector."""
         if self._forward_mode:
-            product = jvp(gradient_at, (self._theta,), (tangent,))[1]
-        else:
-            product = vjp(gradient_at, self._theta)[1](tangent)[0]
-        out: dict[str, Tensor] = product
+            return self._forward_product(tangent, batch)
+        out: dict[str, Tensor] = vjp(self._field(batch), self._theta)[1](tangent)[0]
         return out
+
+    def _forward_product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = jvp(self._field(batch), (self._theta,), (tangent,))[1]
+        return out
+
+    def _program(self, batch: Any) -> Product:
+        """Return the product as a function of the vector that stores what does not depend on the vector."""
+        program: Product = linearize(self._field(batch), self._theta)[1]
+        return program
 
     def _unflatten(self, columns: Tensor) -> dict[str, Tensor]:
         """Split vectors [k, n] into name -> [k, *shape]."""
@@ -320,7 +286,7 @@ class HessianOperator:
                 out[start : start + self._chunk] = total
         return out.T
 
-    def _linearise(self) -> list[Callable[[dict[str, Tensor]], dict[str, Tensor]]]:
+    def _linearise(self) -> list[Product]:
         """Trace one product per batch and check it against the untraced one; return [] if tracing fails."""
         probe = {
             name: torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=t.device).reshape(t.shape)
@@ -331,7 +297,7 @@ class HessianOperator:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's tracer warns about nodes of its own graph.
-                    program = linearize(lambda theta, b=batch: grad(self._value)(theta, b), self._theta)[1]
+                    program = self._program(batch)
                     traced, plain = program(probe), self._product(probe, batch)
             except Exception as error:  # Tracing is only an optimisation: the untraced product is always correct.
                 logger.info(
@@ -374,20 +340,71 @@ class HessianOperator:
         return as_scipy(self)
 
 
-def as_scipy(operator: LinearMap) -> scipy.sparse.linalg.LinearOperator:
-    """Wrap any ``LinearMap`` as a float64 scipy ``LinearOperator``."""
+class GGNOperator(HessianOperator):
+    """The generalised Gauss-Newton matrix of the mean loss over all examples of all batches.
 
-    def matmat(vectors: np.ndarray) -> np.ndarray:
-        block = torch.from_numpy(np.ascontiguousarray(vectors.reshape(operator.shape[0], -1)))
-        product = operator.matmat(block.to(operator.device, operator.dtype))
-        out: np.ndarray = product.to("cpu", torch.float64).numpy()
+    The loss is ``criterion(outputs(model, batch), batch)``. With J the Jacobian of the outputs in the parameters and
+    H_out the Hessian of the criterion in the outputs, the matrix is G = J^T H_out J (Schraudolph 2002). The Hessian is
+    G + R, where R weighs the outputs' own second derivatives with the criterion's gradient. G is positive semidefinite
+    if the criterion is convex in the outputs, as cross-entropy in logits and squared error are. For cross-entropy G
+    equals the Fisher information of the model's predictions. Products are exact.
+
+    Args:
+        model: as in ``HessianOperator``.
+        outputs: ``outputs(model, batch)`` -> tensor, such as logits.
+        criterion: ``criterion(outputs, batch)`` -> 0-dim tensor, the mean loss over the batch. It must not use the
+            parameters, except through the outputs.
+        params: as in ``HessianOperator``, as all further arguments.
+        batches: batches of one structure; they may differ in size.
+        options: ``count``, ``mean_check`` and ``chunk`` of ``HessianOperator``.
+
+    Raises:
+        TypeError: params, a batch or the loss has the wrong type.
+        ValueError: params, a batch or the loss is not usable, as in ``HessianOperator``.
+        RuntimeError: an operation in the model has no derivative.
+
+    Example:
+        >>> G = GGNOperator(model, lambda m, b: m(b[0]), lambda out, b: cross_entropy(out, b[1]), None, batches)
+        >>> R = HessianOperator(model, lambda m, b: cross_entropy(m(b[0]), b[1]), None, batches) @ v - G @ v
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Callable[[nn.Module, Any], Tensor],
+        criterion: Callable[[Tensor, Any], Tensor],
+        params: dict[str, Tensor] | None = None,
+        batches: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self._network, self._criterion = _Call(model, outputs), criterion
+        super().__init__(model, lambda m, batch: criterion(outputs(m, batch), batch), params, batches, **options)
+
+    def _outputs_at(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
+        swapped = {f"model.{name}": tensor for name, tensor in theta.items()} | self._buffers
+        out: Tensor = functional_call(self._network, swapped, (batch,), tie_weights=True)
         return out
 
-    return scipy.sparse.linalg.LinearOperator(
-        shape=operator.shape,
-        dtype=np.dtype(np.float64),
-        matmat=matmat,
-        rmatmat=matmat,
-        matvec=lambda v: matmat(v).reshape(-1),
-        rmatvec=lambda v: matmat(v).reshape(-1),
-    )
+    def _field(self, batch: Any) -> Product:
+        """Return theta -> J^T criterion'(outputs(theta)), with J taken at the weights."""
+
+        def pulled_back(theta: dict[str, Tensor]) -> dict[str, Tensor]:
+            transposed = vjp(lambda t: self._outputs_at(t, batch), self._theta)[1]
+            gradient: dict[str, Tensor] = transposed(grad(self._criterion)(self._outputs_at(theta, batch), batch))[0]
+            return gradient
+
+        return pulled_back
+
+    def _forward_product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """Multiply by J, then by H_out, then by J^T, without differentiating J^T as the field's derivative would."""
+        outputs, transposed = vjp(lambda theta: self._outputs_at(theta, batch), self._theta)[:2]
+        change = jvp(lambda theta: self._outputs_at(theta, batch), (self._theta,), (tangent,))[1]
+        curved = jvp(lambda out: grad(self._criterion)(out, batch), (outputs,), (change,))[1]
+        product: dict[str, Tensor] = transposed(curved)[0]
+        return product
+
+    def _program(self, batch: Any) -> Product:
+        outputs, forward = linearize(lambda theta: self._outputs_at(theta, batch), self._theta)
+        curve = linearize(lambda out: grad(self._criterion)(out, batch), outputs)[1]
+        transposed = vjp(lambda theta: self._outputs_at(theta, batch), self._theta)[1]
+        return lambda tangent: transposed(curve(forward(tangent)))[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import at_least, finite
-from .operators import LinearMap
+from .linear import LinearMap
 from .results import BlockNorms
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -50,6 +51,56 @@ class SpectralDensity:
         """Return (estimate, standard error) of trace(H^k) / n."""
         each = (self.weights * self.nodes**k).sum(1)
         return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A random estimate of a number or of a vector.
+
+    Attributes:
+        value: the estimate, float64; 0-dim for a number.
+        stderr: its standard error, of the same shape; NaN with a single sample.
+        samples: number of samples that the standard error rests on.
+        products: number of products with the operator that it took.
+    """
+
+    value: Tensor
+    stderr: Tensor
+    samples: int
+    products: int
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of Student's confidence interval.
+
+        Args:
+            level: its nominal coverage, in (0, 1).
+
+        Raises:
+            ValueError: level is not in (0, 1), or there are fewer than two samples.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level} must be in (0, 1), such as 0.95")
+        if self.samples < 2:
+            raise ValueError(f"samples={self.samples}: an interval needs at least two; ask for more probes")
+        half = float(scipy.stats.t.ppf((1 + level) / 2, self.samples - 1)) * self.stderr
+        return self.value - half, self.value + half
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Some eigenvalues of a symmetric operator with their eigenvectors.
+
+    Attributes:
+        values: [k], descending, float64.
+        vectors: [n, k], float64, orthonormal columns.
+        residuals: [k], ||A x - value x||; an eigenvalue of A lies within this distance of the value.
+        products: number of products with the operator that it took.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    products: int
 
 
 @dataclass(frozen=True)
