@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from experiments.commandline import refusals
-from experiments.configs import TrainConfig, byte_llama, smoke
+from experiments.configs import TrainConfig, byte_gpt, byte_llama, smoke
 from experiments.runner import Launch, run_many
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
@@ -22,25 +24,54 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 
 
-def grid(profile: str, arms: tuple[str, ...] = ARMS) -> list[TrainConfig]:
-    """Return the configs of a profile, seed by seed, so that an interrupted ablation has similar numbers of all arms.
+@dataclass(frozen=True)
+class Study:
+    """A grid of training runs.
+
+    Attributes:
+        base: function that returns the config that all runs share.
+        arms: its arms.
+        rates: its learning rates.
+        seeds: its seeds.
+    """
+
+    base: Callable[[], TrainConfig]
+    arms: tuple[str, ...] = ARMS
+    rates: tuple[float, ...] = LEARNING_RATES
+    seeds: tuple[int, ...] = SEEDS
+
+
+STUDIES: dict[str, Study] = {
+    "ablation": Study(byte_llama),
+    "carry_over": Study(byte_gpt, ("elementwise", "adam_mini", "derived", "factored"), (3e-3, 1e-2), tuple(range(8))),
+}
+"""docs/protocol.md says why these runs; results are in ``results/<study>_<profile>``."""
+
+
+def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablation") -> list[TrainConfig]:
+    """Return the configs of a study, seed by seed, so that an interrupted one has similar numbers of all arms.
 
     Args:
         profile: ``cpu`` for the committed results, or ``smoke`` for a run of some seconds with the same code.
-        arms: the arms to run.
+        arms: the arms to run; None for all of the study.
+        study: name of a study.
 
     Raises:
-        ValueError: an arm is unknown.
+        ValueError: an arm or the study is unknown.
     """
-    unknown = set(arms) - set(ARMS)
+    if study not in STUDIES:
+        raise ValueError(f"study={study!r} is unknown; choose from {sorted(STUDIES)}")
+    chosen = STUDIES[study]
+    unknown = set(arms or ()) - set(chosen.arms)
     if unknown:
-        raise ValueError(f"arms={sorted(unknown)} are unknown; choose from {ARMS}")
-    base, rates, seeds = byte_llama(), LEARNING_RATES, SEEDS
+        raise ValueError(f"arms={sorted(unknown)} are unknown; choose from {chosen.arms}")
+    base, rates, seeds = chosen.base(), chosen.rates, chosen.seeds
     if profile == "smoke":
-        base, rates, seeds = smoke(), LEARNING_RATES[:1], SEEDS[:1]
-    base = dataclasses.replace(base, experiment=f"ablation_{profile}")
+        base, rates, seeds = smoke(), rates[:1], seeds[:1]
+    base = dataclasses.replace(base, experiment=f"{study}_{profile}")
     return [
-        dataclasses.replace(base, arm=arm, lr=lr, seed=seed) for seed, lr, arm in itertools.product(seeds, rates, arms)
+        dataclasses.replace(base, arm=arm, lr=lr, seed=seed)
+        for seed, lr, arm in itertools.product(seeds, rates, arms or chosen.arms)
     ]
 
 
@@ -48,7 +79,8 @@ def main(
     profile: Literal["cpu", "smoke"] = "cpu",
     workers: int = 2,
     results: Path = Path("results"),
-    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM...")] = ARMS,
+    study: str = "ablation",
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM...")] = (),
     cluster: Literal["local", "slurm"] = "local",
     processes: int = 1,
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
@@ -60,7 +92,8 @@ def main(
         profile: cpu (the committed results) or smoke.
         workers: number of runs at a time.
         results: root of the results folders.
-        arms: a subset of the arms.
+        study: ablation (partitions of a Llama) or carry_over (a GPT on another corpus, eight seeds).
+        arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.
         options: options of each run that do not change its results folder.
@@ -69,7 +102,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Every run is a separate process, so an error in this process is about the arguments.
     with refusals(ValueError, OSError, RuntimeError):
-        configs, folder = grid(profile, arms), results / f"ablation_{profile}"
+        configs, folder = grid(profile, arms or None, study), results / f"{study}_{profile}"
         each = Launch(processes, options)
         require_writable(results, "results")
         if cluster == "slurm":

@@ -190,6 +190,11 @@ def byte_llama() -> TrainConfig:
     return TrainConfig("byte_llama", LlamaConfig(), batch=16, seq_len=64, steps=400)
 
 
+def byte_gpt() -> TrainConfig:
+    """A byte-level GPT of 0.86M parameters on enwik8: another architecture and corpus than the ablation's."""
+    return TrainConfig("byte_gpt", GPTConfig(block_size=64), data="enwik8", batch=16, seq_len=64, steps=400)
+
+
 def smoke() -> TrainConfig:
     """A run of a few seconds that only tests the code."""
     model = LlamaConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden=48)
@@ -202,5 +207,6 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "tiny-gpt": tiny_gpt,
     "tiny-llama": tiny_llama,
     "byte-llama": byte_llama,
+    "byte-gpt": byte_gpt,
     "smoke": smoke,
 }
