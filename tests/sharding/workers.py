@@ -28,15 +28,17 @@ def run(
         world: number of ranks.
         cases: what they run, one case after the other.
         timeout: seconds for all cases.
-        own_interpreters: ranks are interpreters with different hash seeds, as under torchrun. A rank that goes through
-            a set in an order of its own would then disagree with the others. Forked ranks, the default, start sooner.
+        own_interpreters: ranks from the second on are interpreters with hash seeds of their own, as under torchrun. A
+            rank that goes through a set in an order of its own would then disagree with the others. Forked ranks, the
+            default, start sooner.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "cases").write_bytes(pickle.dumps(cases))
         # What ranks say goes to files: a pipe that nobody reads stops them once it is full.
         told = [Path(folder, f"said{rank}") for rank in range(world)]
-        begin = _interpreter if own_interpreters else _fork
-        ranks = [begin(told[rank], folder, rank, world, timeout) for rank in range(world)]
+        fresh = range(1, world) if own_interpreters else ()
+        begin = [_interpreter if rank in fresh else _fork for rank in range(world)]
+        ranks = [begin[rank](told[rank], folder, rank, world, timeout) for rank in range(world)]
         try:
             for process in ranks:
                 process.wait(timeout=timeout + 30)
