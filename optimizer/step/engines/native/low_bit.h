@@ -27,8 +27,9 @@ struct Int8 {
   static float scale(float exact) { return exact; }
   static int64_t row_bytes(int64_t n) { return n; }
   static int64_t offset(int64_t within_row) { return within_row; }
-  static void unpack(const uint8_t* from, int8_t* codes, int64_t n) { std::memcpy(codes, from, n); }
-  static void pack(const int8_t* codes, uint8_t* to, int64_t n) { std::memcpy(to, codes, n); }
+  // Returns where the codes are and where pack expects the new ones: in their place, because they are not packed.
+  static int8_t* unpack(uint8_t* from, int8_t*, int64_t) { return reinterpret_cast<int8_t*>(from); }
+  static void pack(const int8_t*, uint8_t*, int64_t) {}
 };
 
 // The int4 format: two codes per byte, and scales in bf16.
@@ -40,12 +41,13 @@ struct Int4 {
   }
   static int64_t row_bytes(int64_t n) { return (n + 1) / 2; }
   static int64_t offset(int64_t within_row) { return within_row / 2; }
-  static void unpack(const uint8_t* from, int8_t* codes, int64_t n) {
+  static int8_t* unpack(const uint8_t* from, int8_t* codes, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < (n + 1) / 2; ++i) {
       codes[2 * i] = static_cast<int8_t>(static_cast<int8_t>(from[i] << 4) >> 4);
       codes[2 * i + 1] = static_cast<int8_t>(static_cast<int8_t>(from[i]) >> 4);
     }
+    return codes;
   }
   static void pack(int8_t* codes, uint8_t* to, int64_t n) {
     codes[n] = 0;  // an unused nibble is 0; the buffer has room for it
@@ -127,13 +129,13 @@ constexpr int64_t kSpan = 512;  // elements of a span
 // rounding takes long.
 template <typename T, typename P, typename Q, int R, typename F>
 void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, const F& factor_at) {
-  constexpr int64_t kBlock = Q::kBlock, kBlocks = kSpan / kBlock;
+  constexpr int64_t kBlock = Q::kBlock, kBlocks = kSpan / kBlock, kLine = 64 / static_cast<int64_t>(sizeof(P));
   const Tensors<T, P, uint8_t, R> x(task);
   const Step<T> s = task.of<T>();
   auto* scales = reinterpret_cast<typename Q::Scale*>(task.record->scale);
   const uint32_t start = s.count * 0x85ebca6bu + static_cast<uint32_t>(task.record->seed);
   const int64_t n = task.layout.row, per_row = (n + kBlock - 1) / kBlock;
-  alignas(64) int8_t codes[kSpan + 2];
+  alignas(64) int8_t buffer[kSpan + 2];
   alignas(64) T m[kSpan], inverse[kBlocks];
   alignas(64) float scale[kBlocks];
   alignas(64) uint32_t random[kBlocks];
@@ -142,16 +144,13 @@ void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, c
     const int64_t row = b / per_row, k = b % per_row, blocks = std::min({kBlocks, to - b, per_row - k});
     const int64_t first = k * kBlock, length = std::min(blocks * kBlock, n - first), at = row * n + first;
     uint8_t* stored = x.m + row * Q::row_bytes(n) + Q::offset(first);
-    Q::unpack(stored, codes, length);
+    int8_t* codes = Q::unpack(stored, buffer, length);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) m[i] = static_cast<int16_t>(codes[i] * std::abs(codes[i]));
     const auto factors = factor_at(at, length);
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t done = j * kBlock, count = std::min(kBlock, length - done);
-      for (int64_t i = 0; i < kBlock; i += 64 / static_cast<int64_t>(sizeof(P))) {
-        __builtin_prefetch(x.g + at + done + ahead + i);
-        __builtin_prefetch(x.to.p + at + done + kAhead + i, 1);
-      }
+      for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(x.g + at + done + ahead + i);
       const T before = load(scales + b + j);
       with_length<kBlock>(count, [&](auto size) {
         low_bit_update<T, P, Q, R>(x, m + done, before, at + done, size, s, factors.from(done));
@@ -166,6 +165,8 @@ void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, c
     }
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t done = j * kBlock, count = std::min(kBlock, length - done);
+      // Not with the gradient's, so that the processor reads memory at all stages.
+      for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(x.to.p + at + done + kAhead + i, 1);
       store(scales + b + j, scale[j]);
       if (!(scale[j] > 0)) std::fill_n(m + done, count, T(0));
       else with_length<kBlock>(count, [&](auto size) { quantise<T, Q>(m + done, inverse[j], size, random[j]); });
