@@ -10,8 +10,8 @@ against d:
 
 Temporaries have the aligned shape, which is under one per mille of the parameter where elements share a second moment.
 Two cases need temporaries of the parameter's shape: a layout with one block per element, and
-tensors of different dtypes, which are copied to the widest one. Those cases are computed in slices, and each temporary
-has about 0.4 % of the tensor's elements.
+tensors of different dtypes, which are copied to the widest one. Those cases are computed in slices of ``SLICE``
+elements. So are sums of squares that keep the axis along which the gradient is contiguous.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from ..partition.layout import Layout
 from .dtypes import second_moment_dtype
 from .hyper import corrections
 
-# A temporary of the parameter's shape has at most numel >> _SHARE elements, clamped to [_SMALLEST, _LARGEST].
-_SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8
+SLICE = 3 << 14
+"""Elements of a temporary of the parameter's shape on a CPU.
+
+The time of small slices is spent in calls. Two threads share an operation only if it has more than 2^15 elements. In
+larger slices the temporaries leave the cache.
+"""
 
 
 def block_mean_square(grad: Tensor, layout: Layout) -> Tensor:
@@ -77,15 +81,32 @@ def sum_of_squares(grad: Tensor, shape: tuple[int, ...], reduced: tuple[int, ...
     """Return the sums of grad**2 over the axes ``reduced``, which keep size 1.
 
     ``vector_norm`` reads the gradient once and needs no squared copy; squaring its result costs one more rounding.
-    With another output dtype ``vector_norm`` copies its whole input, so such a gradient is reduced in slices.
+    With another output dtype ``vector_norm`` copies its whole input, so such a gradient is reduced in slices. On a CPU
+    it takes ten times as long as a squared copy and its sum if it has to add elements that are not neighbours.
     """
-    if grad.dtype == dtype:
+    apart = _apart(grad, reduced)
+    if grad.dtype == dtype and not apart:
         return torch.linalg.vector_norm(grad, 2, dim=reduced, keepdim=True).contiguous().square_()
     sums = torch.zeros(shape, dtype=dtype, device=grad.device)
     for slice_of in slices_of(grad, limit_of(grad)):
-        norm = torch.linalg.vector_norm(slice_of(grad), 2, dim=reduced, keepdim=True, dtype=dtype)
-        slice_of(sums).add_(norm.square_())
+        slice_of(sums).add_(_slice_sums(slice_of(grad), reduced, dtype, apart))
     return sums
+
+
+def _slice_sums(part: Tensor, reduced: tuple[int, ...], dtype: torch.dtype, apart: bool) -> Tensor:
+    """Return the sums of squares of one slice; its temporaries are freed before those of the next slice exist."""
+    if not apart:
+        return torch.linalg.vector_norm(part, 2, dim=reduced, keepdim=True, dtype=dtype).square_()
+    squares = part.square() if part.dtype == dtype else part.to(dtype).square_()
+    return squares.sum(reduced, keepdim=True)
+
+
+def _apart(grad: Tensor, reduced: tuple[int, ...]) -> bool:
+    """Whether a sum over the axes ``reduced`` adds elements that are not neighbours in a CPU's memory."""
+    if grad.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    strides = {d: stride for d, stride in enumerate(grad.stride()) if grad.size(d) > 1}
+    return bool(strides) and min(strides, key=strides.__getitem__) not in reduced
 
 
 def adam_mini_update(
@@ -208,7 +229,7 @@ def limit_of(x: Tensor) -> int:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.numel()
-    return min(max(x.numel() >> _SHARE, _SMALLEST), _LARGEST)
+    return SLICE
 
 
 def slices_of(x: Tensor, limit: int) -> Iterator[Callable[[Tensor], Tensor]]:

@@ -28,10 +28,9 @@ from ..hyper import corrections
 from ..update import block_mean_square
 
 _WIDE = {torch.float32, torch.float64}
-_SMALLEST, _LARGEST_ON_CPU = 1 << 16, 1 << 18  # elements of a chunk; larger chunks are no faster on a CPU
-# Between these limits a chunk has 1 / _SHARE of all elements. Its temporaries need 16 bytes per element, which is 5 %
-# of the bytes of p, g and m in bf16.
-_SHARE = 64
+# Elements of a chunk: on a CPU _SMALLEST, because temporaries of a larger chunk leave the cache, elsewhere at least
+# 1 / _SHARE of all elements. Temporaries need 16 bytes per element, which is 5 % of the bytes of p, g and m in bf16.
+_SMALLEST, _SHARE = 1 << 16, 64
 
 
 def foreach_update(
@@ -108,8 +107,7 @@ def _limit(device: torch.device, elements: int) -> int:
     """Return how many elements the temporaries of a chunk may have; ``elements`` is the size of the group."""
     if torch.compiler.is_compiling():
         return sys.maxsize
-    share = max(_SMALLEST, elements // _SHARE)
-    return min(share, _LARGEST_ON_CPU) if device.type == "cpu" else share
+    return _SMALLEST if device.type == "cpu" else max(_SMALLEST, elements // _SHARE)
 
 
 @dataclass(frozen=True)
@@ -236,8 +234,12 @@ def _chunks(work: Iterable[_Slice], limit: int) -> Iterator[list[_Slice]]:
 
 
 def _cut(whole: _Slice, limit: int) -> Iterator[_Slice]:
-    """Cut along axis 0, between blocks, if the temporaries are larger than ``limit`` and the layout allows a cut."""
-    layout, count = whole.layout, whole.weight
+    """Cut along axis 0, between blocks, if the temporaries are larger than ``limit`` and the layout allows a cut.
+
+    On a CPU only temporaries of the aligned shape count here, because ``_step`` cuts all others with fewer calls.
+    """
+    layout = whole.layout
+    count = whole.exp_avg_sq.numel() if whole.param.device.type == "cpu" else whole.weight
     if layout.fold > 1:
         whole, layout = next(whole.cut([tuple(layout.unfold(*whole.tensors))], layout.unfolded())), layout.unfolded()
     segments = layout.runs.segments
@@ -265,7 +267,7 @@ def _of_rows(layout: Layout, rows: int) -> Layout:
 
 def _step(chunk: list[_Slice], numbers: _Numbers, limit: int) -> None:
     """Update the second moments of a chunk, then its first moments and parameters; a large tensor goes in slices."""
-    scales = _second_moments(chunk, numbers, limit)
+    scales = _second_moments(chunk, numbers)
     if len(chunk) > 1 or not chunk[0].copies or chunk[0].weight <= limit:
         _update([x.param for x in chunk], [x.grad for x in chunk], [x.exp_avg for x in chunk], scales, numbers)
         return
@@ -286,9 +288,9 @@ def _direction(x: Tensor, limit: int) -> tuple[int, int]:
     return dim, max(1, limit * x.size(dim) // x.numel())
 
 
-def _second_moments(chunk: list[_Slice], numbers: _Numbers, limit: int) -> list[Tensor]:
+def _second_moments(chunk: list[_Slice], numbers: _Numbers) -> list[Tensor]:
     """Update v; return the factor of each first moment in the update, aligned shape, negative to descend."""
-    means = [_mean_square(x.grad, x.layout, limit) for x in chunk]
+    means = [block_mean_square(x.grad, x.layout) for x in chunk]
     seconds = [x.exp_avg_sq for x in chunk]
     if numbers.grad_scale is not None:
         torch._foreach_div_(means, numbers.grad_scale)
@@ -305,23 +307,6 @@ def _second_moments(chunk: list[_Slice], numbers: _Numbers, limit: int) -> list[
     if numbers.skip is not None:
         scales = [scale.masked_fill_(numbers.skip, 0.0) for scale in scales]
     return scales
-
-
-def _mean_square(grad: Tensor, layout: Layout, limit: int) -> Tensor:
-    """Compute ``block_mean_square``; on a CPU in slices, if a large gradient would be copied to another dtype."""
-    wide = _wide(grad.dtype)
-    if grad.dtype == wide or grad.device.type != "cpu" or grad.numel() <= limit:
-        return block_mean_square(grad, layout)
-    shape = layout.aligned_shape(grad.shape)
-    reduced = [d for d in range(grad.dim()) if shape[d] != grad.size(d)]
-    dim, size = _direction(grad, limit)
-    sums = torch.zeros(shape, dtype=wide)
-    for start in range(0, grad.size(dim), size):
-        part = grad.narrow(dim, start, min(size, grad.size(dim) - start))
-        part_sums = sums.narrow(dim, start, part.size(dim)) if dim not in reduced else sums
-        part_sums.add_(torch.linalg.vector_norm(part, 2, dim=reduced, keepdim=True, dtype=wide).square_())
-    # block_mean_square of the root mean square of each index computes the remaining mean over runs.
-    return block_mean_square(sums.div_(layout.numel_per_index(grad.shape)).sqrt_(), layout)
 
 
 def _update(

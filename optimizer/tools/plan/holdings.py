@@ -46,12 +46,14 @@ class Portion(NamedTuple):
         second: number of second-moment values stored for them.
         quantised: number of elements of a row that is quantised at once: one that spans several axes, or a row of a
             flattened tensor; 0 if there is no such row.
+        apart: whether neighbours in memory belong to different blocks, as if the blocks are columns.
     """
 
     numel: int
     rows: int
     second: int
     quantised: int = 0
+    apart: bool = False
 
 
 class Cut(NamedTuple):
@@ -145,7 +147,8 @@ class Placed:
         """Return the elements that are stepped at once: the whole local tensor."""
         axes = row_axes(self.whole)
         row = prod(self.shape[-axes:]) if axes > 1 else 0
-        return [Portion(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row)]
+        apart = len(self.shape) > 1 and self.second[-1:] != (1,)
+        return [Portion(prod(self.shape), self.shape[0] if self.shape else 1, prod(self.second), row, apart)]
 
 
 @dataclass(frozen=True)

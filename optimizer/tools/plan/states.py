@@ -11,6 +11,7 @@ import torch
 
 from ...state.specification import state_bytes
 from ...step import moments
+from ...step.update import SLICE
 from .holdings import Portion, Tensor
 from .sharding import DTYPES, Setup
 
@@ -19,7 +20,6 @@ _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TORCHAO_BLOCK = 256
 _TORCHAO_SMALLEST = 4096  # Like bitsandbytes, torchao stores smaller tensors in the parameter's dtype.
 _TORCHAO_TABLE = 256 * FP32  # Every quantised state stores the fp32 values of its 256 codes.
-_SMALLEST, _LARGEST, _SHARE = 1 << 13, 1 << 16, 8  # as in optimizer.step.update: elements of a temporary
 _CHUNK = 1 << 15  # as in optimizer.step.moments: elements quantised at once
 _PER_ELEMENT = 9 * FP32  # bytes allocated for each of these elements: measured
 
@@ -120,8 +120,9 @@ def _temporary(portion: Portion, itemsize: int) -> int:
     row = max(1, numel // max(1, portion.rows))
     window, second = _window(portion, row)
     copies = FP32 * window if mixed else 0  # a slice of the gradient in fp32
+    squared = FP32 * window if portion.apart else copies  # a slice of its squares
     squares = 2 * FP32 * second  # the mean squares, and at most one copy while runs are averaged
-    return max(copies + squares, FP32 * second + 2 * copies)  # then slices of the parameter and first moment
+    return max(squared + squares, FP32 * second + 2 * copies)  # then slices of the parameter and first moment
 
 
 def _quantising(portion: Portion, itemsize: int) -> int:
@@ -133,6 +134,6 @@ def _quantising(portion: Portion, itemsize: int) -> int:
 
 def _window(portion: Portion, row: int) -> tuple[int, int]:
     """Return (elements of a slice, second-moment values that are updated at once)."""
-    window = min(portion.numel, max(min(max(portion.numel >> _SHARE, _SMALLEST), _LARGEST), row))
+    window = min(portion.numel, max(SLICE, row))
     # With one scalar per element, the second moment is updated in the same slices.
     return window, window if portion.second == portion.numel else portion.second

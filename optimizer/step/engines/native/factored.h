@@ -339,7 +339,7 @@ void factored_low_bit(const Task& task, int threads) {
   const int64_t blocks = l.numel() / l.row * ((l.row + Q::kBlock - 1) / Q::kBlock), share = kChunk / Q::kBlock;
 #pragma omp parallel for num_threads(threads) if (shares) schedule(static)
   for (int64_t b = 0; b < blocks; b += share) {
-    T factors[Q::kBlock];
+    T factors[kSpan];
     low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), kAhead, [&](int64_t at, int64_t n) {
       // index: row-major index over the axis and all axes in front of it; k: the index behind it.
       int64_t index = at / l.inner, k = at % l.inner;

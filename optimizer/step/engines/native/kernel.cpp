@@ -10,7 +10,7 @@
 
 #include "dense.h"
 #include "factored.h"
-#include "low_bit.h"
+#include "low_bit_any.h"
 #include "strided.h"
 
 namespace {

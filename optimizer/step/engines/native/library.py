@@ -22,7 +22,7 @@ from ...moments import FORMATS
 logger = logging.getLogger("optimizer")
 
 _SOURCE = Path(__file__).with_name("kernel.cpp")
-_HEADERS = ("dense.h", "factored.h", "low_bit.h", "numbers.h", "strided.h", "tensors.h")
+_HEADERS = ("dense.h", "factored.h", "low_bit.h", "low_bit_any.h", "numbers.h", "strided.h", "tensors.h")
 _FLAGS: tuple[str, ...] = (
     "-O3",
     "-march=native",

@@ -17,15 +17,16 @@ inline uint32_t bits_of(float x) {
   return out;
 }
 
+inline float float_of(uint32_t bits) {
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
 inline double load(const double* p) { return *p; }
 inline float load(const float* p) { return *p; }
 inline float load(const float16* p) { return static_cast<float>(p->value); }
-inline float load(const bfloat16* p) {
-  const uint32_t wide = static_cast<uint32_t>(p->bits) << 16;
-  float out;
-  std::memcpy(&out, &wide, sizeof out);
-  return out;
-}
+inline float load(const bfloat16* p) { return float_of(static_cast<uint32_t>(p->bits) << 16); }
 
 inline uint16_t nearest_bfloat16(uint32_t wide) {
   const uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;  // ties to even
