@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from optimizer import AdamMini
 from optimizer.sharding import offline
 from optimizer.tools.plan import Setup, parameters_of
 from tests.interop.conftest import Record
@@ -200,3 +201,15 @@ def check_example(record: Record, stage: int) -> None:
            ran="examples/deepspeed_zero.py: tiny Llama, 10 clipped steps, fp32",
            result=f"{falls(left['losses'])}; weights within {difference:.1e} of one process")  # fmt: skip
     assert difference <= SAME
+
+
+@pytest.mark.parametrize("moment", ["int8", "int4"])
+def check_example_of_few_bits(record: Record, moment: str) -> None:
+    left = torchrun(2, "examples/deepspeed_offload.py", "--moment", moment)
+    wanted = plain(2, optimizer=lambda model: AdamMini(model, **OPTIONS, exp_avg_dtype=moment))
+    apart_by = max(abs(a - b) for a, b in zip(left["losses"], wanted["losses"], strict=True))
+    record("DeepSpeed", f"ZeRO-Offload with an {moment} moment", ["deepspeed", "torch", "transformers"], ranks=2,
+           ran="examples/deepspeed_offload.py: tiny Llama, 10 clipped steps, fp32, stage 2",
+           result=f"{falls(left['losses'])}, within {apart_by:.1e} of one process; state of "
+                  f"{left['held']:.2f} bytes per parameter")  # fmt: skip
+    assert apart_by <= 0.005 and left["held"] < {"int8": 1.4, "int4": 0.9}[moment]
