@@ -58,7 +58,8 @@ interleaved rounds, Intel Xeon with nothing else running).
 `make bench-deepspeed` compares with DeepSpeed's AdamW for the CPU, which ZeRO runs when it offloads the optimizer. On
 the same processor and the 45M Llama, `DeepSpeedCPUAdam` took 0.98 times as long as torch's fused AdamW, Adam-mini 0.66
 times with 4.01 bytes of state per parameter, and 0.70 times with an int8 first moment and 1.04 bytes (n = 25 rounds).
-Adam-mini is thus 1.5 times as fast, and an 8-bit optimizer for the CPU. No AMD processor was at hand.
+Adam-mini is thus 1.5 times as fast, and an 8-bit optimizer for the CPU. No AMD processor was at hand. The same command
+trains with each of them inside ZeRO-2 with the optimizer offloaded (`benchmarks/deepspeed_zero.py`): times and losses.
 
 Temporaries are what torch's CPU allocator hands out during one step, inside operations too (events of its
 profiler). Memory that C++ code takes from malloc, kilobytes in the native loop, is not included. The columns give
