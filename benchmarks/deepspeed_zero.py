@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.common import RESULTS, OtherProcesses, machine, replace, summary
 from benchmarks.contestants import DECAY, state_bytes
-from benchmarks.models import build
+from benchmarks.models import trainable
 from examples.text import batch
 from optimizer import AdamMini
 
@@ -77,16 +77,6 @@ CONFIG = {
 }
 
 
-def started(name: str) -> nn.Module:
-    """Return a model of ``benchmarks.models`` in fp32 with random weights, the same at every call."""
-    model, generator = build(name, torch.float32), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.grad = None
-            parameter.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else parameter.fill_(1.0)
-    return model
-
-
 class Trained:
     """One optimizer in its engine.
 
@@ -101,7 +91,7 @@ class Trained:
     def __init__(self, name: str, make: Make) -> None:
         import deepspeed
 
-        model = started(name)
+        model = trainable(name)
         self.parameters, self.optimizer = sum(p.numel() for p in model.parameters()), make(model)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=CONFIG, dist_init_required=False

@@ -37,6 +37,16 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def trainable(name: str) -> nn.Module:
+    """Build a model of ``MODELS`` in fp32 with transformers' own random weights, the same at every call.
+
+    The models of ``build`` are for steps only: they have no values in their buffers, such as rotary frequencies.
+    """
+    family, size = MODELS[name]
+    torch.manual_seed(0)
+    return {"llama": _llama, "gpt2": _gpt2, "mixtral": _mixtral}[family](size).float()
+
+
 def heads(name: str) -> dict[str, int]:
     """Return the model's sizes that the published package needs as arguments."""
     family, size = MODELS[name]
