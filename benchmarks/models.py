@@ -43,8 +43,11 @@ def trainable(name: str) -> nn.Module:
     The models of ``build`` are for steps only: they have no values in their buffers, such as rotary frequencies.
     """
     family, size = MODELS[name]
+    make = {"llama": _llama, "gpt2": _gpt2, "mixtral": _mixtral}[family]
+    with torch.device("meta"):
+        make(size)  # The imports of the first model may draw random numbers.
     torch.manual_seed(0)
-    return {"llama": _llama, "gpt2": _gpt2, "mixtral": _mixtral}[family](size).float()
+    return make(size).float()
 
 
 def heads(name: str) -> dict[str, int]:
