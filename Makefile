@@ -139,6 +139,7 @@ bench-quick: $(READY) $(PEERS)
 bench-deepspeed: export TORCH_EXTENSIONS_DIR := $(abspath $(INTEROP))/extensions
 bench-deepspeed: $(INTEROP)/.ready
 	PATH=$(abspath $(INTEROP))/bin:$$PATH $(INTEROP)/bin/python -m benchmarks.deepspeed_adam
+	PATH=$(abspath $(INTEROP))/bin:$$PATH $(INTEROP)/bin/python -m benchmarks.deepspeed_zero
 
 coverage: $(READY)
 	$(PY) -m benchmarks.coverage

@@ -9,6 +9,7 @@ from typing import Any
 Results = Mapping[str, Any]
 MAIN_CASE = "llama-45M fp32 2 threads"
 BF16_CASE = "llama-45M bf16 2 threads"
+GPT2_CASES = ("gpt2-124M fp32 2 threads", "gpt2-124M bf16 2 threads")
 STATE_CASES = ("llama-100M fp32 2 threads", "llama-100M bf16 2 threads")
 ENOUGH = 25
 """Rounds that a verdict on a time needs."""
@@ -80,11 +81,27 @@ def _state(what: str, most: float, case: str, contestant: str) -> Bar:
     return Bar(what, most, "B", _number(case, contestant, "state_bytes_per_parameter"))
 
 
+def _on_both(what: str, contestant: str, llama: float, gpt2: float, *, bf16: bool = False) -> tuple[Bar, Bar]:
+    """Return bars on the same optimizer for a Llama, whose blocks are rows, and for GPT-2, whose blocks are columns."""
+    cases = (BF16_CASE if bf16 else MAIN_CASE, GPT2_CASES[bf16])
+    models = ("45M Llama", "GPT-2 124M")
+    one, two = (
+        _time(f"{what}, {model}, against fused AdamW{' in bf16' if bf16 else ''}", most, case, contestant)
+        for model, most, case in zip(models, (llama, gpt2), cases, strict=True)
+    )
+    return one, two
+
+
 BARS = (
-    _time("fused, fp32, 45M Llama, against fused AdamW", 0.78, MAIN_CASE, "AdamMini fused"),
-    _time("fused, bf16 with fp32 momentum, against fused AdamW in bf16", 0.85, BF16_CASE, "AdamMini fused"),
-    _time("fused, int8 momentum, against fused AdamW in fp32", 1.0, MAIN_CASE, "AdamMini fused, int8 moment"),
-    _time("eager, fp32, against fused AdamW", 1.25, MAIN_CASE, "AdamMini eager"),
+    *_on_both("fused, fp32", "AdamMini fused", 0.78, 0.80),
+    *_on_both("fused, bf16 with bf16 momentum", "AdamMini fused, bf16 moment", 0.80, 0.85, bf16=True),
+    _time("fused, bf16 with fp32 momentum, 45M Llama, against fused AdamW in bf16", 0.85, BF16_CASE, "AdamMini fused"),
+    *_on_both("fused, int8 momentum", "AdamMini fused, int8 moment", 0.80, 0.95),
+    *_on_both("fused, int4 momentum", "AdamMini fused, int4 moment", 0.95, 1.2),
+    *_on_both("fused, factored", "AdamMini fused, factored", 0.92, 0.92),
+    _time("eager, fp32, 45M Llama, against fused AdamW", 1.25, MAIN_CASE, "AdamMini eager"),
+    *_on_both("eager, bf16", "AdamMini eager", 4.0, 4.0, bf16=True),
+    *_on_both("foreach, bf16", "AdamMini foreach", 4.0, 4.0, bf16=True),
     _temporary("new bytes of a fused step, of the largest tensor", 0.1, "AdamMini fused", "peak_of_largest"),
     _temporary("new bytes of an eager step, of the largest tensor", 2.0, "AdamMini eager", "peak_of_largest"),
     _temporary("new bytes of a foreach step, of the group", 5.0, "AdamMini foreach", "peak_of_group"),
@@ -94,7 +111,7 @@ BARS = (
     _state("state per parameter, 100M Llama, int4", 0.62, STATE_CASES[0], "AdamMini fused, int4 moment"),
     Bar(
         "Python per tensor, fused",
-        3.0,
+        2.0,
         "us",
         lambda r: r["overhead"]["AdamMini fused"]["per_tensor"],
         lambda r: r["overhead"],

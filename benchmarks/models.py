@@ -37,6 +37,19 @@ def build(name: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def trainable(name: str) -> nn.Module:
+    """Build a model of ``MODELS`` in fp32 with transformers' own random weights, the same at every call.
+
+    The models of ``build`` are for steps only: they have no values in their buffers, such as rotary frequencies.
+    """
+    family, size = MODELS[name]
+    make = {"llama": _llama, "gpt2": _gpt2, "mixtral": _mixtral}[family]
+    with torch.device("meta"):
+        make(size)  # The imports of the first model may draw random numbers.
+    torch.manual_seed(0)
+    return make(size).float()
+
+
 def heads(name: str) -> dict[str, int]:
     """Return the model's sizes that the published package needs as arguments."""
     family, size = MODELS[name]

@@ -1,26 +1,29 @@
-"""Build the benchmark's tables and figure from its JSON file.
+"""Build the benchmark's tables and figures from its JSON files, one per processor.
 
-python -m benchmarks.report [--results benchmarks/results] [--docs docs/speed.md]
+python -m benchmarks.report [--results benchmarks/results/optimizer_step] [--add RUN.json ...] [--docs docs/speed.md]
+
+--add copies the run of another machine into the results. It replaces an earlier run of that processor and no other.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from analysis.documents import damaged, is_finite, read_object
 from benchmarks.bars import MAIN_CASE, Verdict, verdicts
-from benchmarks.common import RESULTS, replace
+from benchmarks.common import replace
+from benchmarks.runs import COPY, RUNS, file_name, load, load_all
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COPY, BASELINE = "copy", "AdamW fused"
+BASELINE = "AdamW fused"
 HEADER = (
     "optimizer",
     "median ms",
@@ -35,8 +38,9 @@ HEADER = (
 )
 INTRO = """# Speed of a step
 
-Written by `python -m benchmarks.report --docs docs/speed.md` from `benchmarks/results/optimizer_step.json`, which
-`make bench` measures; `make bench-quick` takes 75 seconds and writes to `out/bench/`.
+Written by `python -m benchmarks.report --docs docs/speed.md` from `benchmarks/results/optimizer_step/`, which has one
+file per processor. `make bench` measures this one; `make bench-quick` takes 75 seconds and writes to `out/bench/`.
+`python -m benchmarks.report --add RUN.json --docs docs/speed.md` adds the file of another machine.
 
 Optimizers are measured in heats. The optimizers of one heat step in turns, round after round, so that a disturbance
 hits all of them. "x fused AdamW" is the median over rounds of the time divided by the time of torch's fused AdamW
@@ -54,7 +58,8 @@ interleaved rounds, Intel Xeon with nothing else running).
 `make bench-deepspeed` compares with DeepSpeed's AdamW for the CPU, which ZeRO runs when it offloads the optimizer. On
 the same processor and the 45M Llama, `DeepSpeedCPUAdam` took 0.98 times as long as torch's fused AdamW, Adam-mini 0.66
 times with 4.01 bytes of state per parameter, and 0.70 times with an int8 first moment and 1.04 bytes (n = 25 rounds).
-Adam-mini is thus 1.5 times as fast, and an 8-bit optimizer for the CPU. No AMD processor was at hand.
+Adam-mini is thus 1.5 times as fast, and an 8-bit optimizer for the CPU. No AMD processor was at hand. The same command
+trains with each of them inside ZeRO-2 with the optimizer offloaded (`benchmarks/deepspeed_zero.py`): times and losses.
 
 Temporaries are what torch's CPU allocator hands out during one step, inside operations too (events of its
 profiler). Memory that C++ code takes from malloc, kilobytes in the native loop, is not included. The columns give
@@ -137,16 +142,38 @@ def _startup_text(results: dict[str, Any]) -> str:
     return "### Import, first step and Python overhead\n\n" + _table(("what", "median", "n"), rows)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Return the report: the machine, the bars, every case, and the start-up times."""
+def _head(results: dict[str, Any]) -> str:
+    """Return a sentence on the machine and the run."""
     machine = results["machine"]
-    head = (
+    return (
         f"Measured on {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}, Python "
         f"{machine['python']}; load average {machine['load_average'][0]:.1f} before and "
         f"{results['machine_after']['load_average'][0]:.1f} after, {results['seconds'] / 60:.0f} minutes."
     )
-    sections = [head, bars_text(verdicts(results)), *(case_text(n, c) for n, c in results["cases"].items())]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the report of one run: the machine, the bars, every case, and the start-up times."""
+    sections = [_head(results), bars_text(verdicts(results)), *(case_text(n, c) for n, c in results["cases"].items())]
     return "\n\n".join([*sections, _startup_text(results)]) + "\n"
+
+
+def page(runs: Mapping[str, dict[str, Any]]) -> str:
+    """Return the page of the documentation: one section with the bars of each processor, and links to its tables.
+
+    Args:
+        runs: the result of ``runs.load_all``.
+    """
+    sections = []
+    for name, results in runs.items():
+        machine, files = results["machine"], f"../benchmarks/results/{RUNS.name}/{name}"
+        sections += [
+            f"## {machine['processor']}, {machine['cores']} cores",
+            f"{_head(results)} Tables of all cases: [{name}.md]({files}.md).",
+            bars_text(verdicts(results)),
+            f"![Step times]({files}.png)",
+        ]
+    return "\n\n".join([INTRO.rstrip(), *sections]) + "\n"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -187,81 +214,34 @@ def plot(results: dict[str, Any], path: Path) -> None:
     temporary.replace(path)
 
 
-def write_report(results: dict[str, Any], folder: Path) -> None:
-    """Write the report and the figure to the folder of the JSON file."""
-    replace(folder / "optimizer_step.md", markdown(results))
-    plot(results, folder / "optimizer_step.png")
-
-
-TIMING = ("median_s", "q1_s", "q3_s", "ratio", "n", "gb_per_s")
-FACTS = ("parameters", "state_bytes_per_parameter", "largest_temporary_of_largest", "peak_of_largest", "peak_of_group")
-
-
-def load(folder: Path) -> dict[str, Any]:
-    """Load a run of the benchmark and check that it is complete, because a null or a NaN would get a verdict, too.
-
-    Raises:
-        FileNotFoundError: there is no run in the folder.
-        ValueError: the file is damaged; the message names what is missing.
-    """
-    path = folder / "optimizer_step.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; run `make bench`, or give its folder with --results")
-    results = read_object(path, "run `make bench` again")
-    if why := _hole(results) or _odd_number("", results):
-        raise damaged(path, why, "run `make bench` again")
-    return results
-
-
-def _hole(results: dict[str, Any]) -> str:
-    """Describe the first thing that the report needs and the results lack; return "" if they are complete."""
-    for key in ("machine", "machine_after", "cases", "overhead", "startup"):
-        if not isinstance(results.get(key), dict):
-            return f"it has no {key}"
-    if "seconds" not in results or not results["cases"]:
-        return "it has no seconds" if "seconds" not in results else "it has no case"
-    for key in ("processor", "cores", "torch", "python", "load_average"):
-        if key not in results["machine"]:
-            return f"machine has no {key}"
-    for name, case in results["cases"].items():
-        rows = case.get("rows") if isinstance(case, dict) else None
-        if not isinstance(rows, dict) or not rows:
-            return f"the case {name!r} has no rows"
-        for contestant, row in rows.items():
-            keys = TIMING if contestant == COPY else (*TIMING, *FACTS, "others_cores")
-            if not isinstance(row, dict) or ("error" not in row and (missing := [k for k in keys if k not in row])):
-                first = missing[0] if isinstance(row, dict) else "numbers"
-                return f"{contestant!r} of the case {name!r} has no {first}"
-    return ""
-
-
-def _odd_number(where: str, value: Any) -> str:
-    """Describe the first null or non-finite number in a value of the document; return "" if there is none."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, child in children:
-        if why := _odd_number(f"{where}/{key}" if where else str(key), child):
-            return why
-    unknown = value is None and where.endswith("others_cores")  # null on systems without /proc/stat
-    if (value is None or isinstance(value, float)) and not (is_finite(value) or unknown):
-        return f"{where}={value!r} is no finite number"
-    return ""
+def write_report(results: dict[str, Any], folder: Path) -> Path:
+    """Write a run, its report and its figure to a folder, and return the path of the run."""
+    path = folder / f"{file_name(results['machine'])}.json"
+    replace(path, json.dumps(results, indent=1) + "\n")
+    replace(path.with_suffix(".md"), markdown(results))
+    plot(results, path.with_suffix(".png"))
+    return path
 
 
 def main() -> None:
-    """Build the report and, with --docs, the page of the documentation."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    """Build the reports of all processors and, with --docs, the page of the documentation."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RUNS)
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="runs of other machines")
     parser.add_argument("--docs", type=Path, default=None)
     arguments = parser.parse_args()
     try:
-        results = load(arguments.results)
+        added = [load(path) for path in arguments.add]  # All are read before one is written.
+        for results in added:
+            write_report(results, arguments.results)
+        runs = load_all(arguments.results)
     except (FileNotFoundError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
-    write_report(results, arguments.results)
+    for results in runs.values():
+        write_report(results, arguments.results)
     if arguments.docs is not None:
-        figure = "![Step times](../benchmarks/results/optimizer_step.png)"
-        replace(arguments.docs, f"{INTRO}\n{figure}\n\n{markdown(results)}")
+        replace(arguments.docs, page(runs))
 
 
 if __name__ == "__main__":

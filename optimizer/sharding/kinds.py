@@ -17,6 +17,12 @@ def is_dtensor(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def is_dtensor_type(kind: type) -> bool:
+    """Return whether values of a type are DTensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and issubclass(kind, module.DTensor)
+
+
 def local_of(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor; return any other tensor unchanged."""
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from .flat import FlatLayout
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
 from .shard import Shard
-from .sharded import flat_moment, geometry_of, is_sharded, report_cut_rows, saves_elements
+from .sharded import any_sharded, flat_moment, geometry_of, is_sharded, report_cut_rows, saves_elements
 from .step_view import StepView
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class Shards:
         view = StepView(groups, layouts, states)
         try:
             for g in which:
-                if any(map(is_sharded, groups[g]["params"], layouts[g])):
+                if any_sharded(groups[g]["params"], layouts[g]):
                     self._localise(view, g, groups[g], layouts[g], states, only)
             if self._must_agree:
                 self._agree(groups, layouts)

@@ -19,7 +19,7 @@ from .exchange import destroyed
 from .flat import FlatLayout, flat_geometry
 from .flat_moments import FlatMoment
 from .geometry import Geometry
-from .kinds import is_dtensor
+from .kinds import is_dtensor, is_dtensor_type
 from .placed_moments import cuts_rows
 from .shard import Shard
 
@@ -35,6 +35,15 @@ def saves_elements(parameter: Tensor) -> bool:
 def is_sharded(parameter: Tensor, layout: AnyLayout) -> bool:
     """Return whether the parameter is a DTensor or contains ranges of flattened tensors."""
     return is_dtensor(parameter) or isinstance(layout, FlatLayout)
+
+
+def any_sharded(parameters: Sequence[Tensor], layouts: Sequence[AnyLayout]) -> bool:
+    """Return whether ``is_sharded`` holds for any pair.
+
+    Every step asks this of every parameter, so types are collected first: a Python call per tensor takes longer.
+    """
+    kinds = set(map(type, layouts))
+    return any(issubclass(kind, FlatLayout) for kind in kinds) or any(map(is_dtensor_type, set(map(type, parameters))))
 
 
 def flat_moment(parameter: Tensor, layout: AnyLayout, group: Mapping[str, Any]) -> FlatMoment | None:

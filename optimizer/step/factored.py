@@ -110,7 +110,7 @@ def _column_roots(columns: Tensor, mean: Tensor) -> Tensor:
 def column_mean(columns: Tensor, layout: FactoredLayout) -> Tensor:
     """Return the mean over the columns of each part; axes that are neither leading nor ``layout.axis`` have size 1."""
     others = [dim for dim in range(len(layout.leading), columns.dim()) if dim != layout.axis]
-    return columns.mean(others, keepdim=True)
+    return columns.mean(others, keepdim=True) if others else columns  # no axes would mean all of them to torch
 
 
 def per_row(columns: Tensor, layout: FactoredLayout) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bars, report
+from benchmarks import bars, optimizer_step, report, runs
 from benchmarks.case import heat
 from benchmarks.common import replace, summary
 from benchmarks.contestants import BASELINE, CONTESTANTS, Contestant, add_peers, published, state_bytes
@@ -115,15 +115,61 @@ def test_the_ratio_is_the_median_of_ratios_within_rounds() -> None:
     assert table["b"]["median_s"] == 5.0
 
 
-def test_the_report_is_built_from_the_file(small: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
-    replace(tmp_path / "optimizer_step.json", json.dumps(small))
-    page = tmp_path / "speed.md"
-    monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path), "--docs", str(page)])
-    report.main()
-    text = page.read_text()
-    assert "Measured on any, 2 cores" in text and "| adam-mini 1.1.1 |" in text
-    assert 0 < (tmp_path / "optimizer_step.png").stat().st_size < 200_000
-    assert not list(tmp_path.glob("*.tmp"))
+def test_the_report_is_built_from_the_files(small: dict[str, Any], tmp_path: Path, monkeypatch) -> None:
+    folder, page = tmp_path / "results", tmp_path / "speed.md"
+    replace(folder / "any-2-cores.json", json.dumps(small))
+    other = copy.deepcopy(small)
+    other["machine"]["processor"] = "Some(R) Other(TM) CPU @ 2.0GHz"
+    replace(tmp_path / "run.json", json.dumps(other))
+    added = ["--add", str(tmp_path / "run.json")]
+    for arguments in (added, added, []):  # again: a run replaces its own processor's alone, and nothing is lost
+        monkeypatch.setattr("sys.argv", ["report", "--results", str(folder), "--docs", str(page), *arguments])
+        report.main()
+        text = page.read_text()
+        assert text.count("\n## ") == 2
+        for title, name in (("any, 2 cores", "any-2-cores"),
+                            ("Some(R) Other(TM) CPU @ 2.0GHz, 2 cores", "some-other-cpu-2-0ghz-2-cores")):  # fmt: skip
+            section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+            assert f"Measured on {title}" in section and "| fused, fp32, 45M Llama, against fused AdamW |" in section
+            assert f"({'../benchmarks/results/optimizer_step/'}{name}.md)" in section
+            assert "| adam-mini 1.1.1 |" in (folder / f"{name}.md").read_text()
+            assert 0 < (folder / f"{name}.png").stat().st_size < 200_000
+    assert runs.load(folder / "any-2-cores.json") == small
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_damaged_run_of_another_machine_changes_nothing(
+    small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results"
+    replace(folder / "any-2-cores.json", json.dumps(small))
+    other = copy.deepcopy(small)
+    other["machine"]["processor"] = "another"
+    replace(tmp_path / "good.json", json.dumps(other))
+    replace(tmp_path / "bad.json", "{}")
+    added = [str(tmp_path / "good.json"), str(tmp_path / "bad.json")]
+    monkeypatch.setattr("sys.argv", ["report", "--results", str(folder), "--add", *added])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "bad.json is damaged" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["any-2-cores.json"]
+
+
+def test_every_bar_on_a_time_has_a_case_with_enough_rounds() -> None:
+    """A bar on a case that the bench does not run, or runs too briefly, would never get a verdict."""
+    cases = {case.name: case for case in optimizer_step.CASES}
+    found = 0
+    for bar in bars.BARS:
+        for name in (bars.MAIN_CASE, bars.BF16_CASE, *bars.GPT2_CASES, *bars.STATE_CASES):
+            for contestant in CONTESTANTS:
+                results = {"cases": {name: {"rows": {contestant: {"ratio": 1.0, "n": 1, "others_cores": 0.0}}}}}
+                try:
+                    bar.value(results)
+                except KeyError:
+                    continue
+                found += 1
+                assert contestant in cases[name].contestants and cases[name].rounds >= bar.enough, bar.what
+    assert found == sum(bar.enough == bars.ENOUGH for bar in bars.BARS)
 
 
 def row(results: dict[str, Any]) -> dict[str, Any]:
@@ -153,30 +199,33 @@ def test_a_run_with_a_hole_gets_no_verdicts(
     """A ratio of minus infinity passed its bar, and a row without its number of rounds counted as enough of them."""
     results = copy.deepcopy(small)
     change(results)
-    replace(tmp_path / "optimizer_step.json", json.dumps(results))
-    with pytest.raises(ValueError, match=rf"optimizer_step\.json is damaged .*{message}.*run `make bench` again"):
-        report.load(tmp_path)
+    replace(tmp_path / "any-2-cores.json", json.dumps(results))
+    with pytest.raises(ValueError, match=rf"any-2-cores\.json is damaged .*{message}.*run `make bench` again"):
+        runs.load(tmp_path / "any-2-cores.json")
     monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         report.main()
     assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["optimizer_step.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["any-2-cores.json"]
 
 
 def test_no_run_or_a_cut_one_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"optimizer_step\.json does not exist; run `make bench`"):
-        report.load(tmp_path)
+    path = tmp_path / "any-2-cores.json"
+    with pytest.raises(FileNotFoundError, match=r"has no run; run `make bench`"):
+        runs.load_all(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"any-2-cores\.json does not exist; run `make bench`"):
+        runs.load(path)
     for text in ("", "[]", '{"cases": {', '{"seconds": 1, "seconds": 2}'):
-        replace(tmp_path / "optimizer_step.json", text)
-        with pytest.raises(ValueError, match=r"optimizer_step\.json is damaged .*run `make bench` again"):
-            report.load(tmp_path)
+        replace(path, text)
+        with pytest.raises(ValueError, match=r"any-2-cores\.json is damaged .*run `make bench` again"):
+            runs.load_all(tmp_path)
 
 
 def test_a_system_that_does_not_say_who_else_ran_is_no_damage(small: dict[str, Any], tmp_path: Path) -> None:
     results = copy.deepcopy(small)
     results["cases"][bars.MAIN_CASE]["rows"]["AdamMini fused"]["others_cores"] = None
-    replace(tmp_path / "optimizer_step.json", json.dumps(results))
-    assert report.load(tmp_path) == results
+    replace(tmp_path / "any-2-cores.json", json.dumps(results))
+    assert runs.load_all(tmp_path) == {"any-2-cores": results}
 
 
 def test_peers_that_are_not_installed_are_named(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from optimizer import AdamMini
-from optimizer.step.reference import initial_state, reference_step
 from tests.fuzz.draw import Case, strided
+from tests.fuzz.references import Blocks, Factored, reference_of
 
 # Of one rounding, relative; what a step does with it is in ``_allowed``.
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
@@ -22,7 +22,8 @@ def run(case: Case) -> None:
     leaf = not case.engine.get("differentiable")
     params = [_parameter(x.to(case.dtype), t[2], leaf) for x, t in zip(start, case.tensors, strict=True)]
     optimizer, step = _optimizer(case, params)
-    expected, states, travelled = _references(case, params)
+    references = _references(case, params)
+    travelled = [torch.zeros_like(reference.p) for reference in references]
     for s in range(case.steps):
         if s == case.reload:
             optimizer.load_state_dict(optimizer.state_dict())
@@ -35,11 +36,11 @@ def run(case: Case) -> None:
         step()
         for i, (grad, before, version) in given.items():
             assert torch.equal(grad, before) and grad._version == version, "the gradient was touched"
-            _advance(case, i, grad, expected, states, travelled)
-    for i, p in enumerate(params):
-        assert float(optimizer.state[p].get("step", 0)) == states[i].t, f"tensor {i}: wrong number of steps"
-        if states[i].t:
-            _compare(case, i, p.detach(), expected[i], states[i], travelled[i], optimizer.state[p])
+            _advance(case, grad, references[i], travelled[i])
+    for i, (p, reference) in enumerate(zip(params, references, strict=True)):
+        assert float(optimizer.state[p].get("step", 0)) == reference.t, f"tensor {i}: wrong number of steps"
+        if reference.t:
+            _compare(case, i, p.detach(), reference, travelled[i], optimizer.state[p])
 
 
 def _parameter(x: Tensor, how: str, leaf: bool) -> Any:
@@ -68,49 +69,39 @@ def _gradient(case: Case, p: Tensor, generator: torch.Generator, how: str) -> Te
     return strided(x.to(case.dtype), how)
 
 
-def _references(case: Case, params: list[Any]) -> tuple[list[Tensor], list[Any], list[Tensor]]:
-    expected = [p.detach().double().clone(memory_format=torch.contiguous_format) for p in params]
-    ids = [layout.block_ids(shape) for layout, shape, _, _ in case.tensors]
-    states = [initial_state(e, i) for e, i in zip(expected, ids, strict=True)]
-    return expected, states, [torch.zeros_like(e) for e in expected]
+def _references(case: Case, params: list[Any]) -> list[Blocks | Factored]:
+    whole = (p.detach().double().clone(memory_format=torch.contiguous_format) for p in params)
+    return [reference_of(layout, p) for (layout, _, _, _), p in zip(case.tensors, whole, strict=True)]
 
 
-def _advance(
-    case: Case, i: int, grad: Tensor, expected: list[Tensor], states: list[Any], travelled: list[Tensor]
-) -> None:
+def _advance(case: Case, grad: Tensor, reference: Blocks | Factored, travelled: Tensor) -> None:
     """The reference takes the step; ``travelled`` adds up how far each element could have moved."""
-    layout, shape, _, _ = case.tensors[i]
-    beta1, beta2 = case.options["betas"]
-    g = grad.double() / (case.scale or 1.0)
-    new = reference_step(
-        expected[i], g, states[i], layout.block_ids(shape), lr=case.options["lr"], beta1=beta1, beta2=beta2,
-        eps=case.options["eps"], weight_decay=case.options["weight_decay"], maximize=case.options["maximize"],
+    options = case.options
+    beta1, beta2 = options["betas"]
+    before, g = reference.p, grad.double() / (case.scale or 1.0)
+    reference.step(
+        g, lr=options["lr"], beta1=beta1, beta2=beta2, eps=options["eps"], weight_decay=options["weight_decay"],
+        maximize=options["maximize"],
     )  # fmt: skip
-    travelled[i] += (new - expected[i]).abs() + case.options["lr"]
-    if case.dtype == torch.float16 and case.options["exp_avg_dtype"] is None:
+    travelled += (reference.p - before).abs() + options["lr"]
+    root = (reference.second() / (1 - beta2**reference.t)).sqrt() + options["eps"]
+    if case.dtype == torch.float16 and options["exp_avg_dtype"] is None:
         # Of an fp16 moment nothing is left below 2^-25: how far the step goes with that, in units of a rounding.
-        root = (states[i].v.double() / (1 - beta2 ** states[i].t)).sqrt() + case.options["eps"]
-        lost = case.options["lr"] * 2.0**-25 / (1 - beta1) / root / _UNIT[torch.float16]
-        travelled[i] += lost[layout.block_ids(shape)]
-    expected[i] = new
+        travelled += options["lr"] * 2.0**-25 / (1 - beta1) / root / _UNIT[torch.float16]
+    if isinstance(options["exp_avg_dtype"], str) and isinstance(reference, Factored) and g.numel():
+        # A code is wrong by a share of the largest moment of its block, and each element has a root of its own.
+        travelled += options["lr"] * g.abs().max() / root
 
 
-def _compare(case: Case, i: int, p: Tensor, wanted: Tensor, state: Any, travelled: Tensor, own: dict[str, Any]) -> None:
-    layout, shape, _, _ = case.tensors[i]
+def _compare(case: Case, i: int, p: Tensor, reference: Blocks | Factored, travelled: Tensor, own: Any) -> None:
     # The second moment is exact to rounding whatever happens to the first one and the parameter.
-    v = own["exp_avg_sq"].double().reshape(layout.unfolded().aligned_shape(_view(layout, shape)))
-    blocks = v.expand(_view(layout, shape)).reshape(-1)
-    given = state.v.double()[layout.block_ids(shape).reshape(-1)] if blocks.numel() else blocks
     unit = _UNIT[torch.float64 if case.dtype == torch.float64 else torch.float32]
-    error = (blocks - given).abs() - 256 * unit * given
-    assert not (error > 0).any(), f"tensor {i}: second moment off by {float(error.max())}"
-    allowed = _allowed(case, state.t, wanted, travelled)
-    off = (p.double() - wanted).abs() - allowed
+    for name, got, given in reference.moments(own):
+        error = (got - given).abs() - 256 * unit * given
+        assert not (error > 0).any(), f"tensor {i}: {name} off by {float(error.max())}"
+    allowed = _allowed(case, reference.t, reference.p, travelled)
+    off = (p.double() - reference.p).abs() - allowed
     assert p.isfinite().all() and not (off > 0).any(), f"tensor {i}: parameter off by {float(off.max())} too much"
-
-
-def _view(layout: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if layout.fold == 1 else (layout.fold, shape[0] // layout.fold, *shape[1:])
 
 
 def _allowed(case: Case, steps: int, wanted: Tensor, travelled: Tensor) -> Tensor:

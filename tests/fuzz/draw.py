@@ -1,4 +1,4 @@
-"""Random cases: a layout, tensors of some dtype and strides, flags. One seed, one case."""
+"""Random cases: layouts (factored ones too), tensors of some dtype and strides, flags. One seed, one case."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from optimizer import Layout
-from optimizer.partition import Runs
+from optimizer.partition import FactoredLayout, Runs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST = 3_000_000  # blocks times elements: what the reference, a loop over blocks, costs
 STRIDES = ("plain", "transposed", "gapped", "channels_last", "offset", "expanded")
+_DENSE = ("plain", "offset")
 ENGINES: tuple[dict[str, Any], ...] = (
     {}, {"fused": True}, {"fused": False}, {"foreach": True}, {"differentiable": True}, {"compiled": True},
 )  # fmt: skip
@@ -39,7 +40,7 @@ class Case:
     """
 
     seed: int
-    tensors: list[tuple[Layout, tuple[int, ...], str, str]]
+    tensors: list[tuple[Layout | FactoredLayout, tuple[int, ...], str, str]]
     dtype: torch.dtype
     engine: dict[str, Any]
     options: dict[str, Any]
@@ -57,9 +58,10 @@ def draw(seed: int) -> Case:
     large = r.random() < 0.2
     tensors = []
     for _ in range(r.randint(1, 4)):
-        layout, shape = _layout(r, large)
+        draw_one = _factored if r.random() < 0.25 else _layout
+        layout, shape = draw_one(r, large)
         while layout.n_blocks * math.prod(shape) > _MOST:
-            layout, shape = _layout(r, large)
+            layout, shape = draw_one(r, large)
         tensors.append((layout, shape, r.choice(STRIDES[:-1]), r.choice(STRIDES)))
     plain = engine.get("differentiable")
     options: dict[str, Any] = {
@@ -74,6 +76,8 @@ def draw(seed: int) -> Case:
         options["lr"] = 1e-2
     if isinstance(options["exp_avg_dtype"], str) and engine.get("fused"):
         engine = {}  # fused=True refuses quantised moments of strided tensors
+    if engine.get("fused") and any(isinstance(t[0], FactoredLayout) and t[2] not in _DENSE for t in tensors):
+        engine = {}  # and factored tensors with gaps, or with leading axes inside others
     steps = r.randint(1, 4)
     missing = {(s, t) for s in range(steps) for t in range(len(tensors)) if r.random() < 0.1}
     gradient = r.choice((1.0, 1e-4, 6e4 if dtype == torch.float16 else 1e6))
@@ -98,6 +102,23 @@ def _layout(r: random.Random, large: bool) -> tuple[Layout, tuple[int, ...]]:
     if kind < 0.2:
         return Layout.per_element(shape), shape
     return layout_around(runs, before, behind, leading, r.choice((1, 1, 1, 2, 3)))
+
+
+def _factored(r: random.Random, large: bool) -> tuple[FactoredLayout, tuple[int, ...]]:
+    """Rows along any axis, in parts that may return, with leading axes, axis 0 in pieces; columns along the others."""
+    most = 40 if large else 4
+    parts = r.randint(1, 3)
+    order = [*range(parts), *(r.randrange(parts) for _ in range(r.randint(0, 2)))]
+    r.shuffle(order)
+    segments, repeat, fold = [(part, r.randint(1, most)) for part in order], r.randint(1, 2), r.choice((1, 1, 1, 2, 3))
+    behind = tuple(r.randint(1, 60 if large else 5) for _ in range(r.randint(0, 2)))
+    before = tuple(r.randint(1, 5) for _ in range(r.randint(0, 2)))
+    leading = r.randint(0, len(before))
+    shape = (*before, repeat * sum(length for _, length in segments), *behind)
+    axis, leading = (len(before), leading) if fold == 1 else (len(before) + 1, leading + 1)
+    shape = (fold * shape[0], *shape[1:])
+    layout = FactoredLayout(shape, axis, segments, repeat=repeat, parts=parts, leading=leading, fold=fold)
+    return layout, shape
 
 
 def layout_around(

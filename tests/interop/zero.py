@@ -114,23 +114,37 @@ def difference(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
     return worst
 
 
+def share(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], beyond: float) -> float:
+    """Which share of all elements is further from what is wanted than ``beyond``."""
+    apart = [int(((got[name] - value).abs() > beyond).sum()) for name, value in wanted.items()]
+    return sum(apart) / sum(value.numel() for value in wanted.values())
+
+
 def zero_case(
-    model: str, zero: dict[str, Any], kind: str = "model", dtype: str = "float32", **options: Any
+    model: str,
+    zero: dict[str, Any],
+    kind: str = "model",
+    dtype: str = "float32",
+    *,
+    taken: int = STEPS,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Ten clipped steps under DeepSpeed, against one process."""
+    """Clipped steps under DeepSpeed, ten unless others are asked for, against one process."""
     messages: list[tuple[int, int]] = []
     engine, optimizer = engine_of(model, zero, kind, dtype, **options)
-    train(engine, 0, STEPS, messages)
+    train(engine, 0, taken, messages)
     got = whole(engine)
     run = Run(nn.Identity(), optimizer, "ddp", dist.get_world_size(), dist.get_rank(), [])
-    wanted = reference(run, model, {"tags": "tag-after"}.get(kind, kind), torch.float32, STEPS, **options)
+    wanted = reference(run, model, {"tags": "tag-after"}.get(kind, kind), torch.float32, taken, **options)
     layouts = [layout for own in optimizer.layouts for layout in own]
     return {
         "difference": difference(got, wanted),
+        "share": share(got, wanted, beyond=1e-4),
         "steps": len(messages),
         "largest": max((nbytes for _, nbytes in messages), default=0),
         "blocks": sum(layout.n_blocks for layout in layouts),
         "state": optimizer.state_bytes(),
+        "parameters": sum(value.numel() for value in wanted.values()),
         "wrapper": type(engine.optimizer).__name__,
     }
 

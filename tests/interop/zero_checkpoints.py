@@ -24,10 +24,10 @@ def _train(engine: Any, first: int, last: int) -> None:
         engine.step()
 
 
-def _alone(model: str, kind: str) -> dict[str, torch.Tensor]:
+def _alone(model: str, kind: str, **options: Any) -> dict[str, torch.Tensor]:
     """Ten steps in one process."""
     module = MODELS[model]().to(torch.float32)
-    optimizer = AdamMini(module if kind == "model" else list(module.named_parameters()), **OPTIONS)
+    optimizer = AdamMini(module if kind == "model" else list(module.named_parameters()), **OPTIONS | options)
     for step in range(10):
         optimizer.zero_grad()
         loss_of(module, torch.cat(batches(step, SHARES))).backward()
@@ -36,23 +36,25 @@ def _alone(model: str, kind: str) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
-def save(model: str, zero: dict[str, Any], folder: str, kind: str = "model") -> str:
+def save(model: str, zero: dict[str, Any], folder: str, kind: str = "model", **options: Any) -> str:
     """Five steps, saved."""
-    engine, _ = engine_of(model, zero, kind)
+    engine, _ = engine_of(model, zero, kind, **options)
     _train(engine, 0, 5)
     engine.save_checkpoint(folder, tag="five")
     return "saved"
 
 
-def go_on(model: str, zero: dict[str, Any], folder: str, universal: bool, kind: str = "model") -> dict[str, Any]:
+def go_on(
+    model: str, zero: dict[str, Any], folder: str, universal: bool, kind: str = "model", **options: Any
+) -> dict[str, Any]:
     """Five more steps from a checkpoint, by an engine whose weights are of no use."""
     config = {"checkpoint": {"load_universal": True}} if universal else {}
-    engine, optimizer = engine_of(model, zero, kind, more=config, spoiled=True)
+    engine, optimizer = engine_of(model, zero, kind, more=config, spoiled=True, **options)
     path, _ = engine.load_checkpoint(folder, tag="five-universal" if universal else "five")
     _train(engine, 5, 10)
     kept = sum(s["exp_avg_sq"].nbytes for s in optimizer.state.values())
     return {
-        "difference": difference(whole(engine), _alone(model, kind)),
+        "difference": difference(whole(engine), _alone(model, kind, **options)),
         "loaded": str(path),
         "kept as counted": kept == optimizer.state_bytes()["exp_avg_sq"],
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optimizer.partition import FactoredLayout
 from optimizer.partition.roles import viewed
-from optimizer.step.reference import factored_reference_step, initial_factored_state
+from optimizer.step.reference import FactoredState, factored_reference_step, initial_factored_state
 
 
 class Reference:
@@ -32,6 +32,10 @@ class Reference:
             for part in range(self.layout.parts):
                 index = lead[parts == part]
                 yield x.reshape(-1)[index], index
+
+    def parts(self) -> Iterator[tuple[FactoredState, Tensor]]:
+        """Yield every part's state, with the index of its elements in the flattened tensor, [rows, columns]."""
+        yield from zip(self.states, (index for _, index in self._matrices(self.p)), strict=True)
 
     def step(self, g: Tensor, **options: Any) -> Tensor:
         new = self.p.reshape(-1).clone()

@@ -29,9 +29,10 @@ thread)
   exit 2
   ;;
 esac
-# Built first: a compiler under the preloaded library would be slow, and its leaks are its own affair.
+# Built first: a compiler under the preloaded library would be slow, and its leaks are its own affair. The compiler's name
+# is part of the library's key, so it must be the one that the tests will ask for.
 "$python" -c "from optimizer.step.engines.native import library as l; from pathlib import Path; \
-import sys; c = __import__('os').environ['CXX']; f = Path('$scratch'); print(l._built(f, __import__('shutil').which(c) or c))"
+import os; print(l._built(Path('$scratch'), os.environ['CXX']))"
 LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider -x -q -s \
   tests/optimizer/test_native.py tests/optimizer/test_native_strides.py tests/optimizer/test_native_low_bit.py \
   tests/optimizer/test_native_factored.py \

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -28,6 +28,7 @@ HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0
 
 @settings(max_examples=80, deadline=None)
 @given(factored_layouts(), st.integers(0, 10_000), st.sampled_from(["plain", "transposed", "gapped"]), st.booleans())
+@example((FactoredLayout((4, 5), 1, [(0, 2), (1, 3)], leading=1), (4, 5)), 0, "plain", False)  # no axis of columns
 def test_equals_the_reference_in_float64(pair, seed: int, how: str, maximize: bool) -> None:
     layout, shape = pair
     options = {**HYPER, "maximize": maximize}
