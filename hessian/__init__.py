@@ -4,7 +4,7 @@ from hessian import HessianOperator, dense, slq, block_norms, block_structure, d
 H = HessianOperator(model, loss, params, batches)
 """
 
-from .derive import Evidence, derive, jensen_gap
+from .derive import Evidence, derive, factored_gap, jensen_gap
 from .exact import dense
 from .lanczos import extreme_eigenvalues, js_distance, slq
 from .operators import HessianOperator, LinearMap, MatrixOperator
@@ -25,6 +25,7 @@ __all__ = [
     "dense",
     "derive",
     "extreme_eigenvalues",
+    "factored_gap",
     "jensen_gap",
     "js_distance",
     "preconditioned_ratio",
