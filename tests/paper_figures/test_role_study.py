@@ -1,0 +1,29 @@
+"""The role study's figure and tables from results alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from analysis import role_study
+from paper_figures.role_study import BEGIN, END, main
+from tests.analysis.role_results import write_study
+
+
+def test_figure_and_tables_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(role_study.correlations, "__defaults__", (20, 0))
+    folder, page = write_study(tmp_path / "results"), tmp_path / "page.md"
+    page.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
+    arguments = ["--results", str(folder), "--out", str(tmp_path / "out"), "--docs", str(page)]
+    main(arguments)
+    text = page.read_text()
+    assert text.startswith(f"# Before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
+    assert "**`good`** (winner)" in text and "`scalars` (blind)" in text
+    assert "| Llama, standard library, lr 0.003 | adam_mini |" in text and "| KEY/ATTENTION_HEAD |" in text
+    assert (tmp_path / "out" / "role_study.png").stat().st_size > 10_000
+    main(arguments)
+    assert page.read_text() == text, "writing again changes nothing"
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        main(arguments)
