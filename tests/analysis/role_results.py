@@ -39,8 +39,8 @@ def write_study(folder: Path, *, surprise: float = 0.0, seeds: tuple[int, ...] =
                 runs = {arm: {"final_val_loss": loss, "seconds": 1.0} for arm, loss in losses.items()}
                 cell = {"model": model, "data": data, "lr": lr, "seed": seed}
                 (folder / f"{name}.json").write_text(json.dumps({"cell": cell, "runs": runs}))
-                rows += [[name, arm, value, float(generator.uniform()), 1.0, value] for arm, value in good.items()]
-    columns = ["cell", "arm", "good", "bad", "constant", "scalars"]
+                rows += [[name, arm, value, value, float(generator.uniform()), 1.0] for arm, value in good.items()]
+    columns = ["cell", "arm", "scalars", "good", "bad", "constant"]
     (folder / "criteria.json").write_text(json.dumps({"columns": columns, "rows": rows}))
     return folder
 

@@ -66,6 +66,14 @@ def test_regret(study: role_study.Study) -> None:
     assert role_study.regrets([cell])[1]["adam_mini"] == pytest.approx(np.mean(by_hand))
 
 
+def test_the_bootstrap_draws_roles_as_well_as_seeds(tmp_path: Path) -> None:
+    study = role_study.load(write_study(tmp_path, seeds=(0,)))
+    cells = list(role_study.blocks(study, *FIT).values())
+    low, high = role_study.correlations(cells, resamples=50).rank_interval[:, role_study.names(study).index("bad")]
+    assert high - low > 0.05, "with a single seed, only roles can vary"
+    assert math.isnan(role_study.ceiling(cells))
+
+
 def test_additivity_and_noise(study: role_study.Study) -> None:
     table = role_study.additivity(study)
     assert len(table) == 8 * 3
