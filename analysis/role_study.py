@@ -18,8 +18,8 @@ from analysis.stats import Interval, t_interval
 ADAMW, TWIN = "adamw", "twin"
 FIT, HELD_OUT = ("llama", "python-stdlib"), ("gpt", "enwik8")
 MIXED = (("llama", "enwik8"), ("gpt", "python-stdlib"))
-BLIND = ("scalars", "size")
-"""Criteria that know nothing of second moments and cannot win."""
+OUTSIDE = {"scalars": "blind", "size": "blind", "probe": "added later"}
+"""Criteria that cannot win, and why: they know nothing of second moments, or were added after the outcome."""
 BAR = 0.8
 RESAMPLES = 2000
 _MEND = "run `python -m experiments.studies.role_study` again"
@@ -247,7 +247,7 @@ def winner(study: Study) -> tuple[str, dict[str, float]]:
         raise ValueError(f"no seed of {FIT} is complete; run `python -m experiments.studies.role_study`")
     means = np.mean([spearman(*pooled([cell])) for cell in cells], axis=0)
     scores = {name: float(score) for name, score in zip(names(study), means, strict=True)}
-    return max((name for name in scores if name not in BLIND), key=lambda name: scores[name]), scores
+    return max((name for name in scores if name not in OUTSIDE), key=lambda name: scores[name]), scores
 
 
 def ceiling(cells: Sequence[Block]) -> float:

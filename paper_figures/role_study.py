@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from analysis import role_study
-from analysis.role_study import BAR, BLIND, FIT, HELD_OUT, MIXED, Block, Correlations, Study
+from analysis.role_study import BAR, FIT, HELD_OUT, MIXED, OUTSIDE, Block, Correlations, Study
 from paper_figures.commandline import refusals
 from paper_figures.style import COLOURS, ROLE_COLOURS, role_name, save, setup
 
@@ -121,7 +121,11 @@ def correlation_table(study: Study) -> list[str]:
         "|---|---|" + "---|" * len(groups),
     ]
     for i, name in enumerate(role_study.names(study)):
-        label = f"**`{name}`** (winner)" if name == best else f"`{name}`" + (" (blind)" if name in BLIND else "")
+        label = (
+            f"**`{name}`** (winner)"
+            if name == best
+            else f"`{name}`" + (f" ({OUTSIDE[name]})" if name in OUTSIDE else "")
+        )
         lines.append(f"| {label} | {scores[name]:.2f} | " + " | ".join(_between(f, i) for f in found.values()) + " |")
     fit = list(role_study.blocks(study, *FIT).values())
     limits = [f"{np.mean([role_study.ceiling([c]) for c in fit]):.2f}"]

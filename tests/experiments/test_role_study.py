@@ -13,8 +13,9 @@ from experiments.data import Corpus, batch_at
 from experiments.models import build, lm_loss
 from experiments.studies.role_study import __main__ as command
 from experiments.studies.role_study import cells, criteria, runs
+from experiments.studies.role_study import probe as probing
 from experiments.studies.role_study.cells import ADAMW, FIT, HELD_OUT, MODELS, TWIN, Cell
-from optimizer import Role, Rules, Unit, partition
+from optimizer import AdamMini, Role, Rules, Unit, partition
 from optimizer.partition import discover
 
 TEXT = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)
@@ -145,12 +146,50 @@ def test_criteria_of_known_moments() -> None:
     assert values["MLP_IN/OUT_NEURON"][index["scalars"]] == pytest.approx(np.log(2 * 2 * 192 * 64 / rows))
 
 
-def test_criteria_are_written_for_the_cells_that_have_moments(tmp_path: Path) -> None:
+def test_a_probe_of_nothing_costs_nothing_and_leaves_the_run_as_it_was(
+    short: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probing, "STEPS", 10)
+    monkeypatch.setattr(probing, "EVERY", 4)
+    rules = {"VALUE/ELEMENT": Rules("elementwise"), "VALUE/TENSOR": cells.arms("gpt")["VALUE/TENSOR"]}
+    monkeypatch.setattr(probing, "arms", lambda _: {ADAMW: Rules("elementwise"), **rules})
+    alone = probing.probe(CELL, CORPUS)
+    assert alone["VALUE/ELEMENT"] == pytest.approx(0, abs=1e-6) and abs(alone["VALUE/TENSOR"]) > 1e-5
+    monkeypatch.setattr(probing, "arms", lambda _: {ADAMW: Rules("elementwise"), "VALUE/TENSOR": rules["VALUE/TENSOR"]})
+    assert probing.probe(CELL, CORPUS)["VALUE/TENSOR"] == alone["VALUE/TENSOR"], "probes do not disturb the run"
+
+
+def test_the_step_of_a_probe_is_the_one_that_sharing_takes(short: None) -> None:
+    """From the first step on, AdamW's trajectory and that of sharing coincide, so both take the same second step."""
+    parameters, optimizers = [], []
+    for rules in (Rules("elementwise"), cells.arms("gpt")["VALUE/TENSOR"]):
+        model = cells.make_model("gpt", 0)
+        optimizer = AdamMini(model, 1e-2, runs.BETAS, weight_decay=0.1, rules=rules)
+        lm_loss(model, batch_at(TEXT, 0, 0, runs.ROWS, runs.LENGTH)).backward()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        parameters.append(dict(model.named_parameters()))
+        optimizers.append(optimizer)
+    layouts = partition(cells.make_model("gpt", 0), cells.arms("gpt")["VALUE/TENSOR"])
+    values = [name for name in before if name.endswith("v_proj.weight")]
+    adamw = {name: parameters[0][name].detach().clone() for name in values}
+    with probing.shared_step(parameters[0], optimizers[0], before, {name: layouts[name] for name in values}):
+        for name in values:
+            torch.testing.assert_close(parameters[0][name], parameters[1][name], rtol=1e-3, atol=1e-6)
+            assert not torch.allclose(parameters[0][name], adamw[name], rtol=1e-2, atol=1e-5)
+    assert all(torch.equal(parameters[0][name], adamw[name]) for name in values)
+
+
+def test_criteria_are_written_for_the_cells_that_have_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criteria, "probe", lambda cell, _: dict.fromkeys(cells.arms(cell.model), 0.5))
+    monkeypatch.setattr(criteria, "load", lambda _: CORPUS)
     cell = cells.cells()[0]
     model = cells.make_model(cell.model, 0)
     moments = {n: torch.rand(p.shape, dtype=torch.float64) + 0.1 for n, p in model.named_parameters()}
     runs.save_moments(tmp_path, cell, moments)
     assert criteria.write(tmp_path, tmp_path) == 1
     document = json.loads((tmp_path / "criteria.json").read_text())
-    assert document["columns"] == ["cell", "arm", *criteria.CRITERIA] and len(document["rows"]) == 33
-    assert {row[0] for row in document["rows"]} == {cell.name}
+    assert document["columns"] == ["cell", "arm", *criteria.CRITERIA, "probe"] and len(document["rows"]) == 33
+    assert {(row[0], row[-1]) for row in document["rows"]} == {(cell.name, 0.5)}
+    monkeypatch.setattr(criteria, "probe", lambda *_: pytest.fail("a stored probe was computed again"))
+    assert criteria.write(tmp_path, tmp_path) == 1

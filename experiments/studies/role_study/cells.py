@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.models import GPT, GPTConfig, LlamaConfig, build
+from hessian import sharing
 from optimizer import Role, Rules, Unit, partition
-from optimizer.partition import discover
+from optimizer.partition import FactoredLayout, TensorLayout, discover
 
 STEPS, ROWS, LENGTH = 150, 8, 32
 """Steps of a run, sequences per step, and bytes per sequence."""
@@ -130,3 +131,15 @@ def arms(model: str) -> dict[str, Rules]:
                 raise ValueError(f"arm={rules.name!r} is not what the model {model!r} would get: {notes}; leave it out")
             out[rules.name] = rules
     return out | {name: Rules(name) for name in WHOLE_SETS}
+
+
+def shared(v: Tensor, layout: TensorLayout) -> Tensor:
+    """Return every element's shared second moment under a layout of one part, in the shape of v.
+
+    Args:
+        v: second moments of one tensor, positive.
+        layout: the tensor's layout.
+    """
+    if isinstance(layout, FactoredLayout):
+        return sharing.rank_one(v)
+    return sharing.block_means(v, layout.block_ids(v.shape))

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.storage import write_atomic
-from experiments.studies.role_study.cells import Cell, arms, cells, make_model
-from experiments.studies.role_study.runs import load_moments
+from experiments.data import load
+from experiments.storage import read_json, write_atomic, write_json
+from experiments.studies.role_study.cells import Cell, arms, cells, make_model, shared
+from experiments.studies.role_study.probe import probe
+from experiments.studies.role_study.runs import load_moments, settings
 from hessian import sharing
 from optimizer import Role, Rules
 from optimizer.partition import FactoredLayout, TensorLayout, discover, partition
@@ -32,6 +34,8 @@ CRITERIA = (
     "size",
 )
 """In the order of docs/role_study.md; the last two know nothing of second moments and only serve for comparison."""
+PROBE = "probe"
+"""The criterion that was added after the held-out outcome."""
 
 
 def of_tensors(
@@ -45,16 +49,16 @@ def of_tensors(
         lr: peak learning rate.
         whole: number of parameters of the model.
     """
-    own, shared, unexplained, noise, scalars = [], [], 0.0, 0.0, 0
+    own, all_shared, unexplained, noise, scalars = [], [], 0.0, 0.0, 0
     for name, moments in tensors.items():
         v, layout = sharing.floored(moments), layouts[name]
         ids = None if isinstance(layout, FactoredLayout) else layout.block_ids(v.shape)
         own.append(v.flatten())
-        shared.append((sharing.rank_one(v) if ids is None else sharing.block_means(v, ids)).flatten())
+        all_shared.append(shared(v, layout).flatten())
         unexplained += v.numel() * sharing.unexplained(v, ids)
         noise += v.numel() * sharing.slim_noise(v, ids)
         scalars += layout.n_blocks
-    v, u = torch.cat(own), torch.cat(shared)
+    v, u = torch.cat(own), torch.cat(all_shared)
     n, stein = v.numel(), sharing.stein(v, u)
     return [
         sharing.log_gap(v, u),
@@ -84,22 +88,32 @@ def of_cell(cell: Cell, moments: Mapping[str, Tensor]) -> dict[str, list[float]]
     return out
 
 
+def probed(cell: Cell, cache: Path) -> dict[str, float]:
+    """Return the probe of every arm of a cell, from the cache if it is there."""
+    path = cache / f"{cell.name}.probe.json"
+    stored = read_json(path)
+    if not isinstance(stored, dict) or stored.get("settings") != settings():
+        stored = {"settings": settings(), "cost": probe(cell, load(cell.data))}
+        write_json(path, stored)
+    return stored["cost"]
+
+
 def write(out: Path, cache: Path) -> int:
     """Compute the criteria of all cells with stored second moments, write ``criteria.json``, and return their number.
 
     Args:
         out: folder of the results.
-        cache: folder of the averaged second moments.
+        cache: folder of the averaged second moments and of the probes.
     """
     rows, count = [], 0
     for cell in cells():
         if (moments := load_moments(cache, cell)) is None:
             continue
         count += 1
-        rows += [
-            [cell.name, arm, *(float(f"{x:.6g}") for x in values)] for arm, values in of_cell(cell, moments).items()
-        ]
+        extra = probed(cell, cache)
+        for arm, values in of_cell(cell, moments).items():
+            rows.append([cell.name, arm, *(float(f"{x:.6g}") for x in (*values, extra[arm]))])
     lines = ",\n".join(json.dumps(row) for row in rows)
-    document = f'{{"columns": {json.dumps(["cell", "arm", *CRITERIA])},\n"rows": [\n{lines}\n]}}\n'
+    document = f'{{"columns": {json.dumps(["cell", "arm", *CRITERIA, PROBE])},\n"rows": [\n{lines}\n]}}\n'
     write_atomic(out / "criteria.json", document.encode())
     return count

@@ -42,6 +42,12 @@ def settings() -> dict[str, Any]:
     }
 
 
+def rate(peak: float, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, then linear decay to zero."""
+    warm = max(1, round(WARMUP * STEPS))
+    return peak * min((step + 1) / warm, (STEPS - step) / max(1, STEPS - warm))
+
+
 def run(cell: Cell, arm: str, rules: Rules, corpus: Corpus) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Train one arm of a cell.
 
@@ -63,7 +69,7 @@ def run(cell: Cell, arm: str, rules: Rules, corpus: Corpus) -> tuple[dict[str, A
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in optimizer.param_groups:
-            group["lr"] = cell.lr * min((step + 1) / warm, (STEPS - step) / max(1, STEPS - warm))
+            group["lr"] = rate(cell.lr, step)
         optimizer.step()
         optimizer.zero_grad()
         if average and step >= warm and step % AVERAGE_EVERY == 0:
