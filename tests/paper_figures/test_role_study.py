@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from analysis import role_study
-from paper_figures.role_study import BEGIN, END, main
+from paper_figures.role_study import BEGIN, END, additivity_table, gap_table, main
 from tests.analysis.role_results import write_study
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_figure_and_tables_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +29,11 @@ def test_figure_and_tables_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines"):
         main(arguments)
+
+
+def test_the_tables_of_the_page_are_those_of_the_runs() -> None:
+    """The tables without a bootstrap, which takes seconds, and the winner."""
+    study, page = role_study.load(ROOT / "results" / "role_study"), (ROOT / "docs" / "role_study.md").read_text()
+    rows = [*gap_table(study), *additivity_table(study)]
+    assert len(rows) > 60 and [row for row in rows if row not in page] == []
+    assert f"**`{role_study.winner(study)[0]}`** (winner)" in page and f"{study.runs} runs." in page
