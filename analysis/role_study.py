@@ -149,6 +149,13 @@ def blocks(study: Study, model: str, data: str) -> dict[float, Block]:
     return out
 
 
+def without(block: Block, role: str) -> Block:
+    """Return a cell without the arms of one role."""
+    kept = np.flatnonzero(block.roles != role)
+    arms = [block.arms[i] for i in kept]
+    return Block(arms, block.roles[kept], block.seeds, block.gap[:, kept], block.criteria[:, kept])
+
+
 def spearman(criteria: np.ndarray, gap: np.ndarray) -> np.ndarray:
     """Return the rank correlation of every criterion with the gap; 0 for a criterion that is constant.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -41,42 +41,49 @@ def draw(study: Study, out: Path) -> Path:
     figure, grid = plt.subplots(1, 3, figsize=(14.5, 4.6), width_ratios=(1, 1, 0.9))
     best = role_study.winner(study)[0]
     for axes, pair, what in zip(grid, (FIT, HELD_OUT), ("fit", "held out"), strict=False):
-        cells = list(role_study.blocks(study, *pair).values())
+        cells = role_study.blocks(study, *pair)
         if cells:
             column = role_study.names(study).index(best)
-            _scatter(axes, cells, column)
-            rank = float(role_study.spearman(*role_study.pooled(cells))[column])
+            _scatter(axes, cells, column, _colours(study))
+            rank = float(role_study.spearman(*role_study.pooled(list(cells.values())))[column])
             axes.set_title(f"{title(pair)} ({what}): rank correlation {rank:.2f}")
             axes.set_xlabel(f"{best}, measured on AdamW")
     grid[0].set_ylabel("final loss minus AdamW's, mean over seeds (nats)")
-    _legend(grid[1], study)
+    _legend(grid[1], _colours(study), sorted(study.gaps.lr.unique()))
     _bars(grid[2], study)
     return save(figure, out, "role_study")
 
 
-def _scatter(axes: Axes, cells: Sequence[Block], column: int) -> None:
+def _colours(study: Study) -> dict[str, str]:
+    """Return a colour for every role of the study."""
+    roles = list(dict.fromkeys(arm.split("/")[0] for arm in study.criteria.arm))
+    return dict(zip(roles, (*ROLE_COLOURS, "#B8B000"), strict=False))
+
+
+def _scatter(axes: Axes, cells: Mapping[float, Block], column: int, colours: Mapping[str, str]) -> None:
     """Plot every arm of some cells: colour by role, marker by unit, filled at the highest learning rate."""
-    roles = list(dict.fromkeys(role for cell in cells for role in cell.roles))
-    for number, cell in enumerate(cells):
+    for lr, cell in cells.items():
         x, y = cell.criteria[:, :, column].mean(0), cell.gap.mean(0)
         for arm, value, gap in zip(cell.arms, x, y, strict=True):
             role, unit = arm.split("/")
-            colour = ROLE_COLOURS[roles.index(role) % len(ROLE_COLOURS)]
-            face = colour if number == len(cells) - 1 else "none"
-            axes.plot(max(value, 1e-12), gap, MARKERS[unit], color=colour, mfc=face, ms=6, mew=1)
+            face = colours[role] if lr == max(cells) else "none"
+            axes.plot(max(value, 1e-12), gap, MARKERS[unit], color=colours[role], mfc=face, ms=6, mew=1)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1e-3)
+    axes.margins(y=0.08)
     axes.axhline(0, color=COLOURS[6], lw=0.8)
 
 
-def _legend(axes: Axes, study: Study) -> None:
+def _legend(axes: Axes, colours: Mapping[str, str], rates: Sequence[float]) -> None:
     """Explain colours and markers outside the axes."""
-    roles = list(dict.fromkeys(arm.split("/")[0] for arm in study.criteria.arm))
-    for number, role in enumerate(roles):
-        axes.plot([], [], "s", color=ROLE_COLOURS[number % len(ROLE_COLOURS)], label=role_name(role))
+    for role, colour in colours.items():
+        axes.plot([], [], "s", color=colour, label=role_name(role))
     for unit, marker in MARKERS.items():
         axes.plot([], [], marker, color="none", mec=COLOURS[6], label=unit.lower().replace("_", " "))
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    hollow, filled = min(rates), max(rates)
+    axes.plot([], [], "o", color="none", mec=COLOURS[6], label=f"hollow: lr {hollow:g}")
+    axes.plot([], [], "o", color=COLOURS[6], label=f"filled: lr {filled:g}")
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=9)
 
 
 def _bars(axes: Axes, study: Study) -> None:
@@ -94,8 +101,9 @@ def _bars(axes: Axes, study: Study) -> None:
     axes.axvline(BAR, color=COLOURS[6], ls="--", lw=1)
     axes.set_yticks(positions, names)
     axes.invert_yaxis()
-    axes.set_title(f"rank correlation with the gap, both learning rates; bar {BAR}")
-    axes.legend(loc="lower left")
+    axes.set_title("all criteria, both learning rates")
+    axes.set_xlabel(f"rank correlation with the gap (dashed: the bar, {BAR})")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 0.12), frameon=True)
 
 
 def _mean(value: float, half: float, digits: int = 4) -> str:
@@ -135,6 +143,24 @@ def correlation_table(study: Study) -> list[str]:
     lines.append("| seeds | " + " | ".join(seeds) + " |")
     points = [str(sum(len(c.arms) for c in cells)) for cells in [fit, *groups.values()]]
     return [*lines, "| points | " + " | ".join(points) + " |"]
+
+
+def without_embedding_table(study: Study) -> list[str]:
+    """Return the rank correlation of every criterion in every cell, without the arms of the token embedding."""
+    cells = {
+        (*pair, lr): [role_study.without(cell, "TOKEN_EMBEDDING")]
+        for pair in (FIT, HELD_OUT, *MIXED)
+        for lr, cell in role_study.blocks(study, *pair).items()
+    }
+    cells = dict(
+        sorted(cells.items(), key=lambda item: item[0][2])
+    )  # The rates beside each other, in the pairs' order.
+    found = {key: role_study.correlations(cell) for key, cell in cells.items()}
+    lines = ["| criterion | " + " | ".join(f"{title(key[:2])}, lr {key[2]:g}" for key in cells) + " |"]
+    lines.append("|---|" + "---|" * len(cells))
+    for i, name in enumerate(role_study.names(study)):
+        lines.append(f"| `{name}` | " + " | ".join(_between(f, i) for f in found.values()) + " |")
+    return [*lines, "| ceiling | " + " | ".join(f"{role_study.ceiling(cell):.2f}" for cell in cells.values()) + " |"]
 
 
 def slope_table(study: Study) -> list[str]:
@@ -186,6 +212,7 @@ def tables(study: Study) -> str:
             f"{study.runs} runs. Rank correlation of each criterion with the gap (95 % bootstrap interval):",
             correlation_table,
         ),
+        ("The same without the token embedding, for every cell (found after the outcome):", without_embedding_table),
         ("Slope of the gap on each criterion (nats per unit), and regret (nats):", slope_table),
         ("Additivity (mean ± 95 % t-interval over seeds, nats):", additivity_table),
         ("All gaps (mean over seeds, nats), and the twin's with its 95 % t-interval:", gap_table),

@@ -92,6 +92,15 @@ def test_incomplete_seeds_are_left_out(tmp_path: Path) -> None:
     assert role_study.correlations(list(cells.values()), resamples=5).rank[0] == pytest.approx(1)
 
 
+def test_a_role_can_be_left_out(study: role_study.Study) -> None:
+    cell = role_study.blocks(study, *FIT)[1e-2]
+    rest = role_study.without(cell, "HEAD")
+    assert len(rest.arms) == len(cell.arms) - 4 and "HEAD" not in rest.roles
+    at = cell.arms.index("NORM/TENSOR")
+    assert rest.gap[:, rest.arms.index("NORM/TENSOR")] == pytest.approx(cell.gap[:, at])
+    assert rest.criteria.shape == (3, len(rest.arms), 4)
+
+
 def test_a_diverged_arm_ranks_last(tmp_path: Path) -> None:
     folder = write_study(tmp_path)
     edit(folder, "gpt-enwik8-0.003-1", "KEY/FACTORED", None)
