@@ -27,12 +27,14 @@ _ROWS = {"VALUE": "OUT_NEURON", "ATTENTION_OUT": "OUT_NEURON", "MLP_IN": "OUT_NE
 _SHARED = {"TOKEN_EMBEDDING": "TOKEN", "POSITION_EMBEDDING": "TOKEN", "HEAD": "TOKEN", "NORM": "TENSOR"}
 _COLUMNS = {"QUERY": "IN_NEURON", "VALUE": "IN_NEURON", "ATTENTION_OUT": "IN_NEURON", "MLP_OUT": "IN_NEURON"}
 _MATRICES = ("POSITION_EMBEDDING", "QUERY", "KEY", "VALUE", "ATTENTION_OUT", "MLP_IN", "MLP_OUT")
-WHOLE_SETS: Mapping[str, Mapping[str, str]] = {
+WHOLE_SETS: dict[str, dict[str, str]] = {
     "adam_mini": {**_SHARED, **_ROWS, "QUERY": "ATTENTION_HEAD", "KEY": "ATTENTION_HEAD"},
     "derived": {**_SHARED, **_COLUMNS, "KEY": "OUT_NEURON", "MLP_IN": "OUT_NEURON"},
     "factored": {**_SHARED, **dict.fromkeys(_MATRICES, "FACTORED")},
 }
-"""The unit of every studied role in the rule sets that were trained as a whole."""
+WHOLE_SETS["derived_row"] = {**WHOLE_SETS["derived"], "QUERY": "OUT_NEURON"}
+WHOLE_SETS["all_factored"] = {**WHOLE_SETS["factored"], "TOKEN_EMBEDDING": "FACTORED", "HEAD": "FACTORED"}
+"""The unit of every studied role in the rule sets that were trained as a whole; the last two were added later."""
 
 
 @dataclass(frozen=True)
@@ -279,10 +281,10 @@ def regrets(cells: Sequence[Block], factored: bool = True) -> tuple[np.ndarray, 
 
     Args:
         cells: the cells.
-        factored: whether FACTORED may be chosen and counts as the lowest; without it, the rule set ``factored`` is
-            left out.
+        factored: whether FACTORED may be chosen and counts as the lowest; without it, rule sets with this
+            unit are left out.
     """
-    sets = {name: units for name, units in WHOLE_SETS.items() if factored or name != "factored"}
+    sets = {name: units for name, units in WHOLE_SETS.items() if factored or "FACTORED" not in units.values()}
     of_criteria, of_sets = [], {name: [] for name in sets}
     for cell in cells:
         gap, criteria = cell.gap.mean(0), cell.criteria.mean(0)

@@ -54,9 +54,13 @@ def test_regret(study: role_study.Study) -> None:
     columns = role_study.names(study)
     of_criteria, of_sets = role_study.regrets(cells)
     assert of_criteria[columns.index("good")] == pytest.approx(0) and of_criteria[columns.index("bad")] > 0.005
-    assert set(of_sets) == {"adam_mini", "derived", "factored"} and min(of_sets.values()) > 0
+    assert set(of_sets) == set(role_study.WHOLE_SETS) and min(of_sets.values()) > 0
     blocks_only, without = role_study.regrets(cells, factored=False)
-    assert blocks_only[columns.index("good")] == pytest.approx(0) and "factored" not in without
+    assert blocks_only[columns.index("good")] == pytest.approx(0) and set(without) == {
+        "adam_mini",
+        "derived",
+        "derived_row",
+    }
     cell = cells[0]
     gap, by_hand = cell.gap.mean(0), []
     for role in dict.fromkeys(cell.roles):
@@ -76,7 +80,7 @@ def test_the_bootstrap_draws_roles_as_well_as_seeds(tmp_path: Path) -> None:
 
 def test_additivity_and_noise(study: role_study.Study) -> None:
     table = role_study.additivity(study)
-    assert len(table) == 8 * 3
+    assert len(table) == 8 * 5
     assert all(x.mean == pytest.approx(0.25) and x.half == pytest.approx(0, abs=1e-9) for x in table.difference)
     twins = role_study.noise(study)
     assert len(twins) == 8
