@@ -315,6 +315,28 @@ def additivity(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "data", "lr", "rules", "sum", "whole", "difference"])
 
 
+def difference(study: Study, arm: str, other: str, *, mixed: bool = False, lr: float | None = None) -> Interval:
+    """Return an arm's loss minus another's, averaged over cells within each seed: an interval over seeds.
+
+    Args:
+        study: the study.
+        arm: an arm.
+        other: another one.
+        mixed: only the mixed pairs of model and corpus.
+        lr: only this learning rate.
+
+    Raises:
+        ValueError: no cell is left, or an arm is unknown.
+    """
+    gaps = study.gaps
+    chosen = gaps[[not mixed or pair in MIXED for pair in zip(gaps.model, gaps.data, strict=True)]]
+    chosen = chosen if lr is None else chosen[chosen.lr == lr]
+    wide = chosen.pivot(index=["seed", "model", "data", "lr"], columns="arm", values="gap")
+    if missing := {arm, other} - set(wide.columns):
+        raise ValueError(f"no runs of {sorted(missing)} with mixed={mixed}, lr={lr}; the arms are {list(wide.columns)}")
+    return t_interval((wide[arm] - wide[other]).groupby("seed").mean().tolist())
+
+
 def noise(study: Study) -> dict[tuple[str, str, float], Interval]:
     """Return the gaps of the twin, AdamW from slightly different weights, by model, corpus and learning rate."""
     twins = study.gaps[study.gaps.arm == TWIN]

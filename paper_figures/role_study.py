@@ -164,22 +164,33 @@ def without_embedding_table(study: Study) -> list[str]:
 
 
 def slope_table(study: Study) -> list[str]:
-    """Return the slope and the regret of every criterion, and the regret of the whole rule sets' units."""
-    names = role_study.names(study)
-    pairs = {
-        what: list(role_study.blocks(study, *pair).values()) for what, pair in (("fit", FIT), ("held out", HELD_OUT))
-    }
-    pairs = {what: cells for what, cells in pairs.items() if cells}
-    head = [f"{quantity}, {what}" for quantity in ("slope", "regret", "regret without FACTORED") for what in pairs]
-    lines = ["| choice by | " + " | ".join(head) + " |", "|---|" + "---|" * len(head)]
-    slopes = [role_study.correlations(cells) for cells in pairs.values()]
-    regrets = [role_study.regrets(cells, factored) for factored in (True, False) for cells in pairs.values()]
-    for i, name in enumerate(names):
-        values = [f"{s.slope[i]:.2g} [{s.slope_interval[0, i]:.2g}, {s.slope_interval[1, i]:.2g}]" for s in slopes]
-        lines.append(f"| `{name}` | " + " | ".join([*values, *(f"{r[0][i]:.4f}" for r in regrets)]) + " |")
-    for rules in role_study.WHOLE_SETS:
-        values = [f"{r[1][rules]:.4f}" if rules in r[1] else "–" for r in regrets]
-        lines.append(f"| the units of `{rules}` | " + " | ".join(["–"] * len(slopes) + values) + " |")
+    """Return the slope of the gap on every criterion, on the fit cells and on the held-out cells."""
+    pairs = {what: role_study.blocks(study, *pair) for what, pair in (("fit", FIT), ("held out", HELD_OUT))}
+    found = {what: role_study.correlations(list(cells.values())) for what, cells in pairs.items() if cells}
+    lines = ["| criterion | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for i, name in enumerate(role_study.names(study)):
+        values = (
+            f"{s.slope[i]:.2g} [{s.slope_interval[0, i]:.2g}, {s.slope_interval[1, i]:.2g}]" for s in found.values()
+        )
+        lines.append(f"| `{name}` | " + " | ".join(values) + " |")
+    return lines
+
+
+def regret_table(study: Study, factored: bool = True) -> list[str]:
+    """Return the regret of every criterion, and of the units of the whole rule sets, for every pair.
+
+    Args:
+        study: the study.
+        factored: whether FACTORED may be chosen.
+    """
+    pairs = {pair: list(role_study.blocks(study, *pair).values()) for pair in (FIT, HELD_OUT, *MIXED)}
+    found = {pair: role_study.regrets(cells, factored) for pair, cells in pairs.items() if cells}
+    lines = ["| choice by | " + " | ".join(map(title, found)) + " |", "|---|" + "---|" * len(found)]
+    for i, name in enumerate(role_study.names(study)):
+        lines.append(f"| `{name}` | " + " | ".join(f"{of[i]:.4f}" for of, _ in found.values()) + " |")
+    for rules in next(iter(found.values()))[1]:
+        values = " | ".join(f"{sets[rules]:.4f}" for _, sets in found.values())
+        lines.append(f"| the units of `{rules}` | {values} |")
     return lines
 
 
@@ -189,6 +200,18 @@ def additivity_table(study: Study) -> list[str]:
     for row in role_study.additivity(study).itertuples():
         numbers = " | ".join(_mean(x.mean, x.half) for x in (row.sum, row.whole, row.difference))
         lines.append(f"| {title((row.model, row.data))}, lr {row.lr:g} | {row.rules} | {numbers} | {row.whole.n} |")
+    return lines
+
+
+def set_table(study: Study) -> list[str]:
+    """Return paired differences of whole rule sets, over all cells, the mixed ones, and the lower learning rate."""
+    low = float(study.gaps.lr.min())
+    lines = [f"| difference | all cells | mixed cells | lr {low:g} |", "|---|---|---|---|"]
+    pairs = [("derived_row", "derived"), ("all_factored", "factored")]
+    pairs += [(rules, role_study.ADAMW) for rules in role_study.WHOLE_SETS]
+    for arm, other in pairs:
+        found = (role_study.difference(study, arm, other, **only) for only in ({}, {"mixed": True}, {"lr": low}))
+        lines.append(f"| {arm} minus {other} | " + " | ".join(_mean(x.mean, x.half) for x in found) + " |")
     return lines
 
 
@@ -213,7 +236,10 @@ def tables(study: Study) -> str:
             correlation_table,
         ),
         ("The same without the token embedding, for every cell (found after the outcome):", without_embedding_table),
-        ("Slope of the gap on each criterion (nats per unit), and regret (nats):", slope_table),
+        ("Slope of the gap on each criterion (nats per unit):", slope_table),
+        ("Regret (nats), both learning rates:", regret_table),
+        ("Regret among the units without FACTORED:", lambda study: regret_table(study, factored=False)),
+        ("Whole rule sets (mean over cells within a seed ± 95 % t-interval over seeds, nats):", set_table),
         ("Additivity (mean ± 95 % t-interval over seeds, nats):", additivity_table),
         ("All gaps (mean over seeds, nats), and the twin's with its 95 % t-interval:", gap_table),
     )

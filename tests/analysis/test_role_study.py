@@ -87,6 +87,21 @@ def test_additivity_and_noise(study: role_study.Study) -> None:
     assert all(x.mean == pytest.approx(0, abs=1e-9) and x.half > 1e-5 for x in twins.values())
 
 
+def test_difference_of_two_arms(study: role_study.Study) -> None:
+    whole = role_study.difference(study, "derived", "adamw")
+    by_hand = study.gaps[study.gaps.arm == "derived"].gap.mean()
+    assert whole.mean == pytest.approx(by_hand) and whole.n == 3 and whole.half == pytest.approx(0, abs=1e-9)
+    twin = role_study.difference(study, "adamw", "twin", mixed=True, lr=1e-2)
+    assert twin.mean == pytest.approx(0, abs=1e-9) and twin.half > 1e-5
+    table = study.gaps
+    part = table[(table.arm == "derived") & (table.lr == 1e-2) & (table.model == "llama") & (table.data == "enwik8")]
+    rest = table[(table.arm == "derived") & (table.lr == 1e-2) & (table.model == "gpt") & (table.data != "enwik8")]
+    mixed = role_study.difference(study, "derived", "adamw", mixed=True, lr=1e-2)
+    assert mixed.mean == pytest.approx((part.gap.mean() + rest.gap.mean()) / 2)
+    with pytest.raises(ValueError, match=r"no runs of .*'derivde'"):
+        role_study.difference(study, "derivde", "adamw")
+
+
 def test_incomplete_seeds_are_left_out(tmp_path: Path) -> None:
     folder = write_study(tmp_path)
     edit(folder, "gpt-enwik8-0.003-2", "twin", None, remove=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis import role_study
-from paper_figures.role_study import BEGIN, END, additivity_table, gap_table, main
+from paper_figures.role_study import BEGIN, END, additivity_table, gap_table, main, regret_table, set_table
 from tests.analysis.role_results import write_study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,6 @@ def test_figure_and_tables_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_tables_of_the_page_are_those_of_the_runs() -> None:
     """The tables without a bootstrap, which takes seconds, and the winner."""
     study, page = role_study.load(ROOT / "results" / "role_study"), (ROOT / "docs" / "role_study.md").read_text()
-    rows = [*gap_table(study), *additivity_table(study)]
+    rows = [*gap_table(study), *additivity_table(study), *set_table(study), *regret_table(study)]
     assert len(rows) > 60 and [row for row in rows if row not in page] == []
     assert f"**`{role_study.winner(study)[0]}`** (winner)" in page and f"{study.runs} runs." in page

@@ -92,8 +92,8 @@ def probed(cell: Cell, cache: Path) -> dict[str, float]:
     """Return the probe of every arm of a cell, from the cache if it is there."""
     path = cache / f"{cell.name}.probe.json"
     stored = read_json(path)
-    if not isinstance(stored, dict) or stored.get("settings") != settings():
-        stored = {"settings": settings(), "cost": probe(cell, load(cell.data))}
+    if not isinstance(stored, dict) or stored.get("settings") != settings(cell.model):
+        stored = {"settings": settings(cell.model), "cost": probe(cell, load(cell.data))}
         write_json(path, stored)
     return stored["cost"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from experiments.data import Corpus, batch_at, fixed_batches
 from experiments.models import lm_loss
 from experiments.storage import environment, read_json, write_atomic, write_json
-from experiments.studies.role_study.cells import ADAMW, LENGTH, ROWS, STEPS, TWIN, Cell, make_model
+from experiments.studies.role_study.cells import ADAMW, LENGTH, MODELS, ROWS, STEPS, TWIN, Cell, make_model
 from optimizer import AdamMini, Rules
 
 BETAS, WEIGHT_DECAY, CLIP, WARMUP = (0.9, 0.95), 0.1, 1.0, 0.1
@@ -27,9 +27,14 @@ AVERAGE_EVERY = 5
 """Steps between the second moments that are averaged; those of the warm-up are left out."""
 
 
-def settings() -> dict[str, Any]:
-    """Return what every run shares, for the results."""
+def settings(model: str) -> dict[str, Any]:
+    """Return what every run of a model shares, for the results.
+
+    Args:
+        model: key of ``MODELS``.
+    """
     return {
+        "model": dataclasses.asdict(MODELS[model]),
         "steps": STEPS,
         "rows": ROWS,
         "length": LENGTH,
@@ -109,13 +114,18 @@ def load_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     path = folder / f"{cell.name}.json"
     document = read_json(path)
     if document is None:
-        return {"cell": dataclasses.asdict(cell), "settings": settings(), "environment": environment(), "runs": {}}
+        return {
+            "cell": dataclasses.asdict(cell),
+            "settings": settings(cell.model),
+            "environment": environment(),
+            "runs": {},
+        }
     runs = document.get("runs") if isinstance(document, dict) else None
     if not isinstance(runs, dict) or not all(isinstance(r, dict) and "final_val_loss" in r for r in runs.values()):
         raise ValueError(
             f"{path} is damaged (it has no runs with a final_val_loss); move it away to run its cell again"
         )
-    if document.get("settings") != settings() or document.get("cell") != dataclasses.asdict(cell):
+    if document.get("settings") != settings(cell.model) or document.get("cell") != dataclasses.asdict(cell):
         raise ValueError(f"{path} holds runs of other settings; give another --out, or move it away")
     return document
 
