@@ -26,7 +26,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
@@ -127,6 +127,12 @@ sanitize: $(READY)
 # Train with few-bit first moments. This takes hours; finished runs are not repeated.
 low-bit: $(READY)
 	$(PY) -m experiments.studies.low_bit_moments
+
+# Train with one role shared at a time, and rank what predicts the cost. This takes about an hour; finished runs are kept.
+role-study: $(READY)
+	$(PY) -m experiments.studies.role_study
+	$(PY) -m experiments.studies.role_study --criteria
+	$(PY) -m paper_figures.role_study --docs docs/role_study.md
 
 bench: $(READY) $(PEERS)
 	$(PY) -m benchmarks.dense_hessian

@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 _MEND = "delete it and run `make hessian` again"
 _NUMBERS = ("n_blocks", "mass_inside", "expected", "z", "mean_ratio", "jensen", "jensen_null", "checkpoint")
 """Numeric fields of a row of evidence; pandas would silently leave missing ones out of a median."""
-UNIT_ORDER = ("TENSOR", "ATTENTION_HEAD", "TOKEN", "OUT_NEURON", "IN_NEURON")
+UNIT_ORDER = ("TENSOR", "ATTENTION_HEAD", "TOKEN", "OUT_NEURON", "IN_NEURON", "FACTORED")
 
 
 @dataclass(frozen=True)

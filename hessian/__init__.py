@@ -4,7 +4,7 @@ from hessian import HessianOperator, dense, slq, block_norms, block_structure, d
 H = HessianOperator(model, loss, params, batches)
 """
 
-from .derive import Evidence, derive, jensen_gap
+from .derive import Evidence, derive, factored_gap, jensen_gap
 from .distributed import RankOperator
 from .estimators import diagonal, trace
 from .exact import dense
@@ -34,6 +34,7 @@ __all__ = [
     "diagonal",
     "eigenpairs",
     "extreme_eigenvalues",
+    "factored_gap",
     "jensen_gap",
     "js_distance",
     "preconditioned_ratio",

@@ -13,12 +13,20 @@ use and the shared one, so it predicts the cost in the units of the optimizer.
 Neither number suffices alone: v can vary inside blocks that contain all of |H|, and a finer partition always has a
 smaller gap. The decision rule therefore uses the z-score as a gate and the gap to choose, and accepts a finer partition
 only if its gap is clearly smaller. The rule was fixed before the training runs that test it.
+
+*Factored* second moments are a candidate with numbers of their own. Their gap is Stein's loss (``sharing.stein``): for
+blocks it is the Jensen gap, and it cannot be negative, as the mean log ratio of a rank-one product can. They have no
+z-score in the Hessian, because no two elements share a scalar: there is no block whose mass could be counted. What they
+claim is not that elements curve together but that v is a product of a row's and a column's share, as it is if the
+squares of a layer's inputs and of its output gradients are uncorrelated. So their gate tests that claim: the z-score is
+that of the gap against the same number of rows and columns fitted to v with its elements shuffled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,15 +35,14 @@ from torch import Tensor
 
 from optimizer.partition import Role, Rules, Unit
 
+from . import sharing
 from .checks import at_least
-from .probing import check_block_ids
+from .sharing import FLOOR
 
 Z_GATE = 6.0
 """A candidate's structure counts as real if its median z over trained checkpoints exceeds this value."""
 WORTH = 0.95
 """A finer candidate replaces a coarser one if its gap is at most this share of the coarser candidate's gap."""
-FLOOR = 1e-6
-"""Second moments below this share of their tensor's mean are raised to it: a factor of 1,000 in the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,14 @@ class Evidence:
         unit: name of the candidate ``Unit``.
         checkpoint: share of training done, 0 to 1.
         n_params: number of elements of the tensor.
-        n_blocks: number of blocks of the candidate partition.
-        mass_inside: share of the off-diagonal |H| mass that lies inside the blocks.
-        expected: mean of ``mass_inside`` over size-matched random partitions.
-        z: (mass_inside - expected) in standard deviations over the random partitions.
-        mean_ratio: mean |H| entry inside the blocks over the mean outside.
-        jensen: Jensen gap of v under the candidate, in nats.
-        jensen_null: mean Jensen gap over size-matched random partitions, in nats.
+        n_blocks: number of second-moment scalars of the candidate: blocks, or rows + columns.
+        mass_inside: share of the off-diagonal |H| mass that lies inside the blocks; 0 for FACTORED.
+        expected: mean of ``mass_inside`` over size-matched random partitions; 0 for FACTORED.
+        z: (mass_inside - expected) in standard deviations over the random partitions; for FACTORED, that of
+            ``factored_gap``.
+        mean_ratio: mean |H| entry inside the blocks over the mean outside; 1 for FACTORED.
+        jensen: Jensen gap of v under the candidate, in nats; for FACTORED, Stein's loss, which is the same for blocks.
+        jensen_null: mean Jensen gap over size-matched random partitions, in nats; for FACTORED, that of shuffled v.
     """
 
     model: str
@@ -80,8 +88,8 @@ class Candidate:
     Attributes:
         unit: name of the candidate ``Unit``.
         blocks_per_parameter: second-moment scalars per element.
-        z: median z-score against the permutation null.
-        lift: median ratio of the mass inside the blocks to its expectation under the null.
+        z: median z-score against the permutation null, in |H|; for FACTORED, in v.
+        lift: median ratio of the mass inside the blocks to its expectation under the null; 1 for FACTORED.
         jensen: Jensen gap averaged over tensors, weighted by size; this is the predicted cost.
         jensen_null: Jensen gap of the null averaged over tensors, weighted by size.
         n: number of measurements.
@@ -116,26 +124,61 @@ def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int =
     if not isinstance(v, Tensor) or not isinstance(block_ids, Tensor):
         raise TypeError(f"v is a {type(v).__name__}, block_ids a {type(block_ids).__name__}; both must be tensors")
     at_least("permutations", permutations, 1, "the null is a mean over random partitions")
-    flat, ids = v.detach().reshape(-1).to(torch.float64), block_ids.reshape(-1)
-    if flat.numel() != ids.numel():
-        raise ValueError(f"v has {flat.numel()} elements but block_ids has {ids.numel()}; give one id per element")
-    if not bool(torch.isfinite(flat).all()) or bool((flat < 0).any()) or not bool((flat > 0).any()):
-        raise ValueError("v must be finite, non-negative and not all zero; pass mean squared gradients of some batches")
-    check_block_ids(ids, ids.numel())
-    flat = flat.clamp_min(FLOOR * float(flat.mean()))
-    sizes = torch.bincount(ids).to(torch.float64)
-    mean_log = float(flat.log().mean())
+    ids = block_ids.reshape(-1)
+    flat = sharing.floored(v).reshape(-1)
+    own, null = _against_shuffles(flat, lambda w: sharing.log_gap(w, sharing.block_means(w, ids)), permutations, seed)
+    return max(0.0, own), sum(null) / len(null)
 
-    def gap(order: Tensor) -> float:
-        means = torch.zeros_like(sizes).index_add_(0, order, flat) / sizes
-        return max(0.0, float((sizes * means.log()).sum() / flat.numel()) - mean_log)
 
+def factored_gap(v: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float, float]:
+    """Return what factored second moments lose, and compare it with the same elements in random order.
+
+    Args:
+        v: second moments of a matrix, [rows, columns], non-negative.
+        permutations: number of shuffles.
+        seed: seed of the shuffles.
+
+    Returns:
+        (gap, mean gap of the shuffles, z): gaps are Stein's losses in nats, >= 0, and z is the number of standard
+        deviations over the shuffles by which the gap is smaller than their mean; 0 if all shuffles have one gap.
+
+    Raises:
+        TypeError: v is not a tensor, or permutations is not an integer.
+        ValueError: v is not a matrix, a second moment is negative or not finite, all are zero, or permutations is
+            below 2.
+    """
+    at_least("permutations", permutations, 2, "z needs a standard deviation")
+    matrix = sharing.floored(v)
+
+    def gap(flat: Tensor) -> float:
+        shaped = flat.reshape(matrix.shape)
+        return sharing.stein(shaped, sharing.rank_one(shaped))
+
+    if matrix.dim() != 2:
+        raise ValueError(f"v has shape {tuple(v.shape)}; a factored second moment needs a matrix [rows, columns]")
+    own, null = _against_shuffles(matrix.reshape(-1), gap, permutations, seed)
+    mean, spread = statistics.mean(null), statistics.stdev(null)
+    return own, mean, (mean - own) / spread if spread > 1e-12 * max(mean, 1.0) else 0.0
+
+
+def _against_shuffles(
+    flat: Tensor, gap: Callable[[Tensor], float], permutations: int, seed: int
+) -> tuple[float, list[float]]:
+    """Return the gap of second moments, [n], and the gaps of their shuffles.
+
+    Shuffling the elements is the same as shuffling the form of sharing over them.
+    """
     generator = torch.Generator().manual_seed(seed)
-    null = [gap(ids[torch.randperm(len(ids), generator=generator)]) for _ in range(permutations)]
-    return gap(ids), sum(null) / len(null)
+    return gap(flat), [gap(flat[torch.randperm(len(flat), generator=generator)]) for _ in range(permutations)]
 
 
-def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: Any = None) -> Rules:
+def derive(
+    evidence: Sequence[Evidence],
+    *,
+    name: str = "derived",
+    provenance: Any = None,
+    without: Collection[Unit] = (),
+) -> Rules:
     """Choose a unit for every role that has evidence.
 
     The choice for a role has two steps. First, candidates whose median z over trained checkpoints exceeds ``Z_GATE``
@@ -147,17 +190,22 @@ def derive(evidence: Sequence[Evidence], *, name: str = "derived", provenance: A
         evidence: measurements; those at checkpoint 0 are stored, but used for the choice only if there are no others.
         name: the rule set's name.
         provenance: how the measurements were made (seeds, models, versions); stored unchanged.
+        without: units that must not be chosen, such as FACTORED; their rows are stored and not used.
 
     Returns:
         Rules whose ``evidence`` contains the candidates, the choice and its reason for every role, and all rows.
 
     Raises:
-        ValueError: there is no evidence, or a row has an unknown role or unit, no elements, no blocks, or a NaN.
+        ValueError: there is no evidence that may be used, or a row has an unknown role or unit, no elements, no blocks,
+            or a NaN.
     """
     if not evidence:
         raise ValueError("derive needs at least one Evidence row; `make hessian` measures them")
     _check(evidence)
-    trained = [row for row in evidence if row.checkpoint > 0] or list(evidence)
+    allowed = [row for row in evidence if Unit(row.unit) not in without]
+    if not allowed:
+        raise ValueError(f"without={sorted(without)} leaves no row of evidence to choose from; leave fewer units out")
+    trained = [row for row in allowed if row.checkpoint > 0] or allowed
     units: dict[Role | str, Unit | str] = {}
     choices: dict[str, Any] = {}
     for role in dict.fromkeys(row.role for row in trained):

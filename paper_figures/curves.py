@@ -15,14 +15,21 @@ from analysis.stats import t_interval
 from paper_figures.maps import TITLES, Caption
 from paper_figures.style import ARM_COLOURS, COLOURS, ROLE_COLOURS, role_name, save
 
-SHORT = {"TENSOR": "tensor", "ATTENTION_HEAD": "head", "OUT_NEURON": "row", "IN_NEURON": "column", "TOKEN": "token"}
+SHORT = {
+    "TENSOR": "tensor",
+    "ATTENTION_HEAD": "head",
+    "OUT_NEURON": "row",
+    "IN_NEURON": "column",
+    "TOKEN": "token",
+    "FACTORED": "rank one",
+}
 
 
 def evidence_table(report: HessianReport, out: Path) -> Caption:
     """Draw a table of the z-score of every candidate, per role, model and checkpoint."""
     figure, grid = plt.subplots(1, 2, figsize=(10.2, 7.4))
     for axes, model in zip(grid, ("gpt", "llama"), strict=True):
-        tables = [report.by_role(model, c).query("unit != 'TENSOR'") for c in (0.0, 0.5, 1.0)]
+        tables = [report.by_role(model, c).query("unit not in ('TENSOR', 'FACTORED')") for c in (0.0, 0.5, 1.0)]
         values = np.stack([table.z.to_numpy() for table in tables], axis=1)
         labels = [f"{role_name(r.role)} by {SHORT[r.unit]}" for r in tables[0].itertuples()]
         top = max(100.0, float(np.abs(values).max()))
@@ -149,7 +156,8 @@ def jensen(report: HessianReport, out: Path) -> Caption:
         "What sharing costs",
         "log(mean v) - mean(log v) inside the blocks of each candidate at 100 % of training (medians over layers). It "
         "is zero if Adam gives all elements of a block the same learning rate; half of it is the mean log ratio of "
-        "learning rates. A bar as long as its tick is no better than a random partition.",
+        "learning rates. A bar as long as its tick is no better than a random partition. For rank one, the bar is "
+        "Stein's loss, which is the Jensen gap where blocks share a scalar.",
     )
 
 

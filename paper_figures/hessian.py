@@ -55,10 +55,16 @@ def draw(report: HessianReport, folder: Path) -> list[Caption]:
     return [make() for make in makers]
 
 
+NO_BLOCKS = ("TENSOR", "FACTORED")
+
+
 def role_table(report: HessianReport) -> list[dict[str, Any]]:
-    """Return z and lift at the end of training: one row per role and candidate unit, with one cell per model."""
+    """Return z and lift at the end of training: one row per role and candidate partition, with one cell per model.
+
+    One block per tensor and factored second moments are no partitions that |H| could show.
+    """
     tables = {model: report.by_role(model).set_index(["role", "unit"]) for model in VOTERS}
-    keys = list(dict.fromkeys(key for table in tables.values() for key in table.index if key[1] != "TENSOR"))
+    keys = list(dict.fromkeys(key for table in tables.values() for key in table.index if key[1] not in NO_BLOCKS))
     rows = []
     for role, unit in keys:
         cells = [

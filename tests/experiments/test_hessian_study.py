@@ -84,7 +84,7 @@ def test_report_covers_every_model_unit_and_checkpoint(study: Path) -> None:
         units = {(row["role"], row["unit"]) for row in rows if row["model"] == model}
         assert {("QUERY", "ATTENTION_HEAD"), ("KEY", "ATTENTION_HEAD"), ("VALUE", "OUT_NEURON")} <= units
         assert {("MLP_IN", "IN_NEURON"), ("MLP_OUT", "OUT_NEURON"), ("HEAD", "TOKEN")} <= units
-        assert {("TOKEN_EMBEDDING", "TOKEN"), ("ATTENTION_OUT", "IN_NEURON")} <= units
+        assert {("TOKEN_EMBEDDING", "TOKEN"), ("ATTENTION_OUT", "IN_NEURON"), ("MLP_IN", "FACTORED")} <= units
     tensors = [row for row in rows if row["unit"] == "TENSOR"]
     assert all(row["z"] == 0 and row["n_blocks"] == 1 for row in tensors)
 

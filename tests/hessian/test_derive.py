@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hessian import Evidence, derive, jensen_gap
+from hessian import Evidence, derive, factored_gap, jensen_gap
 from optimizer import AdamMini, Role, Rules, Unit
 
 
@@ -117,3 +117,32 @@ def test_the_file_drives_an_optimizer(tmp_path: Path) -> None:
     assert len(json.loads(path.read_text())["evidence"]["table"]) == 2 and loaded.provenance == {"seed": 0}
     with pytest.raises(ValueError, match="at least one"):
         derive([])
+
+
+def test_factored_gap_is_zero_for_rank_one_and_seen_by_its_null() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randn(n, generator=generator).exp() for n in (20, 30))
+    product = rows[:, None] * columns
+    gap, null, z = factored_gap(product)
+    assert gap == pytest.approx(0, abs=1e-6) and null > 0.3 and z > 20
+    shuffled = product.flatten()[torch.randperm(600, generator=generator)].reshape(20, 30)
+    gap, null, z = factored_gap(shuffled)
+    assert gap == pytest.approx(null, rel=0.2) and abs(z) < 4
+    assert factored_gap(torch.ones(4, 5)) == (0, 0, 0), "a constant needs no columns and is not structure"
+    odd = torch.tensor([[1.0, 1.0], [1.0, 10.0]])
+    assert factored_gap(odd)[0] > 0, "the mean log ratio is negative here"
+    with pytest.raises(ValueError, match=r"\(4,\); a factored"):
+        factored_gap(torch.ones(4))
+    with pytest.raises(ValueError, match="permutations=1"):
+        factored_gap(odd, permutations=1)
+
+
+def test_factored_competes_if_v_has_the_form() -> None:
+    blocks = [row("TENSOR", 1.0, 0.0, blocks=1), row("OUT_NEURON", 0.3, blocks=16), row("IN_NEURON", 0.1, 2.0)]
+    assert derive([*blocks, row("FACTORED", 0.2, blocks=32)])[Role.QUERY] is Unit.FACTORED
+    assert derive([*blocks, row("FACTORED", 0.29, blocks=32)])[Role.QUERY] is Unit.OUT_NEURON, "not worth its scalars"
+    assert derive([*blocks, row("FACTORED", 0.2, z=3.0, blocks=32)])[Role.QUERY] is Unit.OUT_NEURON, "no form, no entry"
+    kept = derive([*blocks, row("FACTORED", 0.2, blocks=32)], without=(Unit.FACTORED,))
+    assert kept[Role.QUERY] is Unit.OUT_NEURON and len(kept.evidence["table"]) == 4
+    with pytest.raises(ValueError, match="FACTORED"):
+        derive([row("FACTORED", 0.2)], without=(Unit.FACTORED,))

@@ -23,7 +23,7 @@ from experiments.studies.hessian_maps.progress import Stages
 from experiments.studies.hessian_maps.settings import CHECKPOINTS, PROFILES, Settings, subjects
 from experiments.studies.hessian_maps.subjects import Subject
 from hessian import Evidence, derive, js_distance
-from optimizer import Rules
+from optimizer import Rules, Unit
 
 logger = logging.getLogger("experiments")
 VOTERS = ("gpt", "llama")
@@ -116,7 +116,8 @@ def _distances(arrays: Arrays) -> dict[str, Any]:
 def _write_rules(report: dict[str, Any], settings: Settings, out: Path) -> Path:
     """Derive rules from the evidence of the Transformers and save them.
 
-    The evidence of the MLP is not used; it is measured only for comparison.
+    ``rules.json`` shares scalars between elements, as the shipped set does. ``rules_factored.json`` may also choose
+    factored second moments. The evidence of the MLP is not used; it is measured only for comparison.
     """
     evidence = [
         Evidence(**{key: value for key, value in row.items() if key in _FIELDS})
@@ -130,7 +131,8 @@ def _write_rules(report: dict[str, Any], settings: Settings, out: Path) -> Path:
         "data": "python-stdlib-8",
         "torch": torch.__version__,
     }
-    rules = derive(evidence, provenance=provenance)
+    derive(evidence, name="derived_factored", provenance=provenance).save(out / "rules_factored.json")
+    rules = derive(evidence, provenance=provenance, without=(Unit.FACTORED,))
     report["rules"] = {
         "units": {r.value: u.value for r, u in rules.units.items()},
         "choices": rules.evidence["choices"],

@@ -14,7 +14,17 @@ from experiments.models import lm_loss
 from experiments.studies.hessian_maps.cache import Arrays
 from experiments.studies.hessian_maps.progress import Progress
 from experiments.studies.hessian_maps.subjects import Subject
-from hessian import Evidence, HessianOperator, block_norms, block_structure, dense, jensen_gap, slq, snr
+from hessian import (
+    Evidence,
+    HessianOperator,
+    block_norms,
+    block_structure,
+    dense,
+    factored_gap,
+    jensen_gap,
+    slq,
+    snr,
+)
 from optimizer import Role, Rules, Unit
 from optimizer.partition import Anatomy, Part, discover, layout_of
 
@@ -151,7 +161,19 @@ def _evidence(
             jensen_null=null,
         )
         rows.append({**dataclasses.asdict(row), "snr_row": snr(grid, 1), "snr_column": snr(grid, 0)})
-    return rows
+    gap, null, z = factored_gap(grid, settings.permutations, settings.seed)
+    row = dataclasses.replace(
+        row,
+        unit=Unit.FACTORED.value,
+        n_blocks=sum(part.shape),
+        mass_inside=0.0,
+        expected=0.0,
+        z=z,
+        mean_ratio=1.0,
+        jensen=gap,
+        jensen_null=null,
+    )
+    return [*rows, {**dataclasses.asdict(row), "snr_row": snr(grid, 1), "snr_column": snr(grid, 0)}]
 
 
 def _whole(subject: Subject, model: nn.Module, operator: HessianOperator, matrix: Tensor, progress: Progress) -> Arrays:
