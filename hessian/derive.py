@@ -104,17 +104,19 @@ class Candidate:
     n: int
 
 
-def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float]:
-    """Return the Jensen gap of second moments under a partition and under random partitions of the same sizes.
+def block_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float, float]:
+    """Return the Jensen gap of second moments under a partition, and compare it with the same elements in random order.
 
     Args:
         v: second moments (mean squared gradients), any shape, non-negative.
         block_ids: int64, as many elements as v; the block of every element, numbered 0, 1, ...
-        permutations: number of random partitions.
+        permutations: number of random partitions of the same sizes.
         seed: seed of the random partitions.
 
     Returns:
-        (gap, mean gap of the random partitions), both in nats and >= 0.
+        (gap, mean gap of the random partitions, z): gaps are in nats, >= 0, and z is the number of standard deviations
+        over the random partitions by which the gap is smaller than their mean; 0 if all of them have one gap, or if
+        there is only one.
 
     Raises:
         TypeError: v or block_ids is not a tensor, or permutations is not an integer.
@@ -126,8 +128,12 @@ def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int =
     at_least("permutations", permutations, 1, "the null is a mean over random partitions")
     ids = block_ids.reshape(-1)
     flat = sharing.floored(v).reshape(-1)
-    own, null = _against_shuffles(flat, lambda w: sharing.log_gap(w, sharing.block_means(w, ids)), permutations, seed)
-    return max(0.0, own), sum(null) / len(null)
+    return _against_shuffles(flat, lambda w: sharing.log_gap(w, sharing.block_means(w, ids)), permutations, seed)
+
+
+def jensen_gap(v: Tensor, block_ids: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float]:
+    """Return the first two numbers of ``block_gap``: the Jensen gap, and its mean over random partitions."""
+    return block_gap(v, block_ids, permutations, seed)[:2]
 
 
 def factored_gap(v: Tensor, permutations: int = 20, seed: int = 0) -> tuple[float, float, float]:
@@ -139,8 +145,7 @@ def factored_gap(v: Tensor, permutations: int = 20, seed: int = 0) -> tuple[floa
         seed: seed of the shuffles.
 
     Returns:
-        (gap, mean gap of the shuffles, z): gaps are Stein's losses in nats, >= 0, and z is the number of standard
-        deviations over the shuffles by which the gap is smaller than their mean; 0 if all shuffles have one gap.
+        (gap, mean gap of the shuffles, z), as of ``block_gap``; gaps are Stein's losses in nats, >= 0.
 
     Raises:
         TypeError: v is not a tensor, or permutations is not an integer.
@@ -149,27 +154,28 @@ def factored_gap(v: Tensor, permutations: int = 20, seed: int = 0) -> tuple[floa
     """
     at_least("permutations", permutations, 2, "z needs a standard deviation")
     matrix = sharing.floored(v)
+    if matrix.dim() != 2:
+        raise ValueError(f"v has shape {tuple(v.shape)}; a factored second moment needs a matrix [rows, columns]")
 
     def gap(flat: Tensor) -> float:
         shaped = flat.reshape(matrix.shape)
         return sharing.stein(shaped, sharing.rank_one(shaped))
 
-    if matrix.dim() != 2:
-        raise ValueError(f"v has shape {tuple(v.shape)}; a factored second moment needs a matrix [rows, columns]")
-    own, null = _against_shuffles(matrix.reshape(-1), gap, permutations, seed)
-    mean, spread = statistics.mean(null), statistics.stdev(null)
-    return own, mean, (mean - own) / spread if spread > 1e-12 * max(mean, 1.0) else 0.0
+    return _against_shuffles(matrix.reshape(-1), gap, permutations, seed)
 
 
 def _against_shuffles(
     flat: Tensor, gap: Callable[[Tensor], float], permutations: int, seed: int
-) -> tuple[float, list[float]]:
-    """Return the gap of second moments, [n], and the gaps of their shuffles.
+) -> tuple[float, float, float]:
+    """Return the gap of second moments, [n], the mean gap of their shuffles, and the z-score of the difference.
 
     Shuffling the elements is the same as shuffling the form of sharing over them.
     """
     generator = torch.Generator().manual_seed(seed)
-    return gap(flat), [gap(flat[torch.randperm(len(flat), generator=generator)]) for _ in range(permutations)]
+    own = max(0.0, gap(flat))
+    null = [gap(flat[torch.randperm(len(flat), generator=generator)]) for _ in range(permutations)]
+    mean, spread = statistics.mean(null), statistics.stdev(null) if permutations > 1 else 0.0
+    return own, mean, (mean - own) / spread if spread > 1e-12 * max(mean, 1.0) else 0.0
 
 
 def derive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .checks import at_least, finite
 from .linear import LinearMap
-from .results import BlockNorms
+from .results import BlockNorms, Estimate
 
 
 def check_block_ids(block_ids: Tensor, n: int) -> int:
@@ -127,3 +128,44 @@ def _both_sides(mean: Tensor, variance: Tensor, exact: Tensor) -> tuple[Tensor, 
     both = (weight.square() * variance + weight.T.square() * variance.T).sqrt()
     diagonal = torch.eye(len(mean), dtype=torch.bool)  # Both estimates of a diagonal block are the same number.
     return mean, torch.where(diagonal, variance.sqrt(), both)
+
+
+def energy_inside(operator: LinearMap, block_ids: Tensor, probes: int = 8, seed: int = 0) -> tuple[Estimate, Estimate]:
+    """Estimate how much of an operator's squared Frobenius norm lies inside the blocks of a partition.
+
+    Every probe z has random signs. Signs s and t, one for each block, make two vectors of it: s z and t z. In
+    s_b (A s z)_b, the parts from other blocks than b have random signs, so the mean of the product of both results is
+    ||A_bb z_b||^2, whose mean over z is ||A_bb||^2. This costs two products per probe, for any number of blocks.
+
+    Args:
+        operator: symmetric, order n.
+        block_ids: int64 [n], blocks numbered 0, 1, ..., B - 1.
+        probes: number of probes, >= 2.
+        seed: seed of the signs.
+
+    Returns:
+        (sum of ||A_bb||_F^2 over blocks, ||A||_F^2), with standard errors over probes. The first can be negative where
+        little lies inside the blocks.
+
+    Raises:
+        TypeError: block_ids is not a tensor, or probes is not an integer.
+        ValueError: block_ids does not cover the parameters, probes is below 2, or a product has NaN or infinite
+            entries.
+    """
+    n = operator.shape[0]
+    blocks = check_block_ids(block_ids, n)
+    at_least("probes", probes, 2, "a standard error needs two")
+    generator = torch.Generator().manual_seed(seed)
+
+    def signs(rows: int, columns: int) -> Tensor:
+        return torch.randint(0, 2, (rows, columns), generator=generator).mul_(2).sub_(1).to(torch.float64)
+
+    z, ids = signs(n, probes), block_ids.cpu()
+    first, second = signs(blocks, probes)[ids], signs(blocks, probes)[ids]
+    vectors = torch.cat([first * z, second * z], dim=1).to(operator.device, operator.dtype)
+    products = operator.matmat(vectors)
+    finite("a product of the operator", products)
+    one, two = products.to("cpu", torch.float64).split(probes, dim=1)
+    samples = ((first * one) * (second * two)).sum(0), 0.5 * (one.square() + two.square()).sum(0)
+    inside, whole = (Estimate(x.mean(), x.std() / math.sqrt(probes), probes, 2 * probes) for x in samples)
+    return inside, whole

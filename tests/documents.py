@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^(?P=indent)```\s*$", re.M | re.S)
 
-MODULE = "from tests.documents import llama as make_model\n"
+MODULE = "from tests.documents import llama as make_model, tokens as batches\n"
 """What the command lines of the docs call ``my_module``."""
 
 
@@ -75,6 +75,11 @@ def llama() -> nn.Module:
     return Llama(vocab=16, dim=8, layers=1, n_heads=4, n_kv_heads=2, hidden=8)
 
 
+def tokens() -> list[Tensor]:
+    """Two batches of tokens."""
+    return list(torch.randint(0, 16, (2, 4, 9), generator=torch.Generator().manual_seed(0)))
+
+
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Mean next-token loss of a batch of tokens."""
     logits = model(batch[:, :-1])
@@ -92,7 +97,7 @@ def prelude(folder: Path) -> dict[str, Any]:
     (folder / "my_module.py").write_text(MODULE)
     (folder / "out" / "hessian").mkdir(parents=True)
     Rules.load("derived").save(folder / "out" / "hessian" / "rules.json")
-    model, batches = llama(), list(torch.randint(0, 16, (2, 4, 9), generator=torch.Generator().manual_seed(0)))
+    model, batches = llama(), tokens()
     adamw = torch.optim.AdamW(model.named_parameters())
     optimizer = AdamMini(model)
     loss(model, batches[0]).backward()

@@ -25,9 +25,10 @@ from experiments.models import GPTConfig, LlamaConfig, build
 from experiments.studies.hessian_maps import cache as cache_module
 from experiments.studies.hessian_maps.__main__ import run
 from experiments.studies.hessian_maps.cache import StageCache
-from experiments.studies.hessian_maps.measure import coarse_blocks, weight_parts
+from experiments.studies.hessian_maps.measure import coarse_blocks
 from experiments.studies.hessian_maps.progress import StageBar
 from experiments.studies.hessian_maps.settings import subjects
+from hessian.parts import weight_parts
 from optimizer import AdamMini, Rules
 from paper_figures.style import draw_matrix, plt, save, setup, webp
 
@@ -146,35 +147,7 @@ def test_a_picture_of_noise_takes_a_quarter_of_its_png(tmp_path: Path) -> None:
     assert np.abs(before - after).mean() < 8  # of 255
 
 
-# --------------------------------------------------------------------------------------------------- weight_parts
-
-
-@pytest.mark.parametrize("config", [GPT, LLAMA])
-def test_parts_cut_the_flat_vector_where_the_matrices_lie(config: GPTConfig | LlamaConfig) -> None:
-    model = build(config, 0)
-    flat = torch.nn.utils.parameters_to_vector(model.parameters())
-    parameters = dict(model.named_parameters())
-    by_tensor: dict[str, list[torch.Tensor]] = {}
-    for part in weight_parts(model):
-        by_tensor.setdefault(part.name.split("[")[0], []).append(flat[part.span].reshape(part.shape))
-    assert set(by_tensor) == {name for name, p in parameters.items() if p.dim() == 2}
-    for name, cut in by_tensor.items():
-        assert torch.equal(torch.cat(cut), parameters[name])
-
-
-def test_fused_matrix_falls_into_its_three_roles() -> None:
-    roles = {part.role.value: part for part in weight_parts(build(GPT, 0))}
-    assert [roles[r].shape for r in ("QUERY", "KEY", "VALUE")] == [(16, 16)] * 3
-    head = roles["KEY"].candidates()["ATTENTION_HEAD"].reshape(16, 16)
-    assert head[:, 0].tolist() == [i // 4 for i in range(16)]
-    column = roles["KEY"].candidates()["IN_NEURON"].reshape(16, 16)
-    assert torch.equal(column, torch.arange(16).expand(16, 16))
-
-
-def test_grouped_keys_have_fewer_heads() -> None:
-    roles = {part.role.value: part for part in weight_parts(build(LLAMA, 0))}
-    assert int(roles["QUERY"].candidates()["ATTENTION_HEAD"].max()) + 1 == 4
-    assert int(roles["KEY"].candidates()["ATTENTION_HEAD"].max()) + 1 == 2
+# --------------------------------------------------------------------------------------------------- coarse blocks
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,59 +25,9 @@ from hessian import (
     slq,
     snr,
 )
-from optimizer import Role, Rules, Unit
-from optimizer.partition import Anatomy, Part, discover, layout_of
-
-_EMBEDDED = {Role.TOKEN_EMBEDDING, Role.POSITION_EMBEDDING, Role.HEAD}
-
-
-@dataclass(frozen=True)
-class WeightPart:
-    """A weight matrix, or one part of a fused weight matrix, as a range of the flat parameter vector.
-
-    Attributes:
-        name: name of the parameter; for a part of a fused matrix, followed by the role in brackets.
-        role: role of the matrix.
-        shape: (output units, input units).
-        head_dim: number of rows of an attention head; None if there are no heads.
-        start: index of its first element in the flat parameter vector, where its elements are consecutive.
-    """
-
-    name: str
-    role: Role
-    shape: tuple[int, int]
-    head_dim: int | None
-    start: int
-
-    @property
-    def span(self) -> slice:
-        """The range of its elements in the flat parameter vector."""
-        return slice(self.start, self.start + self.shape[0] * self.shape[1])
-
-    def candidates(self) -> dict[str, Tensor]:
-        """Return unit -> block of every element, int64 [n], for every shared unit that the matrix can have."""
-        rows = Unit.TOKEN if self.role in _EMBEDDED else Unit.OUT_NEURON
-        units = [Unit.TENSOR, rows, Unit.IN_NEURON] + ([Unit.ATTENTION_HEAD] if self.head_dim else [])
-        anatomy = Anatomy(self.shape, (Part(self.role, self.shape[0], self.head_dim),), "a weight", in_axis=1)
-        return {
-            unit.value: layout_of(anatomy, Rules("candidate", {self.role: unit})).block_ids(self.shape).flatten()
-            for unit in units
-        }
-
-
-def weight_parts(model: nn.Module) -> list[WeightPart]:
-    """Return all two-dimensional weights of a model, with the parts of fused weights separate."""
-    out, offset, anatomies = [], 0, discover(model)
-    for name, parameter in model.named_parameters():
-        anatomy = anatomies[name]
-        if parameter.dim() == 2:
-            start = offset
-            for part in anatomy.parts:
-                label = name if len(anatomy.parts) == 1 else f"{name}[{part.role.value}]"
-                out.append(WeightPart(label, part.role, (part.size, parameter.shape[1]), part.head_dim, start))
-                start += part.size * parameter.shape[1]
-        offset += parameter.numel()
-    return out
+from hessian.parts import WeightPart, weight_parts
+from optimizer import Unit
+from optimizer.partition import discover
 
 
 def coarse_blocks(model: nn.Module) -> tuple[Tensor, list[str]]:
@@ -123,13 +73,16 @@ def measure(subject: Subject, theta: np.ndarray, checkpoint: float, *, final: bo
     v = torch.cat([second_moments[name].flatten() for name in operator.names])
     out: Arrays = {"asymmetry": np.array(float((matrix - matrix.T).abs().max() / matrix.abs().max()))}
     rows: list[dict[str, object]] = []
-    weights = weight_parts(model)
+    weights, starts, sizes = weight_parts(model), {}, [second_moments[name].numel() for name in operator.names]
+    for name, end, size in zip(operator.names, itertools.accumulate(sizes), sizes, strict=True):
+        starts[name] = end - size
     for number, part in enumerate(weights):
         progress(number, len(weights), f"structure of {part.name} {part.shape[0]} x {part.shape[1]}")
-        inner = matrix[part.span, part.span]
+        where = starts[part.parameter] + part.index.flatten()
+        inner = matrix[where][:, where]
         out[f"block/{part.name}"] = inner.abs().numpy().astype(np.float32)
         out[f"eig/{part.name}"] = torch.linalg.eigvalsh(inner).numpy()
-        rows += _evidence(subject, part, inner, v[part.span], checkpoint)
+        rows += _evidence(subject, part, inner, v[where], checkpoint)
     out["rows"] = np.array(json.dumps(rows))
     if final:
         out |= _whole(subject, model, operator, matrix, progress)
