@@ -107,13 +107,16 @@ def at_best(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[[rates[arm] == lr for arm, lr in zip(runs.arm, runs.lr, strict=True)]].reset_index(drop=True)
 
 
-def paired_difference(runs: pd.DataFrame, arm: str, *, lr: float | None = None) -> Interval | None:
-    """Return an arm's final loss minus the baseline's, paired by seed.
+def paired_difference(
+    runs: pd.DataFrame, arm: str, *, lr: float | None = None, against: str = BASELINE
+) -> Interval | None:
+    """Return an arm's final loss minus that of another, paired by seed.
 
     Args:
         runs: all runs.
         arm: the arm.
         lr: learning rate of both arms; None for the best rate of each.
+        against: the other arm.
 
     Returns:
         The mean and its 95 % interval, or None if a run of either arm diverged.
@@ -123,10 +126,10 @@ def paired_difference(runs: pd.DataFrame, arm: str, *, lr: float | None = None) 
     """
     chosen = at_best(runs) if lr is None else runs[runs.lr == lr]
     losses = chosen[chosen.arm == arm].set_index("seed").final_val_loss
-    base = chosen[chosen.arm == BASELINE].set_index("seed").final_val_loss
+    base = chosen[chosen.arm == against].set_index("seed").final_val_loss
     if set(losses.index) != set(base.index) or losses.empty:
         raise ValueError(
-            f"arm={arm!r} and {BASELINE!r} have different seeds: {sorted(losses.index)}, {sorted(base.index)}; run the "
+            f"arm={arm!r} and {against!r} have different seeds: {sorted(losses.index)}, {sorted(base.index)}; run the "
             "missing ones with `make ablation`"
         )
     difference = (losses - base.loc[losses.index]).to_numpy()

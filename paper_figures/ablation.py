@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.ablation import (
+    ARMS,
     BASELINE,
     at_best,
     best_rates,
@@ -109,8 +111,13 @@ def prediction(runs: pd.DataFrame, out: Path, note: str, path: Path) -> Path:
     return save(figure, out, "predicted_cost")
 
 
-def tables(runs: pd.DataFrame) -> str:
-    """Return the summary at the best rates and the paired difference at each rate, as Markdown."""
+def tables(runs: pd.DataFrame, against: Sequence[str] = ()) -> str:
+    """Return the summary at the best rates and the paired differences at each rate, as Markdown.
+
+    Args:
+        runs: all runs.
+        against: arms to which differences are given besides the baseline.
+    """
     lines = [
         "| arm | scalars | best lr | final loss | minus elementwise, paired | differs | n | diverged |",
         "|---|---|---|---|---|---|---|---|",
@@ -124,22 +131,28 @@ def tables(runs: pd.DataFrame) -> str:
             f"| {row.arm} | {row.scalars:,} | {row.lr:g} | {row.loss:.4f} ± {row.loss_half:.4f} | {difference} | "
             f"{verdict} | {row.n} | {row.diverged} |"
         )
+    for base in (BASELINE, *against):
+        lines += ["", f"Paired difference to `{base}` at the same learning rate:", "", *_differences(runs, base)]
+    return "\n".join([*lines, ""])
+
+
+def _differences(runs: pd.DataFrame, against: str) -> list[str]:
+    """Return the lines of a table with every arm's paired difference to one arm at each learning rate."""
     rates = sorted(runs.lr.unique())
-    lines += ["", "Paired difference to `elementwise` at the same learning rate:", ""]
-    lines += ["| arm | " + " | ".join(f"lr {lr:g}" for lr in rates) + " |", "|---|" + "---|" * len(rates)]
+    lines = ["| arm | " + " | ".join(f"lr {lr:g}" for lr in rates) + " |", "|---|" + "---|" * len(rates)]
     for arm in summary(runs).arm:
-        if arm == BASELINE:
+        if arm == against:
             continue
         cells = []
         for lr in rates:
             try:
-                difference = paired_difference(runs, arm, lr=lr)
+                difference = paired_difference(runs, arm, lr=lr, against=against)
             except ValueError:  # The arms have different seeds, which happens only in an incomplete grid.
                 cells.append("missing")
                 continue
             cells.append("diverged" if difference is None else f"{difference.mean:+.4f} ± {difference.half:.4f}")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,12 +163,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--prediction", type=Path, help="JSON file of predicted costs; adds a figure that compares them"
     )
+    parser.add_argument("--arms", nargs="+", default=ARMS, help="the arms that the results must have")
+    parser.add_argument("--against", nargs="*", default=[], help="arms to which the tables give differences, too")
     parser.add_argument("--partial", action="store_true", help="draw although runs are missing, and mark the figures")
     arguments = parser.parse_args(argv)
     with refusals(FileNotFoundError, ValueError):
         runs = load_runs(arguments.results, partial=arguments.partial)
         if not arguments.partial:
-            require_complete(runs)
+            require_complete(runs, arguments.arms)
         if arguments.prediction is not None:
             with_prediction(runs, arguments.prediction)
     with refusals(OSError):
@@ -169,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     path = arguments.out / "tables.md"
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     partly = f"Incomplete: {len(runs)} runs; left out: {left_out or 'none that has begun'}.\n\n"
-    temporary.write_text((partly if arguments.partial else "") + tables(runs))
+    temporary.write_text((partly if arguments.partial else "") + tables(runs, arguments.against))
     os.replace(temporary, path)
     left_out_note = f" ({left_out} left out)" if left_out else ""
     print(f"{len(runs)} runs{left_out_note}; {', '.join(str(p) for p in drawn)}; {path}")
