@@ -79,7 +79,10 @@ def _layout_under(anatomy: Anatomy, rules: Rules, name: str) -> TensorLayout:
         note = "no single input axis for all parts of this tensor: one scalar per output unit"
         units = [Unit.OUT_NEURON if unit is _COLUMNS else unit for unit in units]
     if len(anatomy.shape) > anatomy.leading + 1 and any(unit is Unit.ELEMENT for unit in units):
-        return Layout.per_element(anatomy.shape)  # runs cannot separate the elements of one part only
+        # Runs cannot separate the elements of one part only.
+        return Layout.per_element(anatomy.shape).described(
+            _others(anatomy, units, Unit.ELEMENT, "one scalar per element")
+        )
     segments, notes = [], [note] if note else []
     for part, unit in zip(anatomy.parts, units, strict=True):
         segment, segment_note = _segment(part, unit)
@@ -128,12 +131,17 @@ def _factored(anatomy: Anatomy, units: list[Unit]) -> TensorLayout:
         single = len(anatomy.shape) > 1 and prod(anatomy.shape) > 0
         note = "a single row or column: factored is one scalar per element" if single else ""
         return Layout.per_element(anatomy.shape).described(note)
+    return layout.described(_others(anatomy, units, Unit.FACTORED, "factored"))
+
+
+def _others(anatomy: Anatomy, units: list[Unit], given: Unit, words: str) -> str:
+    """Return a note that names the parts which asked for another unit than the tensor gets; "" if none did."""
     others = dict.fromkeys(
         f"{part.role.value} asks for {unit.value}"
         for part, unit in zip(anatomy.parts, units, strict=True)
-        if unit is not Unit.FACTORED and part.size
+        if unit is not given and part.size
     )
-    return layout.described(f"factored like its other parts: {', '.join(others)}") if others else layout
+    return f"{words} like its other parts: {', '.join(others)}" if others else ""
 
 
 def factored_layout(anatomy: Anatomy) -> FactoredLayout | None:

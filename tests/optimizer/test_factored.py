@@ -138,6 +138,8 @@ def test_what_factored_means_for_every_kind_of_tensor() -> None:
     assert isinstance(fused, FactoredLayout) and fused.parts == 3 and fused.n_blocks == 24 + 3 * 8
     mixed = partition(Model(), Rules("factored").replace("mixed", {"VALUE": "OUT_NEURON"}))["attention.in_proj_weight"]
     assert mixed == fused and "VALUE asks for OUT_NEURON" in mixed.note
+    finest = partition(Model(), Rules("adam_mini").replace("mixed", {"KEY": "ELEMENT"}))["attention.in_proj_weight"]
+    assert finest.n_blocks == 24 * 8 and "one scalar per element like its other parts: QUERY asks" in finest.note
     overridden = partition(Model(), Rules("adam_mini").override({"linear.weight": Unit.FACTORED}))
     assert overridden["linear.weight"] == layouts["linear.weight"]
 
