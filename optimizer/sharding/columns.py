@@ -7,7 +7,8 @@ columns, so ranks that hold different columns share it; ``Geometry.cut`` describ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,7 @@ class Matrices:
         sizes: number of rows of each part on all ranks together, float64, in a shape that broadcasts against the view.
         columns: number of columns on all ranks together.
         pieces: the rows of the local tensor.
+        free: whether the tensor is a free box, so that an engine updates its means.
     """
 
     offset: int
@@ -84,6 +86,34 @@ class Matrices:
     sizes: Tensor
     columns: int
     pieces: tuple[Piece, ...]
+    free: bool = False
+
+    @classmethod
+    def whole(
+        cls, layout: FactoredLayout, view: tuple[int, ...], offset: int = 0, box: int = 0, *, free: bool = False
+    ) -> Matrices:
+        """Return the column means of a tensor that is a single box.
+
+        Args:
+            layout: its layout, unfolded.
+            view: its shape, unfolded.
+            offset: the attribute.
+            box: index of the box.
+            free: the attribute.
+        """
+        return cls(
+            offset=offset,
+            shape=layout.columns_shape(view),
+            axis=layout.axis,
+            leading=len(layout.leading),
+            sizes=layout.part_sizes().double().reshape([-1 if d == layout.axis else 1 for d in range(len(view))]),
+            columns=layout.columns,
+            pieces=tuple(
+                Piece(box, layout.axis, start, count, ((layout.axis, part, 1),))
+                for part, start, count in layout.pieces()
+            ),
+            free=free,
+        )
 
     def of(self, state: Tensor) -> Tensor:
         """Return the view of a contiguous tensor with the values of the local state."""
@@ -132,6 +162,12 @@ class Columns:
         """The process groups that share rows or columns."""
         return (*self.groups, *(group for group in self.row_groups if group not in self.groups))
 
+    @cached_property
+    def divided(self) -> Columns:
+        """The same column means without the tensors that are free boxes."""
+        divided = tuple(matrices for matrices in self.matrices if not matrices.free)
+        return self if len(divided) == len(self.matrices) else replace(self, matrices=divided)
+
     @property
     def sent(self) -> list[tuple[int, tuple[ProcessGroup, ...]]]:
         """What this rank sends in a step for its columns: (number of numbers, process groups)."""
@@ -145,7 +181,7 @@ class Columns:
         return values if self.placed is None else self.placed.wrap(values)
 
     def shares(self, boxes: Sequence[Box], grad: Tensor | None, like: Tensor) -> Tensor:
-        """Return this rank's share of the mean of grad**2 over each column, flattened.
+        """Return this rank's share of the mean of grad**2 over each column, flattened; zeros for free boxes.
 
         Args:
             boxes: the boxes of the local tensor.
@@ -153,7 +189,7 @@ class Columns:
             like: a tensor on the device and with the dtype of the result.
         """
         sums = like.new_zeros(prod(self.shape))
-        for matrices in self.matrices if grad is not None else ():
+        for matrices in self.divided.matrices if grad is not None else ():
             view = matrices.of(sums)
             for piece in matrices.pieces:
                 box = boxes[piece.box]
@@ -166,6 +202,8 @@ class Columns:
 
     def mean(self, state: Tensor) -> Tensor:
         """Return the shares of this rank's columns in the means over all columns of each part, joined and flattened."""
+        if not self.matrices:
+            return state.new_zeros(0)
         return torch.cat([matrices.mean(state).flatten() for matrices in self.matrices])
 
     def means(self, joined: Tensor) -> Iterator[Tensor]:
@@ -189,18 +227,8 @@ def unsharded(layout: TensorLayout, shape: tuple[int, ...]) -> Geometry:
     aligned = layout.aligned_shape(shape)
     if not isinstance(layout, FactoredLayout):
         return Geometry(shape, (Box(layout),), aligned)
-    view, unfolded, nothing = viewed(shape, layout.fold), layout.unfolded(), torch.zeros(0, dtype=torch.int64)
-    matrices = Matrices(
-        offset=0,
-        shape=unfolded.columns_shape(view),
-        axis=layout.axis,
-        leading=len(layout.leading),
-        sizes=layout.part_sizes().double().reshape([-1 if d == layout.axis else 1 for d in range(len(view))]),
-        columns=layout.columns,
-        pieces=tuple(
-            Piece(0, layout.axis, start, count, ((layout.axis, part, 1),)) for part, start, count in layout.pieces()
-        ),
-    )
+    nothing = torch.zeros(0, dtype=torch.int64)
+    matrices = Matrices.whole(layout.unfolded(), viewed(shape, layout.fold))
     columns = Columns(
         layout.columns_shape(shape), (matrices,), nothing, nothing, 0, nothing, 0, (), (), torch.device("cpu")
     )

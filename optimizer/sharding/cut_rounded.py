@@ -44,6 +44,28 @@ class Rounds:
     seeds: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class ColumnMeans:
+    """The column means of the factored tensors that a step moves.
+
+    Attributes:
+        columns: the tensors.
+        state: ``exp_avg_sq_col`` after the update.
+        joined: its means over all columns, as ``columns.mean`` joins them.
+    """
+
+    columns: Columns
+    state: Tensor
+    joined: Tensor
+
+    def pieces(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Yield each piece of the tensors, its column means, and the mean over all columns."""
+        for matrices, mean in zip(self.columns.matrices, self.columns.means(self.joined), strict=True):
+            view = matrices.of(self.state)
+            for piece in matrices.pieces:
+                yield piece, piece.columns(view), piece.columns(mean)
+
+
 class Factors:
     """The factors of the first moment: lr / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps).
 
@@ -51,7 +73,7 @@ class Factors:
         geometry: the shard.
         sizes: the factors of blocks, shape ``geometry.aligned``; not used for factored boxes.
         second: ``exp_avg_sq`` after the update, which has the row means of factored boxes.
-        columns: ``exp_avg_sq_col`` after the update, and its means over all columns; None if nothing is factored.
+        columns: the column means after the update; None if nothing is factored.
         step_size: returns factors from square roots of second moments, which it may change.
     """
 
@@ -60,16 +82,14 @@ class Factors:
         geometry: Geometry,
         sizes: Tensor,
         second: Tensor,
-        columns: tuple[Tensor, Tensor] | None,
+        columns: ColumnMeans | None,
         step_size: Callable[[Tensor], Tensor],
     ) -> None:
         self._geometry, self._sizes, self._second, self._step_size = geometry, sizes, second, step_size
         self._starts = [box.start or 0 for box in geometry.boxes]
         self._pieces: dict[int, list[tuple[Piece, Tensor, Tensor]]] = {}
-        if columns is not None:
-            assert geometry.columns is not None
-            for piece, of_columns, mean in columns_of_pieces(geometry.columns, *columns):
-                self._pieces.setdefault(piece.box, []).append((piece, of_columns, mean))
+        for piece, of_columns, mean in () if columns is None else columns.pieces():
+            self._pieces.setdefault(piece.box, []).append((piece, of_columns, mean))
 
     def of(self, k: int, view: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """Yield (start, stop, factor) for consecutive slices of axis 0 of a box; factors broadcast.
@@ -145,20 +165,6 @@ def _within(values: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
         if values.dim() == len(spans) and values.shape[dim] > 1:
             values = values.narrow(dim, start, stop - start)
     return values
-
-
-def columns_of_pieces(columns: Columns, state: Tensor, joined: Tensor) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-    """Yield each piece of the factored tensors, its column means, and the mean over all columns.
-
-    Args:
-        columns: the column means of the shard.
-        state: ``exp_avg_sq_col``.
-        joined: its means over all columns, as ``Columns.mean`` joins them.
-    """
-    for matrices, mean in zip(columns.matrices, columns.means(joined), strict=True):
-        view = matrices.of(state)
-        for piece in matrices.pieces:
-            yield piece, piece.columns(view), piece.columns(mean)
 
 
 def move_ranges(

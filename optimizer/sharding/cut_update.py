@@ -11,7 +11,8 @@ from torch import Tensor
 from ..step.factored import factored_move, roots
 from ..step.hyper import corrections
 from ..step.update import move, step_sizes
-from .cut_rounded import Factors, Rounds, columns_of_pieces, move_boxes, move_ranges
+from .columns import Columns
+from .cut_rounded import ColumnMeans, Factors, Rounds, move_boxes, move_ranges
 from .exchange import Means
 from .geometry import Geometry
 from .kinds import is_dtensor, local_of
@@ -98,9 +99,12 @@ def cut_update(
         exp_avg_sq[values] = second
         rates, scale = scale, torch.empty_like(exp_avg_sq)
         scale[values] = rates
-    columns = None
+    columns: ColumnMeans | None = None
     if exp_avg_sq_col is not None:
-        columns = exp_avg_sq_col, _update_columns(geometry, exp_avg_sq_col, means, beta2)
+        assert geometry.columns is not None
+        described = geometry.columns if grad is None else geometry.columns.divided
+        _update_columns(geometry.columns, described, exp_avg_sq_col, means, beta2)
+        columns = ColumnMeans(described, exp_avg_sq_col, _mean_of_columns(described, exp_avg_sq_col, means, beta2))
     if param.numel() == 0:
         return
     if rounds is not None:
@@ -144,7 +148,7 @@ def _step_factored(
     grad: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    columns: tuple[Tensor, Tensor],
+    columns: ColumnMeans,
     *,
     size: float | Tensor,
     root: float,
@@ -156,12 +160,12 @@ def _step_factored(
     """Update the elements of factored tensors, whose row and column means are updated already.
 
     Args:
-        geometry: the shard, with ``columns``.
+        geometry: the shard.
         param: the local parameter; changed.
         grad: the local gradient; None counts as zeros.
         exp_avg: first moment; changed.
         exp_avg_sq: row means after the update.
-        columns: column means after the update, and their means over all columns.
+        columns: column means after the update, of the tensors to step.
         size: first value that ``hyper.corrections`` returns.
         root: second value that ``hyper.corrections`` returns.
         eps: added to the square root of the bias-corrected second moment.
@@ -169,8 +173,7 @@ def _step_factored(
         keep: 1 - lr * weight_decay; None without weight decay.
         maximize: ascend instead of descend.
     """
-    assert geometry.columns is not None
-    for piece, own, mean in columns_of_pieces(geometry.columns, *columns):
+    for piece, own, mean in columns.pieces():
         box = geometry.boxes[piece.box]
         p, m = box.of(param), box.of(exp_avg)
         g = torch.zeros_like(p) if grad is None else box.of(grad)
@@ -181,19 +184,34 @@ def _step_factored(
         factored_move(p, g, m, *both, size=size, root=root, eps=eps, beta1=beta1, keep=decay, maximize=maximize)
 
 
-def _update_columns(geometry: Geometry, exp_avg_sq_col: Tensor, means: Means, beta2: float) -> Tensor:
-    """Update the column means in place; return their means over all columns.
+def _update_columns(every: Columns, moved: Columns, exp_avg_sq_col: Tensor, means: Means, beta2: float) -> None:
+    """Update the column means of some factored tensors in place.
 
     Args:
-        geometry: the shard, with ``columns``.
+        every: all factored tensors of the shard.
+        moved: the tensors to update: all, or those that no engine updates.
         exp_avg_sq_col: column means; changed.
         means: mean squared gradients over all ranks.
         beta2: decay rate of the second moment, in [0, 1).
     """
-    columns = geometry.columns
-    assert columns is not None and means.columns is not None
+    assert means.columns is not None
     fresh = means.columns.view(exp_avg_sq_col.shape).to(exp_avg_sq_col.device)
-    exp_avg_sq_col.mul_(beta2).add_(fresh, alpha=1 - beta2)
+    if moved is every:
+        exp_avg_sq_col.mul_(beta2).add_(fresh, alpha=1 - beta2)
+        return
+    for matrices in moved.matrices:
+        matrices.of(exp_avg_sq_col).mul_(beta2).add_(matrices.of(fresh), alpha=1 - beta2)
+
+
+def _mean_of_columns(columns: Columns, exp_avg_sq_col: Tensor, means: Means, beta2: float) -> Tensor:
+    """Return the means over all columns, after the update.
+
+    Args:
+        columns: the tensors whose means to return.
+        exp_avg_sq_col: column means after the update.
+        means: mean squared gradients over all ranks.
+        beta2: decay rate of the second moment, in [0, 1).
+    """
     if means.all_columns is None or means.before is None:
         return columns.mean(exp_avg_sq_col)
     return (means.before * beta2).add_(means.all_columns, alpha=1 - beta2)

@@ -230,8 +230,13 @@ def _second_moment(work: Work, means: Means | None) -> dict[str, Tensor]:
             columns = means.columns.reshape(columns.shape)
         for box in geometry.free if grad is not None else ():
             view = box.of(grad)  # type: ignore[arg-type]
-            assert isinstance(box.layout, Layout)  # boxes of factored tensors are not free
-            box.of_second(second, tuple(view.shape)).copy_(block_mean_square(view, box.layout))
+            own = box.of_second(second, tuple(view.shape))
+            if isinstance(box.layout, Layout):
+                own.copy_(block_mean_square(view, box.layout))
+                continue
+            assert columns is not None
+            for target, mean in zip((own, box.of_columns(columns)), factored_means(view, box.layout), strict=True):
+                target.copy_(mean)
     elif grad is not None and geometry.boxes:
         box = geometry.boxes[0]
         if isinstance(box.layout, FactoredLayout):

@@ -14,7 +14,7 @@ from ..partition.factored import FactoredLayout, TensorLayout
 from ..partition.layout import Layout, Runs
 from ..partition.roles import viewed
 from ..step.moments import quantises, row_axes
-from .flat_columns import columns_size, flat_columns
+from .flat_columns import columns_size, flat_columns, whole_box
 from .geometry import Blocks, Box, Cut, Geometry
 from .holdings import Edges, local_runs, run_ids
 
@@ -139,11 +139,12 @@ def flat_geometry(
     local_ranges = [_LocalRange(r, where, quantised=quantised and quantises(r.shape)) for r in ranges]
     boxes: list[Box] = []
     counts, spreads, slots, positions = [], [], [], []
-    blocks = values = shared = 0
+    blocks = values = columns_before = shared = 0
     boxes_of = []
     for local in local_ranges:
-        boxes_of.append(list(local.boxes(values, blocks)))
+        boxes_of.append(list(local.boxes(values, blocks, columns_before)))
         boxes += [box for box, _, _ in boxes_of[-1]]
+        columns_before += columns_size(local.source)
         counts.append(local.counts)
         spreads.append(local.spread + blocks)
         slots.append(local.cut_slots + blocks)
@@ -213,7 +214,7 @@ def split(box: Box, shared: Tensor) -> list[Box]:
         The boxes in order; a single free box if no block has elements outside it. The unchanged box if all its blocks
         have elements outside it, or the values of those that have none are not contiguous.
     """
-    if box.factored or not box.decays or bool(shared.all()):
+    if box.factored or not box.decays or bool(shared.all()):  # a factored box is free already, or never
         return [box]
     if box.row and (box.shape is None or box.shape[3] != box.row):
         return [box]
@@ -397,12 +398,13 @@ class _LocalRange:
         self.cut_positions = torch.isin(runs, local).nonzero().squeeze(1)
         self.cut_slots = torch.searchsorted(local, runs[self.cut_positions])
 
-    def boxes(self, values: int, blocks: int) -> Iterable[tuple[Box, tuple[int, ...], tuple[int, ...]]]:
+    def boxes(self, values: int, blocks: int, columns: int) -> Iterable[tuple[Box, tuple[int, ...], tuple[int, ...]]]:
         """Yield the boxes of this range in the local tensor, each with the index of its first element and its shape.
 
         Args:
             values: number of second-moment values of earlier ranges.
             blocks: number of local blocks of earlier ranges.
+            columns: number of column means of earlier ranges.
         """
         stop = self.source.offset
         values_per_lead = self.axis_range[1] - self.axis_range[0]
@@ -423,4 +425,4 @@ class _LocalRange:
                 factored=isinstance(self.source.layout, FactoredLayout),
                 row=self.row,
             )
-            yield box, index, shape
+            yield whole_box(box, self.source, columns), index, shape

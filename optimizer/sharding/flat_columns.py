@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,6 +62,22 @@ def held_columns(source: Range, whole: Tensor) -> Tensor:
     return whole.reshape(dims.leads, -1)[held.start : held.stop].flatten()
 
 
+def whole_box(box: Box, source: Range, first_column: int) -> Box:
+    """Return a free box in place of that of a factored tensor, if the rank has all of it; else the box itself.
+
+    Args:
+        box: the box of the tensor's rows.
+        source: the range of the tensor.
+        first_column: index of its first column mean in the local column means.
+    """
+    layout = source.layout
+    if not isinstance(layout, FactoredLayout) or not source.decays or source.stop - source.start != prod(source.shape):
+        return box
+    columns = (first_column, first_column + columns_size(source))
+    view = viewed(source.shape, layout.fold)
+    return replace(box, layout=layout.unfolded(), shape=view, free=True, columns=columns)
+
+
 def flat_columns(
     ranges: Sequence[Range],
     boxes_of: Sequence[Sequence[tuple[Box, tuple[int, ...], tuple[int, ...]]]],
@@ -79,31 +96,35 @@ def flat_columns(
     """
     index = {id(box): k for k, box in enumerate(boxes)}
     matrices, slots, positions = [], [], []
-    values = shared = 0
+    values = shared = means = 0
     for source, described in zip(ranges, boxes_of, strict=True):
         layout = source.layout
         if not isinstance(layout, FactoredLayout):
             continue
         dims, leads = _Dims.of(source), _Dims.of(source).held_leads(source)
         shape = (len(leads), dims.between, layout.parts, dims.inner)
-        pieces = [
-            piece
-            for box, first, size in described
-            for piece in _pieces(layout, dims, leads.start, index[id(box)], first, size, box.shape is None)
-        ]
-        sizes = layout.part_sizes().double().reshape(1, 1, -1, 1)
-        matrices.append(Matrices(values, shape, 2, 1, sizes, layout.columns, tuple(pieces)))
+        if described and described[0][0].free:
+            box = described[0][0]
+            assert isinstance(box.layout, FactoredLayout) and box.shape is not None
+            matrices.append(Matrices.whole(box.layout, box.shape, values, index[id(box)], free=True))
+        else:
+            pieces = [
+                piece
+                for box, first, size in described
+                for piece in _pieces(layout, dims, leads.start, index[id(box)], first, size, box.shape is None)
+            ]
+            sizes = layout.part_sizes().double().reshape(1, 1, -1, 1)
+            matrices.append(Matrices(values, shape, 2, 1, sizes, layout.columns, tuple(pieces)))
         cut = _cut_leads(source, dims)
         per_lead = prod(shape[1:])
         for k, lead in enumerate(cut):
             if lead in leads:
                 slots.append(values + (lead - leads.start) * per_lead + torch.arange(per_lead))
                 positions.append(shared + k * per_lead + torch.arange(per_lead))
-        values, shared = values + prod(shape), shared + len(cut) * per_lead
+        values, shared, means = values + prod(shape), shared + len(cut) * per_lead, means + shape[0] * shape[2]
     if not matrices and not any(isinstance(r.layout, FactoredLayout) for r in ranges):
         return None
     nothing = torch.zeros(0, dtype=torch.int64)
-    means = sum(m.shape[0] * m.shape[2] for m in matrices)
     return Columns(
         shape=(values,),
         matrices=tuple(matrices),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..state.first_moments import joined, spread
-from ..step.moments import Format, quantises, row_axes
+from ..step.moments import Format, quantises, row_axes, stored_shapes
 from ..step.places import Place
 from .flat import Range
 from .geometry import Box
@@ -211,7 +211,7 @@ class FlatMoment:
         return codes, scale[at : at + piece.blocks].view(piece.rows, -1)
 
     def box_state(self, box: Box, exp_avg: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """Return the quantised moment of a free box, as views in the box's shape, whose last axis is a row."""
+        """Return the quantised moment of a free box, as views in the box's shape, whose last axes are a row."""
         stored = self.stored[self.range_of(box)]
         assert box.start is not None and box.stop is not None
         first, count = box.start - stored.source.offset, box.stop - box.start
@@ -219,11 +219,14 @@ class FlatMoment:
             moment = self.moment(stored, exp_avg)[first : first + count]
             return {"exp_avg": moment if box.shape is None else moment.unflatten(0, box.shape)}
         assert box.shape is not None
+        assert self.format is not None
         per_row, rows = -(-stored.n // self._block_size), count // stored.n
         element = stored.source.start + first
         piece = Piece(element, count, 0, 0, rows, element // stored.n * per_row, rows * per_row)
         views = self.views(stored, piece, exp_avg, scale)
-        shaped = (view.view(*box.shape[:-1], -1) for view in views)
+        axes = row_axes(stored.source.shape) if box.factored else 1  # others have grouped axes, the last one a row
+        shapes = stored_shapes(box.shape[:-axes], box.shape[-axes:], self.format)
+        shaped = (view.view(shape) for view, shape in zip(views, shapes, strict=True))
         return dict(zip(("exp_avg", "exp_avg_scale"), shaped, strict=True))
 
     def range_of(self, box: Box) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..partition.factored import TensorLayout
+from ..partition.factored import FactoredLayout, TensorLayout
 from .holdings import Ranges
 
 if TYPE_CHECKING:
@@ -34,9 +34,13 @@ class Box:
         decays: whether weight decay applies.
         free: whether no block of the box has elements outside it. An ordinary engine can step such a box, even if
             other boxes of the tensor share blocks.
-        factored: whether the box belongs to a tensor with a factored second moment; ``layout`` is that of its rows.
+        factored: whether the box belongs to a tensor with a factored second moment; ``layout`` is that of its rows,
+            unless the box is free and so the whole tensor.
         row: number of elements of the rows that share scales, if the first moment of a flattened tensor is quantised;
-            an engine can then step the box only if they are its last axis. 0 otherwise.
+            an engine can then step the box only if they are its last axis, or its last axes if the box is a whole
+            tensor. 0 otherwise.
+        columns: the slice [start, stop) of a flat tensor's column means that belongs to a free factored box; None for
+            other boxes.
     """
 
     layout: TensorLayout
@@ -49,6 +53,7 @@ class Box:
     free: bool = False
     factored: bool = False
     row: int = 0
+    columns: tuple[int, int] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return the box as a view of a local tensor."""
@@ -62,6 +67,11 @@ class Box:
         if self.second is None:
             return second
         return second[self.second[0] : self.second[1]].view(self.layout.aligned_shape(shape))
+
+    def of_columns(self, columns: Tensor) -> Tensor:
+        """Return the column means of a free factored box, in its layout's shape, from those of a flat tensor."""
+        assert self.columns is not None and self.shape is not None and isinstance(self.layout, FactoredLayout)
+        return columns[self.columns[0] : self.columns[1]].view(self.layout.columns_shape(self.shape))
 
 
 @dataclass(frozen=True, eq=False)

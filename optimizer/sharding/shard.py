@@ -56,6 +56,8 @@ class FreeBox:
             if self._flat is not None and "exp_avg_scale" in whole:
                 self._state |= self._flat.box_state(self._box, whole["exp_avg"], whole["exp_avg_scale"])
             self._state["exp_avg_sq"] = self._box.of_second(whole["exp_avg_sq"], tuple(self.view.shape))
+            if self._box.columns is not None:
+                self._state["exp_avg_sq_col"] = self._box.of_columns(whole["exp_avg_sq_col"])
         return self._state
 
 

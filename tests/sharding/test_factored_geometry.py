@@ -25,7 +25,8 @@ from optimizer.sharding.cut_update import cut_update
 from optimizer.sharding.elements import narrow, widen
 from optimizer.sharding.flat import Range, flat_geometry
 from optimizer.sharding.flat_columns import held_columns
-from optimizer.sharding.geometry import Geometry
+from optimizer.sharding.flat_moments import range_of
+from optimizer.sharding.geometry import Box, Geometry
 from optimizer.sharding.placed_columns import placed_factored_geometry
 from optimizer.step.factored import factored_update
 from tests.optimizer.strategies import factored_layouts
@@ -34,8 +35,13 @@ from tests.sharding.in_one_process import NUMBERS, ranks, share
 TENSORS = ("param", "grad", "exp_avg", "exp_avg_sq", "exp_avg_sq_col")
 
 
-def _before_and_after(layout: FactoredLayout, shape: tuple[int, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The whole tensors of a third step, before and after it. Two steps have made the means consistent."""
+def _before_and_after(
+    layout: FactoredLayout, shape: tuple[int, ...], silent: tuple[int, int] = (0, 0)
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The whole tensors of a third step, before and after it. Two steps have made the means consistent.
+
+    The gradient of the third step is zero at the elements [start, stop) of ``silent``.
+    """
     generator = torch.Generator().manual_seed(0)
     zeros = torch.zeros(shape, dtype=torch.float64)
     whole = {"param": torch.randn(shape, dtype=torch.float64, generator=generator), "exp_avg": zeros}
@@ -43,6 +49,8 @@ def _before_and_after(layout: FactoredLayout, shape: tuple[int, ...]) -> tuple[d
     whole["exp_avg_sq_col"] = zeros.new_zeros(layout.columns_shape(shape))
     for step in (1, 2, 3):
         whole["grad"] = torch.randn(shape, dtype=torch.float64, generator=generator)
+        if step == 3:
+            whole["grad"].view(-1)[silent[0] : silent[1]] = 0
         before = {name: x.clone() for name, x in whole.items()}
         factored_update(*(whole[name] for name in TENSORS), layout, step=step, **NUMBERS)
     return before, whole
@@ -61,7 +69,7 @@ def _exchanged(
     geometries: list[Geometry],
     stages: list[list[tuple[int, ...]]],
     known: Known,
-    grads: list[Tensor],
+    grads: list[Tensor | None],
     columns: list[Tensor],
 ) -> list[Any]:
     """The means of each rank as after its messages; ``stages`` are the groups of each dimension of the mesh."""
@@ -99,10 +107,16 @@ def _sent_to(members: tuple[int, ...], own: Any, known: Known) -> list[int]:
     return [k for k, message in enumerate(messages) if members in [known[group] for group in message.groups]]
 
 
-def _step(geometry: Geometry, means: Any, own: dict[str, Tensor]) -> None:
+def _step(geometry: Geometry, means: Any, own: dict[str, Tensor], *, silent: bool = False) -> None:
+    """Step a shard: its free boxes as an engine does, and then the rest; or all of it without a gradient."""
     state = {name: own[name] for name in TENSORS[2:]}
     if means is not None:
-        cut_update(geometry, own["param"], own["grad"], state, means, step=3, **NUMBERS)
+        for box in geometry.free if not silent else ():
+            assert isinstance(box.layout, FactoredLayout) and box.shape is not None
+            views = [box.of(own[name]) for name in TENSORS[:3]]
+            means_of_box = box.of_second(own["exp_avg_sq"], box.shape), box.of_columns(own["exp_avg_sq_col"])
+            factored_update(*views, *means_of_box, box.layout, step=3, **NUMBERS)
+        cut_update(geometry, own["param"], None if silent else own["grad"], state, means, step=3, **NUMBERS)
         return
     for box in geometry.boxes:
         factored_update(own["param"], own["grad"], *state.values(), box.layout, step=3, **NUMBERS)  # type: ignore[arg-type]
@@ -169,12 +183,18 @@ def test_placed_shards_step_as_the_whole(case: tuple[Any, ...]) -> None:
             torch.testing.assert_close(own[name], after[name].flatten()[index[name]], rtol=1e-11, atol=1e-12, msg=name)
 
 
-@given(st.lists(factored_layouts(), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2))
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@example([(TRANSPOSED_EXPERTS, (12, 5))], 2, 0)
-@example([(TRANSPOSED_EXPERTS, (12, 5)), (FactoredLayout((4, 6), 1, [(0, 2), (1, 4)]), (4, 6))], 4, 1)
-def test_flat_shards_step_as_the_whole(several: list[Any], world: int, padding: int) -> None:
-    wholes = [_before_and_after(layout, shape) for layout, shape in several]
+SMALL = FactoredLayout((4, 6), 1, [(0, 2), (1, 4)])
+"""A matrix whose rows lie along its last axis, in two parts."""
+
+
+@given(st.lists(factored_layouts(), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 2), st.booleans())
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@example([(TRANSPOSED_EXPERTS, (12, 5))], 2, 0, False)
+@example([(TRANSPOSED_EXPERTS, (12, 5)), (SMALL, (4, 6))], 4, 1, False)
+@example([(SMALL, (4, 6)), (TRANSPOSED_EXPERTS, (12, 5)), (SMALL, (4, 6))], 2, 1, False)  # cut between two whole ones
+@example([(SMALL, (4, 6)), (TRANSPOSED_EXPERTS, (12, 5)), (SMALL, (4, 6))], 2, 1, True)
+def test_flat_shards_step_as_the_whole(several: list[Any], world: int, padding: int, silent: bool) -> None:
+    """Whole tensors are free boxes, which an engine steps. If ``silent``, the last rank has no gradient."""
     starts, at = [], 0
     for _, shape in several:
         starts.append(at + padding)
@@ -184,6 +204,10 @@ def test_flat_shards_step_as_the_whole(several: list[Any], world: int, padding: 
     for s, (_, shape) in zip(starts, several, strict=True):
         own = [(max(r * size, s) - s, min((r + 1) * size, s + prod(shape)) - s) for r in range(world)]
         bounds.append(tuple((a, b) if a < b else (0, 0) for a, b in own))
+    wholes = [
+        _before_and_after(layout, shape, own[-1] if silent else (0, 0))
+        for (layout, shape), own in zip(several, bounds, strict=True)
+    ]
     geometries, local = [], []
     known: Known = {}
     for rank in ranks(world):
@@ -192,6 +216,8 @@ def test_flat_shards_step_as_the_whole(several: list[Any], world: int, padding: 
             for (layout, shape), own, s in zip(several, bounds, starts, strict=True)
         ]
         geometries.append(flat_geometry(ranges, size, dist.group.WORLD, torch.device("cpu")))
+        held = [(r.shape, r.offset) for r in ranges if r.stop - r.start == prod(r.shape)]
+        assert [(r.shape, box.start) for r, box in _free(geometries[-1], ranges)] == held, "whole tensors are free"
         local.append(ranges)
         _noted(geometries[-1], known)
         everyone = exchange.ranks_of(dist.group.WORLD)
@@ -207,9 +233,11 @@ def test_flat_shards_step_as_the_whole(several: list[Any], world: int, padding: 
         tensors["exp_avg_sq"] = _rows(geometry, ranges, [before for before, _ in wholes])
         columns = [held_columns(r, before["exp_avg_sq_col"]) for r, (before, _) in zip(ranges, wholes, strict=True)]
         tensors["exp_avg_sq_col"] = torch.cat(columns)
-    means = _exchanged(geometries, [[everyone]], known, [x["grad"] for x in own], [x["exp_avg_sq_col"] for x in own])
-    for geometry, ranges, mean, tensors in zip(geometries, local, means, own, strict=True):
-        _step(geometry, mean, tensors)
+    quiet = [silent and rank == world - 1 for rank in range(world)]
+    grads = [None if without else x["grad"] for without, x in zip(quiet, own, strict=True)]
+    means = _exchanged(geometries, [[everyone]], known, grads, [x["exp_avg_sq_col"] for x in own])
+    for geometry, ranges, mean, tensors, without in zip(geometries, local, means, own, quiet, strict=True):
+        _step(geometry, mean, tensors, silent=without)
         for r, (_, after) in zip(ranges, wholes, strict=True):
             for name in ("param", "exp_avg"):
                 ours = tensors[name][r.offset : r.offset + r.stop - r.start]
@@ -217,7 +245,14 @@ def test_flat_shards_step_as_the_whole(several: list[Any], world: int, padding: 
         columns = [held_columns(r, after["exp_avg_sq_col"]) for r, (_, after) in zip(ranges, wholes, strict=True)]
         torch.testing.assert_close(tensors["exp_avg_sq_col"], torch.cat(columns), rtol=1e-11, atol=1e-12)
         rows = _rows(geometry, ranges, [after for _, after in wholes])
-        torch.testing.assert_close(tensors["exp_avg_sq"], rows, rtol=1e-11, atol=1e-12)
+        # By element, because no step uses the means of rows without an element on this rank.
+        by_element = widen(geometry, tensors["exp_avg_sq"]), widen(geometry, rows)
+        torch.testing.assert_close(*by_element, rtol=1e-11, atol=1e-12)
+
+
+def _free(geometry: Geometry, ranges: list[Range]) -> list[tuple[Range, Box]]:
+    """The free boxes of a flat tensor, each with the range of its elements."""
+    return [(ranges[range_of(ranges, box)], box) for box in geometry.free]
 
 
 def _rows(geometry: Geometry, ranges: list[Range], wholes: list[dict[str, Tensor]]) -> Tensor:
