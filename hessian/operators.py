@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 
 from . import checks, symmetry
+from .kept_graph import KeptGraph
 from .linear import as_scipy
 from .second_order import twice_differentiable
 from .weights import Weighing, counted
@@ -26,6 +27,8 @@ logger = logging.getLogger("hessian")
 Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 LINEARISE_AFTER = 128
 """Number of columns after which products are traced; tracing costs about as much as this many products."""
+KEEP_AFTER = 2
+"""Number of single vectors after which a gradient's graph is kept for further ones."""
 
 
 class _Call(nn.Module):
@@ -52,6 +55,9 @@ class HessianOperator:
     Construction computes two products per batch to check that the Hessian is symmetric, and a few forward passes to
     check that the loss is deterministic and a mean. With several batches, it also computes up to two products of two
     batches joined into one. They show what the loss is a mean over, which determines the weights of the batches.
+
+    With a single batch, the third single vector leaves a gradient whose graph is kept: further single vectors take one
+    backward pass through it. The graph's memory, about that of two gradients, is held as long as the operator.
 
     After ``LINEARISE_AFTER`` columns, each batch's product is traced once into a straight-line linear program that
     stores the intermediates of one gradient. Later chunks then need not compute the gradient again.
@@ -103,7 +109,8 @@ class HessianOperator:
         self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
         self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
-        self._columns_asked = 0
+        self._columns_asked, self._singles = 0, 0
+        self._kept: KeptGraph | bool | None = None  # False if it cannot be used
         self._programs: list[Product] | None = None
         first = next(iter(tensors.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -316,10 +323,31 @@ class HessianOperator:
         batch = self._batches[i]
         program = self._programs[i] if self._programs else lambda tangent: self._product(tangent, batch)
         if len(next(iter(tangents.values()))) == 1:  # For one vector, vmap adds overhead and saves nothing.
-            single = program({name: tensor[0] for name, tensor in tangents.items()})
+            single = self._single(program, {name: tensor[0] for name, tensor in tangents.items()}, batch)
             return {name: tensor.unsqueeze(0) for name, tensor in single.items()}
         out: dict[str, Tensor] = vmap(program)(tangents)
         return out
+
+    def _single(self, program: Product, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """Multiply one vector: by a kept gradient graph, if there is a single batch and no traced program."""
+        if isinstance(self._kept, KeptGraph):
+            return self._kept(tangent)
+        product = program(tangent)
+        self._singles += 1
+        if self._kept is None and self._singles > KEEP_AFTER and len(self._batches) == 1 and not self._programs:
+            self._kept = self._keep(tangent, product, batch) or False
+        return product
+
+    def _keep(self, tangent: dict[str, Tensor], product: dict[str, Tensor], batch: Any) -> KeptGraph | None:
+        """Return a kept graph if it gives the same product."""
+        try:
+            kept = KeptGraph(self._value, self._theta, batch)
+            again = kept(tangent)
+        except (RuntimeError, NotImplementedError):  # An operation without a second derivative in reverse mode.
+            return None
+        scale = max(float(tensor.abs().max()) for tensor in product.values())
+        same = all(float((again[name] - product[name]).abs().max()) <= 1e-5 * scale for name in product)
+        return kept if same else None
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 1:
@@ -402,6 +430,9 @@ class GGNOperator(HessianOperator):
         curved = jvp(lambda out: grad(self._criterion)(out, batch), (outputs,), (change,))[1]
         product: dict[str, Tensor] = transposed(curved)[0]
         return product
+
+    def _keep(self, tangent: dict[str, Tensor], product: dict[str, Tensor], batch: Any) -> None:
+        """Keep no graph: the gradient's derivative is the Hessian."""
 
     def _program(self, batch: Any) -> Product:
         outputs, forward = linearize(lambda theta: self._outputs_at(theta, batch), self._theta)

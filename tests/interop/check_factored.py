@@ -70,15 +70,16 @@ def check_accelerate(record: Record, tmp_path: Path, fsdp: str) -> None:
     whole = torchrun(2, run, "--fsdp", fsdp, "--folder", str(tmp_path))
     difference = apart(whole["weights"], reference(2, schedule=cosine, accumulate=2))
     again = torchrun(2, run, "--fsdp", fsdp, "--folder", str(tmp_path), "--resume", "yes")
-    equal = all(torch.equal(again["weights"][name], w) for name, w in whole["weights"].items())
+    apart_after = apart(again["weights"], whole["weights"])
     record(
         "Accelerate", f"{WRAPS[fsdp]}, accumulation, save_state and load_state; rules factored",
         ["accelerate", "transformers", "torch"], ranks=2,
         ran=f"examples/accelerate_loop.py --fsdp {fsdp}: tiny Llama, 10 steps of 2 batches, cosine, clipped, fp32",
         result=f"weights within {difference:.1e} of one process; "
-        + ("bit-equal after going on" if equal else "other weights after going on"),
+        + ("bit-equal after going on" if apart_after == 0 else f"within {apart_after:.1e} after going on"),
     )  # fmt: skip
-    assert difference <= SAME and equal
+    # FSDP1 saves state element by element, so means of rows and columns are computed again from equal elements.
+    assert difference <= SAME and apart_after <= (1e-7 if fsdp == "1" else 0)
 
 
 @pytest.mark.parametrize("case", TITAN)
