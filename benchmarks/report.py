@@ -51,9 +51,8 @@ AdamW, 20 for Adam-mini. GB/s is this least traffic divided by the time. Compare
 in the same rounds.
 
 The native step of a factored second moment (`rules="factored"`) reads the gradient twice, because no element can move
-before all means are known: 24 bytes per fp32 parameter, 6/7 of AdamW's 28. It took 0.85 times as long as torch's fused
-AdamW for the 45M Llama and 0.86 times for GPT-2 124M, where Adam-mini took 0.65 and 0.80 (fp32, 2 threads, n = 25
-interleaved rounds, Intel Xeon with nothing else running).
+before all means are known: 24 bytes per fp32 parameter, 6/7 of AdamW's 28.
+The bars below have its times.
 
 `make bench-deepspeed` compares with DeepSpeed's AdamW for the CPU, which ZeRO runs when it offloads the optimizer. On
 the same processor and the 45M Llama, `DeepSpeedCPUAdam` took 0.98 times as long as torch's fused AdamW, Adam-mini 0.66
