@@ -48,7 +48,8 @@ def placed_factored_geometry(param: DTensor, layout: FactoredLayout, where: str 
     if along is not None:
         parts = torch.cat([parts[start:stop] for start, stop in along.ranges] or [parts[:0]])
     matrices = tuple(_matrices(layout, geometry, parts, shape, axis))
-    folds = torch.cat([torch.arange(*box.second) for box in geometry.boxes if box.second]) if splits else None
+    held = [torch.arange(*box.second) for box in geometry.boxes if box.second]
+    folds = torch.cat(held or [parts[:0]]) if splits else None  # A rank may hold nothing of the tensor.
     counts = [prod(m.shape[: m.leading]) * layout.parts for m in matrices]
     positions = torch.arange(sum(counts))
     if folds is not None:

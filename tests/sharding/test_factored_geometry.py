@@ -138,6 +138,14 @@ TRANSPOSED_EXPERTS = FactoredLayout((12, 5), 2, [(0, 2), (1, 3)], leading=1, fol
 """Three experts of 4 inputs, one after another along axis 0, and two parts of outputs along axis 1."""
 
 
+@example(
+    (
+        FactoredLayout((9, 1), 2, [(0, 1)], leading=1, fold=3),
+        (9, 1),
+        (3, 2),
+        [_StridedShard(0, split_factor=2), Shard(0)],
+    )
+)
 @given(placed())
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @example((FactoredLayout((2, 5), 0), (2, 5), (3,), [Shard(0)]))  # a rank has no row, but all column means
