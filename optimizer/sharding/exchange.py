@@ -266,7 +266,7 @@ def _local_share(geometry: Geometry, grad: Tensor | None, dtype: torch.dtype) ->
     assert geometry.cut is not None
     blocks = geometry.cut.blocks
     sums = torch.zeros(len(blocks.counts), dtype=dtype, device=geometry.cut.device if grad is None else grad.device)
-    if grad is None:
+    if grad is None or not grad.numel():
         return sums
     for box in geometry.boxes:
         if box.free:
