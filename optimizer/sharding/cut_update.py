@@ -92,7 +92,8 @@ def cut_update(
     second = exp_avg_sq if values is None else exp_avg_sq[values]
     slots = geometry.cut.blocks.at(values)
     fresh = means.blocks if slots is None else means.blocks[slots.to(means.blocks.device)]
-    second.mul_(beta2).add_(fresh.view(second.shape).to(second.device), alpha=1 - beta2)
+    if second.numel():  # A rank without elements of a factored tensor may hold no row means, but column means.
+        second.mul_(beta2).add_(fresh.view(second.shape).to(second.device), alpha=1 - beta2)
     size, root = corrections(lr, beta1, beta2, step)
     scale = step_sizes(second, size, root, eps)
     if values is not None:
