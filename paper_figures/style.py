@@ -69,12 +69,13 @@ def save(figure: Figure, folder: Path, name: str) -> Path:
     if engine is not None:
         figure.set_dpi(plt.rcParams["savefig.dpi"])
         engine.execute(figure)
-        with plt.rc_context({"figure.constrained_layout.use": False}):
-            figure.set_layout_engine(None)
-    for suffix in ("png", "pdf"):
-        temporary = folder / f".{name}.{os.getpid()}.{suffix}"
-        figure.savefig(temporary, metadata={"CreationDate": None} if suffix == "pdf" else None)
-        os.replace(temporary, folder / f"{name}.{suffix}")
+    # With the setting on, both calls below would give the figure an engine again.
+    with plt.rc_context({"figure.constrained_layout.use": False}):
+        figure.set_layout_engine(None)
+        for suffix in ("png", "pdf"):
+            temporary = folder / f".{name}.{os.getpid()}.{suffix}"
+            figure.savefig(temporary, metadata={"CreationDate": None} if suffix == "pdf" else None)
+            os.replace(temporary, folder / f"{name}.{suffix}")
     plt.close(figure)
     return folder / f"{name}.png"
 

@@ -255,5 +255,37 @@ def test_the_ablation_tables_are_those_of_the_runs() -> None:
     assert len(rows) == 15 and [row for row in rows if row not in page] == []
 
 
+def test_the_carry_over_tables_are_those_of_the_runs() -> None:
+    from analysis.ablation import load_runs, paired_difference
+
+    runs, page = load_runs(ROOT / "results/carry_over_cpu"), ROOT / "docs/training_results.md"
+    readme, text = (ROOT / "README.md").read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+    for against, arms in (
+        ("elementwise", ("factored", "derived", "adam_mini")),
+        ("adam_mini", ("factored", "derived")),
+    ):
+        for arm in arms:
+            found = [paired_difference(runs, arm, lr=lr, against=against) for lr in (3e-3, 1e-2)]
+            cells = " | ".join(f"{d.mean:+.4f} ± {d.half:.4f}" for d in found if d is not None and d.n == 8)
+            assert re.search(rf"^\| `{arm}` \|.*{re.escape(cells)} \|$", text, re.M), (arm, against, cells)
+            if against == "elementwise" and found[0] is not None:
+                assert f"`{arm}` {found[0].mean:+.3f} ± {found[0].half:.3f}" in readme
+
+
+def test_the_low_bit_table_is_that_of_the_runs() -> None:
+    import json
+
+    document = json.loads((ROOT / "results/low_bit/final.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/low_bit.md").read_text(encoding="utf-8")
+    rows = [row for row in document["comparison"] if row["arm"] != "fp32"]
+    assert len(rows) == 3
+    for row in rows:
+        low, high = row["interval_95"]
+        cells = (
+            f"| {row['n']} | {row['mean_difference']:+.4f} ± {row['standard_error']:.4f} | {low:+.4f} to {high:+.4f} |"
+        )
+        assert cells in page, (row["arm"], cells)
+
+
 def test_the_readme_is_read_in_a_minute() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120

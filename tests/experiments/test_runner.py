@@ -74,9 +74,22 @@ def test_grid_is_complete_and_balanced() -> None:
     assert len(same) == 1  # nothing else differs between arms
 
 
-def test_unknown_arm_is_named() -> None:
+def test_carry_over_is_another_model_and_corpus() -> None:
+    runs = grid("cpu", study="carry_over")
+    assert len(runs) == 4 * 2 * 8 and {run.experiment for run in runs} == {"carry_over_cpu"}
+    assert {(type(run.model).__name__, run.data) for run in runs} == {("GPTConfig", "enwik8")}
+    results = Path(__file__).resolve().parents[2] / "results" / "carry_over_cpu"
+    assert {run.with_rules_hash().hash for run in runs} == {path.name for path in results.iterdir()}
+    assert {run.experiment for run in grid("smoke", study="carry_over")} == {"carry_over_smoke"}
+
+
+def test_unknown_arms_and_studies_are_named() -> None:
     with pytest.raises(ValueError, match=r"arms=\['adam'\]"):
         grid("cpu", ("adam",))
+    with pytest.raises(ValueError, match=r"arms=\['permuted'\]"):
+        grid("cpu", ("permuted",), "carry_over")
+    with pytest.raises(ValueError, match=r"study='muon'.*carry_over"):
+        grid("cpu", study="muon")
 
 
 # ---------------------------------------------------------------------------------------------------- runner

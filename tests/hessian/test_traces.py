@@ -107,6 +107,10 @@ def test_eigenpairs() -> None:
     torch.testing.assert_close(found.values, wanted.flip(0)[:4], rtol=1e-10, atol=0)
     torch.testing.assert_close(A @ found.vectors, found.vectors * found.values, rtol=0, atol=1e-8)
     assert found.residuals.max() < 1e-8 and found.products > 8
+    single = eigenpairs(MatrixOperator(A.float()), k=4, which="LA")  # products of fp32 leave more
+    wanted = (A.float().double() @ single.vectors - single.vectors * single.values).norm(dim=0)
+    torch.testing.assert_close(single.residuals, wanted, rtol=0, atol=1e-5)
+    assert 1e-8 < single.residuals.max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,17 @@ def test_table_gives_paired_differences(tmp_path: Path) -> None:
     assert row.endswith("| +0.1010 ± 0.0025 | yes | 3 | 0 |")
 
 
+def test_differences_to_any_arm(tmp_path: Path) -> None:
+    results, out = write_grid(tmp_path / "results"), tmp_path / "out"
+    arms = ["--arms", "elementwise", "adam_mini"]
+    main(["--results", str(results), "--out", str(out), *arms, "--against", "adam_mini"])
+    ours, other = (out / "tables.md").read_text().split("Paired difference to `adam_mini`")
+    assert ours.rstrip().splitlines()[-1] == "| adam_mini | +0.1010 ± 0.0025 | +0.1010 ± 0.0025 |"
+    assert other.rstrip().splitlines()[-1] == "| elementwise | -0.1010 ± 0.0025 | -0.1010 ± 0.0025 |"
+    with pytest.raises(SystemExit, match="arm=muon"):
+        main(["--results", str(results), "--out", str(out), *arms, "muon"])
+
+
 def test_diverged_cells_are_words(tmp_path: Path) -> None:
     write_grid(tmp_path)
     for arm in ("elementwise", "adam_mini"):
