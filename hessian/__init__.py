@@ -8,9 +8,10 @@ from .derive import Evidence, derive, factored_gap, jensen_gap
 from .distributed import RankOperator
 from .estimators import diagonal, trace
 from .exact import dense
+from .gauss_newton import GGNOperator
 from .lanczos import eigenpairs, extreme_eigenvalues, js_distance, slq
 from .linear import LinearMap, MatrixOperator
-from .operators import GGNOperator, HessianOperator
+from .operators import HessianOperator
 from .probing import block_norms
 from .results import BlockNorms, BlockStructure, Eigenpairs, Estimate, SpectralDensity
 from .structure import block_structure, preconditioned_ratio, snr, tau

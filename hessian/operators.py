@@ -1,7 +1,7 @@
-"""The Hessian of a mean loss, and its Gauss-Newton part, as linear operators over any subset of a model's parameters.
+"""The Hessian of a mean loss as a linear operator over any subset of a model's parameters.
 
-Both matrices are the Jacobian of a vector field at the weights: the Hessian that of the gradient, the Gauss-Newton
-matrix that of the gradient with the network's own derivative held fixed. Products, tracing and checks are the same.
+The Hessian is the Jacobian of a vector field, the gradient, at the weights. Another curvature matrix is a subclass that
+overrides ``_field``; products, tracing, weights and checks are the same (``gauss_newton``).
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 
 from . import checks, symmetry
-from .kept_graph import KeptGraph
+from .kept_graph import KeptGraph, Product, SingleProducts
 from .linear import as_scipy
 from .second_order import twice_differentiable
 from .weights import Weighing, counted
 
 logger = logging.getLogger("hessian")
-Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 LINEARISE_AFTER = 128
 """Number of columns after which products are traced; tracing costs about as much as this many products."""
-KEEP_AFTER = 2
-"""Number of single vectors after which a gradient's graph is kept for further ones."""
 
 
-class _Call(nn.Module):
+class Call(nn.Module):
     """A module whose forward pass is function(model, batch), so that ``functional_call`` can replace the parameters."""
 
     def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Tensor]) -> None:
@@ -40,6 +37,7 @@ class _Call(nn.Module):
         self.function = function
 
     def forward(self, batch: Any) -> Tensor:
+        """Return function(model, batch)."""
         return self.function(self.model, batch)
 
 
@@ -103,14 +101,13 @@ class HessianOperator:
         tensors = checks.checked_parameters(model, params)
         checks.deterministic(model)
         self._batches = checks.usable_batches(batches)
-        self._module = _Call(model, loss)
+        self._module = Call(model, loss)
         self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
         self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
-        self._columns_asked, self._singles = 0, 0
-        self._kept: KeptGraph | bool | None = None  # False if it cannot be used
+        self._columns_asked, self._singles = 0, SingleProducts(self._graph)
         self._programs: list[Product] | None = None
         first = next(iter(tensors.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -323,31 +320,14 @@ class HessianOperator:
         batch = self._batches[i]
         program = self._programs[i] if self._programs else lambda tangent: self._product(tangent, batch)
         if len(next(iter(tangents.values()))) == 1:  # For one vector, vmap adds overhead and saves nothing.
-            single = self._single(program, {name: tensor[0] for name, tensor in tangents.items()}, batch)
+            single = self._singles({name: tensor[0] for name, tensor in tangents.items()}, program)
             return {name: tensor.unsqueeze(0) for name, tensor in single.items()}
         out: dict[str, Tensor] = vmap(program)(tangents)
         return out
 
-    def _single(self, program: Product, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """Multiply one vector: by a kept gradient graph, if there is a single batch and no traced program."""
-        if isinstance(self._kept, KeptGraph):
-            return self._kept(tangent)
-        product = program(tangent)
-        self._singles += 1
-        if self._kept is None and self._singles > KEEP_AFTER and len(self._batches) == 1 and not self._programs:
-            self._kept = self._keep(tangent, product, batch) or False
-        return product
-
-    def _keep(self, tangent: dict[str, Tensor], product: dict[str, Tensor], batch: Any) -> KeptGraph | None:
-        """Return a kept graph if it gives the same product."""
-        try:
-            kept = KeptGraph(self._value, self._theta, batch)
-            again = kept(tangent)
-        except (RuntimeError, NotImplementedError):  # An operation without a second derivative in reverse mode.
-            return None
-        scale = max(float(tensor.abs().max()) for tensor in product.values())
-        same = all(float((again[name] - product[name]).abs().max()) <= 1e-5 * scale for name in product)
-        return kept if same else None
+    def _graph(self) -> KeptGraph | None:
+        """Return a gradient of the only batch whose graph is kept; None with several batches."""
+        return KeptGraph(self._value, self._theta, self._batches[0]) if len(self._batches) == 1 else None
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 1:
@@ -366,76 +346,3 @@ class HessianOperator:
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """Return a float64 scipy ``LinearOperator``, for functions such as ``scipy.sparse.linalg.eigsh``."""
         return as_scipy(self)
-
-
-class GGNOperator(HessianOperator):
-    """The generalised Gauss-Newton matrix of the mean loss over all examples of all batches.
-
-    The loss is ``criterion(outputs(model, batch), batch)``. With J the Jacobian of the outputs in the parameters and
-    H_out the Hessian of the criterion in the outputs, the matrix is G = J^T H_out J (Schraudolph 2002). The Hessian is
-    G + R, where R weighs the outputs' own second derivatives with the criterion's gradient. G is positive semidefinite
-    if the criterion is convex in the outputs, as cross-entropy in logits and squared error are. For cross-entropy G
-    equals the Fisher information of the model's predictions. Products are exact.
-
-    Args:
-        model: as in ``HessianOperator``.
-        outputs: ``outputs(model, batch)`` -> tensor, such as logits.
-        criterion: ``criterion(outputs, batch)`` -> 0-dim tensor, the mean loss over the batch. It must not use the
-            parameters, except through the outputs.
-        params: as in ``HessianOperator``, as all further arguments.
-        batches: batches of one structure; they may differ in size.
-        options: ``count``, ``mean_check`` and ``chunk`` of ``HessianOperator``.
-
-    Raises:
-        TypeError: params, a batch or the loss has the wrong type.
-        ValueError: params, a batch or the loss is not usable, as in ``HessianOperator``.
-        RuntimeError: an operation in the model has no derivative.
-
-    Example:
-        >>> G = GGNOperator(model, lambda m, b: m(b[0]), lambda out, b: cross_entropy(out, b[1]), None, batches)
-        >>> R = HessianOperator(model, lambda m, b: cross_entropy(m(b[0]), b[1]), None, batches) @ v - G @ v
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        outputs: Callable[[nn.Module, Any], Tensor],
-        criterion: Callable[[Tensor, Any], Tensor],
-        params: dict[str, Tensor] | None = None,
-        batches: Sequence[Any] | None = None,
-        **options: Any,
-    ) -> None:
-        self._network, self._criterion = _Call(model, outputs), criterion
-        super().__init__(model, lambda m, batch: criterion(outputs(m, batch), batch), params, batches, **options)
-
-    def _outputs_at(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
-        swapped = {f"model.{name}": tensor for name, tensor in theta.items()} | self._buffers
-        out: Tensor = functional_call(self._network, swapped, (batch,), tie_weights=True)
-        return out
-
-    def _field(self, batch: Any) -> Product:
-        """Return theta -> J^T criterion'(outputs(theta)), with J taken at the weights."""
-
-        def pulled_back(theta: dict[str, Tensor]) -> dict[str, Tensor]:
-            transposed = vjp(lambda t: self._outputs_at(t, batch), self._theta)[1]
-            gradient: dict[str, Tensor] = transposed(grad(self._criterion)(self._outputs_at(theta, batch), batch))[0]
-            return gradient
-
-        return pulled_back
-
-    def _forward_product(self, tangent: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
-        """Multiply by J, then by H_out, then by J^T, without differentiating J^T as the field's derivative would."""
-        outputs, transposed = vjp(lambda theta: self._outputs_at(theta, batch), self._theta)[:2]
-        change = jvp(lambda theta: self._outputs_at(theta, batch), (self._theta,), (tangent,))[1]
-        curved = jvp(lambda out: grad(self._criterion)(out, batch), (outputs,), (change,))[1]
-        product: dict[str, Tensor] = transposed(curved)[0]
-        return product
-
-    def _keep(self, tangent: dict[str, Tensor], product: dict[str, Tensor], batch: Any) -> None:
-        """Keep no graph: the gradient's derivative is the Hessian."""
-
-    def _program(self, batch: Any) -> Product:
-        outputs, forward = linearize(lambda theta: self._outputs_at(theta, batch), self._theta)
-        curve = linearize(lambda out: grad(self._criterion)(out, batch), outputs)[1]
-        transposed = vjp(lambda theta: self._outputs_at(theta, batch), self._theta)[1]
-        return lambda tangent: transposed(curve(forward(tangent)))[0]

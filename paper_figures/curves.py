@@ -146,7 +146,7 @@ def jensen(report: HessianReport, out: Path) -> Caption:
         axes.set_yticks(positions, [f"{role_name(r.role)} by {SHORT[r.unit]}" for r in table.itertuples()])
         axes.invert_yaxis()
         axes.set_title(TITLES[model])
-        axes.set_xlabel("Jensen gap of v (nats)")
+        axes.set_xlabel("Jensen gap of v; rank one: Stein's loss (nats)")
     axes.plot([], [], "|", color=COLOURS[6], ms=9, mew=1.5, label="random partition of the same sizes")
     axes.barh([0], [0], color=COLOURS[1], label="chosen for the derived rules")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
