@@ -55,10 +55,21 @@ before all means are known: 24 bytes per fp32 parameter, 6/7 of AdamW's 28.
 The bars below have its times.
 
 `make bench-deepspeed` compares with DeepSpeed's AdamW for the CPU, which ZeRO runs when it offloads the optimizer. On
-the same processor and the 45M Llama, `DeepSpeedCPUAdam` took 0.98 times as long as torch's fused AdamW, Adam-mini 0.66
-times with 4.01 bytes of state per parameter, and 0.70 times with an int8 first moment and 1.04 bytes (n = 25 rounds).
-Adam-mini is thus 1.5 times as fast, and an 8-bit optimizer for the CPU. No AMD processor was at hand. The same command
-trains with each of them inside ZeRO-2 with the optimizer offloaded (`benchmarks/deepspeed_zero.py`): times and losses.
+the same processor and the 45M Llama (n = 25 rounds, quiet), `DeepSpeedCPUAdam` took 0.91 times as long as torch's fused
+AdamW, Adam-mini 0.67 times with 4.01 bytes of state per parameter, and with an int8 first moment also 0.67 times with
+1.04 bytes. Adam-mini thus has 1.4 times its speed, and is an 8-bit optimizer for the CPU. No AMD processor was at hand.
+
+The same command trains that Llama inside ZeRO-2 with the optimizer offloaded, one rank, fp32 gradients, with every
+optimizer in turns (`benchmarks/deepspeed_zero.py`; 25 steps; "engine" is all of `engine.step`):
+
+| optimizer | step, ms | x DeepSpeedCPUAdam | engine, x | state, bytes per parameter | mean of the last five losses |
+|---|--:|--:|--:|--:|--:|
+| DeepSpeedCPUAdam | 35.2 | 1.00 | 1.00 | 8.000 | 3.042 |
+| Adam-mini | 28.7 | 0.80 | 0.91 | 4.008 | 3.064 |
+| Adam-mini, int8 moment | 27.6 | 0.77 | 0.89 | 1.040 | 3.064 |
+| Adam-mini, int4 moment | 30.6 | 0.88 | 0.96 | 0.571 | 3.065 |
+| Adam-mini, factored | 34.9 | 1.01 | 1.00 | 4.012 | 3.065 |
+| Adam-mini, factored, int8 moment | 46.2 | 1.29 | 1.10 | 1.044 | 3.065 |
 
 Temporaries are what torch's CPU allocator hands out during one step, inside operations too (events of its
 profiler). Memory that C++ code takes from malloc, kilobytes in the native loop, is not included. The columns give

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from optimizer.step.rounding import hashed
 
-Law = Literal["linear", "square"]
-Rounding = Literal["nearest", "stochastic", "carried", "both"]
+Law = Literal["linear", "square", "chosen"]
+Rounding = Literal["nearest", "stochastic", "carried", "both", "rotated"]
+Scale = Literal["fp32", "bf16", "fp8"]
 LAWS: tuple[Law, ...] = ("linear", "square")
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic", "carried", "both")
+_ROTATION = 0x6A09E667  # sqrt(2) - 1, times 2^32
+_SCALE_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,21 @@ class Candidate:
 
     Attributes:
         bits: bits of a code.
-        law: "linear": value = c * scale; "square": value = c * |c| * scale.
+        law: "linear": value = c * scale; "square": value = c * |c| * scale; "chosen": in each block the one of the two
+            with the smaller variance of stochastic rounding, which a scale's unused sign bit can store.
         rounding: "nearest"; "stochastic" (the expected value is exact); "carried" (nearest, and the rounding error is
-            added to the parameter's update, as in ``QuantisedMoment.advance``); "both" (stochastic and carried).
+            added to the parameter's update, as in ``QuantisedMoment.advance``); "both" (stochastic and carried);
+            "rotated" (stochastic, with one random number per element to which every step adds sqrt(2) - 1, modulo 1).
         block: number of elements that share a scale.
-        scale: dtype of the scales.
+        scale: dtype of the scales. "fp8" has three bits of mantissa, rounded up, and all exponents of fp32, so eight
+            bits can at best do as well.
     """
 
     bits: int
     law: Law
     rounding: Rounding
     block: int
-    scale: Literal["fp32", "bf16"] = "fp32"
+    scale: Scale = "fp32"
 
     @property
     def name(self) -> str:
@@ -47,7 +53,7 @@ class Candidate:
     @property
     def bytes_per_value(self) -> float:
         """Bytes of code and scale per element, for rows that are a multiple of the block size."""
-        return self.bits / 8 + (4 if self.scale == "fp32" else 2) / self.block
+        return self.bits / 8 + _SCALE_BYTES[self.scale] / self.block
 
 
 def rounded(m: Tensor, candidate: Candidate, step: int, seed: int) -> Tensor:
@@ -63,23 +69,50 @@ def rounded(m: Tensor, candidate: Candidate, step: int, seed: int) -> Tensor:
         fp32 [rows, n].
     """
     rows, n = m.shape
-    levels = 2 ** (candidate.bits - 1) - 1
     blocks = torch.nn.functional.pad(m, (0, -n % candidate.block)).view(rows, -1, candidate.block)
-    size = blocks.abs()
-    unit = size.amax(-1, keepdim=True) / (levels if candidate.law == "linear" else levels**2)
-    if candidate.scale == "bf16":
-        unit = unit.bfloat16().float()
-    x = size * torch.where(unit > 0, 1 / unit, 0.0)
-    if candidate.rounding in ("stochastic", "both"):
-        u = (hashed(torch.arange(x.numel()), step, seed) >> 8).view(x.shape) * 2.0**-24
-        low = x.floor() if candidate.law == "linear" else x.sqrt().floor()
-        share = x - low if candidate.law == "linear" else (x - low * low) / (2 * low + 1)
-        codes = low + (u < share)
+    if candidate.law == "chosen":
+        (linear, noise), (square, other) = (_by_law(blocks, candidate, law, step, seed) for law in LAWS)
+        values = torch.where(noise < other, linear, square)
     else:
-        codes = x.round() if candidate.law == "linear" else (x - 0.25).clamp(min=0).sqrt().round()
-    codes = codes.clamp(max=levels)
-    values = (codes if candidate.law == "linear" else codes * codes) * unit * blocks.sign()
+        values, _ = _by_law(blocks, candidate, candidate.law, step, seed)
     return values.reshape(rows, -1)[:, :n]
+
+
+def _by_law(blocks: Tensor, candidate: Candidate, law: Law, step: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the rounded blocks, and the variance of stochastic rounding summed over each block, [rows, blocks, 1]."""
+    levels, size = 2 ** (candidate.bits - 1) - 1, blocks.abs()
+    unit = _scale(size.amax(-1, keepdim=True) / (levels if law == "linear" else levels**2), candidate.scale)
+    x = size * torch.where(unit > 0, 1 / unit, 0.0)
+    low = x.floor() if law == "linear" else x.sqrt().floor()
+    below, gap = (low, 1.0) if law == "linear" else (low * low, 2 * low + 1)
+    share = (x - below) / gap
+    if candidate.rounding in ("stochastic", "both", "rotated"):
+        codes = low + (_uniform(x, step, seed, rotated=candidate.rounding == "rotated") < share)
+    else:
+        codes = x.round() if law == "linear" else (x - 0.25).clamp(min=0).sqrt().round()
+    codes = codes.clamp(max=levels)
+    values = (codes if law == "linear" else codes * codes) * unit * blocks.sign()
+    return values, ((gap * unit).square() * share * (1 - share)).sum(-1, keepdim=True)
+
+
+def _uniform(x: Tensor, step: int, seed: int, *, rotated: bool) -> Tensor:
+    """Return numbers in [0, 1) of every element of ``x``, fp32: one hash per step, or one that rotates."""
+    numbers = hashed(torch.arange(x.numel()), 0 if rotated else step, seed)
+    if rotated:
+        numbers = numbers.add_(step * _ROTATION).bitwise_and_(2**32 - 1)
+    return (numbers >> 8).view(x.shape) * 2.0**-24
+
+
+def _scale(exact: Tensor, dtype: Scale) -> Tensor:
+    """Round scales as they are stored; fp32."""
+    if dtype == "bf16":
+        return exact.bfloat16().float()
+    dropped = 20  # mantissa bits that "fp8" does not have
+    return (
+        ((exact.view(torch.int32) + (1 << dropped) - 1) >> dropped << dropped).view(torch.float32)
+        if dtype == "fp8"
+        else exact
+    )
 
 
 class QuantisedMoment:
@@ -98,7 +131,7 @@ class QuantisedMoment:
         """Update the moment with a gradient; return the parameter's update before the step size."""
         exact = self.value * beta1 + grad * (1 - beta1)
         self.value = rounded(exact, self.candidate, step, self.seed)
-        if self.candidate.rounding in ("nearest", "stochastic"):
+        if self.candidate.rounding in ("nearest", "stochastic", "rotated"):
             return exact
         return exact + (exact - self.value) * (beta1 / (1 - beta1))
 
@@ -110,5 +143,12 @@ SCREENED = (
     *(Candidate(8, law, rounding, 128) for law in LAWS for rounding in ROUNDINGS[:2]),
     *(Candidate(8, "square", "carried", block) for block in (64, 128, 256)),
 )
+QUIETER = (
+    Candidate(4, "square", "stochastic", 32, "bf16"),
+    Candidate(4, "square", "stochastic", 16, "fp8"),
+    Candidate(4, "chosen", "stochastic", 32, "bf16"),
+    Candidate(4, "square", "rotated", 32, "bf16"),
+)
+"""The shipped int4 and three attempts at less noise in the same bytes."""
 FAST = tuple(Candidate(4, "square", rounding, 64) for rounding in ("nearest", "carried"))
 """Candidates that also run at a high learning rate, in addition to the shipped formats."""
