@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ class Engines:
     def __init__(self) -> None:
         self._ready: dict[int, list[native.Ready | None]] = {}  # group index -> a record per parameter
         self._batches: dict[int, native.Batches] = {}  # group index -> tensors of the last native call
+        self._choosers: defaultdict[int, native.Chooser] = defaultdict(native.Chooser)  # group index -> its way
 
     def forget(self) -> None:
         """Drop all records, because layouts or state were replaced."""
@@ -115,7 +117,8 @@ class Engines:
         if last is not None and last.matches(parameters, [p.grad for p in parameters], states):
             work, rest = Work(g, group, layouts, last, []), last.others
         else:
-            work, rest = Work(g, group, layouts, native.Batches(len(layouts)), []), list(range(len(layouts)))
+            chooser = self._choosers[g] if only is None else None
+            work, rest = Work(g, group, layouts, native.Batches(len(layouts), chooser), []), list(range(len(layouts)))
             if only is None:
                 self._batches[g] = work.batches
         for i in rest if only is None else only:

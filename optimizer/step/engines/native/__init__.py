@@ -2,5 +2,6 @@
 
 from .library import available
 from .step import Batches, Ready, dense_gradient, obstacle, prepare
+from .ways import TRIALS, Chooser
 
-__all__ = ["Batches", "Ready", "available", "dense_gradient", "obstacle", "prepare"]
+__all__ = ["TRIALS", "Batches", "Chooser", "Ready", "available", "dense_gradient", "obstacle", "prepare"]

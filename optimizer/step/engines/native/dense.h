@@ -66,8 +66,9 @@ void rows_chunk(const Task& task, int64_t k) {
     const int64_t count = length * l.inner;
     if (count > kLong) return;  // long_runs updates these
     const int64_t at = first * l.inner;
-    const double total = count <= kShort ? sum_and_fetch<T>(x.g + at, x.to.p + at, x.m + at, count)
-                                         : sum_of_squares<T>(x.g + at, count);
+    const double total = count > kShort      ? sum_of_squares<T>(x.g + at, count)
+                         : task.way->fetch ? short_sum<true, T>(x.g + at, x.to.p + at, x.m + at, count)
+                                           : short_sum<false, T>(x.g + at, x.to.p + at, x.m + at, count);
     const T second = spread(x.v, first, length, total / count, s);
     update(x, first * l.inner, count, s, s.factor(second));
   });

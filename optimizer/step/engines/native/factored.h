@@ -340,7 +340,7 @@ void factored_low_bit(const Task& task, int threads) {
 #pragma omp parallel for num_threads(threads) if (shares) schedule(static)
   for (int64_t b = 0; b < blocks; b += share) {
     T factors[kSpan];
-    low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), kAhead, [&](int64_t at, int64_t n) {
+    low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), task.way->ahead, [&](int64_t at, int64_t n) {
       // index: row-major index over the axis and all axes in front of it; k: the index behind it.
       int64_t index = at / l.inner, k = at % l.inner;
       for (int64_t i = 0; i < n; ++index, k = 0) {

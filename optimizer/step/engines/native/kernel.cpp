@@ -54,11 +54,6 @@ struct Plan {
   }
 };
 
-// Smallest number of columns of a strip. Wide strips read memory in long contiguous ranges, but they read the gradient
-// the second time from a slower cache. A step of GPT-2 took 2.0 times as long as fused AdamW with strips of 64 columns,
-// 1.1 times with 512, and 0.85 times with 4096.
-constexpr int64_t kStrip = 4096;
-
 // Returns the length of the longest run.
 int64_t longest(const Layout& l) {
   int64_t out = 0;
@@ -81,10 +76,10 @@ void plan(Plan& out, Task task, const Steps& steps) {
   task.step = steps.get(static_cast<const T*>(nullptr));
   if (l.form == kFactored) return plan_factored<T, P, M, R>(out, task);
   const int64_t across = l.between * l.inner;  // elements per index of the axis
-  int64_t window = std::max<int64_t>(1, kChunk / across);
+  int64_t window = std::max<int64_t>(1, task.way->chunk / across);
   if (l.form == kStrided) return out.add(task, strided_chunk<T, P, M, R>, window, l.outer);
   if (l.between > 1) {
-    if (l.inner == 1) window = std::max<int64_t>(kStrip, window);
+    if (l.inner == 1) window = std::max<int64_t>(task.way->strip, window);
     return out.add(task, columns_chunk<T, P, M, R>, window, l.outer);
   }
   out.add(task, rows_chunk<T, P, M, R>, window, 1);
@@ -97,9 +92,9 @@ void plan_low_bit(Plan& out, Task task, const Steps& steps) {
   const Layout& l = task.layout;
   task.step = steps.get(static_cast<const T*>(nullptr));
   if (l.form == kFactored) return out.shared.emplace_back(task, factored_low_bit<T, P, Q, R>), void();
-  task.window = std::max<int64_t>(1, kChunk / (l.between * l.inner));
+  task.window = std::max<int64_t>(1, task.way->chunk / (l.between * l.inner));
   if (l.between > 1 || l.inner % l.row != 0) {
-    task.window = std::max<int64_t>(64, task.window / 64 * 64);
+    task.window = std::max<int64_t>(64, kChunk / (l.between * l.inner) / 64 * 64);
     out.shared.emplace_back(task, low_bit_any<T, P, Q, R>);
     return;
   }
@@ -149,14 +144,15 @@ void process_chunks(const Plan& plan, int threads) {
 
 extern "C" {
 
-int64_t adam_mini_abi() { return 3; }
+int64_t adam_mini_abi() { return 4; }
 
 // Takes one step of n tensors and increments their counters. records: n of Record in tensors.h. grads: the address of
-// each gradient. unscale: the factor of the gradients, 1 / grad scale, negative to ascend.
+// each gradient. unscale: the factor of the gradients, 1 / grad scale, negative to ascend. way: the numbers of a Way.
 void adam_mini_step(int64_t n, const int64_t* records, const int64_t* grads, double lr, double beta1, double beta2,
-                    double eps, double weight_decay, double unscale, int64_t threads) {
+                    double eps, double weight_decay, double unscale, int64_t threads, const int64_t* way) {
   const Hyper hyper{lr, beta1, beta2, eps, weight_decay, unscale};
   std::deque<Steps> steps;
+  const Way going{way[0], way[1], way[2], way[3]};
   double last = 0;
   Plan plan;
   plan.tasks.reserve(n);
@@ -168,6 +164,7 @@ void adam_mini_step(int64_t n, const int64_t* records, const int64_t* grads, dou
     Task task{};
     task.record = record;
     task.grad = grads[i];
+    task.way = &going;
     task.layout = layout_at(record->layout);
     if (task.layout.numel() != 0) plan_tensor(plan, task, steps.back());
   }

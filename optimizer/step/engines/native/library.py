@@ -37,7 +37,7 @@ _FLAGS: tuple[str, ...] = (
 if platform.machine() in ("x86_64", "AMD64"):
     # Without this flag compilers use vectors of 256 bits, because older processors are slower with 512.
     _FLAGS = (*_FLAGS, "-mprefer-vector-width=512")
-_ABI = 3
+_ABI = 4
 _TIMEOUT = 300  # seconds that one compilation may last
 
 
@@ -189,7 +189,7 @@ def _load(path: Path) -> ctypes.CDLL:
     if loaded.adam_mini_abi() != _ABI:
         raise OSError(f"{path} has interface {loaded.adam_mini_abi()}, not {_ABI}")
     i, d = ctypes.c_int64, ctypes.c_double
-    loaded.adam_mini_step.argtypes = [i, ctypes.c_void_p, ctypes.c_void_p, d, d, d, d, d, d, i]
+    loaded.adam_mini_step.argtypes = [i, ctypes.c_void_p, ctypes.c_void_p, d, d, d, d, d, d, i, ctypes.c_void_p]
     loaded.adam_mini_step.restype = None
     return loaded
 

@@ -17,8 +17,6 @@
 
 namespace adam_mini {
 
-// How many elements ahead parameters are prefetched, and gradients that are not in cache.
-constexpr int64_t kAhead = 512;
 
 // The int8 format: how codes are stored and how scales are rounded.
 struct Int8 {
@@ -134,7 +132,7 @@ void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, c
   const Step<T> s = task.of<T>();
   auto* scales = reinterpret_cast<typename Q::Scale*>(task.record->scale);
   const uint32_t start = s.count * 0x85ebca6bu + static_cast<uint32_t>(task.record->seed);
-  const int64_t n = task.layout.row, per_row = (n + kBlock - 1) / kBlock;
+  const int64_t n = task.layout.row, per_row = (n + kBlock - 1) / kBlock, far = task.way->ahead;
   alignas(64) int8_t buffer[kSpan + 2];
   alignas(64) T m[kSpan], inverse[kBlocks];
   alignas(64) float scale[kBlocks];
@@ -166,7 +164,7 @@ void low_bit_blocks(const Task& task, int64_t from, int64_t to, int64_t ahead, c
     for (int64_t j = 0; j < blocks; ++j) {
       const int64_t done = j * kBlock, count = std::min(kBlock, length - done);
       // Not with the gradient's, so that the processor reads memory at all stages.
-      for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(x.to.p + at + done + kAhead + i, 1);
+      for (int64_t i = 0; i < kBlock; i += kLine) __builtin_prefetch(x.to.p + at + done + far + i, 1);
       store(scales + b + j, scale[j]);
       if (!(scale[j] > 0)) std::fill_n(m + done, count, T(0));
       else with_length<kBlock>(count, [&](auto size) { quantise<T, Q>(m + done, inverse[j], size, random[j]); });
@@ -236,7 +234,7 @@ void low_bit_long_runs(const Task& task, int threads) {
     const int64_t from = first * blocks, to = (first + length) * blocks;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = from; b < to; b += share)
-      low_bit_blocks_of<T, P, Q, R>(task, b, std::min(to, b + share), kAhead, factor);
+      low_bit_blocks_of<T, P, Q, R>(task, b, std::min(to, b + share), task.way->ahead, factor);
   });
 }
 

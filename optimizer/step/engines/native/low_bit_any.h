@@ -74,7 +74,7 @@ void low_bit_any(const Task& task, int threads) {
 #pragma omp parallel for num_threads(threads) if (l.numel() > kChunk) schedule(static)
   for (int64_t b = 0; b < blocks; b += share) {
     alignas(64) T gathered[kSpan];
-    low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), kAhead, [&](int64_t at, int64_t n) {
+    low_bit_blocks<T, P, Q, R>(task, b, std::min(blocks, b + share), task.way->ahead, [&](int64_t at, int64_t n) {
       // index: row-major index over the axis and all axes in front of it. left: elements until the next index.
       int64_t index = at / l.inner, left = l.inner - at % l.inner;
       int64_t o = index / (l.axis * l.between), a = index % l.axis, between = index / l.axis % l.between;

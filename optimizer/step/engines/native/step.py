@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from math import prod
 from operator import attrgetter, is_
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ...moments import FORMATS, format_of, stored_shapes
 from ...rounding import PARAMETER_STREAM
 from .layouts import encoded, encoded_factored, overlaps
 from .library import library
+from .ways import DEFAULT, Chooser
 
 _CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _LOW_BIT = {format.dtype: format.bits for format in FORMATS.values()}
@@ -269,10 +271,15 @@ class Batches:
 
     At every step only the addresses of the gradients are read again, and all else is checked for changes. The checks
     are passes over whole lists, because a Python loop over the tensors would cost several times more.
+
+    Args:
+        size: number of parameters of the group.
+        chooser: finds the fastest way through memory; None for the default way.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, chooser: Chooser | None = None) -> None:
+        self._size, self._chooser = size, chooser
+        self._elements = 0
         self._positions: list[int] = []
         self._ready: list[Ready] = []
         self._tensors: list[Tensor] = []
@@ -297,6 +304,7 @@ class Batches:
         self._tensors.append(parameter)
         self._records.extend(ready.record)
         self._gradients.append(grad.data_ptr())
+        self._elements += parameter.numel()
 
     def matches(
         self, parameters: Sequence[Tensor], grads: Sequence[Tensor | None], states: Mapping[Tensor, Mapping[str, Any]]
@@ -355,6 +363,8 @@ class Batches:
             return
         loaded = library()
         assert loaded is not None
+        way = array("q", DEFAULT if self._chooser is None else self._chooser.way)
+        started = perf_counter()
         loaded.adam_mini_step(
             len(self._positions),
             self._records.buffer_info()[0],
@@ -366,7 +376,10 @@ class Batches:
             weight_decay,
             (-1.0 if maximize else 1.0) / grad_scale,
             torch.get_num_threads(),
+            way.buffer_info()[0],
         )
+        if self._chooser is not None:
+            self._chooser.took(perf_counter() - started, self._elements)
         # Autograd does not see what the loop writes. With new versions, a backward pass that needs the old values fails
         # instead of using the new ones.
         torch.autograd.graph.increment_version(self._tensors)

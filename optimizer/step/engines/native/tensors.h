@@ -60,8 +60,17 @@ void each_run(const Layout& l, int64_t from, int64_t to, F&& f) {
   }
 }
 
-constexpr int64_t kChunk = 1 << 15;  // elements of a chunk; its parameter, moment and gradient fit in the L2 cache
+constexpr int64_t kChunk = 1 << 15;  // elements of a chunk that is summed alone, or of which factors are kept
 constexpr int64_t kLong = 1 << 17;   // elements; a longer run is shared by all threads
+
+// How the loop goes through memory. It changes no result, so which way is the fastest is a question of the processor;
+// ways.py finds out.
+struct Way {
+  int64_t chunk;  // elements of a chunk of rows
+  int64_t strip;  // smallest number of columns of a strip
+  int64_t ahead;  // how many elements ahead the loop of quantised moments prefetches
+  int64_t fetch;  // whether sums of squares prefetch what the update reads
+};
 
 // The step of one tensor, cut into chunks that do not depend on each other.
 struct Task {
@@ -69,6 +78,7 @@ struct Task {
   const Record* record;
   int64_t grad;
   const void* step;  // Step<T>
+  const Way* way;
   Layout layout;
   int64_t window;  // indices of the axis; a chunk consists of the runs that begin in a window
   int64_t chunks;
@@ -120,16 +130,18 @@ inline __attribute__((always_inline)) void fetch(const E* at) {
 }
 
 // Returns the sum of squares of a short run of gradients. A sum reads one stream of memory, but an update reads three.
-// So the sum also prefetches what the update of this run and the sum of the next run will read, which balances the load
-// on memory.
-template <typename T, typename G, typename P, typename M>
-T sum_and_fetch(const G* g, const P* p, const M* m, int64_t n) {
+// So with kFetch the sum also prefetches what the update of this run and the sum of the next run will read, which
+// balances the load on memory.
+template <bool kFetch, typename T, typename G, typename P, typename M>
+T short_sum(const G* g, const P* p, const M* m, int64_t n) {
   T parts[kLanes] = {};
   const int64_t whole = n / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
-    fetch(p + i);
-    fetch(m + i);
-    fetch(g + i + n);
+    if constexpr (kFetch) {
+      fetch(p + i);
+      fetch(m + i);
+      fetch(g + i + n);
+    }
 #pragma omp simd
     for (int64_t j = 0; j < kLanes; ++j) {
       const T x = load(g + i + j);
