@@ -51,7 +51,7 @@ AdamW, 20 for Adam-mini. GB/s is this least traffic divided by the time. Compare
 in the same rounds.
 
 The native step can go several ways through memory (`optimizer/step/engines/native/ways.py`): how many rows or columns
-it takes at once, and how far ahead it prefetches. All give the same bits. In the first 50 steps of a group with 4M
+it takes at once, and how far ahead it prefetches. All give the same bits. In the first 80 steps of a group with 4M
 elements or more it times them, and from then on it uses the fastest. The benchmark measures the steps after that. On
 the Xeon below the defaults won in all cases. Without prefetching, a step in fp32 took 1.05 times (GPT-2) to 1.18 times
 (Llama) as long; with too short a distance, a step in int8 took 1.2 to 1.3 times as long.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from optimizer import AdamMini, Layout
 from optimizer.partition import FactoredLayout
 from optimizer.step.engines import native
 from optimizer.step.engines.native import ways
-from optimizer.step.engines.native.ways import DEFAULT, LARGE, OTHERS, ROUNDS, TRIALS, Chooser, Way
+from optimizer.step.engines.native.ways import DEFAULT, LARGE, OTHERS, PAIRS, ROUNDS, TRIALS, Chooser, Way
 from optimizer.step.moments import FORMATS, zero_state
 from tests.optimizer.strategies import factored_layouts, layouts
 
@@ -129,9 +130,20 @@ def test_every_way_is_timed_in_turns_and_one_slow_step_decides_nothing() -> None
         order.append(chooser.way)
         chooser.took(50.0 if step < len(OTHERS) + 1 else (0.5 if chooser.way == NONE else 1.0), LARGE)
     assert order == [DEFAULT, *OTHERS] * ROUNDS
-    for _ in range(2 * ROUNDS):
+    for _ in range(2 * PAIRS):
         chooser.took(0.5 if chooser.way == NONE else 1.0, LARGE)
     assert chooser.settled and chooser.way == NONE
+
+
+def test_a_busy_machine_decides_nothing() -> None:
+    generator = random.Random(0)
+    chosen_ways = []
+    for _ in range(200):
+        chooser = Chooser()
+        for _ in range(TRIALS):
+            chooser.took(generator.lognormvariate(0, 1), LARGE)
+        chosen_ways.append(chooser.way)
+    assert chosen_ways.count(DEFAULT) >= 195
 
 
 def test_steps_of_another_size_are_compared_by_element_and_small_ones_not_at_all() -> None:

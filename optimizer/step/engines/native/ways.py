@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from statistics import median
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ LARGE = 1 << 22
 """Elements of a group from which on ways are timed. The step of a smaller group is short, and noise decides."""
 ROUNDS = 5
 """How often each way is timed."""
+PAIRS, _WINS = 20, 16
+"""Length of the race against the default, and how many pairs must be won: by chance, 16 of 20 are in 0.6 %."""
 _WORTH = 0.97  # a way replaces the default if it takes at most this share of its time
 
 
@@ -45,7 +48,7 @@ OTHERS = (
     DEFAULT._replace(fetch=0),
 )
 """Ways that differ from the default in one number."""
-TRIALS = ROUNDS * (len(OTHERS) + 3)
+TRIALS = ROUNDS * (len(OTHERS) + 1) + 2 * PAIRS
 """After this many steps of a large group the choice is made."""
 
 
@@ -53,22 +56,23 @@ class Chooser:
     """The way of one parameter group, found by timing its steps.
 
     The steps are real ones, so nothing is computed twice. First the default and all others are timed in turns. What was
-    at least 3 % faster than the default is put together, number by number, and timed against the default in turns. It
-    is used from then on if it still is. The choice lasts as long as the process: measuring costs less than a file that
-    might come from another machine.
+    at least 3 % faster than the default is put together, number by number, and raced against the default in pairs of
+    steps. It is used from then on if it is again 3 % faster and wins nearly all pairs, which on a busy machine, where
+    times are chance, it does not. The choice lasts as long as the process: measuring costs less than a file that might
+    come from another machine.
     """
 
     def __init__(self) -> None:
         self._candidates: tuple[Way, ...] = (DEFAULT, *OTHERS)
-        self._times: dict[Way, list[float]] = {way: [] for way in self._candidates}
-        self._steps, self._final = 0, False
+        self._times: list[float] = []  # of the candidates in turns, per element
+        self._rounds = ROUNDS
         self.way = DEFAULT
         """The way of the next step."""
 
     @property
     def settled(self) -> bool:
         """Whether the choice is made."""
-        return not self._candidates
+        return len(self._candidates) == 1
 
     def took(self, seconds: float, elements: int) -> None:
         """Record the time of a step that went ``way``, and choose the way of the next one.
@@ -79,27 +83,29 @@ class Chooser:
         """
         if self.settled or elements < LARGE:
             return
-        self._times[self.way].append(seconds / elements)
-        self._steps += 1
-        if self._steps == ROUNDS * len(self._candidates):
-            self._conclude()
-        else:
-            self.way = self._candidates[self._steps % len(self._candidates)]
+        self._times.append(seconds / elements)
+        count = len(self._candidates)
+        if len(self._times) == self._rounds * count:
+            by_way = {way: self._times[i::count] for i, way in enumerate(self._candidates)}
+            self._candidates = (DEFAULT, *_promising(by_way)) if self._rounds == ROUNDS else (_winner(by_way),)
+            self._times, self._rounds = [], PAIRS
+            if self.settled and self._candidates != (DEFAULT,):
+                logger.info("the native step goes %s from now on, the fastest way on this machine", self._candidates[0])
+        self.way = self._candidates[len(self._times) % len(self._candidates)]
 
-    def _conclude(self) -> None:
-        usual = median(self._times[DEFAULT])
-        share = {way: median(self._times[way]) / usual for way in self._candidates}
-        if self._final:
-            chosen = self._candidates[-1]
-            self.way, self._candidates = chosen if share[chosen] <= _WORTH else DEFAULT, ()
-            if self.way != DEFAULT:
-                logger.info("the native step goes %s, in %.0f %% of the default's time", self.way, 100 * share[chosen])
-            return
-        best = DEFAULT
-        for field, usual_value in DEFAULT._asdict().items():
-            fastest = min((way for way in OTHERS if getattr(way, field) != usual_value), key=share.__getitem__)
-            if share[fastest] <= _WORTH:
-                best = best._replace(**{field: getattr(fastest, field)})
-        self.way, self._steps, self._final = DEFAULT, 0, True
-        self._candidates = (DEFAULT, best) if best != DEFAULT else ()
-        self._times = {way: [] for way in self._candidates}
+
+def _promising(times: Mapping[Way, list[float]]) -> list[Way]:
+    """Return the way with the best value of every number, or nothing if that is the default."""
+    usual, best = median(times[DEFAULT]), DEFAULT
+    for field, value in DEFAULT._asdict().items():
+        fastest = min((way for way in OTHERS if getattr(way, field) != value), key=lambda way: median(times[way]))
+        if median(times[fastest]) <= _WORTH * usual:
+            best = best._replace(**{field: getattr(fastest, field)})
+    return [] if best == DEFAULT else [best]
+
+
+def _winner(times: Mapping[Way, list[float]]) -> Way:
+    """Return the way that was raced against the default if it is faster beyond doubt, else the default."""
+    (_, usual), (other, its) = times.items()
+    wins = sum(one < two for one, two in zip(its, usual, strict=True))
+    return other if median(its) <= _WORTH * median(usual) and wins >= _WINS else DEFAULT
