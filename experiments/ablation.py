@@ -14,6 +14,7 @@ import tyro
 
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig, byte_gpt, byte_llama, smoke
+from experiments.optimizers import VARIANTS
 from experiments.runner import Launch, run_many
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
@@ -44,6 +45,7 @@ class Study:
 STUDIES: dict[str, Study] = {
     "ablation": Study(byte_llama),
     "carry_over": Study(byte_gpt, ("elementwise", "adam_mini", "derived", "factored"), (3e-3, 1e-2), tuple(range(8))),
+    "statistics": Study(byte_llama, ("elementwise", "adam_mini", *VARIANTS)),
 }
 """docs/protocol.md says why these runs; results are in ``results/<study>_<profile>``."""
 
@@ -92,7 +94,8 @@ def main(
         profile: cpu (the committed results) or smoke.
         workers: number of runs at a time.
         results: root of the results folders.
-        study: ablation (partitions of a Llama) or carry_over (a GPT on another corpus, eight seeds).
+        study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds) or statistics (of
+            blocks, other than their mean).
         arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
-from experiments.optimizers import ADAMW, CONTROL
+from experiments.optimizers import ADAMW, CONTROL, VARIANTS
 from optimizer import Rules
 
 FORMAT_VERSION = 1
@@ -31,7 +31,7 @@ class TrainConfig:
         experiment: name of the run's folder below the results root.
         model: sizes of the model; the type of this config determines the model's class.
         data: name of the corpus, as in ``experiments.data.load``.
-        arm: a rule set (name or path), ``permuted`` or ``torch_adamw``.
+        arm: a rule set (name or path), ``permuted``, ``torch_adamw``, or ``adam_mini_`` with a statistic of blocks.
         rules_hash: hash of the arm's rules at the time of the run; ``with_rules_hash`` fills it in.
         lr: peak learning rate.
         beta1: decay rate of the first moment, in [0, 1).
@@ -145,7 +145,7 @@ class TrainConfig:
 
     def with_rules_hash(self) -> TrainConfig:
         """Return the config with the hash of its arm's rules, so that changed rules give another run."""
-        if self.arm in (CONTROL, ADAMW):
+        if self.arm in (CONTROL, ADAMW, *VARIANTS):
             return self
         rules = Rules.load(self.arm)
         content: dict[str, object] = {role.value: unit.value for role, unit in rules.units.items()}

@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from experiments.baselines import PermutedAdamMini
+from experiments.baselines import STATISTICS, PermutedAdamMini, StatisticAdamMini
 from optimizer import AdamMini, Rules, partition
 
 CONTROL = "permuted"
 ADAMW = "torch_adamw"
+VARIANTS = {f"adam_mini_{statistic}": statistic for statistic in STATISTICS if statistic != "mean"}
+"""Arms with the blocks of ``adam_mini`` and another statistic than the mean."""
 
 
 def make_optimizer(
@@ -20,18 +22,20 @@ def make_optimizer(
 
     Args:
         model: the model to train.
-        arm: a rule set's name or path, ``permuted`` (the control) or ``torch_adamw``.
+        arm: a rule set's name or path, ``permuted`` (the control), ``torch_adamw`` or a key of ``VARIANTS``.
         lr: learning rate.
         betas: decay rates of the first and second moment, each in [0, 1).
         weight_decay: decoupled weight decay.
         seed: seed that shuffles the blocks of ``permuted``.
 
     Raises:
-        ValueError: the arm is ``permuted`` and the model is sharded.
+        ValueError: the arm is ``permuted`` or one of ``VARIANTS``, and the model is sharded.
     """
-    if arm == CONTROL:
+    if arm == CONTROL or arm in VARIANTS:
         if any(isinstance(p, DTensor) for p in model.parameters()):
-            raise ValueError(f"arm={arm!r} has blocks of random elements, which cannot be sharded; use parallel='ddp'")
+            raise ValueError(f"arm={arm!r} gathers blocks by element, which cannot be sharded; use parallel='ddp'")
+        if arm in VARIANTS:
+            return StatisticAdamMini(model, VARIANTS[arm], lr, betas, weight_decay=weight_decay)
         return PermutedAdamMini(model, lr, betas, weight_decay=weight_decay, seed=seed)
     adam_mini = AdamMini(model, lr, betas, weight_decay=weight_decay, rules="elementwise" if arm == ADAMW else arm)
     if arm == ADAMW:
@@ -41,7 +45,7 @@ def make_optimizer(
 
 def second_moment_scalars(model: nn.Module, arm: str) -> int:
     """Return how many second-moment scalars an arm stores for a model's trainable parameters."""
-    rules = {CONTROL: "adam_mini", ADAMW: "elementwise"}.get(arm, arm)
+    rules = {CONTROL: "adam_mini", ADAMW: "elementwise", **dict.fromkeys(VARIANTS, "elementwise")}.get(arm, arm)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     return sum(layout.n_blocks for name, layout in partition(model, Rules.load(rules)).items() if name in trainable)
 

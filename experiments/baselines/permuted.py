@@ -67,20 +67,35 @@ class PermutedAdamMini(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, grad: Tensor, ids: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        sizes = torch.bincount(ids)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros(len(sizes), dtype=parameter.dtype)
         state["step"] += 1
         step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
-        sums = torch.bincount(ids, weights=grad.flatten().square(), minlength=len(sizes)).to(parameter.dtype)
-        state["exp_avg_sq"].lerp_(sums / sizes, 1 - beta2)
+        second = self.second_moments(state, grad.flatten().square(), ids, 1 - beta2)
         parameter.mul_(1 - lr * group["weight_decay"])
         state["exp_avg"].lerp_(grad, 1 - beta1)
-        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        denominator = (second / (1 - beta2**step)).sqrt_().add_(group["eps"])
         scale = (-lr / (1 - beta1**step)) / denominator
         parameter.addcmul_(state["exp_avg"], scale[ids].view_as(parameter))
+
+    def second_moments(self, state: dict[str, Tensor], squares: Tensor, ids: Tensor, weight: float) -> Tensor:
+        """Update the second moments of one tensor.
+
+        Args:
+            state: the tensor's state; changed.
+            squares: squared gradients, [n].
+            ids: block of each element, int64 [n].
+            weight: 1 - beta2.
+
+        Returns:
+            The second moment of each block, [number of blocks], before the correction of its bias; not to be changed.
+        """
+        sizes = torch.bincount(ids)
+        if "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros(len(sizes), dtype=squares.dtype)
+        sums = torch.bincount(ids, weights=squares, minlength=len(sizes)).to(squares.dtype)
+        return state["exp_avg_sq"].lerp_(sums / sizes, weight)
 
     @property
     def n_scalars(self) -> int:

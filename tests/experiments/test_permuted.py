@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.baselines import PermutedAdamMini
+from experiments.baselines import STATISTICS, PermutedAdamMini, StatisticAdamMini
 from experiments.models import LlamaConfig, build, lm_loss
 from optimizer import AdamMini, partition
 
@@ -66,3 +66,32 @@ def test_block_sizes_are_adam_minis() -> None:
             wanted = layouts[name].block_ids(parameter.shape).flatten()
             assert torch.equal(ids.bincount(), wanted.bincount())
     assert optimizer.n_scalars == sum(layout.n_blocks for layout in layouts.values())
+
+
+@pytest.mark.parametrize("rules", ["adam_mini", "slim_adam"])
+def test_the_mean_of_second_moments_is_adam_mini(rules: str) -> None:
+    ours = trained(StatisticAdamMini, statistic="mean", rules=rules)
+    assert largest_gap(ours, trained(AdamMini, rules=rules)) < TOLERANCE
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_every_statistic_of_equal_values_is_that_value_and_of_single_elements_adamw(statistic: str) -> None:
+    torch.testing.assert_close(STATISTICS[statistic](torch.full((2, 5), 0.25)), torch.full((2,), 0.25))
+    assert largest_gap(trained(StatisticAdamMini, statistic=statistic, rules="elementwise"), trained(adamw)) < TOLERANCE
+
+
+def test_statistics_of_unequal_values() -> None:
+    v = torch.tensor([[1.0, 4.0, 16.0]])
+    wanted = {"mean": 7.0, "max": 16.0, "min": 1.0, "median": 4.0, "geometric": 4.0, "jensen": (1.75 / 3) ** -2}
+    assert {name: function(v).item() for name, function in STATISTICS.items()} == pytest.approx(wanted)
+
+
+def test_blocks_of_different_sizes_each_have_their_own_statistic() -> None:
+    optimizer = StatisticAdamMini(nn.Linear(2, 2), "max")
+    ids, squares = torch.tensor([0, 1, 0, 2, 1, 0]), torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert optimizer.second_moments({}, squares, ids, 1.0).tolist() == [6.0, 5.0, 4.0]
+
+
+def test_an_unknown_statistic_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"statistic='mode' is unknown; choose from"):
+        StatisticAdamMini(nn.Linear(2, 2), "mode")
