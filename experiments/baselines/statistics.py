@@ -1,8 +1,8 @@
 """Adam-mini with another statistic of a block than the mean of its second moments, for studies only.
 
-The mean over a block of moving averages is the moving average of the mean, so Adam-mini needs one scalar per block. Every
-other statistic here needs the second moment of every element, as much memory as AdamW's. The study asks whether it would
-be worth having.
+The mean over a block of moving averages is the moving average of the mean, so Adam-mini needs one scalar per block.
+Every other statistic here needs the second moment of every element, as much memory as AdamW's. The study asks whether
+it would be worth having.
 """
 
 from __future__ import annotations
