@@ -19,11 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optimizer.partition import Rules, Unit, discover, layout_of
+from optimizer.partition import Role, Rules, Unit, discover, layout_of
 from optimizer.tools.targets import UserCodeError, call, load_target, resolve
 
-from .derive import derive
-from .own_model import Energy, Loss, Progress, Run, energies, evidence, predicted_cost, second_moments
+from .derive import Evidence, derive
+from .own_model import (
+    Energy,
+    Loss,
+    Progress,
+    Run,
+    energies,
+    evidence,
+    predicted_cost,
+    second_moments,
+    unattainable,
+)
 from .parts import weight_parts
 
 
@@ -95,7 +105,7 @@ def _derive(arguments: argparse.Namespace) -> None:
     moments, trained = second_moments(model, loss, batches, run, progress)
     rows = evidence(model, moments, seed=arguments.seed, name=arguments.target, progress=progress)
     provenance = {"lr": run.lr, "steps": run.steps, "seed": arguments.seed, "torch": torch.__version__}
-    rules = derive(rows, name=Path(arguments.out).stem, provenance=provenance, without=set(arguments.without))
+    rules, fused = _attainable(model, rows, Path(arguments.out).stem, provenance, set(arguments.without))
     found: list[Energy] = []
     if arguments.probes:
         probed = list(itertools.islice(iter(batches), arguments.probe_batches))
@@ -103,17 +113,46 @@ def _derive(arguments: argparse.Namespace) -> None:
             trained.eval(), loss, probed, weight_parts(trained), probes=arguments.probes, progress=progress
         )
     rules.save(arguments.out)
-    sys.stdout.write(_report(rules, model, found, arguments.out))
+    sys.stdout.write(_report(rules, model, found, fused, arguments.out))
 
 
-def _report(rules: Rules, model: nn.Module, found: Sequence[Energy], out: Path) -> str:
+def _attainable(
+    model: nn.Module, rows: Sequence[Evidence], name: str, provenance: Any, without: set[Unit]
+) -> tuple[Rules, list[str]]:
+    """Derive rules that the model's fused tensors can follow.
+
+    Returns:
+        (the rules; a line for every role that would have had another unit in tensors of its own).
+    """
+    barred: set[Unit | tuple[Role, Unit]] = set(without)
+    wanted: dict[Role, str] = {}
+    while True:
+        rules = derive(rows, name=name, provenance=provenance, without=barred)
+        if not (more := unattainable(model, rules)):
+            break
+        wanted |= more
+        barred |= {(role, Unit.IN_NEURON) for role in more}
+    assert rules.evidence is not None
+    lines = []
+    for role, tensor in wanted.items():
+        asked = [row for row in rows if (row.role, row.unit) == (role.value, Unit.IN_NEURON.value)]
+        gap = sum(row.n_params * row.jensen for row in asked) / sum(row.n_params for row in asked)
+        got = rules.evidence["choices"][role.value]["predicted_cost"]
+        lines.append(
+            f"{role.value}: IN_NEURON (gap {gap:.3f}) is not possible in {tensor}, whose other parts do not share "
+            f"inputs; {rules[role].value} has gap {got:.3f}. FACTORED has no such limit.\n"
+        )
+    return rules, lines
+
+
+def _report(rules: Rules, model: nn.Module, found: Sequence[Energy], fused: Sequence[str], out: Path) -> str:
     """Return what the command prints."""
     assert rules.evidence is not None
     scalars = sum(layout_of(anatomy, rules).n_blocks for anatomy in discover(model).values())
     parameters = sum(p.numel() for p in model.parameters())
     estimate, low, high = predicted_cost(rules.evidence["choices"])
     return (
-        f"{table(rules, found)}\n\n{scalars:,} second-moment scalars for {parameters:,} parameters "
+        f"{table(rules, found)}\n{''.join(fused)}\n{scalars:,} second-moment scalars for {parameters:,} parameters "
         f"({100 * scalars / parameters:.2f} %).\nPredicted cost against AdamW: {estimate:.4f} nats, between {low:.4f} "
         f"and {high:.4f}, without the token embedding.\nIts slope was fitted to models of 0.13M parameters after 150 "
         f"steps; docs/role_study.md says what it cannot predict.\nWritten to {out}: "

@@ -183,7 +183,7 @@ def derive(
     *,
     name: str = "derived",
     provenance: Any = None,
-    without: Collection[Unit] = (),
+    without: Collection[Unit | tuple[Role, Unit]] = (),
 ) -> Rules:
     """Choose a unit for every role that has evidence.
 
@@ -196,7 +196,8 @@ def derive(
         evidence: measurements; those at checkpoint 0 are stored, but used for the choice only if there are no others.
         name: the rule set's name.
         provenance: how the measurements were made (seeds, models, versions); stored unchanged.
-        without: units that must not be chosen, such as FACTORED; their rows are stored and not used.
+        without: units that must not be chosen, such as FACTORED, or pairs (role, unit) for single roles; their rows are
+            stored and not used.
 
     Returns:
         Rules whose ``evidence`` contains the candidates, the choice and its reason for every role, and all rows.
@@ -208,9 +209,13 @@ def derive(
     if not evidence:
         raise ValueError("derive needs at least one Evidence row; `make hessian` measures them")
     _check(evidence)
-    allowed = [row for row in evidence if Unit(row.unit) not in without]
+    allowed = [
+        row for row in evidence if Unit(row.unit) not in without and (Role(row.role), Unit(row.unit)) not in without
+    ]
     if not allowed:
-        raise ValueError(f"without={sorted(without)} leaves no row of evidence to choose from; leave fewer units out")
+        raise ValueError(
+            f"without={sorted(map(str, without))} leaves no row of evidence to choose from; leave fewer units out"
+        )
     trained = [row for row in allowed if row.checkpoint > 0] or allowed
     units: dict[Role | str, Unit | str] = {}
     choices: dict[str, Any] = {}

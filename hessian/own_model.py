@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimizer.partition import Role, Unit
+from optimizer.partition import Role, Rules, Unit, discover
 
 from . import checks
 from .derive import Evidence, block_gap, factored_gap
@@ -255,6 +255,22 @@ def energies(
                 out.append(Energy(part.name, unit, float(inside.value) / total, float(inside.stderr) / total, by_size))
         if progress is not None:
             progress(number + 1, len(parts), f"curvature of {part.name}")
+    return out
+
+
+def unattainable(model: nn.Module, rules: Rules) -> dict[Role, str]:
+    """Return the roles whose inputs a fused tensor cannot share as the rules ask: role -> name of the first tensor.
+
+    Runs lie along one axis, so the parts of a fused tensor share inputs all together or not at all.
+    """
+    out: dict[Role, str] = {}
+    for name, anatomy in discover(model).items():
+        units = {part.role: rules[part.role] for part in anatomy.parts}
+        chosen = set(units.values())
+        if Unit.IN_NEURON in chosen and len(chosen) > 1 and Unit.FACTORED not in chosen:
+            for role, unit in units.items():
+                if unit is Unit.IN_NEURON:
+                    out.setdefault(role, name)
     return out
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from experiments.models import GPTConfig, build
 from hessian import HessianOperator, MatrixOperator, dense
 from hessian.__main__ import main
 from hessian.own_model import NATS, Run, energies, evidence, predicted_cost, second_moments
 from hessian.parts import weight_parts
 from hessian.probing import energy_inside
-from optimizer import AdamMini, Rules
+from optimizer import AdamMini, Role, Rules, Unit, partition
 from tests.documents import llama, loss
 
 SHORT = Run(steps=40, lr=1e-2, every=2)
@@ -167,6 +168,43 @@ def test_the_command_writes_rules_that_train(tmp_path: Path, capsys: pytest.Capt
     arguments[3] = f"{here}:few_batches"
     main(arguments)
     assert "61/61" in capsys.readouterr().err
+
+
+def fused_gpt() -> nn.Module:
+    return build(GPTConfig(vocab=16, block_size=16, n_embd=16, n_layer=1, n_head=2), 0)
+
+
+def columns_for(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make evidence in which one role's second moments are constant along columns, and all others' along rows."""
+
+    def moments(model: nn.Module, *_: Any) -> tuple[dict[str, Tensor], nn.Module]:
+        out = {}
+        for part in weight_parts(model):
+            rows, columns = part.shape
+            v = torch.arange(1.0, rows + 1)[:, None].expand(part.shape) ** 2
+            v = torch.arange(1.0, columns + 1).expand(part.shape) ** 2 if part.role is role else v
+            whole = out.setdefault(part.parameter, torch.ones(model.get_parameter(part.parameter).shape))
+            whole.view(-1)[part.index] = v
+        return out, model
+
+    monkeypatch.setattr("hessian.__main__.second_moments", moments)
+
+
+def test_rules_are_those_that_fused_tensors_can_follow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, here = tmp_path / "mine.json", "tests.hessian.test_own_model"
+    arguments = ["derive", f"{here}:fused_gpt", "--data", f"{here}:batches", "--without", "FACTORED", "--out", str(out)]
+    columns_for(Role.MLP_OUT, monkeypatch)
+    main(arguments)
+    assert Rules.load(out)[Role.MLP_OUT] is Unit.IN_NEURON and "not possible" not in capsys.readouterr().out
+    columns_for(Role.VALUE, monkeypatch)
+    main(arguments)
+    rules, said = Rules.load(out), capsys.readouterr().out
+    assert rules[Role.QUERY] is Unit.OUT_NEURON and rules[Role.VALUE] is not Unit.IN_NEURON
+    assert "VALUE: IN_NEURON (gap 0.000) is not possible in transformer.h.0.attn.c_attn.weight" in said
+    assert not any(layout.note for layout in partition(fused_gpt(), rules).values())
+    assert {"VALUE", "IN_NEURON"} <= {row[key] for row in rules.evidence["table"] for key in ("role", "unit")}
 
 
 @pytest.mark.parametrize(
