@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ import tyro
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig, byte_gpt, byte_llama, smoke
 from experiments.optimizers import VARIANTS
-from experiments.runner import Launch, run_many
+from experiments.runner import Launch, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
@@ -77,6 +79,37 @@ def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablati
     ]
 
 
+def name_of(config: TrainConfig) -> str:
+    """Return the name of a run within its study: arm, learning rate and seed."""
+    return f"{config.arm} {config.lr:g} {config.seed}"
+
+
+def selected(configs: list[TrainConfig], only: str) -> list[TrainConfig]:
+    """Return the runs in whose names a regular expression is found.
+
+    Raises:
+        ValueError: the expression is invalid, or is found in no name.
+    """
+    try:
+        chosen = [config for config in configs if re.search(only, name_of(config))]
+    except re.error as error:
+        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
+    if not chosen:
+        raise ValueError(f"only={only!r} is found in no run; their names are like {name_of(configs[0])!r}")
+    return chosen
+
+
+def plan(configs: list[TrainConfig], results: Path, workers: int) -> str:
+    """Return in words which runs are left and how long they take."""
+    waiting, total = unfinished(configs, results)
+    if not waiting:
+        return f"{total} runs, all finished"
+    each = seconds_per_run(waiting[0], results)
+    names = "\n".join(f"  {name_of(config)}" for config in waiting)
+    hours = len(waiting) * each / 3600 / workers
+    return f"{names}\n{total} runs, {len(waiting)} left, {each:.0f} s each: {hours:.2f} hours with {workers} at a time"
+
+
 def main(
     profile: Literal["cpu", "smoke"] = "cpu",
     workers: int = 2,
@@ -85,6 +118,9 @@ def main(
     arms: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ARM...")] = (),
     cluster: Literal["local", "slurm"] = "local",
     processes: int = 1,
+    only: str = "",
+    limit: float = math.inf,
+    dry_run: bool = False,
     options: Annotated[Options, tyro.conf.arg(name="")] = DEFAULTS,
     slurm: Annotated[Slurm, tyro.conf.arg(name="")] = Slurm(),  # noqa: B008 (frozen)
 ) -> None:
@@ -99,14 +135,21 @@ def main(
         arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.
+        only: a regular expression; only runs in whose names it is found, such as "factored 0.003 0" (arm, learning
+            rate, seed).
+        limit: minutes after which a run on this machine is stopped and recorded as failed, while the others go on.
+        dry_run: print the runs that would be started and the hours they would take, and start nothing.
         options: options of each run that do not change its results folder.
         slurm: resources of each run on Slurm.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Every run is a separate process, so an error in this process is about the arguments.
     with refusals(ValueError, OSError, RuntimeError):
-        configs, folder = grid(profile, arms or None, study), results / f"{study}_{profile}"
-        each = Launch(processes, options)
+        configs, folder = selected(grid(profile, arms or None, study), only), results / f"{study}_{profile}"
+        each = Launch(processes, options, limit)
+        if dry_run:
+            print(plan(configs, results, workers))
+            return
         require_writable(results, "results")
         if cluster == "slurm":
             jobs = submit(configs, results, slurm=slurm, workers=workers, each=each)

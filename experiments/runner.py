@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from experiments.commandline import refusals
-from experiments.configs import TrainConfig
+from experiments.configs import FORMAT_VERSION, TrainConfig
 from experiments.interruption import Interruption
 from experiments.storage import read_json, write_json
 from experiments.train import DEFAULTS, Options, finished, launch, read_status, run_folder
@@ -29,6 +32,10 @@ logger = logging.getLogger("experiments")
 ROOT = Path(__file__).resolve().parents[1]
 RESTARTS = 3
 """How often torchrun restarts a group after one of its processes died."""
+GRACE = 60
+"""Seconds that a run over its limit gets to save a checkpoint before it is killed."""
+TRIAL = 10
+"""Number of steps by which the time of a run is estimated if none is finished."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,18 @@ class Launch:
     Attributes:
         processes: number of processes; torchrun starts them if there are several.
         options: options of the run that are not part of its config.
+        limit: minutes after which the run is stopped and recorded as failed.
     """
 
     processes: int = 1
     options: Options = DEFAULTS
+    limit: float = math.inf
 
     def __post_init__(self) -> None:
         if self.processes < 1:
             raise ValueError(f"processes={self.processes} must be at least 1")
+        if not self.limit > 0:
+            raise ValueError(f"limit={self.limit} must be positive: the minutes that a run may take")
 
     def command(self, config_file: Path, root: Path) -> list[str]:
         """Return the command line that runs the config in a file."""
@@ -107,6 +118,60 @@ class Launch:
 SINGLE = Launch()
 
 
+@dataclass
+class _Running:
+    """A run in progress.
+
+    Attributes:
+        folder: its folder.
+        started: when it was started, on the clock of ``time.monotonic``.
+        stopped: whether it was asked to stop because it took longer than its limit.
+    """
+
+    folder: Path
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    stopped: bool = False
+
+    def over(self, minutes: float) -> bool:
+        """Whether the run has taken longer than its limit."""
+        return time.monotonic() - self.started > 60 * minutes
+
+    def require_limit(self, process: subprocess.Popen[bytes], minutes: float) -> None:
+        """Ask a run that is over its limit to save and stop; kill it if it has not done so after ``GRACE`` seconds."""
+        if self.over(minutes) and not self.stopped:
+            self.stopped = True
+            process.terminate()
+        elif self.stopped and self.over(minutes + GRACE / 60):
+            process.kill()
+
+    def record_limit(self, minutes: float) -> None:
+        """Record the stopped run as failed."""
+        error = f"stopped after limit={minutes:g} minutes; the same command with a higher limit continues it"
+        write_json(self.folder / "status.json", {"state": "failed", "format_version": FORMAT_VERSION, "error": error})
+
+
+def seconds_per_run(config: TrainConfig, root: Path) -> float:
+    """Estimate how long a run takes: the median of its experiment's finished runs, else measured in a few steps.
+
+    Args:
+        config: the run.
+        root: results root.
+
+    Raises:
+        RuntimeError: no run is finished, and the few steps fail.
+    """
+    folders = [path.parent for path in (root / config.experiment).glob("*/status.json")]
+    if times := [read_status(folder)["seconds"] for folder in folders if finished(folder)]:
+        return statistics.median(times)
+    trial = dataclasses.replace(config, steps=TRIAL, eval_every=TRIAL, eval_batches=1, checkpoint_every=0)
+    with tempfile.TemporaryDirectory() as temporary:
+        code = SINGLE.start(trial, Path(temporary)).wait()
+        status = read_status(run_folder(Path(temporary), trial))
+        if code or "seconds" not in status:
+            raise RuntimeError(f"{TRIAL} steps that measure the time fail: {status.get('error', f'exit {code}')}")
+        return float(status["seconds"]) * config.steps / TRIAL
+
+
 def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainConfig], int]:
     """Return the configs without finished results, in the given order, and the number of all configs.
 
@@ -145,7 +210,7 @@ def run_many(
         raise ValueError(f"workers={workers} must be at least 1")
     waiting, total = unfinished(configs, root)
     say(f"{total} runs, {total - len(waiting)} already finished, {workers} at a time")
-    running: dict[subprocess.Popen[bytes], Path] = {}
+    running: dict[subprocess.Popen[bytes], _Running] = {}
     done_before = total - len(waiting)
     failed: list[Path] = []
     interrupted: list[Path] = []
@@ -158,15 +223,20 @@ def run_many(
                     process.terminate()
             while waiting and len(running) < workers and not interruption.signal:
                 config = waiting.pop(0)
-                running[each.start(config, root)] = run_folder(root, config)
+                running[each.start(config, root)] = _Running(run_folder(root, config))
             time.sleep(0.2)
+            for process, run in running.items():
+                run.require_limit(process, each.limit)
             for process in [p for p in running if p.poll() is not None]:
-                folder = running.pop(process)
+                run = running.pop(process)
+                folder = run.folder
                 if not finished(folder):
+                    if run.stopped:
+                        run.record_limit(each.limit)
                     state = read_status(folder).get("state")
-                    stopped = state == "interrupted" or bool(interruption.signal)
+                    stopped = not run.stopped and (state == "interrupted" or bool(interruption.signal))
                     (interrupted if stopped else failed).append(folder)
-                    how = "interrupted" if stopped else "failed"
+                    how = "interrupted" if stopped else "over its limit" if run.stopped else "failed"
                     say(f"{how} (exit {process.returncode}): {folder}; see its status.json and stderr.txt")
                 bar.update()
     interrupted += [run_folder(root, config) for config in waiting]

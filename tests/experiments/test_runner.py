@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from experiments import ablation, runner
 from experiments.ablation import ARMS, LEARNING_RATES, SEEDS, grid
 from experiments.configs import CONFIGS, TrainConfig, smoke
-from experiments.runner import run_many, run_one
+from experiments.runner import Launch, run_many, run_one, seconds_per_run
 from experiments.train import run_folder
 from optimizer import Rules
 
@@ -102,6 +106,67 @@ def test_failed_run_is_counted_and_recorded(tmp_path: Path) -> None:
     assert (outcome.done, outcome.failed) == (0, (folder,))
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and "no-such-corpus" in status["error"]
+
+
+def test_a_run_over_its_limit_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = dataclasses.replace(smoke(), experiment="test", steps=10**6, checkpoint_every=0)
+    short = dataclasses.replace(smoke(), experiment="test", seed=1)
+    folder = run_folder(tmp_path, long.with_rules_hash())
+
+    def over(run: runner._Running, minutes: float) -> bool:
+        """The long run's time is up as soon as it has a record; the time to save is not."""
+        return run.folder == folder and minutes == 7 and (folder / "metrics.jsonl").is_file()
+
+    monkeypatch.setattr(runner._Running, "over", over)
+    said: list[str] = []
+    outcome = run_many([long, short], tmp_path, workers=1, each=Launch(limit=7), say=said.append)
+    assert (outcome.done, outcome.failed) == (1, (folder,)) and any("over its limit" in line for line in said)
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "limit=7 minutes; the same command with a higher limit" in status["error"]
+    assert any((folder / "checkpoints").iterdir())  # what it had done is not lost
+
+
+def test_a_run_that_does_not_stop_is_killed() -> None:
+    asked: list[str] = []
+    process = SimpleNamespace(terminate=lambda: asked.append("terminate"), kill=lambda: asked.append("kill"))
+    run = runner._Running(Path("nowhere"))
+    for age in (59, 61, 61 + runner.GRACE - 2, 61 + runner.GRACE):
+        run.started = time.monotonic() - age
+        run.require_limit(process, 1.0)
+    assert asked == ["terminate", "kill"]
+
+
+def test_time_is_estimated_from_finished_runs_or_from_a_few_steps(tmp_path: Path) -> None:
+    config = dataclasses.replace(smoke(), experiment="test", steps=1000)
+    measured = seconds_per_run(config.with_rules_hash(), tmp_path)
+    assert 0.1 < measured < 1000 and list(tmp_path.iterdir()) == []
+    for seconds in (3.0, 5.0, 50.0):
+        folder = tmp_path / "test" / str(seconds)
+        folder.mkdir(parents=True)
+        status = {"state": "finished", "format_version": 1, "seconds": seconds}
+        (folder / "status.json").write_text(json.dumps(status))
+    assert seconds_per_run(config, tmp_path) == 5.0
+    broken = dataclasses.replace(config, experiment="other", data="no-such-corpus")
+    with pytest.raises(RuntimeError, match="no-such-corpus"):
+        seconds_per_run(broken.with_rules_hash(), tmp_path)
+
+
+def test_runs_are_selected_by_name_and_planned_without_being_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ablation.main(profile="smoke", results=tmp_path, only="factored|^adam_mini ", dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["  adam_mini 0.001 0", "  factored 0.001 0"]
+    assert re.fullmatch(r"2 runs, 2 left, \d+ s each: 0\.\d\d hours with 2 at a time", lines[2])
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(
+        ValueError, match=r"only='muon' is found in no run; their names are like 'elementwise 0\.001 0'"
+    ):
+        ablation.selected(grid("smoke"), "muon")
+    with pytest.raises(ValueError, match=r"only=.\(. is no regular expression"):
+        ablation.selected(grid("smoke"), "(")
+    with pytest.raises(ValueError, match="limit=0"):
+        Launch(limit=0)
 
 
 def test_folder_in_use_is_left_alone(tmp_path: Path, config: TrainConfig) -> None:
