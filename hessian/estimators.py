@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import symmetry
 from .checks import at_least, finite
 from .linear import LinearMap
 from .results import Estimate
@@ -35,8 +36,8 @@ def trace(operator: LinearMap, products: int = 60, method: str = "hutch++", seed
 
     Raises:
         TypeError: products is not an integer.
-        ValueError: method is unknown, products is too small for the method's standard error, or a product has NaN or
-            infinite entries.
+        ValueError: method is unknown, products is too small for the method's standard error, or the products are not
+            finite or show that the operator is not symmetric.
     """
     methods: dict[str, tuple[int, Callable[[LinearMap, int, int], Estimate]]] = {
         "hutchinson": (2, _hutchinson), "hutch++": (6, _hutch_plus_plus), "xtrace": (4, _xtrace),
@@ -63,8 +64,8 @@ def diagonal(operator: LinearMap, products: int = 60, method: str = "xdiag", see
 
     Raises:
         TypeError: products is not an integer.
-        ValueError: method is unknown, products is too small for the method's standard error, or a product has NaN or
-            infinite entries.
+        ValueError: method is unknown, products is too small for the method's standard error, or the products are not
+            finite or show that the operator is not symmetric.
     """
     methods: dict[str, tuple[int, Callable[[LinearMap, int, int], Estimate]]] = {
         "hutchinson": (2, _diagonal_by_hutchinson), "xdiag": (4, _xdiag),
@@ -101,6 +102,13 @@ def _multiply(operator: LinearMap, vectors: Tensor) -> Tensor:
     return out.to("cpu", torch.float64)
 
 
+def _multiply_signs(operator: LinearMap, vectors: Tensor) -> Tensor:
+    """Return the products with vectors of signs, which also show whether the operator is symmetric."""
+    out = _multiply(operator, vectors)
+    symmetry.require(vectors, out, operator.dtype)
+    return out
+
+
 def _mean(samples: Tensor, products: int) -> Estimate:
     """Return the mean over the first axis with its standard error."""
     count = len(samples)
@@ -109,19 +117,19 @@ def _mean(samples: Tensor, products: int) -> Estimate:
 
 def _hutchinson(operator: LinearMap, products: int, seed: int) -> Estimate:
     z = _signs(operator.shape[0], products, seed)
-    return _mean((z * _multiply(operator, z)).sum(0), products)
+    return _mean((z * _multiply_signs(operator, z)).sum(0), products)
 
 
 def _diagonal_by_hutchinson(operator: LinearMap, products: int, seed: int) -> Estimate:
     z = _signs(operator.shape[0], products, seed)
-    return _mean((z * _multiply(operator, z)).T, products)
+    return _mean((z * _multiply_signs(operator, z)).T, products)
 
 
 def _hutch_plus_plus(operator: LinearMap, products: int, seed: int) -> Estimate:
     n, third = operator.shape[0], products // 3
     probes = _signs(n, min(third, n) + products - 2 * third, seed)
     sketch, rest = probes[:, : min(third, n)], probes[:, min(third, n) :]
-    basis = torch.linalg.qr(_multiply(operator, sketch)).Q
+    basis = torch.linalg.qr(_multiply_signs(operator, sketch)).Q
     inside = float((basis * _multiply(operator, basis)).sum())
     rest = rest - basis @ (basis.T @ rest)
     estimate = _mean((rest * _multiply(operator, rest)).sum(0), 2 * sketch.shape[1] + rest.shape[1])
@@ -138,7 +146,7 @@ class _Sketch:
     def __init__(self, operator: LinearMap, products: int, seed: int) -> None:
         n = operator.shape[0]
         self.probes = _signs(n, min(products // 2, n), seed)  # [n, k]
-        self.Y = _multiply(operator, self.probes)
+        self.Y = _multiply_signs(operator, self.probes)
         U, S, Vh = torch.linalg.svd(self.Y, full_matrices=False)
         rank = int((1e-12 * len(U) * S.max() < S).sum()) if bool(S.any()) else 0
         self.Q, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
