@@ -3,8 +3,8 @@
     python -m benchmarks.hessian_products [--rounds 5]
 
 One thread, interleaved rounds, medians. ``plain`` is the loop that a caller would write: one gradient with
-``create_graph=True``, and one ``torch.autograd.grad`` through it per vector. The sizes are those around the crossover of
-the two ways of multiplying blocks, which sets ``hessian.operators.LARGE``.
+``create_graph=True``, and one ``torch.autograd.grad`` through it per vector. The sizes are those around the crossover
+of the two ways of multiplying blocks, which sets ``hessian.operators.LARGE``.
 """
 
 from __future__ import annotations

@@ -106,41 +106,44 @@ def _tridiagonal(
     scale = torch.zeros(probes, dtype=torch.float64, device=operator.device)
     # A remainder of the size of rounding means an invariant subspace. The probe's vectors are zero from then on.
     rounding = 1e-10 if operator.dtype == torch.float64 else 1e-5
-    current = start.to(torch.float64).div_(math.sqrt(n))
+    basis[:, 0] = start
+    basis[:, 0] /= math.sqrt(n)
+    newest = torch.empty(n, dtype=torch.float64, device=operator.device)
     for step in range(steps):
-        basis[:, step] = current
-        products = operator.matmat(basis[:, step].T).T.to(torch.float64)
-        finite("a product of the operator", products)
+        products = operator.matmat(basis[:, step].T).T
         if step == 0:
             symmetry.require(start.T, products.T * math.sqrt(n), operator.dtype)
         for p in range(probes):
-            earlier, product = basis[p, : step + 1], products[p]
-            alpha[p, step] = product @ earlier[step].to(torch.float64)
-            product = product - alpha[p, step] * earlier[step]
+            earlier = basis[p, : step + 1]
+            alpha[p, step] = newest.copy_(products[p]) @ earlier[step].to(torch.float64)
+            if not bool(alpha[p, step].isfinite()):
+                finite("a product of the operator", products)
+            newest.sub_(earlier[step], alpha=float(alpha[p, step]))
             if step:
-                product -= beta[p, step - 1] * earlier[step - 1]
-            products[p], beta[p, step] = _orthogonal(product, earlier)
-        scale = torch.maximum(scale, alpha[:, step].abs() + beta[:, step])
-        alive = beta[:, step] > rounding * scale
-        beta[:, step] = torch.where(alive, beta[:, step], 0.0)
-        current = torch.where(alive[:, None], products / beta[:, step, None].clamp_min(1e-300), 0.0)
+                newest.sub_(earlier[step - 1], alpha=float(beta[p, step - 1]))
+            size = _make_orthogonal(newest, earlier)
+            scale[p] = max(float(scale[p]), abs(float(alpha[p, step])) + size)
+            if size > rounding * float(scale[p]):
+                beta[p, step] = size
+                if step + 1 < steps:
+                    basis[p, step + 1] = newest.div_(size)
         report(step + 1)
     return alpha, beta
 
 
-def _orthogonal(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
-    """Make a vector, float64 [n], orthogonal to the rows of ``basis``; return it and its norm.
+def _make_orthogonal(vector: Tensor, basis: Tensor) -> float:
+    """Make a vector, float64 [n], orthogonal to the rows of ``basis`` in place; return its norm.
 
     One pass suffices unless it takes much of the vector's norm (Daniel et al. 1976).
     """
-    size = float(vector.norm())
+    size, part = float(vector.norm()), torch.empty(len(vector), dtype=basis.dtype, device=basis.device)
     for _ in range(MOST_PASSES):
         before = size
-        vector = vector - (basis.T @ (basis @ vector.to(basis.dtype))).to(torch.float64)
-        size = float(vector.norm())
+        torch.mv(basis.T, basis @ part.copy_(vector), out=part)
+        size = float(vector.sub_(part).norm())
         if size >= KEPT * before:
             break
-    return vector, size
+    return size
 
 
 def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
