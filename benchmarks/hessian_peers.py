@@ -54,9 +54,9 @@ CPU time on one thread, {rounds} interleaved rounds, {processor}, {cores} cores,
 {versions}. Every library computes with torch's math kernel of attention, because the fused ones have no second
 derivative. Times include the construction of the operator, and with it our checks. PyHessian runs on a single batch,
 where it keeps the graph of the gradient; it needs `torch.eig`, which torch has removed, and gets a replacement.
-curvlinops does not make its Lanczos vectors orthogonal again. Its products use torch's forward mode, which in 2.13 drops
-terms of LayerNorm's second derivative (the error of its products below), and has no rule for the gradient of SiLU, so
-that it fails on models in Llama style.
+curvlinops does not make its Lanczos vectors orthogonal again. Its products use torch's forward mode, which in 2.13
+drops terms of LayerNorm's second derivative (the error of its products below), and has no rule for the gradient of
+SiLU, so that it fails on models in Llama style.
 
 - **product**: error of one product, relative to ours in float64.
 - **quadrature**: L1 error of the smoothed density (sigma is 1 % of the spectrum) on a model whose Hessian is known in
