@@ -17,19 +17,21 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(TORCH)
 PEERS := $(VENV)/peers/.ready-0.18.0
+HESSIAN_PEERS := $(VENV)/peers-hessian
 INTEROP := $(VENV)/interop
 FACTORY := $(VENV)/llamafactory
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
+HESSIAN_PEERS_PIP := $(HESSIAN_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check
 INTEROP_PIP := $(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check
 FACTORY_PIP := $(FACTORY)/bin/python -m pip --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
 
 setup: $(READY)
 
@@ -141,6 +143,20 @@ bench: $(READY) $(PEERS)
 
 bench-quick: $(READY) $(PEERS)
 	$(PY) -m benchmarks.optimizer_step --quick --peers $(VENV)/peers
+
+# Other libraries' Hessian products and spectra, in an environment of their own.
+$(HESSIAN_PEERS)/.ready: benchmarks/hessian_peers.txt constraints.txt
+	@echo "building $(HESSIAN_PEERS) (once, a minute)"
+	@rm -rf $(HESSIAN_PEERS) && $(PYTHON) -m venv $(HESSIAN_PEERS)
+	@$(HESSIAN_PEERS_PIP) --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null || \
+		$(HESSIAN_PEERS_PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
+	@$(HESSIAN_PEERS_PIP) --constraint constraints.txt torch==$(TORCH_VERSION) numpy scipy
+	@$(HESSIAN_PEERS_PIP) --no-deps -r benchmarks/hessian_peers.txt
+	@touch $@
+
+bench-peers: $(HESSIAN_PEERS)/.ready
+	$(HESSIAN_PEERS)/bin/python -m benchmarks.hessian_peers
+	$(HESSIAN_PEERS)/bin/python -m benchmarks.hessian_peers --docs docs/hessian_peers.md
 
 bench-deepspeed: export TORCH_EXTENSIONS_DIR := $(abspath $(INTEROP))/extensions
 bench-deepspeed: $(INTEROP)/.ready

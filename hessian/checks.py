@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import numbers
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .weights import doubled
+from .weights import IGNORED, doubled, tensors_of
 
 logger = logging.getLogger("hessian")
 CHECKPOINTING = (
@@ -33,7 +34,8 @@ def checked_parameters(model: nn.Module, params: dict[str, Tensor] | None) -> di
     Raises:
         TypeError: params is not a mapping, or one of its values is not a tensor.
         ValueError: params is empty, names a parameter that the model does not have, has a tensor of another shape,
-            names a shared tensor twice, has NaN or infinite values, or has more than one dtype.
+            names a shared tensor twice, has NaN or infinite values, or has more than one dtype; or another parameter
+            of the model is not finite.
     """
     if params is not None and not isinstance(params, Mapping):
         raise TypeError(
@@ -60,6 +62,9 @@ def checked_parameters(model: nn.Module, params: dict[str, Tensor] | None) -> di
         if not tensor.is_floating_point():
             raise ValueError(f"params[{name!r}] has dtype {tensor.dtype}; a Hessian needs floating-point parameters")
         finite(f"params[{name!r}]", tensor)
+    for name, tensor in model_params.items():
+        if name not in params and tensor.is_floating_point():
+            finite(f"the model's parameter {name!r}, which is not in params,", tensor)
     dtypes = {tensor.dtype for tensor in params.values()}
     if len(dtypes) > 1:
         raise ValueError(f"params has several dtypes {sorted(map(str, dtypes))}; convert the model to one")
@@ -153,9 +158,7 @@ def mean_loss(value_of: Callable[[Any], Any], batches: Sequence[Any], *, mean_ch
                 f"loss(model, batches[{i}]) returned {described(value)}; it must return a 0-dim floating-point tensor"
             )
         if not bool(torch.isfinite(value)):
-            raise ValueError(
-                f"loss(model, batches[{i}]) is {value.item()}; find the batch or weight that causes it first"
-            )
+            raise ValueError(f"loss(model, batches[{i}]) is {value.item()}; {_why_not_finite(batch)}")
         again = value_of(batch)
         if not torch.equal(value, again):
             raise ValueError(
@@ -164,6 +167,15 @@ def mean_loss(value_of: Callable[[Any], Any], batches: Sequence[Any], *, mean_ch
             )
         if mean_check:
             _is_mean(value_of, batches, i, value)
+
+
+def _why_not_finite(batch: Any) -> str:
+    for path, tensor in tensors_of(batch).items():
+        if not tensor.is_floating_point() and bool((tensor == IGNORED).all()):
+            return (
+                f"every label in batch{path} is {IGNORED}, which losses ignore: its mean is over nothing, leave it out"
+            )
+    return "find the batch or weight that causes it first"
 
 
 def _is_mean(value_of: Callable[[Any], Any], batches: Sequence[Any], i: int, once: Tensor) -> None:
@@ -213,10 +225,10 @@ def checkpointed(error: BaseException) -> bool:
     return False
 
 
-def dependence(
+def gradients(
     grads_of: Callable[[Any, list[str]], dict[str, Tensor | None]], names: list[str], batches: Sequence[Any]
 ) -> None:
-    """Check that every requested parameter influences the loss of at least one batch.
+    """Check that gradients are deterministic, and that every requested parameter influences the loss of some batch.
 
     Args:
         grads_of: (batch, names) -> gradient of each named parameter, None if the loss does not depend on it.
@@ -224,17 +236,29 @@ def dependence(
         batches: the batches.
 
     Raises:
-        ValueError: the loss does not depend on some parameters; the message names them.
+        ValueError: two gradients of one batch differ, or the loss does not depend on some parameters; the message names
+            them.
     """
-    unused = list(names)
-    for batch in batches:
-        grads = grads_of(batch, unused)
-        unused = [name for name in unused if grads[name] is None]
-        if not unused:
-            return
-    raise ValueError(
-        f"the loss does not depend on {unused[:5]}{'...' if len(unused) > 5 else ''}; leave them out of params"
-    )
+    unused = set(names)
+    for i, batch in enumerate(batches):
+        first, second = grads_of(batch, names), grads_of(batch, names)
+        for name in names:
+            one, two = first.pop(name), second.pop(name)
+            if one is None or two is None:
+                continue
+            unused.discard(name)
+            allowed = math.sqrt(torch.finfo(one.dtype).eps) * float(one.abs().max())  # sums of threads vary in order
+            if not float((one - two).abs_().max()) <= allowed and bool(torch.isfinite(one).all()):
+                raise ValueError(
+                    f"the gradient of batches[{i}] in {name!r} is not deterministic: two calls differ by "
+                    f"{float((one - two).abs().max()):.2g}, so products would be random, although the loss is not; fix "
+                    "what draws random numbers in the backward pass, such as stochastic rounding"
+                )
+    if unused:
+        listed = [name for name in names if name in unused]
+        raise ValueError(
+            f"the loss does not depend on {listed[:5]}{'...' if len(listed) > 5 else ''}; leave them out of params"
+        )
 
 
 def at_least(name: str, value: Any, least: int, why: str = "") -> None:

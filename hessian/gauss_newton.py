@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp
 
-from .kept_graph import Product
+from .kept_graph import KeptGraph, Product
 from .operators import Call, HessianOperator
 
 
@@ -75,8 +75,9 @@ class GGNOperator(HessianOperator):
         product: dict[str, Tensor] = transposed(curved)[0]
         return product
 
-    def _graph(self) -> None:
-        """Keep no graph: the derivative of the gradient is the Hessian."""
+    def _graph(self, i: int) -> KeptGraph:
+        """Use no graph: the derivative of the gradient is the Hessian."""
+        raise NotImplementedError
 
     def _program(self, batch: Any) -> Product:
         outputs, forward = linearize(lambda theta: self._outputs_at(theta, batch), self._theta)

@@ -1,29 +1,63 @@
-"""Hessian-vector products from one gradient whose graph is kept: the cheapest way for single vectors."""
+"""Hessian-vector products by backward passes through a gradient that is computed once and keeps its graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .double_backward import ByHand
 
 Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Multiplies a vector, given and returned as name -> tensor."""
-KEEP_AFTER = 2
-"""Number of single vectors after which a gradient's graph is kept for further ones."""
+AGREEMENT = 1e-5
+"""Largest difference of a graph's product from the usual one, over the product's largest entry."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call computes: its number of operations, and the number of elements of their results."""
+
+    operations: int
+    elements: int
+
+    @property
+    def per_operation(self) -> float:
+        """Return the mean number of elements of an operation's result."""
+        return self.elements / max(1, self.operations)
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that make new tensors while it is active; the same on every machine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work(0, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            results = out if isinstance(out, (tuple, list)) else [out]
+            elements = sum(result.numel() for result in results if isinstance(result, Tensor))
+            self.work = Work(self.work.operations + 1, self.work.elements + elements)
+        return out
 
 
 class KeptGraph:
     """Products with the Hessian of one batch, each a single backward pass through a gradient that is computed once.
 
-    The forward pass and the gradient are not computed again, as a forward-over-reverse product must. Vectors that come
-    in blocks are better served by ``vmap``, which shares the gradient among them and keeps no graph. The graph holds
-    the activations of a forward and a backward pass as long as this object lives.
+    The forward pass and the gradient are not computed again, as a forward-over-reverse product must. The graph holds
+    the activations of a forward and a backward pass as long as this object lives. It does not hold the gradient: only
+    its place in the graph is needed.
 
     Args:
         value: ``value(theta, batch)`` -> 0-dim loss.
-        theta: name -> weights.
+        theta: name -> weights. They are not copied and must not change.
         batch: what ``value`` takes.
 
     Raises:
@@ -34,56 +68,112 @@ class KeptGraph:
         self, value: Callable[[dict[str, Tensor], Any], Tensor], theta: Mapping[str, Tensor], batch: Any
     ) -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            self._theta = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
-            loss = value(self._theta, batch)
-            self._gradient = torch.autograd.grad(
-                loss, list(self._theta.values()), create_graph=True, materialize_grads=True
-            )
-
-    def __call__(self, tangent: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Multiply a vector, given and returned as name -> tensor."""
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in theta.items()}
+            with ByHand():
+                loss = value(leaves, batch)
+            gradient = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+        self._leaves = list(leaves.values())
         # A gradient that is constant, as that of a linear layer's bias under a linear loss, has no graph.
-        pairs = [(g, tangent[name]) for name, g in zip(self._theta, self._gradient, strict=True) if g.requires_grad]
+        self._edges: list[GradientEdge | None] = [get_gradient_edge(g) if g.requires_grad else None for g in gradient]
+
+    def __call__(self, vector: Tensor) -> list[Tensor]:
+        """Multiply a vector, [n]; return the product's parts, each of the shape of its parameter."""
+        parts = vector.split([leaf.numel() for leaf in self._leaves])
+        pairs = [
+            (edge, part.view(leaf.shape))
+            for edge, part, leaf in zip(self._edges, parts, self._leaves, strict=True)
+            if edge is not None
+        ]
         if not pairs:
-            return {name: torch.zeros_like(tensor) for name, tensor in self._theta.items()}
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
         outputs, cotangents = zip(*pairs, strict=True)
-        products = torch.autograd.grad(
-            outputs, list(self._theta.values()), cotangents, retain_graph=True, materialize_grads=True
-        )
-        return {name: product.detach() for name, product in zip(self._theta, products, strict=True)}
+        products = torch.autograd.grad(outputs, self._leaves, cotangents, retain_graph=True, materialize_grads=True)
+        return [product.detach() for product in products]
+
+    def multiply(self, vector: Tensor, out: Tensor, weight: float = 1.0) -> None:
+        """Add the product times a weight to ``out``, [n]."""
+        parts, start = self(vector)[::-1], 0
+        while parts:
+            part = parts.pop()  # and free it, so that the product does not occupy memory twice
+            out[start : start + part.numel()].add_(part.reshape(-1), alpha=weight)
+            start += part.numel()
+
+    def gap(self, vector: Tensor, product: Tensor) -> float:
+        """Return the largest difference of the product with a vector from a given one, [n]."""
+        parts, largest, start = self(vector)[::-1], 0.0, 0
+        while parts:
+            part = parts.pop().reshape(-1)  # autograd may return one tensor for two parameters: it is not written to
+            largest = max(largest, float((part - product[start : start + part.numel()]).abs_().max()))
+            start += part.numel()
+        return largest
 
 
-class SingleProducts:
-    """Products with single vectors: the usual ones at first, then those of a kept graph if they are the same.
+class GraphProducts:
+    """Products of single vectors by the gradient graphs of all batches.
+
+    The graph of a single batch is kept. With several batches, no graph outlives a call: each is built, multiplies all
+    vectors of the call and is freed, so that memory does not grow with the number of batches.
 
     Args:
-        make: returns the graph, or None if there is none to keep.
+        make: index of a batch -> its graph.
+        batches: number of batches.
 
     Attributes:
-        graph: the graph in use; None at first, or if there is none.
+        usable: whether graphs may be used; False once one of them gave other products than the usual way.
+        work: what one product of the first batch computes; None before ``second`` was called for it.
     """
 
-    def __init__(self, make: Callable[[], KeptGraph | None]) -> None:
-        self._make, self._asked = make, 0
-        self.graph: KeptGraph | None = None
+    def __init__(self, make: Callable[[int], KeptGraph], batches: int) -> None:
+        self._make, self._batches = make, batches
+        self._kept: KeptGraph | None = None
+        self.usable = True
+        self.work: Work | None = None
 
-    def __call__(self, tangent: dict[str, Tensor], usual: Product) -> dict[str, Tensor]:
-        """Multiply one vector; ``usual`` is the product without a kept graph."""
-        if self.graph is not None:
-            return self.graph(tangent)
-        product = usual(tangent)
-        self._asked += 1
-        if self._asked == KEEP_AFTER + 1:
-            self.graph = self._checked(tangent, product)
-        return product
+    @property
+    def kept(self) -> bool:
+        """Whether a graph is kept between calls."""
+        return self._kept is not None
 
-    def _checked(self, tangent: dict[str, Tensor], product: dict[str, Tensor]) -> KeptGraph | None:
-        """Return the graph if its product is the given one; a product of zeros would show nothing."""
+    def forget(self) -> None:
+        """Drop the kept graph; the next call builds it anew."""
+        self._kept = None
+
+    def graph(self, i: int) -> KeptGraph:
+        """Return the graph of batch i, built if it is not kept."""
+        if self._kept is not None:
+            return self._kept
+        graph = self._make(i)
+        if self._batches == 1:
+            self._kept = graph
+        return graph
+
+    def second(self, i: int, u: Tensor, v: Tensor, usual: Tensor) -> Tensor | None:
+        """Return batch i's product with v if its product with u is ``usual``; otherwise None, and use no more graphs.
+
+        Args:
+            i: index of the batch.
+            u: [n].
+            v: [n].
+            usual: the product with u, computed without the graph, [n].
+        """
         try:
-            graph = self._make()
-            again = {} if graph is None else graph(tangent)
+            graph = self.graph(i)
+            with Counter() as counter:
+                off = graph.gap(u, usual)
+            self.work = counter.work if i == 0 else self.work
+            self.usable = off <= AGREEMENT * float(usual.abs().max())
+            if self.usable:
+                out = torch.zeros_like(usual)
+                graph.multiply(v, out)
+                return out
         except (RuntimeError, NotImplementedError):  # An operation without a second derivative in reverse mode.
-            return None
-        scale = max(float(tensor.abs().max()) for tensor in product.values())
-        off = max((float((again[name] - product[name]).abs().max()) for name in again), default=0.0)
-        return graph if scale > 0 and off <= 1e-5 * scale else None
+            self.usable = False
+        self._kept = None
+        return None
+
+    def multiply(self, rows: Tensor, out: Tensor, weights: Sequence[float]) -> None:
+        """Add the products of all rows, [k, n] each, to ``out``; batch i has the weight ``weights[i]``."""
+        for i, weight in enumerate(weights):
+            graph = self.graph(i)
+            for row, into in zip(rows, out, strict=True):
+                graph.multiply(row.contiguous(), into, weight)

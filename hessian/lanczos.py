@@ -10,9 +10,16 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from . import symmetry
 from .checks import at_least, finite
 from .linear import LinearMap, as_scipy
 from .results import Eigenpairs, SpectralDensity, positive_sigma
+
+BASIS_BYTES = 2**30
+"""Largest size of the Lanczos vectors that ``slq`` keeps at a time, unless a single probe needs more."""
+KEPT = 0.7
+"""A vector that keeps this share of its norm while it is made orthogonal need not be made so again."""
+MOST_PASSES = 3
 
 
 def slq(
@@ -42,40 +49,101 @@ def slq(
 
     Raises:
         TypeError: steps or probes is not an integer.
-        ValueError: steps or probes is below 1, or a product has NaN or infinite entries.
+        ValueError: steps or probes is below 1, or the products are not finite or show that the operator is not
+            symmetric.
     """
     at_least("steps", steps, 1)
     at_least("probes", probes, 1)
     n = operator.shape[0]
     requested_steps, steps = steps, min(steps, n)
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (n, probes), generator=generator).mul_(2).sub_(1)
-    current = (signs.to(torch.float64) / math.sqrt(n)).to(operator.device)
-    basis = torch.zeros(steps, n, probes, dtype=torch.float64, device=operator.device)
-    alpha = torch.zeros(steps, probes, dtype=torch.float64, device=operator.device)
-    beta = torch.zeros(steps, probes, dtype=torch.float64, device=operator.device)
-    scale = torch.zeros(probes, dtype=torch.float64, device=operator.device)
-    for step in range(steps):
-        basis[step] = current
-        product = operator.matmat(current.to(operator.dtype)).to(torch.float64)
-        finite("a product of the operator", product)
-        alpha[step] = (product * current).sum(0)
-        earlier = basis[: step + 1]
-        for _ in range(2):
-            product = product - torch.einsum("snp,sp->np", earlier, torch.einsum("snp,np->sp", earlier, product))
-        beta[step] = product.norm(dim=0)
-        scale = torch.maximum(scale, alpha[step].abs() + beta[step])
-        # A remainder of the size of rounding means an invariant subspace. The probe's vectors are zero from then on.
-        alive = beta[step] > 1e-10 * scale if operator.dtype == torch.float64 else beta[step] > 1e-5 * scale
-        beta[step] = torch.where(alive, beta[step], 0.0)
-        current = torch.where(alive, product / beta[step].clamp_min(1e-300), 0.0)
-        if progress is not None:
-            progress(step + 1, steps)
-    nodes, weights = zip(*(_quadrature(alpha[:, p].cpu(), beta[:, p].cpu()) for p in range(probes)), strict=True)
+    together = max(1, min(probes, BASIS_BYTES // (steps * n * operator.dtype.itemsize)))
+    passes = -(-probes // together)
+    nodes, weights = [], []
+    for number in range(passes):
+        count = min(together, probes - number * together)
+        start = torch.stack([_signs(n, generator) for _ in range(count)]).to(operator.device)
+
+        def report(done: int, number: int = number) -> None:
+            if progress is not None:
+                progress(number * steps + done, passes * steps)
+
+        for alpha, beta in zip(*_tridiagonal(operator, start, steps, report), strict=True):
+            found = _quadrature(alpha.cpu(), beta.cpu())
+            nodes.append(found[0])
+            weights.append(found[1])
     pad = (0, requested_steps - steps)
     return SpectralDensity(
         torch.nn.functional.pad(torch.stack(nodes), pad), torch.nn.functional.pad(torch.stack(weights), pad), n
     )
+
+
+def _signs(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, (n,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+
+
+def _tridiagonal(
+    operator: LinearMap, start: Tensor, steps: int, report: Callable[[int], None]
+) -> tuple[Tensor, Tensor]:
+    """Run Lanczos from several vectors at once.
+
+    Coefficients and the newest vector are float64; the basis has the operator's dtype, because the operator sees no
+    more of it.
+
+    Args:
+        operator: symmetric, order n.
+        start: signs, [probes, n].
+        steps: number of steps, at most n.
+        report: called with the number of steps done.
+
+    Returns:
+        The diagonals and the elements beside them, float64 [probes, steps] each; an element beside the diagonal that is
+        0 ends a probe's matrix.
+    """
+    probes, n = start.shape
+    basis = torch.zeros(probes, steps, n, dtype=operator.dtype, device=operator.device)
+    alpha, beta = (torch.zeros(probes, steps, dtype=torch.float64, device=operator.device) for _ in range(2))
+    scale = torch.zeros(probes, dtype=torch.float64, device=operator.device)
+    # A remainder of the size of rounding means an invariant subspace. The probe's vectors are zero from then on.
+    rounding = 1e-10 if operator.dtype == torch.float64 else 1e-5
+    basis[:, 0] = start
+    basis[:, 0] /= math.sqrt(n)
+    newest = torch.empty(n, dtype=torch.float64, device=operator.device)
+    for step in range(steps):
+        products = operator.matmat(basis[:, step].T).T
+        if step == 0:
+            symmetry.require(start.T, products.T * math.sqrt(n), operator.dtype)
+        for p in range(probes):
+            earlier = basis[p, : step + 1]
+            alpha[p, step] = newest.copy_(products[p]) @ earlier[step].to(torch.float64)
+            if not bool(alpha[p, step].isfinite()):
+                finite("a product of the operator", products)
+            newest.sub_(earlier[step], alpha=float(alpha[p, step]))
+            if step:
+                newest.sub_(earlier[step - 1], alpha=float(beta[p, step - 1]))
+            size = _make_orthogonal(newest, earlier)
+            scale[p] = max(float(scale[p]), abs(float(alpha[p, step])) + size)
+            if size > rounding * float(scale[p]):
+                beta[p, step] = size
+                if step + 1 < steps:
+                    basis[p, step + 1] = newest.div_(size)
+        report(step + 1)
+    return alpha, beta
+
+
+def _make_orthogonal(vector: Tensor, basis: Tensor) -> float:
+    """Make a vector, float64 [n], orthogonal to the rows of ``basis`` in place; return its norm.
+
+    One pass suffices unless it takes much of the vector's norm (Daniel et al. 1976).
+    """
+    size, part = float(vector.norm()), torch.empty(len(vector), dtype=basis.dtype, device=basis.device)
+    for _ in range(MOST_PASSES):
+        before = size
+        torch.mv(basis.T, basis @ part.copy_(vector), out=part)
+        size = float(vector.sub_(part).norm())
+        if size >= KEPT * before:
+            break
+    return size
 
 
 def _quadrature(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 
 from . import checks, symmetry
-from .kept_graph import KeptGraph, Product, SingleProducts
+from .kept_graph import GraphProducts, KeptGraph, Product, Work
 from .linear import as_scipy
 from .second_order import twice_differentiable
 from .weights import Weighing, counted
@@ -26,6 +26,14 @@ from .weights import Weighing, counted
 logger = logging.getLogger("hessian")
 LINEARISE_AFTER = 128
 """Number of columns after which products are traced; tracing costs about as much as this many products."""
+
+
+LARGE = 2**14
+"""Elements that an operation of a product makes, on average, from which on blocks are multiplied one vector at a time.
+
+``vmap`` shares the fixed costs of operations among vectors, and moves more memory. ``benchmarks.hessian_products``
+measures both ways over sizes. They are equal within noise at 7,000 to 16,000 elements; from 35,000 on the loop takes
+0.63 to 0.78 of the time of ``vmap``. A wrong choice near the border thus costs little."""
 
 
 class Call(nn.Module):
@@ -44,21 +52,29 @@ class Call(nn.Module):
 class HessianOperator:
     """The Hessian of the mean loss over all examples of all batches.
 
-    ``H @ v`` and ``H.matmat(V)`` are exact products (forward-over-reverse, Pearlmutter 1994, under ``vmap``); no matrix
-    is formed. The operator only reads the model: weights, buffers, ``.grad`` and ``requires_grad`` do not change. The
-    Hessian is taken at the weights at construction; do not change the model while the operator is in use. torch's fused
-    attention kernels have no second derivative, so the operator uses the math kernel. It also uses plain operations for
-    ``mse_loss``, ``huber_loss`` and weight normalisation, whose second derivatives torch lacks or computes wrongly.
+    ``H @ v`` and ``H.matmat(V)`` are exact products (Pearlmutter 1994); no matrix is formed. The operator only reads
+    the model: weights, buffers, ``.grad`` and ``requires_grad`` do not change. The Hessian is taken at the weights at
+    construction; do not change the model while the operator is in use. torch's fused attention kernels have no second
+    derivative, so the operator uses the math kernel. It also uses plain operations for ``mse_loss``, ``huber_loss`` and
+    weight normalisation, whose second derivatives torch lacks or computes wrongly.
 
-    Construction computes two products per batch to check that the Hessian is symmetric, and a few forward passes to
-    check that the loss is deterministic and a mean. With several batches, it also computes up to two products of two
-    batches joined into one. They show what the loss is a mean over, which determines the weights of the batches.
+    Construction computes three products per batch to check that the Hessian is symmetric, two gradients to check that
+    they are deterministic, and a few forward passes to check that the loss is deterministic and a mean. With several
+    batches, it also computes up to two products of two batches joined into one. They show what the loss is a mean over,
+    which determines the weights of the batches.
 
-    With a single batch, the third single vector leaves a gradient whose graph is kept: further single vectors take one
-    backward pass through it. The graph's memory, about that of two gradients, is held as long as the operator.
+    A vector alone is multiplied by one backward pass through a gradient whose graph is kept, about two gradients of
+    work. Blocks are multiplied the same way, one vector at a time, if the operations of a product are large (see
+    ``LARGE``), and under ``vmap`` if they are small. The choice follows from counting the elements that one product
+    makes, not from a clock, so the same calls take the same way and give the same bits. Construction compares the first
+    product of every graph with a forward-over-reverse one, and uses no graph if they differ.
 
-    After ``LINEARISE_AFTER`` columns, each batch's product is traced once into a straight-line linear program that
-    stores the intermediates of one gradient. Later chunks then need not compute the gradient again.
+    The graph of a single batch is held as long as the operator; it takes the memory of about two forward and backward
+    passes. With several batches, every call builds the graph of one batch after the other and frees it, so memory does
+    not grow with their number, and a vector alone costs about three gradients per batch.
+
+    After ``LINEARISE_AFTER`` columns under ``vmap``, each batch's product is traced once into a straight-line linear
+    program that stores the intermediates of one gradient. Later chunks then need not compute the gradient again.
 
     Args:
         model: the model, in eval mode if it has dropout or batch normalisation.
@@ -74,7 +90,7 @@ class HessianOperator:
             The operator then does not check that the loss stays equal if every example occurs twice, nor that the loss
             of two joined batches is the mean of their losses. It is the Hessian of the weighted mean of the batches'
             losses.
-        chunk: number of vectors per pass in ``matmat``; small chunks stay in cache and bound memory.
+        chunk: number of vectors per pass of ``vmap``; small chunks stay in cache and bound memory.
 
     Raises:
         TypeError: params, a batch or the loss has the wrong type.
@@ -102,12 +118,14 @@ class HessianOperator:
         checks.deterministic(model)
         self._batches = checks.usable_batches(batches)
         self._module = Call(model, loss)
-        self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
+        with torch.inference_mode(False):  # A graph cannot be built through tensors of inference mode.
+            self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
         self._forward_mode, self._plain, self._no_forward_mode = True, False, ""
-        self._columns_asked, self._singles = 0, SingleProducts(self._graph)
+        self._columns_asked = 0
+        self._graphs = GraphProducts(self._graph, len(self._batches))
         self._programs: list[Product] | None = None
         first = next(iter(tensors.values()))
         self.dtype, self.device = first.dtype, first.device
@@ -115,14 +133,14 @@ class HessianOperator:
         with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
             with torch.no_grad():
                 checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
-            checks.dependence(self._reverse_gradients, list(tensors), self._batches)
+            checks.gradients(self._reverse_gradients, list(tensors), self._batches)
         self._choose_mode(self._batches[0])
         self._weights = self._weigh(model, count, mean_check)
         if not self._forward_mode:
             warnings.warn(
                 f"the loss has no forward-mode second derivative ({self._no_forward_mode}): products are computed "
-                "reverse over reverse and cannot be traced, so each of them computes the gradient again; for faster "
-                "products replace the named operation with plain torch operations",
+                "reverse over reverse and cannot be traced; for faster blocks of small products replace the named "
+                "operation with plain torch operations",
                 stacklevel=2,
             )
 
@@ -139,13 +157,23 @@ class HessianOperator:
         """The weights at which the matrix is taken: name -> a copy of the tensor."""
         return {name: tensor.clone() for name, tensor in self._theta.items()}
 
+    @property
+    def work(self) -> Work | None:
+        """What one product with the first batch computes, counted; None where no graph of the gradient is usable."""
+        return self._graphs.work if self._graphs.usable else None
+
+    @property
+    def batches(self) -> list[Any]:
+        """The batches, as they were given."""
+        return list(self._batches)
+
     def _value(self, theta: dict[str, Tensor], batch: Any) -> Tensor:
         swapped = {f"model.{name}": tensor for name, tensor in theta.items()} | self._buffers
         return functional_call(self._module, swapped, (batch,), tie_weights=True)
 
     def _reverse_gradients(self, batch: Any, names: list[str]) -> dict[str, Tensor | None]:
         """Return gradients by reverse mode, None for a parameter that the loss does not depend on."""
-        theta = {name: tensor.clone().requires_grad_(name in names) for name, tensor in self._theta.items()}
+        theta = {name: tensor.detach().requires_grad_(name in names) for name, tensor in self._theta.items()}
         try:
             value = self._value(theta, batch)
             if not value.requires_grad:
@@ -189,7 +217,7 @@ class HessianOperator:
     def _weigh(self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool) -> list[float]:
         """Return the share of each batch in the mean, and check every batch's product."""
         if count is None and len(self._batches) > 1:
-            signs = symmetry.directions(self._theta)[0]
+            signs = symmetry.split(self._theta, symmetry.direction(self._theta, 0))
             weighing = Weighing(
                 model, self._batches, lambda batch: self._batch_product(signs, batch), independent=mean_check
             )
@@ -201,7 +229,7 @@ class HessianOperator:
 
     def _checked_products(self) -> Iterator[Tensor]:
         """Yield each batch's product with one fixed vector, after checking that it is finite and symmetric."""
-        u, v = symmetry.directions(self._theta)
+        u, v = (symmetry.direction(self._theta, seed) for seed in (0, 1))
         for i, batch in enumerate(self._batches):
             try:
                 Hu, off = self._symmetric_product(u, v, batch, i)
@@ -210,18 +238,25 @@ class HessianOperator:
                 Hu, off = self._symmetric_product(u, v, batch, i)
             if off > symmetry.tolerance(self.dtype) and not self._plain:
                 self._plain = True
+                self._graphs = GraphProducts(self._graph, len(self._batches))
                 Hu, off = self._symmetric_product(u, v, batch, i)
             if off > symmetry.tolerance(self.dtype):
                 raise ValueError(self._why_asymmetric(i, off))
             yield Hu
 
-    def _symmetric_product(
-        self, u: dict[str, Tensor], v: dict[str, Tensor], batch: Any, i: int
-    ) -> tuple[Tensor, float]:
-        """Return H u for one batch, and the asymmetry of its Hessian H."""
-        Hu, Hv = self._batch_product(u, batch), self._batch_product(v, batch)
-        checks.finite(f"the Hessian of batches[{i}] (its product with a vector of signs)", Hu + Hv)
-        return Hu, symmetry.asymmetry(self._flat(u), self._flat(v), Hu, Hv)
+    def _symmetric_product(self, u: Tensor, v: Tensor, batch: Any, i: int) -> tuple[Tensor, float]:
+        """Return H u for one batch, [n], and the asymmetry of its Hessian H."""
+        what = f"the Hessian of batches[{i}] (its product with a vector of signs)"
+        Hu = self._batch_product(symmetry.split(self._theta, u), batch)
+        checks.finite(what, Hu)
+        Hv = None
+        if self._graphs.usable:
+            with self._differentiable():
+                Hv = self._graphs.second(i, u, v, Hu)
+        if Hv is None:
+            Hv = self._batch_product(symmetry.split(self._theta, v), batch)
+        checks.finite(what, Hv)
+        return Hu, symmetry.asymmetry(u, v, Hu, Hv)
 
     def _why_asymmetric(self, i: int, off: float) -> str:
         batch = self._batches[i]
@@ -274,8 +309,11 @@ class HessianOperator:
         if vectors.dim() != 2 or len(vectors) != self.shape[0]:
             raise ValueError(f"vectors has shape {tuple(vectors.shape)}; this operator needs [{self.shape[0]}, k]")
         columns = vectors.to(self.device, self.dtype).T
-        out = torch.empty_like(columns, memory_format=torch.contiguous_format)
-        with torch.no_grad(), self._differentiable():
+        with torch.inference_mode(False), torch.no_grad(), self._differentiable():
+            out = torch.zeros_like(columns, memory_format=torch.contiguous_format)
+            if self._one_by_one(len(columns)):
+                self._graphs.multiply(columns, out, self._weights)
+                return out.T
             for start in range(0, len(columns), self._chunk):
                 chunk = columns[start : start + self._chunk]
                 self._columns_asked += len(chunk)
@@ -315,19 +353,28 @@ class HessianOperator:
             programs.append(program)
         return programs
 
+    def _one_by_one(self, count: int) -> bool:
+        """Return whether vectors are multiplied one at a time, by graphs of the gradient."""
+        work = self._graphs.work
+        if not self._graphs.usable or work is None:
+            return False
+        if count == 1:
+            return self._graphs.kept or not self._programs
+        return work.per_operation >= LARGE
+
     def _chunk_product(self, tangents: dict[str, Tensor], i: int) -> dict[str, Tensor]:
         """Multiply a chunk of vectors by the Hessian of batch i."""
         batch = self._batches[i]
         program = self._programs[i] if self._programs else lambda tangent: self._product(tangent, batch)
         if len(next(iter(tangents.values()))) == 1:  # For one vector, vmap adds overhead and saves nothing.
-            single = self._singles({name: tensor[0] for name, tensor in tangents.items()}, program)
+            single = program({name: tensor[0] for name, tensor in tangents.items()})
             return {name: tensor.unsqueeze(0) for name, tensor in single.items()}
         out: dict[str, Tensor] = vmap(program)(tangents)
         return out
 
-    def _graph(self) -> KeptGraph | None:
-        """Return a gradient of the only batch whose graph is kept; None with several batches."""
-        return KeptGraph(self._value, self._theta, self._batches[0]) if len(self._batches) == 1 else None
+    def _graph(self, i: int) -> KeptGraph:
+        """Return the graph of batch i's gradient."""
+        return KeptGraph(self._value, self._theta, self._batches[i])
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         if vectors.dim() == 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import symmetry
 from .checks import at_least, finite
 from .linear import LinearMap
 from .results import BlockNorms, Estimate
@@ -69,8 +70,8 @@ def block_norms(
 
     Raises:
         TypeError: block_ids is not a tensor, or probes or chunk is not an integer.
-        ValueError: block_ids does not cover the parameters, probes is below 2, chunk is below 1, or a product has NaN
-            or infinite entries.
+        ValueError: block_ids does not cover the parameters, probes is below 2, chunk is below 1, or the products are
+            not finite or show that the operator is not symmetric.
     """
     n = operator.shape[0]
     blocks = check_block_ids(block_ids, n)
@@ -88,6 +89,7 @@ def block_norms(
         vectors = (signs * support).to(operator.device, operator.dtype)
         products = operator.matmat(vectors)
         finite("a product of the operator", products)
+        symmetry.require(vectors, products, operator.dtype)
         squares = products.to(torch.float64).square()
         sums = torch.zeros(blocks, len(part), dtype=torch.float64, device=ids.device).index_add_(0, ids, squares).cpu()
         for column, (b, p) in enumerate(part):
@@ -149,8 +151,8 @@ def energy_inside(operator: LinearMap, block_ids: Tensor, probes: int = 8, seed:
 
     Raises:
         TypeError: block_ids is not a tensor, or probes is not an integer.
-        ValueError: block_ids does not cover the parameters, probes is below 2, or a product has NaN or infinite
-            entries.
+        ValueError: block_ids does not cover the parameters, probes is below 2, or the products are not finite or show
+            that the operator is not symmetric.
     """
     n = operator.shape[0]
     blocks = check_block_ids(block_ids, n)
@@ -165,6 +167,7 @@ def energy_inside(operator: LinearMap, block_ids: Tensor, probes: int = 8, seed:
     vectors = torch.cat([first * z, second * z], dim=1).to(operator.device, operator.dtype)
     products = operator.matmat(vectors)
     finite("a product of the operator", products)
+    symmetry.require(vectors, products, operator.dtype)
     one, two = products.to("cpu", torch.float64).split(probes, dim=1)
     samples = ((first * one) * (second * two)).sum(0), 0.5 * (one.square() + two.square()).sum(0)
     inside, whole = (Estimate(x.mean(), x.std() / math.sqrt(probes), probes, 2 * probes) for x in samples)

@@ -48,9 +48,32 @@ class SpectralDensity:
         return self.per_probe(grid, sigma).std(0) / math.sqrt(len(self.nodes))
 
     def moment(self, k: int) -> tuple[float, float]:
-        """Return (estimate, standard error) of trace(H^k) / n."""
+        """Return (estimate, standard error) of trace(H^k) / n; the standard error is NaN with a single probe."""
         each = (self.weights * self.nodes**k).sum(1)
         return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+
+    def moment_interval(self, k: int, level: float = 0.95) -> tuple[float, float]:
+        """Return the ends of Student's confidence interval of trace(H^k) / n.
+
+        Args:
+            k: the power, at least 1.
+            level: nominal coverage, in (0, 1).
+
+        Raises:
+            ValueError: level is not in (0, 1), there is a single probe, or there are too few steps for the power:
+                m steps are exact up to the power 2 m - 1.
+        """
+        steps = self.nodes.shape[1]
+        whole = bool((self.weights == 0).any(1).all())  # every probe's space ended, so its quadrature is exact
+        if k > 2 * steps - 1 and not whole:
+            raise ValueError(
+                f"steps={steps} are too few for an interval of the moment k={k}: Lanczos quadrature is exact up to "
+                f"2 * steps - 1; ask for steps={k // 2 + 1} or more"
+            )
+        mean, stderr = self.moment(k)
+        estimate = Estimate(torch.tensor(mean), torch.tensor(stderr), len(self.nodes), len(self.nodes) * steps)
+        low, high = estimate.interval(level)
+        return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,9 @@ class Estimate:
         if not 0 < level < 1:
             raise ValueError(f"level={level} must be in (0, 1), such as 0.95")
         if self.samples < 2:
-            raise ValueError(f"samples={self.samples}: an interval needs at least two; ask for more probes")
+            raise ValueError(
+                f"samples={self.samples}: an interval needs at least 2, because one has no spread; ask for more probes"
+            )
         half = float(scipy.stats.t.ppf((1 + level) / 2, self.samples - 1)) * self.stderr
         return self.value - half, self.value + half
 
@@ -116,6 +141,24 @@ class BlockNorms:
     mean: Tensor
     stderr: Tensor
     probes: int
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of confidence intervals of the squared norms, [B, B] each.
+
+        The relative errors of sums of squares are skewed, so the interval is symmetric in the logarithm of the norm:
+        both ends are the estimate times or divided by one factor.
+
+        Args:
+            level: nominal coverage, in (0, 1).
+
+        Raises:
+            ValueError: level is not in (0, 1).
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level} must be in (0, 1), such as 0.95")
+        quantile = float(scipy.stats.t.ppf((1 + level) / 2, 2 * self.probes - 2))
+        factor = (quantile * self.stderr / self.mean.clamp_min(1e-300)).exp()
+        return self.mean / factor, self.mean * factor
 
 
 @dataclass(frozen=True)

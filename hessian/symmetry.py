@@ -16,18 +16,25 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Largest |u.Hv - v.Hu| over the products' norms, by dtype. float64 models that compute in float32 inside pass."""
 COARSE = 5e-2
 """Largest |u.Hv - v.Hu| over the products' norms for 16-bit dtypes."""
+SLICE = 2**20
+"""Number of elements of a vector that are converted to float64 at a time."""
 MOST_TENSORS = 64
 """With more parameters than this, asymmetric ones are not searched for: the search costs two products for each."""
 
 
-def directions(theta: Mapping[str, Tensor], k: int = 2) -> list[dict[str, Tensor]]:
-    """Return k fixed vectors of random signs, each a dict by parameter name."""
-    generator = torch.Generator().manual_seed(0)
+def direction(theta: Mapping[str, Tensor], seed: int) -> Tensor:
+    """Return a fixed vector of random signs, [n], with the dtype and device of the parameters."""
+    first = next(iter(theta.values()))
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(tensor.numel() for tensor in theta.values())
+    signs = torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8)
+    return signs.to(first.device, first.dtype).mul_(2).sub_(1)
 
-    def signs(like: Tensor) -> Tensor:
-        return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like.device, like.dtype)
 
-    return [{name: signs(tensor) for name, tensor in theta.items()} for _ in range(k)]
+def split(theta: Mapping[str, Tensor], vector: Tensor) -> dict[str, Tensor]:
+    """Return the parts of a vector [n] by parameter name, as views of it."""
+    parts = vector.split([tensor.numel() for tensor in theta.values()])
+    return {name: part.view(theta[name].shape) for name, part in zip(theta, parts, strict=True)}
 
 
 def rounding(product: Tensor) -> float:
@@ -43,8 +50,39 @@ def tolerance(dtype: torch.dtype) -> float:
 def asymmetry(u: Tensor, v: Tensor, Hu: Tensor, Hv: Tensor) -> float:
     """Return |u.Hv - v.Hu| over |Hu| + |Hv|; for random signs it is about ||H - H^T|| / ||H||."""
     noise = rounding(Hu) / tolerance(Hu.dtype)
-    u, v, Hu, Hv = (x.to(torch.float64) for x in (u, v, Hu, Hv))
-    return float((u @ Hv - v @ Hu).abs()) / (float(Hu.norm() + Hv.norm()) + noise)
+    skew, squares = 0.0, [0.0, 0.0]
+    for parts in zip(*(x.split(SLICE) for x in (u, v, Hu, Hv)), strict=True):  # float64 copies of slices are small
+        a, b, Ha, Hb = (x.to(torch.float64) for x in parts)
+        skew += float(a @ Hb - b @ Ha)
+        squares = [squares[0] + float(Ha @ Ha), squares[1] + float(Hb @ Hb)]
+    return abs(skew) / (math.sqrt(squares[0]) + math.sqrt(squares[1]) + noise)
+
+
+def require(vectors: Tensor, products: Tensor, dtype: torch.dtype) -> None:
+    """Check that products of an operator with several random vectors are those of a symmetric one.
+
+    It costs no further product: for a symmetric A, x.Ay is y.Ax for every two of the vectors.
+
+    Args:
+        vectors: [n, k], with entries near 1 in magnitude, or 0.
+        products: [n, k].
+        dtype: dtype in which the products were computed; its rounding is allowed.
+
+    Raises:
+        ValueError: two vectors show that the operator is not symmetric.
+    """
+    if vectors.shape[1] < 2:
+        return
+    cross = vectors.to(torch.float64).T @ products.to(torch.float64)
+    norms = products.to(torch.float64).norm(dim=0)
+    noise = rounding(products[:, 0].to(dtype)) / tolerance(dtype)
+    off = float(((cross - cross.T).abs() / (norms[:, None] + norms + noise)).max())
+    if off > tolerance(dtype):
+        raise ValueError(
+            f"the operator is not symmetric: |x.Ay - y.Ax| is {off:.2g} of the products' norms for two random vectors "
+            f"x and y, and rounding allows {tolerance(dtype):.0e}. Every algorithm needs a symmetric operator: mend "
+            "its products, or multiply by its symmetric part, (Ax + A^T x) / 2"
+        )
 
 
 def asymmetric_parameters(
@@ -54,7 +92,7 @@ def asymmetric_parameters(
     names = list(theta)
     if len(names) > MOST_TENSORS:
         return []
-    u, v = directions(theta)
+    u, v = (split(theta, direction(theta, seed)) for seed in (0, 1))
     left = {name: product(_only(name, v)) for name in names}  # H v_a
     right = {name: product(_only(name, u)) for name in names}  # H u_a
     off = torch.tensor(

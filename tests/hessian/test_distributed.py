@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -29,11 +30,13 @@ def products_of_ranks() -> list[Any]:
     batches = batches_for(llama(), SIZES)
     own = batches[:1] if dist.get_rank() == 0 else batches[1:]
     found: list[Any] = []
-    for operator in operators(own):
-        shared = RankOperator(operator, count=sum(y.numel() for _, y in own))
-        v = torch.linspace(-1, 1, shared.shape[0], dtype=shared.dtype)
-        found += [shared @ v, slq(shared, steps=5, probes=2).nodes]
-    return found
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for operator in operators(own):
+            shared = RankOperator(operator, count=sum(y.numel() for _, y in own))
+            v = torch.linspace(-1, 1, shared.shape[0], dtype=shared.dtype)
+            found += [shared @ v, slq(shared, steps=5, probes=2).nodes]
+    return [*found, " ".join(str(w.message) for w in caught if "batches that another rank" in str(w.message))]
 
 
 def refusals() -> list[str]:
@@ -49,9 +52,31 @@ def refusals() -> list[str]:
     return said
 
 
+def other_refusals() -> list[str]:
+    """What is said where ranks have other kinds of operators, other vectors, and the same batches."""
+    model, said = llama(), []
+    kinds = operators(batches_for(model))
+    try:
+        RankOperator(kinds[dist.get_rank()], count=1)
+    except ValueError as error:
+        said.append(str(error))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shared = RankOperator(kinds[0], count=1)
+    said.append(" ".join(str(w.message) for w in caught))
+    v = torch.ones(shared.shape[0], 2, dtype=shared.dtype)
+    v[3, 1] += dist.get_rank() * 1e-3
+    try:
+        shared @ v
+    except ValueError as error:
+        said.append(str(error))
+    return said
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[Any]]:
-    return run(2, {"products": (HERE + "products_of_ranks", {}), "refusals": (HERE + "refusals", {})})
+    cases = {"products": "products_of_ranks", "refusals": "refusals", "others": "other_refusals"}
+    return run(2, {name: (HERE + function, {}) for name, function in cases.items()})
 
 
 def test_products_are_those_of_one_process(answers: dict[str, list[Any]]) -> None:
@@ -61,7 +86,7 @@ def test_products_are_those_of_one_process(answers: dict[str, list[Any]]) -> Non
         wanted += [operator @ v, slq(operator, steps=5, probes=2).nodes]
     for answer in answers["products"]:
         assert isinstance(answer, list), answer
-        for found, expected in zip(answer, wanted, strict=True):
+        for found, expected in zip(answer[:-1], wanted, strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -70,3 +95,17 @@ def test_ranks_that_differ_are_named_on_every_rank(answers: dict[str, list[Any]]
         count, weights = answer
         assert "count=0.0 of rank 1 must be positive" in count
         assert "rank 1 has other weights" in weights and "load one checkpoint on every rank" in weights
+
+
+def test_ranks_with_other_operators_vectors_or_equal_batches_are_told(answers: dict[str, list[Any]]) -> None:
+    for answer in answers["others"]:
+        assert isinstance(answer, list) and len(answer) == 3, answer
+        kind, batches, vectors = answer
+        assert "rank 1 has other kind" in kind and "GGNOperator and HessianOperator" in kind
+        assert "ranks [0, 1] have batches that another rank has" in batches and "DistributedSampler" in batches
+        assert "vectors differ between ranks" in vectors and "same seed" in vectors
+
+
+def test_ranks_with_batches_of_their_own_are_not_warned(answers: dict[str, list[Any]]) -> None:
+    for answer in answers["products"]:
+        assert answer[-1] == ""
