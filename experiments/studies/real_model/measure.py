@@ -1,0 +1,169 @@
+"""What a task measures: ``KINDS`` maps its kind to a function that prepares it and returns how to take one sample.
+
+A sample is JSON-able and depends on the task, the settings and its number alone, so it can be taken at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.studies.real_model.blocks import Blocks, heads, neurons, tokens
+from experiments.studies.real_model.moments import moments
+from experiments.studies.real_model.partitions import partitions
+from experiments.studies.real_model.plan import TOGETHER, Settings, Task
+from experiments.studies.real_model.subject import Subject
+from hessian import block_norms, slq
+from hessian.linear import LinearMap, PrincipalBlock
+from hessian.single_probes import block_columns, energies
+
+Sample = Callable[[int], dict[str, Any]]
+
+
+def rounded(values: Tensor, digits: int = 6) -> Any:
+    """Return a tensor as nested lists of numbers with some significant digits."""
+    if values.dim() == 0:
+        return float(f"{float(values):.{digits}g}")
+    return [rounded(value, digits) for value in values]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task that is ready to be sampled.
+
+    Attributes:
+        facts: what the samples' numbers belong to, stored once.
+        sample: number of a sample, from 0 -> the sample.
+    """
+
+    facts: dict[str, Any]
+    sample: Sample
+
+
+def _operator(subject: Subject, settings: Settings, task: Task, names: list[str] | None) -> LinearMap:
+    return subject.operator(
+        task.matrix,
+        subject.text(task.text, settings.tokens),
+        names,
+        mean_check=False,
+        chunk=2 if task.target == "model" else 4,
+    )
+
+
+def _parameters(subject: Subject, names: list[str]) -> list[dict[str, Any]]:
+    """Describe parameters for the results."""
+    roles, layers, all_of_them = subject.roles(), subject.layers(), dict(subject.model.named_parameters())
+    return [
+        {"name": name, "role": roles[name].value, "layer": layers[name], "shape": list(all_of_them[name].shape)}
+        for name in names
+    ]
+
+
+def energy(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare samples of the energy inside blocks, of a layer's matrices or of the whole model.
+
+    Only a layer has the measured control of random blocks: for a whole model its permutation costs more than products,
+    and its mean is known from the diagonal.
+    """
+    whole = task.target == "model"
+    names = list(subject.layers()) if whole else list(subject.matrices(task.target))
+    operator = _operator(subject, settings, task, names)
+    parameters = _parameters(subject, names)
+    sizes = [int(torch.Size(p["shape"]).numel()) for p in parameters]
+    squares = {name: p.squares for name, p in partitions(subject.model, names).items() if name != "layer"}
+
+    def sample(number: int) -> dict[str, Any]:
+        chosen = partitions(subject.model, names, control=None if whole else number)
+        signs = {name: p.signs for name, p in chosen.items() if name != "layer"}
+        found = energies(operator, signs, sizes, number, settings.draws, TOGETHER)
+        return {name: rounded(values) for name, values in found.items()}
+
+    return Prepared({"parameters": parameters, "squares": squares}, sample)
+
+
+def columns(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare samples of the block norms between layers and all parameters; some layers at a time, which take turns."""
+    operator = _operator(subject, settings, task, None)
+    parameters = _parameters(subject, list(subject.layers()))
+    sizes = [int(torch.Size(p["shape"]).numel()) for p in parameters]
+    order = list(dict.fromkeys(p["layer"] for p in parameters))
+    if [p["layer"] for p in parameters] != sorted((p["layer"] for p in parameters), key=order.index):
+        raise ValueError("the parameters of a layer do not follow each other; this model needs another numbering")
+
+    ends = [
+        sum(n for n, p in zip(sizes, parameters, strict=True) if order.index(p["layer"]) <= i)
+        for i in range(len(order))
+    ]
+    ranges = list(zip([0, *ends], ends, strict=False))
+    groups = [list(range(len(order)))[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
+
+    def sample(number: int) -> dict[str, Any]:
+        group = groups[number % len(groups)]
+        found = block_columns(operator, [ranges[i] for i in group], sizes, number)
+        return {"layers": [order[i] for i in group], "squares": rounded(found, 5)}
+
+    return Prepared({"parameters": parameters, "layers": order}, sample)
+
+
+def _block_map(subject: Subject, settings: Settings, task: Task, blocks: Blocks) -> Prepared:
+    operator = _operator(subject, settings, task, blocks.names)
+
+    def sample(number: int) -> dict[str, Any]:
+        found = block_norms(operator, blocks.ids, settings.map_probes, number, chunk=4)
+        return {"mean": rounded(found.mean, 5), "stderr": rounded(found.stderr, 3)}
+
+    return Prepared({"labels": blocks.labels, "sizes": torch.bincount(blocks.ids).tolist()}, sample)
+
+
+def head_map(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare the map of a layer's attention heads: queries, keys, values, and the outputs' inputs."""
+    return _block_map(subject, settings, task, heads(subject, task.target))
+
+
+def neuron_map(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare the map of groups of a layer's MLP neurons."""
+    return _block_map(subject, settings, task, neurons(subject, task.target, settings.groups))
+
+
+def token_map(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare the map of groups of the token embedding's rows."""
+    return _block_map(subject, settings, task, tokens(subject, task.text, settings.tokens))
+
+
+def spectrum(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare the spectral density of a matrix's block, or of one head of it."""
+    name, _, head = task.target.partition("[head ")
+    operator = _operator(subject, settings, task, [name])
+    if head:
+        height = subject.head_dim(name)
+        width = operator.shape[0] // subject.model.get_parameter(name).shape[0]
+        first = int(head.rstrip("]")) * height * width
+        operator = PrincipalBlock(operator, torch.arange(first, first + height * width))
+
+    def sample(number: int) -> dict[str, Any]:
+        found = slq(operator, settings.slq_steps, settings.slq_probes, number)
+        return {"nodes": rounded(found.nodes), "weights": rounded(found.weights)}
+
+    return Prepared({"role": subject.roles()[name].value, "order": operator.shape[0]}, sample)
+
+
+def second_moments(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare the AdamW run whose seed is the number behind the task's name, and what its second moments lose."""
+    return Prepared({}, lambda number: moments(subject, settings, int(task.name.split("-")[1])))
+
+
+USED = ("tokens",)
+KINDS: Mapping[str, tuple[Callable[[Subject, Settings, Task], Prepared], tuple[str, ...]]] = {
+    "energy": (energy, (*USED, "draws")),
+    "columns": (columns, USED),
+    "heads": (head_map, (*USED, "map_probes")),
+    "neurons": (neuron_map, (*USED, "map_probes", "groups")),
+    "tokens": (token_map, (*USED, "map_probes")),
+    "spectrum": (spectrum, (*USED, "slq_steps", "slq_probes")),
+    "moments": (second_moments, ("rows", "run_tokens", "run", "permutations")),
+}
+"""Kind -> (what prepares it, the settings that its samples depend on)."""

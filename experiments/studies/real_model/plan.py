@@ -1,0 +1,136 @@
+"""What the study measures and in which order: one task per file of results. docs/real_model.md gives the reasons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.studies.real_model.subject import Subject
+from hessian.own_model import Run
+from optimizer import Role
+
+RUN = Run(steps=60, lr=1e-4, every=5)
+TOGETHER = 2
+"""Products computed at a time; a vector of the whole model takes half a gigabyte."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes and numbers of samples.
+
+    Attributes:
+        tokens: tokens of a text; a product is with the curvature of their mean loss.
+        draws: products per partition and sample, see ``hessian.single_probes.energies``.
+        model_samples: samples of the whole model's energies, for each text.
+        layer_samples: samples of a layer's energies.
+        texts: texts on which the whole model's energies are measured.
+        column_probes: probes per layer of the map of layers.
+        map_probes: probes per block of the other maps.
+        groups: groups of neurons of a map.
+        slq_steps: Lanczos steps.
+        slq_probes: Lanczos start vectors.
+        run: the AdamW run whose second moments are averaged.
+        rows: sequences per step of the run.
+        run_tokens: tokens of a sequence of the run.
+        seeds: seeds of the runs.
+        permutations: shuffles of second moments.
+    """
+
+    tokens: int = 128
+    draws: int = 5
+    model_samples: int = 4
+    layer_samples: int = 5
+    texts: tuple[int, ...] = (0, 1)
+    column_probes: int = 2
+    map_probes: int = 2
+    groups: int = 12
+    slq_steps: int = 20
+    slq_probes: int = 3
+    run: Run = RUN
+    rows: int = 2
+    run_tokens: int = 64
+    seeds: tuple[int, ...] = (0, 1)
+    permutations: int = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file of results.
+
+    Attributes:
+        name: name of the file.
+        kind: key of ``measure.KINDS``.
+        matrix: "H", the Hessian, "G", the Gauss-Newton matrix, or "" where there is none.
+        target: what part of the model: "model", a layer, or the name of a parameter, with the head in brackets.
+        text: number of the text.
+        samples: number of samples, each of which is stored when it is finished.
+    """
+
+    name: str
+    kind: str
+    matrix: str
+    target: str
+    text: int
+    samples: int
+
+
+def chosen_layers(subject: Subject) -> list[str]:
+    """Return the first, the middle and the last layer."""
+    layers = [layer for layer in dict.fromkeys(subject.layers().values()) if layer.startswith("layer ")]
+    return list(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
+
+
+def plan(subject: Subject, settings: Settings) -> list[Task]:
+    """Return all tasks, those first that the decision rules need."""
+    layers = chosen_layers(subject)
+    first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
+    turns = -(-len(set(subject.layers().values())) // TOGETHER) * settings.column_probes
+    text, *others = settings.texts
+
+    def both(what: str, kind: str, target: str, samples: int = 1) -> list[Task]:
+        return [_task(what, kind, matrix, target, text, samples) for matrix in "HG"]
+
+    energy_h, energy_g = both("energy-model", "energy", "model", settings.model_samples)
+    columns_h, columns_g = both("columns-model", "columns", "model", turns)
+    runs = [Task(f"moments-{seed}", "moments", "", "model", 0, 1) for seed in settings.seeds]
+    tasks = [columns_h, energy_h, runs[0], energy_g]
+    for layer in dict.fromkeys((last, middle)):
+        tasks += both("energy", "energy", layer, settings.layer_samples) + both("heads", "heads", layer)
+        tasks += both("neurons", "neurons", layer)
+        if layer == last:
+            tasks += _spectra(subject, layer, both)
+    tasks += [columns_g, *both("tokens", "tokens", "model"), *runs[1:]]
+    tasks += [
+        _task("energy-model", "energy", m, "model", other, settings.model_samples) for other in others for m in "HG"
+    ]
+    if first not in (middle, last):
+        tasks += both("heads", "heads", first)
+    if middle != last:
+        tasks += _spectra(subject, middle, both)
+    if first not in (middle, last):
+        tasks += both("energy", "energy", first, settings.layer_samples)
+    return tasks
+
+
+def _task(what: str, kind: str, matrix: str, target: str, text: int, samples: int) -> Task:
+    short = target.replace("layer ", "layer").replace(" ", "-").replace("[", "-").replace("]", "")
+    place = "" if target == "model" else f"-{short}"
+    return Task(f"{what}{place}-{matrix}-text{text}", kind, matrix, target, text, samples)
+
+
+def _spectra(subject: Subject, layer: str, both: Callable[[str, str, str], list[Task]]) -> list[Task]:
+    """Return the tasks for spectra of a layer: queries, values and the MLP's output, and one head of the first two."""
+    roles, tasks = subject.roles(), []
+    for name in subject.matrices(layer):
+        if roles[name] in (Role.QUERY, Role.VALUE, Role.MLP_OUT):
+            tasks += both("spectrum", "spectrum", name)
+        if roles[name] in (Role.QUERY, Role.VALUE):
+            tasks += both("spectrum", "spectrum", f"{name}[head 0]")
+    return tasks
+
+
+def as_json(settings: Settings) -> dict[str, object]:
+    """Return settings as a document that equals itself after it was stored."""
+    document = dataclasses.asdict(settings)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in document.items()}
