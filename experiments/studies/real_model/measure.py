@@ -5,6 +5,7 @@ A sample is JSON-able and depends on the task, the settings and its number alone
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,15 @@ from torch import Tensor
 from experiments.studies.real_model.blocks import Blocks, heads, neurons, tokens
 from experiments.studies.real_model.moments import moments
 from experiments.studies.real_model.partitions import partitions
-from experiments.studies.real_model.plan import TOGETHER, Settings, Task
+from experiments.studies.real_model.plan import Settings, Task
 from experiments.studies.real_model.subject import Subject
 from hessian import block_norms, slq
 from hessian.linear import LinearMap, PrincipalBlock
 from hessian.single_probes import block_columns, energies
 
+TOGETHER = 4
+"""Products with a part of the model that are computed at a time. Those with the whole model are computed one by one:
+two of them take twice the memory and save no time."""
 Sample = Callable[[int], dict[str, Any]]
 
 
@@ -42,6 +46,10 @@ class Prepared:
 
     facts: dict[str, Any]
     sample: Sample
+
+
+def _together(task: Task) -> int:
+    return 1 if task.target == "model" else TOGETHER
 
 
 def _operator(subject: Subject, settings: Settings, task: Task, names: list[str] | None) -> LinearMap:
@@ -79,14 +87,14 @@ def energy(subject: Subject, settings: Settings, task: Task) -> Prepared:
     def sample(number: int) -> dict[str, Any]:
         chosen = partitions(subject.model, names, control=None if whole else number)
         signs = {name: p.signs for name, p in chosen.items() if name != "layer"}
-        found = energies(operator, signs, sizes, number, settings.draws, TOGETHER)
+        found = energies(operator, signs, sizes, number, settings.draws, _together(task))
         return {name: rounded(values) for name, values in found.items()}
 
     return Prepared({"parameters": parameters, "squares": squares}, sample)
 
 
 def columns(subject: Subject, settings: Settings, task: Task) -> Prepared:
-    """Prepare samples of the block norms between layers and all parameters; some layers at a time, which take turns."""
+    """Prepare samples of the block norms between one layer and all parameters; the layers take turns."""
     operator = _operator(subject, settings, task, None)
     parameters = _parameters(subject, list(subject.layers()))
     sizes = [int(torch.Size(p["shape"]).numel()) for p in parameters]
@@ -94,17 +102,14 @@ def columns(subject: Subject, settings: Settings, task: Task) -> Prepared:
     if [p["layer"] for p in parameters] != sorted((p["layer"] for p in parameters), key=order.index):
         raise ValueError("the parameters of a layer do not follow each other; this model needs another numbering")
 
-    ends = [
-        sum(n for n, p in zip(sizes, parameters, strict=True) if order.index(p["layer"]) <= i)
-        for i in range(len(order))
-    ]
+    of_layer = [sum(n for n, p in zip(sizes, parameters, strict=True) if p["layer"] == layer) for layer in order]
+    ends = list(itertools.accumulate(of_layer))
     ranges = list(zip([0, *ends], ends, strict=False))
-    groups = [list(range(len(order)))[i : i + TOGETHER] for i in range(0, len(order), TOGETHER)]
 
     def sample(number: int) -> dict[str, Any]:
-        group = groups[number % len(groups)]
-        found = block_columns(operator, [ranges[i] for i in group], sizes, number)
-        return {"layers": [order[i] for i in group], "squares": rounded(found, 5)}
+        layer = number % len(order)
+        found = block_columns(operator, [ranges[layer]], sizes, number)[0]
+        return {"layer": order[layer], "squares": rounded(found, 5)}
 
     return Prepared({"parameters": parameters, "layers": order}, sample)
 
@@ -113,7 +118,7 @@ def _block_map(subject: Subject, settings: Settings, task: Task, blocks: Blocks)
     operator = _operator(subject, settings, task, blocks.names)
 
     def sample(number: int) -> dict[str, Any]:
-        found = block_norms(operator, blocks.ids, settings.map_probes, number, chunk=4)
+        found = block_norms(operator, blocks.ids, settings.map_probes, number, chunk=_together(task))
         return {"mean": rounded(found.mean, 5), "stderr": rounded(found.stderr, 3)}
 
     return Prepared({"labels": blocks.labels, "sizes": torch.bincount(blocks.ids).tolist()}, sample)

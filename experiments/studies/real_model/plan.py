@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +12,6 @@ from hessian.own_model import Run
 from optimizer import Role
 
 RUN = Run(steps=60, lr=1e-4, every=5)
-TOGETHER = 2
-"""Products computed at a time; a vector of the whole model takes half a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Settings:
     """
 
     tokens: int = 128
-    draws: int = 5
+    draws: int = 3
     model_samples: int = 4
     layer_samples: int = 5
     texts: tuple[int, ...] = (0, 1)
@@ -76,16 +75,16 @@ class Task:
 
 
 def chosen_layers(subject: Subject) -> list[str]:
-    """Return the first, the middle and the last layer."""
+    """Return the middle and the last layer; a single layer is both."""
     layers = [layer for layer in dict.fromkeys(subject.layers().values()) if layer.startswith("layer ")]
-    return list(dict.fromkeys([layers[0], layers[len(layers) // 2], layers[-1]]))
+    return list(dict.fromkeys([layers[len(layers) // 2], layers[-1]]))
 
 
 def plan(subject: Subject, settings: Settings) -> list[Task]:
     """Return all tasks, those first that the decision rules need."""
     layers = chosen_layers(subject)
-    first, middle, last = layers[0], layers[len(layers) // 2], layers[-1]
-    turns = -(-len(set(subject.layers().values())) // TOGETHER) * settings.column_probes
+    middle, last = layers[0], layers[-1]
+    turns = len(set(subject.layers().values())) * settings.column_probes
     text, *others = settings.texts
 
     def both(what: str, kind: str, target: str, samples: int = 1) -> list[Task]:
@@ -94,23 +93,16 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     energy_h, energy_g = both("energy-model", "energy", "model", settings.model_samples)
     columns_h, columns_g = both("columns-model", "columns", "model", turns)
     runs = [Task(f"moments-{seed}", "moments", "", "model", 0, 1) for seed in settings.seeds]
-    tasks = [columns_h, energy_h, runs[0], energy_g]
-    for layer in dict.fromkeys((last, middle)):
-        tasks += both("energy", "energy", layer, settings.layer_samples) + both("heads", "heads", layer)
-        tasks += both("neurons", "neurons", layer)
-        if layer == last:
-            tasks += _spectra(subject, layer, both)
-    tasks += [columns_g, *both("tokens", "tokens", "model"), *runs[1:]]
-    tasks += [
-        _task("energy-model", "energy", m, "model", other, settings.model_samples) for other in others for m in "HG"
-    ]
-    if first not in (middle, last):
-        tasks += both("heads", "heads", first)
+    tasks = [columns_h, energy_h, energy_g, runs[0]]
+    tasks += both("energy", "energy", last, settings.layer_samples) + both("heads", "heads", last)
+    tasks += both("tokens", "tokens", "model")[:1]
     if middle != last:
-        tasks += _spectra(subject, middle, both)
-    if first not in (middle, last):
-        tasks += both("energy", "energy", first, settings.layer_samples)
-    return tasks
+        tasks += both("heads", "heads", middle)
+    tasks += both("neurons", "neurons", last) + runs[1:] + _spectra(subject, last, both)
+    if middle != last:
+        tasks += both("energy", "energy", middle, settings.layer_samples)
+    tasks += [_task("energy-model", "energy", "H", "model", other, settings.model_samples) for other in others]
+    return [*tasks, columns_g]
 
 
 def _task(what: str, kind: str, matrix: str, target: str, text: int, samples: int) -> Task:
@@ -132,5 +124,5 @@ def _spectra(subject: Subject, layer: str, both: Callable[[str, str, str], list[
 
 def as_json(settings: Settings) -> dict[str, object]:
     """Return settings as a document that equals itself after it was stored."""
-    document = dataclasses.asdict(settings)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in document.items()}
+    document: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return document
