@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from experiments.studies.real_model.blocks import Blocks, heads, neurons, tokens
 from experiments.studies.real_model.moments import moments
@@ -20,8 +21,9 @@ from experiments.studies.real_model.plan import Settings, Task
 from experiments.studies.real_model.subject import Subject
 from hessian import block_norms, slq
 from hessian.linear import LinearMap, PrincipalBlock
-from hessian.single_probes import block_columns, energies
+from hessian.single_probes import WHOLE, Signs, block_columns, energies
 
+HEADS = ("QUERY", "KEY", "VALUE")
 TOGETHER = 4
 """Products with a part of the model that are computed at a time. Those with the whole model are computed one by one:
 two of them take twice the memory and save no time."""
@@ -72,32 +74,69 @@ def _parameters(subject: Subject, names: list[str]) -> list[dict[str, Any]]:
 
 
 def energy(subject: Subject, settings: Settings, task: Task) -> Prepared:
-    """Prepare samples of the energy inside blocks, of a layer's matrices or of the whole model.
+    """Prepare samples of the energy inside blocks of the whole model, with the sums of every parameter.
 
-    Only a layer has the measured control of random blocks: for a whole model its permutation costs more than products,
-    and its mean is known from the diagonal.
+    There is no measured control of random blocks: its permutation costs more than products, and its mean is known from
+    the diagonal. Heads are left out: beside the other tensors they change nothing that could be seen.
     """
-    whole = task.target == "model"
-    names = list(subject.layers()) if whole else list(subject.matrices(task.target))
+    names = list(subject.layers())
     operator = _operator(subject, settings, task, names)
     parameters = _parameters(subject, names)
-    sizes = [int(torch.Size(p["shape"]).numel()) for p in parameters]
-    squares = {name: p.squares for name, p in partitions(subject.model, names).items() if name != "layer"}
+    chosen = {name: p for name, p in partitions(subject.model, names).items() if name not in ("layer", "head")}
+    signs = {name: p.signs for name, p in chosen.items()}
 
     def sample(number: int) -> dict[str, Any]:
-        chosen = partitions(subject.model, names, control=None if whole else number)
-        signs = {name: p.signs for name, p in chosen.items() if name != "layer"}
-        found = energies(operator, signs, sizes, number, settings.draws, _together(task))
+        found = energies(operator, signs, _sizes(parameters), number, settings.draws)
         return {name: rounded(values) for name, values in found.items()}
 
-    return Prepared({"parameters": parameters, "squares": squares}, sample)
+    return Prepared({"parameters": parameters, "squares": {n: p.squares for n, p in chosen.items()}}, sample)
+
+
+def matrices(subject: Subject, settings: Settings, task: Task) -> Prepared:
+    """Prepare samples of the energy inside blocks of the matrices of a layer, each by itself; they take turns.
+
+    ``whole`` is the squared norm of the blocks between the matrix and all matrices of the layer, the rest the energy
+    inside the matrix's own block.
+    """
+    names = list(subject.matrices(task.target))
+    operator = _operator(subject, settings, task, names)
+    parameters = _parameters(subject, names)
+    sizes, squares = _sizes(parameters), partitions(subject.model, names, control=0)
+    ends = list(itertools.accumulate(sizes))
+
+    def sample(number: int) -> dict[str, Any]:
+        own = number % len(names)
+        left_out = {"layer", "tensor"} if parameters[own]["role"] in HEADS else {"layer", "tensor", "head"}
+        chosen = partitions(subject.model, [names[own]], control=number)
+        inside = (ends[own] - sizes[own], ends[own])
+        signs = {n: _placed(p.signs, inside, ends[-1]) for n, p in chosen.items() if n not in left_out}
+        found = energies(operator, signs, sizes, number, settings.draws, TOGETHER, inside)
+        energy_of = {name: rounded(values[own]) for name, values in found.items() if name != WHOLE}
+        return {"parameter": names[own], WHOLE: rounded(found[WHOLE]), **energy_of}
+
+    return Prepared({"parameters": parameters, "squares": {n: p.squares for n, p in squares.items()}}, sample)
+
+
+def _placed(signs: Signs, inside: tuple[int, int], n: int) -> Signs:
+    """Return the signs of a partition of a range of parameters as those of all n, 1 outside of it."""
+
+    def draw(generator: Generator) -> Tensor:
+        out = torch.ones(n, dtype=torch.int8)
+        out[inside[0] : inside[1]] = signs(generator)
+        return out
+
+    return draw
+
+
+def _sizes(parameters: list[dict[str, Any]]) -> list[int]:
+    return [prod(p["shape"]) for p in parameters]
 
 
 def columns(subject: Subject, settings: Settings, task: Task) -> Prepared:
     """Prepare samples of the block norms between one layer and all parameters; the layers take turns."""
     operator = _operator(subject, settings, task, None)
     parameters = _parameters(subject, list(subject.layers()))
-    sizes = [int(torch.Size(p["shape"]).numel()) for p in parameters]
+    sizes = _sizes(parameters)
     order = list(dict.fromkeys(p["layer"] for p in parameters))
     if [p["layer"] for p in parameters] != sorted((p["layer"] for p in parameters), key=order.index):
         raise ValueError("the parameters of a layer do not follow each other; this model needs another numbering")
@@ -164,6 +203,7 @@ def second_moments(subject: Subject, settings: Settings, task: Task) -> Prepared
 USED = ("tokens",)
 KINDS: Mapping[str, tuple[Callable[[Subject, Settings, Task], Prepared], tuple[str, ...]]] = {
     "energy": (energy, (*USED, "draws")),
+    "matrices": (matrices, (*USED, "draws")),
     "columns": (columns, USED),
     "heads": (head_map, (*USED, "map_probes")),
     "neurons": (neuron_map, (*USED, "map_probes", "groups")),

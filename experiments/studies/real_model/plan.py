@@ -22,7 +22,7 @@ class Settings:
         tokens: tokens of a text; a product is with the curvature of their mean loss.
         draws: products per partition and sample, see ``hessian.single_probes.energies``.
         model_samples: samples of the whole model's energies, for each text.
-        layer_samples: samples of a layer's energies.
+        matrix_samples: samples of the energies of each matrix of a layer.
         texts: texts on which the whole model's energies are measured.
         column_probes: probes per layer of the map of layers.
         map_probes: probes per block of the other maps.
@@ -38,8 +38,8 @@ class Settings:
 
     tokens: int = 128
     draws: int = 3
-    model_samples: int = 4
-    layer_samples: int = 5
+    model_samples: int = 5
+    matrix_samples: int = 4
     texts: tuple[int, ...] = (0, 1)
     column_probes: int = 2
     map_probes: int = 2
@@ -94,13 +94,15 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     columns_h, columns_g = both("columns-model", "columns", "model", turns)
     runs = [Task(f"moments-{seed}", "moments", "", "model", 0, 1) for seed in settings.seeds]
     tasks = [columns_h, energy_h, energy_g, runs[0]]
-    tasks += both("energy", "energy", last, settings.layer_samples) + both("heads", "heads", last)
+    tasks += both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last))) + both(
+        "heads", "heads", last
+    )
     tasks += both("tokens", "tokens", "model")[:1]
     if middle != last:
         tasks += both("heads", "heads", middle)
     tasks += both("neurons", "neurons", last) + runs[1:] + _spectra(subject, last, both)
     if middle != last:
-        tasks += both("energy", "energy", middle, settings.layer_samples)
+        tasks += both("matrices", "matrices", middle, settings.matrix_samples * len(subject.matrices(middle)))
     tasks += [_task("energy-model", "energy", "H", "model", other, settings.model_samples) for other in others]
     return [*tasks, columns_g]
 

@@ -1,0 +1,212 @@
+"""Draw the figures of the real model's Hessian and write its tables from stored results.
+
+python -m paper_figures.real_model [--results results/real_model] [--docs docs/real_model.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+
+from analysis import real_model
+from analysis.real_model import BlockMap, Number, Study
+from paper_figures.commandline import refusals
+from paper_figures.page import replace
+from paper_figures.real_model_tables import MATRICES, NOTE, short, tables
+from paper_figures.style import COLOURS, MAP, ROLE_COLOURS, role_name, save, setup
+
+BEGIN, END = "<!-- tables begin: written by python -m paper_figures.real_model -->", "<!-- tables end -->"
+UNIT_MARKERS = {
+    "TENSOR": "X",
+    "ATTENTION_HEAD": "D",
+    "TOKEN": "s",
+    "OUT_NEURON": "o",
+    "IN_NEURON": "^",
+    "FACTORED": "*",
+}
+UNIT_NAMES = {"OUT_NEURON": "row", "IN_NEURON": "column", "ATTENTION_HEAD": "head", "TOKEN": "token (row)"}
+
+
+def energies(study: Study, out: Path) -> Path:
+    """Plot the share inside the blocks against that of random blocks: whole model, tensors by role, single layers."""
+    figure, grid = plt.subplots(1, 3, figsize=(14.5, 4.8), width_ratios=(1, 1.15, 1.15), sharey=True)
+    rows = [(m, d) for m in "HG" if (d := study.one("energy", matrix=m, target="model", text=0))]
+    _shares(grid[0], [(MATRICES[m], real_model.energy(d)) for m, d in rows], "whole model")
+    roles = ("QUERY", "KEY", "VALUE", "ATTENTION_OUT", "MLP_IN", "MLP_OUT")
+    for axes, (matrix, document) in zip(grid[1:], rows, strict=False):
+        of_roles = [(role_name(r), real_model.energy(document, (r,), of="tensor")) for r in roles]
+        _shares(axes, of_roles, f"{matrix} of single matrices, mean of all layers")
+    grid[0].set_ylabel("share of the squared Frobenius norm")
+    for axes in grid:
+        axes.set_yscale("log")
+        axes.set_ylim(1e-7, 2)
+    figure.suptitle(
+        f"Inside the blocks (points, 95 % intervals) and inside random ones of the same sizes (bars). {NOTE}"
+    )
+    return save(figure, out, "real_model_energy")
+
+
+def _shares(axes: Axes, groups: list[tuple[str, object]], title: str) -> None:
+    """Plot one group of points for each partition."""
+    partitions = [p for p in real_model.PARTITIONS if any(p in set(t.partition) for _, t in groups)]
+    width = 0.8 / max(1, len(groups))
+    for number, (label, table) in enumerate(groups):
+        found = table.set_index("partition")
+        for place, partition in enumerate(partitions):
+            if partition not in found.index:
+                continue
+            share, control = found.share[partition], found.control[partition]
+            x, colour = place - 0.4 + width * (number + 0.5), ROLE_COLOURS[number]
+            axes.plot([x - width / 2.4, x + width / 2.4], [control.value] * 2, color=colour, lw=2.5, alpha=0.45)
+            _point(axes, x, share, colour, label if place == 0 else None)
+    axes.set_xticks(range(len(partitions)), partitions)
+    axes.set_title(title)
+    axes.legend(loc="lower right")
+
+
+def _point(axes: Axes, x: float, number: Number, colour: str, label: str | None) -> None:
+    """Plot a number with its interval; where the value is not positive, the upper end only."""
+    low = max(number.low, 1e-9)
+    if number.value > 0:
+        axes.plot([x], [number.value], "o", color=colour, ms=4, label=label)
+    else:
+        axes.plot([x], [max(number.high, 1e-9)], "v", color=colour, ms=5, mfc="none", label=label)
+    axes.plot([x, x], [low, max(number.high, 1e-9)], color=colour, lw=1.2)
+
+
+def maps(study: Study, out: Path) -> Path:
+    """Draw the maps: layers of the whole model, heads, neurons and tokens; H above G."""
+    columns = [("columns", "model"), *(("heads", d["task"]["target"]) for d in study.of("heads", matrix="H"))]
+    columns += [(kind, d["task"]["target"]) for kind in ("neurons", "tokens") for d in study.of(kind, matrix="H")]
+    figure, grid = plt.subplots(2, len(columns), figsize=(3.5 * len(columns), 6.8), squeeze=False)
+    for row, matrix in zip(grid, "HG", strict=True):
+        for axes, (kind, target) in zip(row, columns, strict=True):
+            document = study.one(kind, matrix=matrix, target=target)
+            if document is None:
+                axes.set_axis_off()
+                continue
+            if kind == "columns":
+                found = real_model.layer_map(document)
+                if found is None:
+                    axes.set_axis_off()
+                    continue
+                blocks = BlockMap([short(x) for x in found.layers], found.mean, found.stderr, found.sizes)
+                _draw(axes, blocks, f"{matrix}: layers of the model")
+            else:
+                what = {"heads": "heads of", "neurons": "neurons of", "tokens": "tokens of the embedding of the"}[kind]
+                _draw(axes, real_model.block_map(document), f"{matrix}: {what} {target}")
+    figure.suptitle(f"Root mean square entry of the blocks, by probes. {NOTE}")
+    return save(figure, out, "real_model_maps")
+
+
+def _draw(axes: Axes, found: BlockMap, title: str) -> None:
+    """Draw the root mean square entries of a map, with labels of the groups."""
+    rms = found.rms
+    top = float(rms.max())
+    low = max(float(np.quantile(rms[rms > 0], 0.02)), top * 1e-5)
+    image = axes.imshow(np.maximum(rms, low), norm=LogNorm(low, top), cmap=MAP, interpolation="nearest")
+    groups: dict[str, list[int]] = {}
+    for i, label in enumerate(found.labels):
+        name, _, number = label.rpartition(" ")
+        groups.setdefault(name if number.isdigit() and name else label, []).append(i)
+    for blocks in groups.values():
+        if len(groups) > 1 and blocks[0]:
+            axes.axhline(blocks[0] - 0.5, color="#7fd7ff", lw=0.9)
+            axes.axvline(blocks[0] - 0.5, color="#7fd7ff", lw=0.9)
+    names = [role_name(name) if name.isupper() else name for name in groups]
+    axes.set_yticks([float(np.mean(blocks)) for blocks in groups.values()], names)
+    axes.set_xticks([])
+    axes.set_title(title)
+    axes.grid(False)
+    axes.figure.colorbar(image, ax=axes, shrink=0.75, pad=0.02)
+
+
+def spectra(study: Study, out: Path) -> Path:
+    """Plot where the squared norm of blocks lies on the axis of eigenvalues: H and G, positive and negative."""
+    targets = list(dict.fromkeys(d["task"]["target"] for d in study.of("spectrum")))
+    rows = max(1, -(-len(targets) // 5))
+    figure, grid = plt.subplots(rows, min(5, max(1, len(targets))), figsize=(15, 2.9 * rows), squeeze=False)
+    for axes, target in zip(grid.flat, targets, strict=False):
+        for matrix, colour in zip("HG", COLOURS, strict=False):
+            document = study.one("spectrum", matrix=matrix, target=target)
+            if document is not None:
+                _density(axes, real_model.spectrum(document), colour, MATRICES[matrix])
+        axes.set_title(short(target))
+        axes.set_xlabel("log10 of the absolute eigenvalue")
+    for axes in list(grid.flat)[len(targets) :]:
+        axes.set_axis_off()
+    grid[0, 0].legend()
+    for row in grid:
+        row[0].set_ylabel("share of the squared norm\n(negative ones downwards)")
+    figure.suptitle(f"Where the squared norm of a block lies on the axis of its eigenvalues. {NOTE}")
+    return save(figure, out, "real_model_spectra")
+
+
+def _density(axes: Axes, found: real_model.Spectrum, colour: str, label: str) -> None:
+    """Plot the density of positive eigenvalues upwards and of negative ones downwards, with one standard error."""
+    size = np.abs(found.nodes[found.weights * found.nodes**2 > 0])
+    grid = np.linspace(np.log10(size.max()) - 5, np.log10(size.max()) + 0.5, 300)
+    for sign in (1, -1):
+        mean, error = found.density(grid, 0.12, sign)
+        axes.plot(grid, sign * mean, color=colour, lw=1.3, label=label if sign > 0 else None)
+        axes.fill_between(grid, sign * (mean - error), sign * (mean + error), color=colour, alpha=0.25, lw=0)
+    axes.axhline(0, color=COLOURS[6], lw=0.6)
+
+
+def gaps(study: Study, out: Path) -> Path:
+    """Plot what each form of sharing loses, by role, against its number of scalars."""
+    table = real_model.gaps(real_model.evidence(study))
+    roles = list(dict.fromkeys(table.role))
+    figure, grid = plt.subplots(1, len(roles), figsize=(2.1 * len(roles), 3.9), sharey=True)
+    for axes, role in zip(np.atleast_1d(grid), roles, strict=True):
+        part = table[table.role == role].sort_values("scalars")
+        for row in part.itertuples():
+            error = row.gap.half if np.isfinite(row.gap.stderr) else np.ptp(list(row.seeds.values())) / 2
+            x = max(row.scalars, 1e-8)
+            axes.errorbar(x, row.gap.value, yerr=error, fmt=UNIT_MARKERS[row.unit], color=COLOURS[0], ms=7, capsize=2)
+        axes.set_xscale("log")
+        axes.set_title(role_name(role))
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.2)
+    np.atleast_1d(grid)[0].set_ylabel("gap of v (nats)")
+    for unit, marker in UNIT_MARKERS.items():
+        name = UNIT_NAMES.get(unit, unit.lower())
+        np.atleast_1d(grid)[0].plot([], [], marker, color=COLOURS[0], label=name)
+    figure.supxlabel("second-moment scalars per parameter", fontsize=9)
+    handles = np.atleast_1d(grid)[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=6)
+    figure.suptitle(
+        f"What sharing loses on second moments; bars: 95 % over layers, for the embedding over seeds. {NOTE}"
+    )
+    return save(figure, out, "real_model_gaps")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the figures and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=Path("results/real_model"))
+    parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
+    parser.add_argument("--docs", type=Path, help="page whose tables are replaced; without it, they go to --out")
+    arguments = parser.parse_args(argv)
+    with refusals(FileNotFoundError, ValueError, OSError):
+        study = real_model.load(arguments.results)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        setup()
+        written = tables(study)
+        kinds = {document["task"]["kind"] for document in study.documents.values()}
+        needed = ((energies, "energy"), (maps, "columns"), (spectra, "spectrum"), (gaps, "moments"))
+        drawn = [draw(study, arguments.out) for draw, kind in needed if kind in kinds]
+        if arguments.docs is not None:
+            replace(arguments.docs, written, BEGIN, END)
+        else:
+            (arguments.out / "real_model.md").write_text(written + "\n", encoding="utf-8")
+    print(f"{len(study.documents)} files of results; {', '.join(str(path) for path in drawn)}")
+
+
+if __name__ == "__main__":
+    main()
