@@ -38,7 +38,7 @@ class Settings:
 
     tokens: int = 128
     draws: int = 3
-    model_samples: int = 5
+    model_samples: int = 4
     matrix_samples: int = 4
     texts: tuple[int, ...] = (0, 1)
     column_probes: int = 2
@@ -93,15 +93,12 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     energy_h, energy_g = both("energy-model", "energy", "model", settings.model_samples)
     columns_h, columns_g = both("columns-model", "columns", "model", turns)
     runs = [Task(f"moments-{seed}", "moments", "", "model", 0, 1) for seed in settings.seeds]
-    tasks = [columns_h, energy_h, energy_g, runs[0]]
-    tasks += both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last))) + both(
-        "heads", "heads", last
-    )
-    tasks += both("tokens", "tokens", "model")[:1]
+    tasks = [columns_h, energy_h, runs[0], *both("heads", "heads", last)]
+    tasks += both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last)))
+    tasks += _spectra(subject, last, both) + both("neurons", "neurons", last) + [energy_g]
+    tasks += both("tokens", "tokens", "model")[:1] + runs[1:]
     if middle != last:
         tasks += both("heads", "heads", middle)
-    tasks += both("neurons", "neurons", last) + runs[1:] + _spectra(subject, last, both)
-    if middle != last:
         tasks += both("matrices", "matrices", middle, settings.matrix_samples * len(subject.matrices(middle)))
     tasks += [_task("energy-model", "energy", "H", "model", other, settings.model_samples) for other in others]
     return [*tasks, columns_g]
