@@ -209,6 +209,6 @@ KINDS: Mapping[str, tuple[Callable[[Subject, Settings, Task], Prepared], tuple[s
     "neurons": (neuron_map, (*USED, "map_probes", "groups")),
     "tokens": (token_map, (*USED, "map_probes")),
     "spectrum": (spectrum, (*USED, "slq_steps", "slq_probes")),
-    "moments": (second_moments, ("rows", "run_tokens", "run", "permutations")),
+    "moments": (second_moments, ("rows", "run_tokens", "run", "moment_layers", "permutations")),
 }
 """Kind -> (what prepares it, the settings that its samples depend on)."""

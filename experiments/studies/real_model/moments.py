@@ -35,7 +35,9 @@ def moments(subject: Subject, settings: Settings, seed: int) -> dict[str, Any]:
         return value
 
     averaged, _ = second_moments(subject.model, recorded, batches, run)
-    rows = evidence(subject.model, averaged, permutations=settings.permutations, seed=seed)
+    layers = subject.layers()
+    chosen = {name: v for name, v in averaged.items() if _number(layers[name]) % settings.moment_layers == 0}
+    rows = evidence(subject.model, chosen, permutations=settings.permutations, seed=seed)
     choices = derive(rows).evidence["choices"]  # type: ignore[index]
     return {
         "losses": losses,
@@ -49,6 +51,11 @@ def moments(subject: Subject, settings: Settings, seed: int) -> dict[str, Any]:
             if "candidates" in choice
         },
     }
+
+
+def _number(layer: str) -> int:
+    """Return the number of a layer; 0 outside of layers."""
+    return int(layer.split()[1]) if layer.startswith("layer ") else 0
 
 
 def _value(row: dict[str, Any], key: str) -> Any:

@@ -32,6 +32,7 @@ class Settings:
         run: the AdamW run whose second moments are averaged.
         rows: sequences per step of the run.
         run_tokens: tokens of a sequence of the run.
+        moment_layers: second moments are compared in every such layer: 3 for layers 0, 3, 6, ....
         seeds: seeds of the runs.
         permutations: shuffles of second moments.
     """
@@ -47,8 +48,9 @@ class Settings:
     slq_steps: int = 20
     slq_probes: int = 3
     run: Run = RUN
-    rows: int = 2
+    rows: int = 1
     run_tokens: int = 64
+    moment_layers: int = 3
     seeds: tuple[int, ...] = (0, 1)
     permutations: int = 2
 
@@ -93,7 +95,7 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     energy_h, energy_g = both("energy-model", "energy", "model", settings.model_samples)
     columns_h, columns_g = both("columns-model", "columns", "model", turns)
     runs = [Task(f"moments-{seed}", "moments", "", "model", 0, 1) for seed in settings.seeds]
-    tasks = [columns_h, energy_h, runs[0], *both("heads", "heads", last)]
+    tasks = [columns_h, *both("heads", "heads", last), energy_h, runs[0]]
     tasks += both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last)))
     tasks += _spectra(subject, last, both) + both("neurons", "neurons", last) + [energy_g]
     tasks += both("tokens", "tokens", "model")[:1] + runs[1:]
