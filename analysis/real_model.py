@@ -229,6 +229,12 @@ class LayerMap:
     share: Number
     probes: int
 
+    @property
+    def chance(self) -> float:
+        """Share by chance, without the diagonal, which is smaller by orders of magnitude."""
+        n = float(self.sizes.sum())
+        return (float(np.square(self.sizes).sum()) - n) / (n * n - n)
+
 
 def layer_map(document: Mapping[str, Any]) -> LayerMap | None:
     """Return the map of layers of a ``columns`` document; None before the first round is complete.
@@ -253,6 +259,20 @@ def layer_map(document: Mapping[str, Any]) -> LayerMap | None:
     share = stratified(own, whole)
     off = 0.5 * np.hypot(stderr, stderr.T)
     return LayerMap(layers, (mean + mean.T) / 2, np.where(np.eye(len(layers)) > 0, stderr, off), sizes, share, probes)
+
+
+def of_model(energies: Mapping[str, Any] | None, columns: Mapping[str, Any] | None) -> list[tuple[str, Number, float]]:
+    """Return (partition, share, share by chance) of the whole model, with its layers; empty without results.
+
+    Args:
+        energies: an ``energy`` document, or None.
+        columns: a ``columns`` document, or None.
+    """
+    rows = [] if energies is None else [(r.partition, r.share, r.control.value) for r in energy(energies).itertuples()]
+    found = None if columns is None else layer_map(columns)
+    if found is not None:
+        rows.append(("layer", found.share, found.chance))
+    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- maps

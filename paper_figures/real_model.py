@@ -6,10 +6,12 @@ python -m paper_figures.real_model [--results results/real_model] [--docs docs/r
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
@@ -33,57 +35,70 @@ UNIT_NAMES = {"OUT_NEURON": "row", "IN_NEURON": "column", "ATTENTION_HEAD": "hea
 
 
 def energies(study: Study, out: Path) -> Path:
-    """Plot the share inside the blocks against that of random blocks: whole model, tensors by role, single layers."""
-    figure, grid = plt.subplots(1, 3, figsize=(14.5, 4.8), width_ratios=(1, 1.15, 1.15), sharey=True)
-    rows = [(m, d) for m in "HG" if (d := study.one("energy", matrix=m, target="model", text=0))]
-    _shares(grid[0], [(MATRICES[m], real_model.energy(d)) for m, d in rows], "whole model")
-    roles = ("QUERY", "KEY", "VALUE", "ATTENTION_OUT", "MLP_IN", "MLP_OUT")
-    for axes, (matrix, document) in zip(grid[1:], rows, strict=False):
-        of_roles = [(role_name(r), real_model.energy(document, (r,), of="tensor")) for r in roles]
-        _shares(axes, of_roles, f"{matrix} of single matrices, mean of all layers")
-    grid[0].set_ylabel("share of the squared Frobenius norm")
-    for axes in grid:
-        axes.set_yscale("log")
-        axes.set_ylim(1e-7, 2)
+    """Plot the share inside the blocks against that of random blocks: the whole model, and single matrices."""
+    single = sorted(study.of("matrices"), key=lambda d: (d["task"]["target"], d["task"]["matrix"] == "G"))[::-1][:2][
+        ::-1
+    ]
+    figure, grid = plt.subplots(1, 1 + len(single), figsize=(5 + 5 * len(single), 5.2), sharey=True, squeeze=False)
+    whole = []
+    for matrix in "HG":
+        documents = study.one("energy", matrix=matrix, target="model", text=0), study.one("columns", matrix=matrix)
+        if rows := real_model.of_model(*documents):
+            whole.append((MATRICES[matrix], rows))
+    _shares(grid[0, 0], whole, "whole model")
+    for axes, document in zip(grid[0, 1:], single, strict=True):
+        table = real_model.matrices(document)
+        groups = [(short(name).split(".")[-1], list(_rows(part))) for name, part in table.groupby("name", sort=False)]
+        _shares(axes, groups, f"{document['task']['matrix']} of single matrices of {document['task']['target']}")
+    grid[0, 0].set_ylabel("share of the squared Frobenius norm")
+    grid[0, 0].set_yscale("log")
+    grid[0, 0].set_ylim(1e-7, 2)
     figure.suptitle(
-        f"Inside the blocks (points, 95 % intervals) and inside random ones of the same sizes (bars). {NOTE}"
+        "Inside blocks (points with 95 % intervals; open triangles: upper ends where the estimate is not positive), and "
+        f"by chance (bars).\n{NOTE}"
     )
     return save(figure, out, "real_model_energy")
 
 
-def _shares(axes: Axes, groups: list[tuple[str, object]], title: str) -> None:
+def _rows(table: pd.DataFrame) -> Iterator[tuple[str, Number, float]]:
+    """Yield (partition, share, share by chance)."""
+    for row in table.itertuples():
+        yield row.partition, row.share, row.control.value
+
+
+def _shares(axes: Axes, groups: list[tuple[str, list[tuple[str, Number, float]]]], title: str) -> None:
     """Plot one group of points for each partition."""
-    partitions = [p for p in real_model.PARTITIONS if any(p in set(t.partition) for _, t in groups)]
+    order = (*real_model.PARTITIONS, "layer", real_model.CONTROL)
+    partitions = [p for p in order if any(p == name for _, rows in groups for name, _, _ in rows)]
     width = 0.8 / max(1, len(groups))
-    for number, (label, table) in enumerate(groups):
-        found = table.set_index("partition")
-        for place, partition in enumerate(partitions):
-            if partition not in found.index:
-                continue
-            share, control = found.share[partition], found.control[partition]
-            x, colour = place - 0.4 + width * (number + 0.5), ROLE_COLOURS[number]
-            axes.plot([x - width / 2.4, x + width / 2.4], [control.value] * 2, color=colour, lw=2.5, alpha=0.45)
-            _point(axes, x, share, colour, label if place == 0 else None)
+    for number, (label, rows) in enumerate(groups):
+        colour = ROLE_COLOURS[number]
+        for partition, share, chance in rows:
+            x = partitions.index(partition) - 0.4 + width * (number + 0.5)
+            axes.plot([x - width / 2.2, x + width / 2.2], [max(chance, 1e-9)] * 2, color=colour, lw=3, alpha=0.4)
+            _point(axes, x, share, colour)
+        axes.plot([], [], "o", color=colour, ms=4, label=label)
     axes.set_xticks(range(len(partitions)), partitions)
     axes.set_title(title)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", ncols=1 + len(groups) // 4, frameon=True)
 
 
-def _point(axes: Axes, x: float, number: Number, colour: str, label: str | None) -> None:
-    """Plot a number with its interval; where the value is not positive, the upper end only."""
-    low = max(number.low, 1e-9)
-    if number.value > 0:
-        axes.plot([x], [number.value], "o", color=colour, ms=4, label=label)
+def _point(axes: Axes, x: float, share: Number, colour: str) -> None:
+    """Plot a share with its interval; where it is not positive, the upper end only."""
+    if share.value > 0:
+        axes.plot([x], [share.value], "o", color=colour, ms=4)
+        axes.plot([x, x], [max(share.low, 1e-9), share.high], color=colour, lw=1.2)
     else:
-        axes.plot([x], [max(number.high, 1e-9)], "v", color=colour, ms=5, mfc="none", label=label)
-    axes.plot([x, x], [low, max(number.high, 1e-9)], color=colour, lw=1.2)
+        axes.plot([x], [max(share.high, 1e-9)], "v", color=colour, ms=5, mfc="none")
 
 
 def maps(study: Study, out: Path) -> Path:
     """Draw the maps: layers of the whole model, heads, neurons and tokens; H above G."""
-    columns = [("columns", "model"), *(("heads", d["task"]["target"]) for d in study.of("heads", matrix="H"))]
-    columns += [(kind, d["task"]["target"]) for kind in ("neurons", "tokens") for d in study.of(kind, matrix="H")]
-    figure, grid = plt.subplots(2, len(columns), figsize=(3.5 * len(columns), 6.8), squeeze=False)
+    columns = [("columns", "model")]
+    columns += [
+        (kind, d["task"]["target"]) for kind in ("heads", "neurons", "tokens") for d in study.of(kind, matrix="H")
+    ]
+    figure, grid = plt.subplots(2, len(columns), figsize=(4.0 * len(columns), 7.2), squeeze=False)
     for row, matrix in zip(grid, "HG", strict=True):
         for axes, (kind, target) in zip(row, columns, strict=True):
             document = study.one(kind, matrix=matrix, target=target)
@@ -98,8 +113,8 @@ def maps(study: Study, out: Path) -> Path:
                 blocks = BlockMap([short(x) for x in found.layers], found.mean, found.stderr, found.sizes)
                 _draw(axes, blocks, f"{matrix}: layers of the model")
             else:
-                what = {"heads": "heads of", "neurons": "neurons of", "tokens": "tokens of the embedding of the"}[kind]
-                _draw(axes, real_model.block_map(document), f"{matrix}: {what} {target}")
+                what = "embedding, by tokens" if kind == "tokens" else f"{kind} of {target}"
+                _draw(axes, real_model.block_map(document), f"{matrix}: {what}")
     figure.suptitle(f"Root mean square entry of the blocks, by probes. {NOTE}")
     return save(figure, out, "real_model_maps")
 
@@ -162,7 +177,7 @@ def gaps(study: Study, out: Path) -> Path:
     """Plot what each form of sharing loses, by role, against its number of scalars."""
     table = real_model.gaps(real_model.evidence(study))
     roles = list(dict.fromkeys(table.role))
-    figure, grid = plt.subplots(1, len(roles), figsize=(2.1 * len(roles), 3.9), sharey=True)
+    figure, grid = plt.subplots(1, len(roles), figsize=(2.1 * len(roles), 4.1), sharey=True)
     for axes, role in zip(np.atleast_1d(grid), roles, strict=True):
         part = table[table.role == role].sort_values("scalars")
         for row in part.itertuples():
@@ -171,15 +186,15 @@ def gaps(study: Study, out: Path) -> Path:
             axes.errorbar(x, row.gap.value, yerr=error, fmt=UNIT_MARKERS[row.unit], color=COLOURS[0], ms=7, capsize=2)
         axes.set_xscale("log")
         axes.set_title(role_name(role))
-        axes.set_ylim(bottom=0)
         axes.margins(x=0.2)
+        axes.set_xlabel("scalars per parameter")
     np.atleast_1d(grid)[0].set_ylabel("gap of v (nats)")
+    np.atleast_1d(grid)[0].set_ylim(bottom=0)
     for unit, marker in UNIT_MARKERS.items():
         name = UNIT_NAMES.get(unit, unit.lower())
         np.atleast_1d(grid)[0].plot([], [], marker, color=COLOURS[0], label=name)
-    figure.supxlabel("second-moment scalars per parameter", fontsize=9)
     handles = np.atleast_1d(grid)[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=6)
+    figure.legend(*handles, loc="outside lower center", ncols=6)
     figure.suptitle(
         f"What sharing loses on second moments; bars: 95 % over layers, for the embedding over seeds. {NOTE}"
     )

@@ -65,10 +65,8 @@ def whole_table(study: Study) -> list[str]:
         document = study.one("columns", matrix=matrix)
         found = None if document is None else real_model.layer_map(document)
         if found is not None:
-            squares, n = float((found.sizes**2).sum()), float(found.sizes.sum())
-            control = (squares - n) / (n * n - n)
-            seen = _seen(found.share, Number(control, 0, 1))
-            cells = (number(found.share), interval(found.share), f"{control:.1e}", seen)
+            seen = _seen(found.share, Number(found.chance, 0, 1))
+            cells = (number(found.share), interval(found.share), f"{found.chance:.1e}", seen)
             error = number(real_model.relative_error(found.share))
             lines.append(_row(matrix, "0", "layer", f"{found.probes} per layer", *cells, error))
     return lines
@@ -89,14 +87,20 @@ def role_table(study: Study) -> list[str]:
 
 
 def matrix_table(study: Study) -> list[str]:
-    """Return the shares of single matrices of the chosen layers, with measured random blocks."""
-    lines = _table("matrix of weights", "", "blocks", "n", "share inside", "by chance", "seen (R1)")
+    """Return the shares of single matrices of the chosen layers; bold where a partition is seen."""
+    blocks = ("element", "column", "row", "head", real_model.CONTROL)
+    lines = _table("weights", "", "n", *blocks[:-1], "random, sizes of row", "by chance: column, row, head")
     for document in study.of("matrices"):
-        for r in real_model.matrices(document).itertuples():
-            name = "random, sizes of row" if r.partition == real_model.CONTROL else r.partition
-            seen = "–" if r.partition in (real_model.CONTROL, "element") else _seen(r.share, r.control)
-            place = (short(r.name), document["task"]["matrix"], name, str(r.n))
-            lines.append(_row(*place, number(r.share), f"{r.control.value:.1e}", seen))
+        for name, part in real_model.matrices(document).groupby("name", sort=False):
+            found = part.set_index("partition")
+            cells = []
+            for block in blocks:
+                text = number(found.share[block]) if block in found.index else "–"
+                seen = block in blocks[1:4] and block in found.index
+                seen = seen and _seen(found.share[block], found.control[block]) == "yes"
+                cells.append(f"**{text}**" if seen else text)
+            chance = ", ".join(f"{found.control[x].value:.1e}" for x in blocks[1:4] if x in found.index)
+            lines.append(_row(short(name), document["task"]["matrix"], str(part.n.iloc[0]), *cells, chance))
     return lines
 
 
@@ -227,7 +231,7 @@ def tables(study: Study) -> str:
             "Single matrices, from the same samples, share of the squared norm of a matrix's own block:",
             role_table,
         ),
-        ("matrices", "Matrices of one layer, each by itself (text 0):", matrix_table),
+        ("matrices", "Matrices of one layer, each by itself (text 0); bold: seen by R1:", matrix_table),
         ("matrices", "The matrices of one layer together (text 0):", between_table),
         ("heads", "Maps (text 0, 2 probes per block):", contrast_table),
         ("tokens", "The embedding's own block, by groups of tokens (text 0):", token_table),
