@@ -54,8 +54,8 @@ def energies(study: Study, out: Path) -> Path:
     grid[0, 0].set_yscale("log")
     grid[0, 0].set_ylim(1e-7, 2)
     figure.suptitle(
-        "Inside blocks (points with 95 % intervals; open triangles: upper ends where the estimate is not positive), and "
-        f"by chance (bars).\n{NOTE}"
+        "Inside blocks (points with 95 % intervals; open triangles: upper ends where the estimate is not positive) "
+        f"and by chance (bars).\n{NOTE}"
     )
     return save(figure, out, "real_model_energy")
 

@@ -110,7 +110,7 @@ def matrices(subject: Subject, settings: Settings, task: Task) -> Prepared:
         chosen = partitions(subject.model, [names[own]], control=number)
         inside = (ends[own] - sizes[own], ends[own])
         signs = {n: _placed(p.signs, inside, ends[-1]) for n, p in chosen.items() if n not in left_out}
-        found = energies(operator, signs, sizes, number, settings.draws, TOGETHER, inside)
+        found = energies(operator, signs, sizes, number, settings.matrix_draws, TOGETHER, inside)
         energy_of = {name: rounded(values[own]) for name, values in found.items() if name != WHOLE}
         return {"parameter": names[own], WHOLE: rounded(found[WHOLE]), **energy_of}
 
@@ -203,7 +203,7 @@ def second_moments(subject: Subject, settings: Settings, task: Task) -> Prepared
 USED = ("tokens",)
 KINDS: Mapping[str, tuple[Callable[[Subject, Settings, Task], Prepared], tuple[str, ...]]] = {
     "energy": (energy, (*USED, "draws")),
-    "matrices": (matrices, (*USED, "draws")),
+    "matrices": (matrices, (*USED, "matrix_draws")),
     "columns": (columns, USED),
     "heads": (head_map, (*USED, "map_probes")),
     "neurons": (neuron_map, (*USED, "map_probes", "groups")),

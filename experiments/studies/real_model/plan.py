@@ -23,6 +23,7 @@ class Settings:
         draws: products per partition and sample, see ``hessian.single_probes.energies``.
         model_samples: samples of the whole model's energies, for each text.
         matrix_samples: samples of the energies of each matrix of a layer.
+        matrix_draws: as ``draws``, for those samples.
         texts: texts on which the whole model's energies are measured.
         column_probes: probes per layer of the map of layers.
         map_probes: probes per block of the other maps.
@@ -41,11 +42,12 @@ class Settings:
     draws: int = 3
     model_samples: int = 4
     matrix_samples: int = 4
+    matrix_draws: int = 2
     texts: tuple[int, ...] = (0, 1)
     column_probes: int = 2
     map_probes: int = 2
-    groups: int = 12
-    slq_steps: int = 20
+    groups: int = 8
+    slq_steps: int = 15
     slq_probes: int = 3
     run: Run = RUN
     rows: int = 1
@@ -96,14 +98,24 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     columns_h, columns_g = both("columns-model", "columns", "model", turns)
     runs = [Task(f"moments-{seed}", "moments", "", "model", 0, 1) for seed in settings.seeds]
     tasks = [columns_h, *both("heads", "heads", last), energy_h, runs[0]]
-    tasks += both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last)))
-    tasks += _spectra(subject, last, both) + both("neurons", "neurons", last) + [energy_g]
-    tasks += both("tokens", "tokens", "model")[:1] + runs[1:]
+    matrices_h, matrices_g = both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last)))
+    neurons_h, neurons_g = both("neurons", "neurons", last)
+    tokens_h, tokens_g = both("tokens", "tokens", "model")
+    tasks += [
+        matrices_h,
+        neurons_h,
+        tokens_h,
+        *_spectra(subject, last, both),
+        energy_g,
+        matrices_g,
+        neurons_g,
+        *runs[1:],
+    ]
     if middle != last:
         tasks += both("heads", "heads", middle)
         tasks += both("matrices", "matrices", middle, settings.matrix_samples * len(subject.matrices(middle)))
     tasks += [_task("energy-model", "energy", "H", "model", other, settings.model_samples) for other in others]
-    return [*tasks, columns_g]
+    return [*tasks, columns_g, tokens_g]
 
 
 def _task(what: str, kind: str, matrix: str, target: str, text: int, samples: int) -> Task:
@@ -113,14 +125,14 @@ def _task(what: str, kind: str, matrix: str, target: str, text: int, samples: in
 
 
 def _spectra(subject: Subject, layer: str, both: Callable[[str, str, str], list[Task]]) -> list[Task]:
-    """Return the tasks for spectra of a layer: queries, values and the MLP's output, and one head of the first two."""
-    roles, tasks = subject.roles(), []
+    """Return the tasks for spectra of a layer: queries, values, the MLP's output, and a head of the queries."""
+    roles, tasks, heads = subject.roles(), [], []
     for name in subject.matrices(layer):
         if roles[name] in (Role.QUERY, Role.VALUE, Role.MLP_OUT):
             tasks += both("spectrum", "spectrum", name)
-        if roles[name] in (Role.QUERY, Role.VALUE):
-            tasks += both("spectrum", "spectrum", f"{name}[head 0]")
-    return tasks
+        if roles[name] is Role.QUERY:
+            heads += both("spectrum", "spectrum", f"{name}[head 0]")
+    return tasks + heads
 
 
 def as_json(settings: Settings) -> dict[str, object]:
