@@ -110,12 +110,15 @@ def maps(study: Study, out: Path) -> Path:
                 if found is None:
                     axes.set_axis_off()
                     continue
-                blocks = BlockMap([short(x) for x in found.layers], found.mean, found.stderr, found.sizes)
-                _draw(axes, blocks, f"{matrix}: layers of the model")
+                large = np.flatnonzero(found.sizes > 0.01 * np.median(found.sizes))  # without the last norm
+                labels = [short(found.layers[i]) for i in large]
+                mean, stderr = found.mean[np.ix_(large, large)], found.stderr[np.ix_(large, large)]
+                blocks = BlockMap(labels, mean, stderr, found.sizes[large])
+                _draw(axes, blocks, f"{matrix}: embedding and layers")
             else:
                 what = "embedding, by tokens" if kind == "tokens" else f"{kind} of {target}"
                 _draw(axes, real_model.block_map(document), f"{matrix}: {what}")
-    figure.suptitle(f"Root mean square entry of the blocks, by probes. {NOTE}")
+    figure.suptitle(f"Root mean square entry of the blocks, by probes\n{NOTE}")
     return save(figure, out, "real_model_maps")
 
 
@@ -133,7 +136,10 @@ def _draw(axes: Axes, found: BlockMap, title: str) -> None:
         if len(groups) > 1 and blocks[0]:
             axes.axhline(blocks[0] - 0.5, color="#7fd7ff", lw=0.9)
             axes.axvline(blocks[0] - 0.5, color="#7fd7ff", lw=0.9)
-    names = [role_name(name) if name.isupper() else name for name in groups]
+    names = [
+        role_name(name) if name.isupper() else f"layers 0 to {len(b) - 1}" if name == "layer" else name
+        for name, b in groups.items()
+    ]
     axes.set_yticks([float(np.mean(blocks)) for blocks in groups.values()], names)
     axes.set_xticks([])
     axes.set_title(title)

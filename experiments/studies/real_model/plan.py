@@ -33,15 +33,15 @@ class Settings:
         run: the AdamW run whose second moments are averaged.
         rows: sequences per step of the run.
         run_tokens: tokens of a sequence of the run.
-        moment_layers: second moments are compared in every such layer: 3 for layers 0, 3, 6, ....
+        moment_layers: second moments are compared in every such layer: 5 for layers 0, 5, 10, ....
         seeds: seeds of the runs.
         permutations: shuffles of second moments.
     """
 
     tokens: int = 128
     draws: int = 3
-    model_samples: int = 4
-    matrix_samples: int = 4
+    model_samples: int = 3
+    matrix_samples: int = 3
     matrix_draws: int = 2
     texts: tuple[int, ...] = (0, 1)
     column_probes: int = 2
@@ -52,7 +52,7 @@ class Settings:
     run: Run = RUN
     rows: int = 1
     run_tokens: int = 64
-    moment_layers: int = 3
+    moment_layers: int = 5
     seeds: tuple[int, ...] = (0, 1)
     permutations: int = 2
 
@@ -101,16 +101,8 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     matrices_h, matrices_g = both("matrices", "matrices", last, settings.matrix_samples * len(subject.matrices(last)))
     neurons_h, neurons_g = both("neurons", "neurons", last)
     tokens_h, tokens_g = both("tokens", "tokens", "model")
-    tasks += [
-        matrices_h,
-        neurons_h,
-        tokens_h,
-        *_spectra(subject, last, both),
-        energy_g,
-        matrices_g,
-        neurons_g,
-        *runs[1:],
-    ]
+    spectra = _spectra(subject, last, both)
+    tasks += [matrices_h, *spectra[:2], neurons_h, matrices_g, tokens_h, energy_g, *spectra[2:], neurons_g, *runs[1:]]
     if middle != last:
         tasks += both("heads", "heads", middle)
         tasks += both("matrices", "matrices", middle, settings.matrix_samples * len(subject.matrices(middle)))
