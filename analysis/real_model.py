@@ -236,29 +236,42 @@ class LayerMap:
         return (float(np.square(self.sizes).sum()) - n) / (n * n - n)
 
 
-def layer_map(document: Mapping[str, Any]) -> LayerMap | None:
-    """Return the map of layers of a ``columns`` document; None before the first round is complete.
-
-    The probes of each layer are a stratum of their own: the variance of the share is the sum of the layers' variances,
-    with Satterthwaite's degrees of freedom.
-    """
-    layers, parameters = document["facts"]["layers"], document["facts"]["parameters"]
-    group = np.array([layers.index(p["layer"]) for p in parameters])
-    sizes = np.bincount(group, weights=[float(np.prod(p["shape"])) for p in parameters])
-    found: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
+def _rounds(document: Mapping[str, Any]) -> np.ndarray:
+    """Return the squared norms of a ``columns`` document, [source layer, probe, parameter], complete rounds only."""
+    found: dict[str, list[Any]] = {layer: [] for layer in document["facts"]["layers"]}
     for sample in document["samples"]:
-        found[sample["layer"]].append(np.bincount(group, weights=sample["squares"], minlength=len(layers)))
+        found[sample["layer"]].append(sample["squares"])
     probes = min(len(columns) for columns in found.values())
+    return np.array([columns[:probes] for columns in found.values()], dtype=float).reshape(
+        len(found), probes, len(document["facts"]["parameters"])
+    )
+
+
+def layer_map(document: Mapping[str, Any]) -> LayerMap | None:
+    """Return the map of layers of a ``columns`` document; None before the first round is complete."""
+    layers, parameters, rounds = document["facts"]["layers"], document["facts"]["parameters"], _rounds(document)
+    probes = rounds.shape[1]
     if not probes:
         return None
-    columns = np.array([found[layer][:probes] for layer in layers])  # [source, probe, target]
+    group = np.array([layers.index(p["layer"]) for p in parameters])
+    sizes = np.bincount(group, weights=[float(np.prod(p["shape"])) for p in parameters])
+    columns = np.stack([rounds[:, :, group == i].sum(2) for i in range(len(layers))], axis=2)  # [source, probe, target]
     own = np.array([columns[i, :, i] for i in range(len(layers))])
-    whole = columns.sum(2)
     mean = columns.mean(1)
     stderr = columns.std(1, ddof=1) / math.sqrt(probes) if probes > 1 else np.full_like(mean, np.nan)
-    share = stratified(own, whole)
     off = 0.5 * np.hypot(stderr, stderr.T)
+    share = stratified(own, columns.sum(2))
     return LayerMap(layers, (mean + mean.T) / 2, np.where(np.eye(len(layers)) > 0, stderr, off), sizes, share, probes)
+
+
+def by_role(document: Mapping[str, Any]) -> dict[str, tuple[int, Number]]:
+    """Return role -> (number of parameters, share of the squared norm in their rows), of a ``columns`` document."""
+    parameters, rounds = document["facts"]["parameters"], _rounds(document)
+    roles, out = np.array([p["role"] for p in parameters]), {}
+    for role in dict.fromkeys(roles.tolist()):
+        size = sum(int(np.prod(p["shape"])) for p in parameters if p["role"] == role)
+        out[role] = (size, stratified(rounds[:, :, roles == role].sum(2), rounds.sum(2)))
+    return out
 
 
 def of_model(energies: Mapping[str, Any] | None, columns: Mapping[str, Any] | None) -> list[tuple[str, Number, float]]:

@@ -72,6 +72,19 @@ def whole_table(study: Study) -> list[str]:
     return lines
 
 
+def place_table(study: Study) -> list[str]:
+    """Return in the rows of which roles the squared norm lies."""
+    lines = _table("matrix", "role", "parameters", "share of the parameters", "share of the squared norm")
+    for document in study.of("columns"):
+        if real_model.layer_map(document) is not None:
+            found = real_model.by_role(document)
+            total = sum(size for size, _ in found.values())
+            for role, (size, share) in found.items():
+                place = (document["task"]["matrix"], role_name(role))
+                lines.append(_row(*place, f"{size:,}", f"{size / total:.5f}", number(share)))
+    return lines
+
+
 def role_table(study: Study) -> list[str]:
     """Return, for H and G of every role's tensors by themselves, the shares of their own squared norm inside blocks."""
     lines = _table("matrix", "role", "element", "column", "row", "by chance: column, row")
@@ -226,6 +239,7 @@ def tables(study: Study) -> str:
     """Return all tables as Markdown; a table without results is left out."""
     parts = (
         ("energy", "Whole model, share of the squared Frobenius norm inside blocks:", whole_table),
+        ("columns", "Where the squared norm of the whole model lies, by rows (text 0):", place_table),
         (
             "energy",
             "Single matrices, from the same samples, share of the squared norm of a matrix's own block:",
