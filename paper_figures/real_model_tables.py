@@ -86,12 +86,18 @@ def place_table(study: Study) -> list[str]:
 
 
 def role_table(study: Study) -> list[str]:
-    """Return, for H and G of every role's tensors by themselves, the shares of their own squared norm inside blocks."""
+    """Return, for H and G of every role's tensors by themselves, the shares of their own squared norm inside blocks.
+
+    Roles whose tensors' own squared norm is not known to a third are left out: the noise of the other tensors hides it.
+    """
     lines = _table("matrix", "role", "element", "column", "row", "by chance: column, row")
     for matrix in "HG":
         document = study.one("energy", matrix=matrix, target="model", text=0)
         if document is not None:
             for role in dict.fromkeys(p["role"] for p in document["facts"]["parameters"] if p["role"] != "NORM"):
+                own = real_model.energy(document, (role,)).set_index("partition").share["tensor"]
+                if own.value < 3 * own.stderr:
+                    continue
                 found = real_model.energy(document, (role,), of="tensor").set_index("partition")
                 cells = [number(found.share[p]) for p in ("element", "column", "row")]
                 chance = ", ".join(f"{found.control[p].value:.1e}" for p in ("column", "row"))
