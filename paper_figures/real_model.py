@@ -52,7 +52,7 @@ def energies(study: Study, out: Path) -> Path:
         _shares(axes, groups, f"{document['task']['matrix']} of single matrices of {document['task']['target']}")
     grid[0, 0].set_ylabel("share of the squared Frobenius norm")
     grid[0, 0].set_yscale("log")
-    grid[0, 0].set_ylim(1e-7, 2)
+    grid[0, 0].set_ylim(1e-6, 2)
     figure.suptitle(
         "Inside blocks (points with 95 % intervals; open triangles: upper ends where the estimate is not positive) "
         f"and by chance (bars).\n{NOTE}"
@@ -80,7 +80,8 @@ def _shares(axes: Axes, groups: list[tuple[str, list[tuple[str, Number, float]]]
         axes.plot([], [], "o", color=colour, ms=4, label=label)
     axes.set_xticks(range(len(partitions)), partitions)
     axes.set_title(title)
-    axes.legend(loc="lower right", ncols=1 + len(groups) // 4, frameon=True)
+    if groups:
+        axes.legend(loc="lower right", ncols=1 + len(groups) // 4, frameon=True)
 
 
 def _point(axes: Axes, x: float, share: Number, colour: str) -> None:
@@ -187,7 +188,10 @@ def gaps(study: Study, out: Path) -> Path:
     for axes, role in zip(np.atleast_1d(grid), roles, strict=True):
         part = table[table.role == role].sort_values("scalars")
         for row in part.itertuples():
-            error = row.gap.half if np.isfinite(row.gap.stderr) else np.ptp(list(row.seeds.values())) / 2
+            low, high = max(row.gap.low, row.gap.value / 10), row.gap.high
+            if not np.isfinite(row.gap.stderr):
+                low, high = min(row.seeds.values()), max(row.seeds.values())
+            error = [[row.gap.value - low], [high - row.gap.value]]
             x = max(row.scalars, 1e-8)
             axes.errorbar(x, row.gap.value, yerr=error, fmt=UNIT_MARKERS[row.unit], color=COLOURS[0], ms=7, capsize=2)
         axes.set_xscale("log")
@@ -195,14 +199,15 @@ def gaps(study: Study, out: Path) -> Path:
         axes.margins(x=0.2)
         axes.set_xlabel("scalars per parameter")
     np.atleast_1d(grid)[0].set_ylabel("gap of v (nats)")
-    np.atleast_1d(grid)[0].set_ylim(bottom=0)
+    np.atleast_1d(grid)[0].set_yscale("log")
     for unit, marker in UNIT_MARKERS.items():
         name = UNIT_NAMES.get(unit, unit.lower())
         np.atleast_1d(grid)[0].plot([], [], marker, color=COLOURS[0], label=name)
     handles = np.atleast_1d(grid)[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=6)
     figure.suptitle(
-        f"What sharing loses on second moments; bars: 95 % over layers, for the embedding over seeds. {NOTE}"
+        "What sharing loses on second moments v: log of v's mean over its geometric mean inside blocks "
+        f"(bars: 95 % over layers; embedding: range over seeds)\n{NOTE}"
     )
     return save(figure, out, "real_model_gaps")
 

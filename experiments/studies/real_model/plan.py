@@ -102,7 +102,7 @@ def plan(subject: Subject, settings: Settings) -> list[Task]:
     neurons_h, neurons_g = both("neurons", "neurons", last)
     tokens_h, tokens_g = both("tokens", "tokens", "model")
     spectra = _spectra(subject, last, both)
-    tasks += [matrices_h, *spectra[:2], neurons_h, matrices_g, tokens_h, energy_g, *spectra[2:], neurons_g, *runs[1:]]
+    tasks += [matrices_h, *spectra[:2], neurons_h, matrices_g, tokens_h, energy_g, *runs[1:], *spectra[2:], neurons_g]
     if middle != last:
         tasks += both("heads", "heads", middle)
         tasks += both("matrices", "matrices", middle, settings.matrix_samples * len(subject.matrices(middle)))
