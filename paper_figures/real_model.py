@@ -6,6 +6,7 @@ python -m paper_figures.real_model [--results results/real_model] [--docs docs/r
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,11 +214,13 @@ def gaps(study: Study, out: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw the figures and write the tables."""
+    """Draw the figures and write the tables; with a page, copy the figures to the folder beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results/real_model"))
     parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
-    parser.add_argument("--docs", type=Path, help="page whose tables are replaced; without it, they go to --out")
+    parser.add_argument(
+        "--docs", type=Path, help="page whose tables and figures are replaced; without it, tables go to --out"
+    )
     arguments = parser.parse_args(argv)
     with refusals(FileNotFoundError, ValueError, OSError):
         study = real_model.load(arguments.results)
@@ -229,6 +232,9 @@ def main(argv: list[str] | None = None) -> None:
         drawn = [draw(study, arguments.out) for draw, kind in needed if kind in kinds]
         if arguments.docs is not None:
             replace(arguments.docs, written, BEGIN, END)
+            (arguments.docs.parent / "figures").mkdir(exist_ok=True)
+            for path in drawn:
+                shutil.copyfile(path, arguments.docs.parent / "figures" / path.name)
         else:
             (arguments.out / "real_model.md").write_text(written + "\n", encoding="utf-8")
     print(f"{len(study.documents)} files of results; {', '.join(str(path) for path in drawn)}")
