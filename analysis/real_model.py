@@ -229,11 +229,18 @@ class LayerMap:
     share: Number
     probes: int
 
-    @property
-    def chance(self) -> float:
-        """Share by chance, without the diagonal, which is smaller by orders of magnitude."""
-        n = float(self.sizes.sum())
-        return (float(np.square(self.sizes).sum()) - n) / (n * n - n)
+    def chance(self, energies: Mapping[str, Any] | None) -> float:
+        """Return the share by chance.
+
+        Args:
+            energies: the ``energy`` document of the same matrix, for the share of the diagonal; None if there is none,
+                and the diagonal is then left out.
+        """
+        diagonal = Number(0.0, 0.0, 1)
+        if energies is not None:
+            found = energy(energies).set_index("partition")
+            diagonal = found.share["element"]
+        return by_chance(diagonal, float(np.square(self.sizes).sum()), float(self.sizes.sum())).value
 
 
 def _rounds(document: Mapping[str, Any]) -> np.ndarray:
@@ -284,7 +291,7 @@ def of_model(energies: Mapping[str, Any] | None, columns: Mapping[str, Any] | No
     rows = [] if energies is None else [(r.partition, r.share, r.control.value) for r in energy(energies).itertuples()]
     found = None if columns is None else layer_map(columns)
     if found is not None:
-        rows.append(("layer", found.share, found.chance))
+        rows.append(("layer", found.share, found.chance(energies)))
     return rows
 
 

@@ -152,8 +152,8 @@ def _draw(axes: Axes, found: BlockMap, title: str) -> None:
 def spectra(study: Study, out: Path) -> Path:
     """Plot where the squared norm of blocks lies on the axis of eigenvalues: H and G, positive and negative."""
     targets = list(dict.fromkeys(d["task"]["target"] for d in study.of("spectrum")))
-    rows = max(1, -(-len(targets) // 5))
-    figure, grid = plt.subplots(rows, min(5, max(1, len(targets))), figsize=(15, 2.9 * rows), squeeze=False)
+    rows, wide = max(1, -(-len(targets) // 4)), min(4, max(1, len(targets)))
+    figure, grid = plt.subplots(rows, wide, figsize=(2.5 + 3.4 * wide, 0.8 + 2.7 * rows), squeeze=False)
     for axes, target in zip(grid.flat, targets, strict=False):
         for matrix, colour in zip("HG", COLOURS, strict=False):
             document = study.one("spectrum", matrix=matrix, target=target)
@@ -166,14 +166,14 @@ def spectra(study: Study, out: Path) -> Path:
     grid[0, 0].legend()
     for row in grid:
         row[0].set_ylabel("share of the squared norm\n(negative ones downwards)")
-    figure.suptitle(f"Where the squared norm of a block lies on the axis of its eigenvalues. {NOTE}")
+    figure.suptitle(f"Where the squared norm of a block lies on the axis of its eigenvalues\n{NOTE}")
     return save(figure, out, "real_model_spectra")
 
 
 def _density(axes: Axes, found: real_model.Spectrum, colour: str, label: str) -> None:
     """Plot the density of positive eigenvalues upwards and of negative ones downwards, with one standard error."""
     size = np.abs(found.nodes[found.weights * found.nodes**2 > 0])
-    grid = np.linspace(np.log10(size.max()) - 5, np.log10(size.max()) + 0.5, 300)
+    grid = np.linspace(np.log10(size.max()) - 3.5, np.log10(size.max()) + 0.4, 300)
     for sign in (1, -1):
         mean, error = found.density(grid, 0.12, sign)
         axes.plot(grid, sign * mean, color=colour, lw=1.3, label=label if sign > 0 else None)

@@ -65,8 +65,9 @@ def whole_table(study: Study) -> list[str]:
         document = study.one("columns", matrix=matrix)
         found = None if document is None else real_model.layer_map(document)
         if found is not None:
-            seen = _seen(found.share, Number(found.chance, 0, 1))
-            cells = (number(found.share), interval(found.share), f"{found.chance:.1e}", seen)
+            chance = found.chance(study.one("energy", matrix=matrix, target="model", text=0))
+            seen = _seen(found.share, Number(chance, 0, 1))
+            cells = (number(found.share), interval(found.share), f"{chance:.1e}", seen)
             error = number(real_model.relative_error(found.share))
             lines.append(_row(matrix, "0", "layer", f"{found.probes} per layer", *cells, error))
     return lines

@@ -63,7 +63,11 @@ def test_a_map_of_layers_takes_complete_rounds_only() -> None:
     assert found is not None and found.probes == 1
     assert found.mean.tolist() == [[6, 3.5], [3.5, 10]] and found.sizes.tolist() == [4, 5]
     assert found.share.value == 16 / 23 and found.share.half == math.inf
-    assert found.chance == pytest.approx((4 * 3 + 5 * 4) / (9 * 8))
+    pairs = (4 * 3 + 5 * 4) / (9 * 8)
+    assert found.chance(None) == pytest.approx(pairs)
+    sample = {"element": [1, 1, 2], "whole": [4, 8, 8]}
+    facts = {**columns()["facts"], "squares": {"element": [1, 3, 5]}}  # type: ignore[dict-item]
+    assert found.chance({"facts": facts, "samples": [sample, sample]}) == pytest.approx(0.2 + 0.8 * pairs)
     document = columns()
     document["samples"].append({"layer": "b", "squares": [1, 2, 12]})  # type: ignore[union-attr]
     both = real_model.layer_map(document)
