@@ -332,9 +332,27 @@ class BlockMap:
         mean, error = self.mean[np.ix_(rows, columns)], self.stderr[np.ix_(rows, columns)]
         same = np.eye(len(rows)) > 0
         inside, outside = (mean[m].sum() / area[m].sum() for m in (same, ~same))
-        relative = [np.sqrt(np.square(error[m]).sum()) / mean[m].sum() for m in (same, ~same)]
+        # In a symmetric map, an estimate and its mirror image are one number, so their errors add up.
+        twice = math.sqrt(2) if other is None else 1.0
+        relative = [k * np.sqrt(np.square(error[m]).sum()) / mean[m].sum() for m, k in ((same, 1.0), (~same, twice))]
         value = math.sqrt(inside / outside)
         return Number(value, 0.5 * value * math.hypot(*relative), len(rows) - 1)
+
+
+def head_shares(found: BlockMap) -> dict[str, Number]:
+    """Return role -> share of the role's squared norm inside its heads, for roles with two heads or more."""
+    groups = {role: [i for i, x in enumerate(found.labels) if x.rsplit(" ", 1)[0] == role] for role in HEAD_ROLES}
+    out = {}
+    for role, blocks in groups.items():
+        if len(blocks) > 1:
+            mean, error = found.mean[np.ix_(blocks, blocks)], found.stderr[np.ix_(blocks, blocks)]
+            same = np.eye(len(blocks)) > 0
+            inside, outside = mean[same].sum(), mean[~same].sum()
+            # An estimate and its mirror image are one number, so their errors add up.
+            errors = np.sqrt(np.square(error[same]).sum()), 2 * np.sqrt(np.square(np.triu(error, 1)).sum())
+            stderr = math.hypot(outside * errors[0], inside * errors[1]) / (inside + outside) ** 2
+            out[role] = Number(float(inside / (inside + outside)), float(stderr), len(blocks) - 1)
+    return out
 
 
 def block_map(document: Mapping[str, Any]) -> BlockMap:

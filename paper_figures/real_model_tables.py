@@ -137,7 +137,8 @@ def between_table(study: Study) -> list[str]:
 
 def contrast_table(study: Study) -> list[str]:
     """Return the contrasts of the maps: heads of a role, and the same neurons against others."""
-    lines = _table("map", "matrix", "blocks", "RMS entry inside over outside", "at least 2 (R3)")
+    head = ("RMS entry inside over outside", "at least 2 (R3)", "share of the squared norm inside", "by chance")
+    lines = _table("map", "matrix", "blocks", *head)
     for kind in ("heads", "neurons"):
         contrasts = real_model.head_contrasts if kind == "heads" else real_model.neuron_contrasts
         for document in study.of(kind):
@@ -145,7 +146,10 @@ def contrast_table(study: Study) -> list[str]:
                 what = role_name(name) if kind == "heads" else name
                 seen = "yes" if x.value - 2 * x.stderr >= 2 else "no"
                 place = (f"{kind} of {document['task']['target']}", document["task"]["matrix"])
-                lines.append(_row(*place, what, number(x), seen))
+                share = real_model.head_shares(real_model.block_map(document)).get(name)
+                # Heads of equal size: by chance, one in so many, without the diagonal.
+                shares = ("–", "–") if share is None else (number(share), f"{1 / (share.freedom + 1):.2f}")
+                lines.append(_row(*place, what, number(x), seen, *shares))
     return lines
 
 

@@ -85,8 +85,13 @@ def test_contrast_of_heads() -> None:
     assert real_model.head_contrasts(found)["QUERY"].value == pytest.approx(3)
     inside = 0.1 * np.linalg.norm(np.diag(mean)) / np.trace(mean)
     off = mean[~np.eye(3, dtype=bool)]
-    outside = 0.1 * np.linalg.norm(off) / off.sum()
+    outside = 0.1 * math.sqrt(2) * np.linalg.norm(off) / off.sum()
     assert real_model.head_contrasts(found)["QUERY"].stderr == pytest.approx(1.5 * math.hypot(inside, outside))
+    share = real_model.head_shares(found)["QUERY"]
+    whole = mean.sum()
+    assert share.value == pytest.approx(np.trace(mean) / whole)
+    errors = 0.1 * np.linalg.norm(np.diag(mean)), 0.1 * math.sqrt(2) * np.linalg.norm(off)
+    assert share.stderr == pytest.approx(math.hypot(off.sum() * errors[0], np.trace(mean) * errors[1]) / whole**2)
     assert set(real_model.neuron_contrasts(found)) == {"QUERY x QUERY"}
 
 
