@@ -160,9 +160,11 @@ def token_table(study: Study) -> list[str]:
     )
     for document in study.of("tokens"):
         found = real_model.block_map(document)
-        shares, rms = found.mean.sum(1) / found.mean.sum(), found.rms.diagonal()
-        # Errors of the entries of a row are treated as independent; the total's is small beside them.
-        errors = (found.stderr**2).sum(1) ** 0.5 / found.mean.sum()
+        total, rms = found.mean.sum(), found.rms.diagonal()
+        shares, variances = found.mean.sum(1) / total, (found.stderr**2).sum(1)
+        # A row and the rest of the map, as two numbers with errors of their own.
+        rest = variances.sum() - variances
+        errors = ((1 - shares) ** 2 * variances + shares**2 * rest) ** 0.5 / total
         relative = 0.5 * found.stderr.diagonal() / found.mean.diagonal()
         for i, label in enumerate(found.labels):
             share = number(Number(float(shares[i]), float(errors[i]), 1))

@@ -23,9 +23,9 @@ def test_the_tables_of_the_page_are_those_of_the_results() -> None:
 
 def test_figures_and_page_are_written_from_results(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text(f"# Before\n{BEGIN}\nwhat was there\n{END}\nafter\n")
     main(["--results", str(RESULTS), "--out", str(tmp_path / "out"), "--docs", str(page)])
-    assert page.read_text().startswith(f"# Before\n{BEGIN}\n") and "old" not in page.read_text()
+    assert page.read_text().startswith(f"# Before\n{BEGIN}\n") and "what was there" not in page.read_text()
     pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert pictures == [f"real_model_{name}.png" for name in ("energy", "gaps", "maps", "spectra")]
 
