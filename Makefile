@@ -31,7 +31,7 @@ TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 .PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study real-model clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling real-model clean"
 
 setup: $(READY)
 
