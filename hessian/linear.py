@@ -63,6 +63,32 @@ class MatrixOperator:
         return self.matrix @ vectors
 
 
+class PrincipalBlock:
+    """The block of an operator between some of its parameters: a product takes one product with the operator.
+
+    Args:
+        operator: symmetric, order n.
+        index: int64 [m], which parameters; none occurs twice.
+
+    Raises:
+        ValueError: index is empty, leaves 0 ... n - 1, or has a number twice.
+    """
+
+    def __init__(self, operator: LinearMap, index: Tensor) -> None:
+        n, m = operator.shape[0], len(index)
+        if not m or int(index.min()) < 0 or int(index.max()) >= n or len(torch.unique(index)) < m:
+            raise ValueError(f"index has {m} entries; it must hold different numbers from 0 to {n - 1}, at least one")
+        self._operator, self._index = operator, index.to(operator.device)
+        self.shape = (m, m)
+        self.dtype, self.device = operator.dtype, operator.device
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Multiply a block of vectors, [m, k] -> [m, k]."""
+        whole = torch.zeros(self._operator.shape[0], vectors.shape[1], dtype=self.dtype, device=self.device)
+        whole[self._index] = vectors.to(self.device, self.dtype)
+        return self._operator.matmat(whole)[self._index]
+
+
 def as_scipy(operator: LinearMap) -> scipy.sparse.linalg.LinearOperator:
     """Wrap any ``LinearMap`` as a float64 scipy ``LinearOperator``."""
 

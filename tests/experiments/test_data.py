@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from experiments import data
-from experiments.data import sampler
+from experiments.data import registry, sampler
 
 
 def enwik8_module() -> Any:
@@ -126,7 +126,7 @@ def test_unreachable_registry_names_the_way_out(tmp_path: Path, monkeypatch: pyt
     module = enwik8_module()
     monkeypatch.setenv("ADAM_MINI_LAB_CACHE", str(tmp_path / "new"))
     failure = subprocess.CompletedProcess([], 1, "", "no route to host")
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: failure)
+    monkeypatch.setattr(registry.subprocess, "run", lambda *_, **__: failure)
     with pytest.raises(RuntimeError, match=r"(?s)no route to host.*data='python-stdlib'"):
         module.enwik8.__wrapped__()
     assert list((tmp_path / "new").iterdir()) == []
