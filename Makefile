@@ -26,7 +26,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study paper-hessian clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling clean"
@@ -133,6 +133,13 @@ role-study: $(READY)
 	$(PY) -m experiments.studies.role_study
 	$(PY) -m experiments.studies.role_study --criteria
 	$(PY) -m paper_figures.role_study --docs docs/role_study.md
+
+# The paper's Hessian experiments. This takes about an hour; finished cells are kept. STUDY="--dry-run" prints the plan. For
+# the CNN's images: apt-get install dataset-fashion-mnist.
+STUDY ?=
+paper-hessian: $(READY)
+	$(PY) -m experiments.studies.paper_hessian $(STUDY)
+	$(PY) -m paper_figures.paper_hessian --docs docs/paper_hessian.md
 
 bench: $(READY) $(PEERS)
 	$(PY) -m benchmarks.dense_hessian

@@ -6,7 +6,6 @@ python -m paper_figures.role_study [--results results/role_study] [--docs docs/r
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from analysis import role_study
 from analysis.role_study import BAR, FIT, HELD_OUT, MIXED, OUTSIDE, Block, Correlations, Study
 from paper_figures.commandline import refusals
+from paper_figures.pages import replace
 from paper_figures.style import COLOURS, ROLE_COLOURS, role_name, save, setup
 
 BEGIN, END = "<!-- tables begin: written by python -m paper_figures.role_study -->", "<!-- tables end -->"
@@ -246,21 +246,6 @@ def tables(study: Study) -> str:
     return "\n\n".join(f"{intro}\n\n" + "\n".join(make(study)) for intro, make in parts)
 
 
-def replace(page: Path, content: str) -> None:
-    """Replace what is between the markers of a page, atomically.
-
-    Raises:
-        ValueError: the page lacks a marker.
-    """
-    text = page.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}; add them where the tables belong")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    temporary.write_text(f"{before}{BEGIN}\n\n{content}\n\n{END}{after}", encoding="utf-8")
-    os.replace(temporary, page)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Draw the figure and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -275,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         setup()
         figure, written = draw(study, arguments.out), tables(study)
         if arguments.docs is not None:
-            replace(arguments.docs, written)
+            replace(arguments.docs, written, BEGIN, END)
         else:
             (arguments.out / "role_study.md").write_text(written + "\n", encoding="utf-8")
     print(f"{study.runs} runs; the winner on the fit cells is {best}; {figure}")

@@ -25,8 +25,8 @@ def parts(profile: Profile, cache: Path) -> list[Part]:
         *quadratics.parts(profile, cache),
         classes.part(profile),
         leave_out.part(profile),
-        structure.part(profile),
         spectra.part(profile),
+        structure.part(profile),
     ]
 
 

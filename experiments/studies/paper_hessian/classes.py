@@ -34,7 +34,7 @@ class Settings:
     whole: int = 100
     inputs: int = 32
     hidden: int = 8
-    examples: int = 2000
+    examples: int = 1000
     sampled: int = 40
     seeds: int = 10
 

@@ -43,7 +43,7 @@ class Settings:
         models: names of ``MODELS``.
     """
 
-    steps: int = 600
+    steps: int = 400
     rows: int = 32
     lr: float = 5e-3
     width: int = 16
@@ -51,9 +51,9 @@ class Settings:
     channels: tuple[int, ...] = (8, 8, 16, 16)
     side: int = 14
     length: int = 16
-    measured: int = 128
+    measured: int = 64
     images: str = "fashion-mnist"
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
     models: tuple[str, ...] = MODELS
 
 

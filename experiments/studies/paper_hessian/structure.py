@@ -43,7 +43,6 @@ VARIANTS: Mapping[str, Variant] = {
     "width 8": Variant(dataclasses.replace(BASE, dim=8, hidden=16)),
     "width 24": Variant(dataclasses.replace(BASE, dim=24, hidden=48)),
     "2 layers": Variant(dataclasses.replace(BASE, n_layers=2)),
-    "3 layers": Variant(dataclasses.replace(BASE, n_layers=3)),
     "2 heads": Variant(dataclasses.replace(BASE, n_heads=2, n_kv_heads=1)),
     "8 heads": Variant(dataclasses.replace(BASE, n_heads=8, n_kv_heads=4)),
     "batch 8": Variant(batch=8),
@@ -68,10 +67,10 @@ class Settings:
         variants: names of ``VARIANTS``.
     """
 
-    steps: int = 1000
+    steps: int = 500
     seq_len: int = 16
     lr: float = 1e-2
-    checkpoints: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+    checkpoints: tuple[float, ...] = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)
     ends: tuple[float, ...] = (0.0, 1.0)
     permutations: int = 100
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -1,0 +1,27 @@
+"""Write tables into a page of the documentation, between two marker lines."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def replace(page: Path, content: str, begin: str, end: str) -> None:
+    """Replace what is between two marker lines of a page, atomically.
+
+    Args:
+        page: the page.
+        content: the new text between the markers.
+        begin: the first marker.
+        end: the last marker.
+
+    Raises:
+        ValueError: the page lacks a marker.
+    """
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{page} lacks the lines {begin!r} and {end!r}; add them where the tables belong")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
+    temporary.write_text(f"{before}{begin}\n\n{content}\n\n{end}{after}", encoding="utf-8")
+    os.replace(temporary, page)
