@@ -37,6 +37,8 @@ from hessian import preconditioned_ratio, tau
 
 SPECTRA = ((1.0, 2.0, 3.0), (99.0, 100.0, 101.0), (4998.0, 4999.0, 5000.0))
 """The eigenvalues of the paper's three blocks, from which 30 are drawn for each."""
+DRAWN = "three blocks"
+"""The problem whose curves are stored, too."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def three_blocks(settings: Settings, seed: int) -> list[dict[str, Any]]:
 
     Returns:
         One row per problem, schedule and arm: log10 of f(end) / f(start), whether the best rate is inside the grid,
-        and the curve at the best rate.
+        and, of the three blocks at constant rates, the curve at the best rate.
     """
     generator = torch.Generator().manual_seed(seed)
     size, values, blocks = settings.block, [], []
@@ -169,7 +171,7 @@ def three_blocks(settings: Settings, seed: int) -> list[dict[str, Any]]:
         blocks.append(with_spectrum(drawn, rotation(size, 10.0, generator)))
     dense = with_spectrum(torch.cat(values), rotation(3 * size, 10.0, generator))
     start = torch.randn(3 * size, generator=generator, dtype=torch.float64)
-    rows = _arms(settings, "three blocks", torch.block_diag(*blocks), start, blocks)
+    rows = _arms(settings, DRAWN, torch.block_diag(*blocks), start, blocks)
     rows += _arms(settings, "one dense block, all eigenvalues", dense, start, [dense])
     for number, block in enumerate(blocks):
         where = slice(number * size, (number + 1) * size)
@@ -212,12 +214,16 @@ def _arms(
                     curve=True,
                 )
                 curves[f"{name}, betas {betas[0]:g}, {betas[1]:g}"] = found[0]
-        rows += [{"problem": problem, "schedule": schedule, **_best(arm, curve)} for arm, curve in curves.items()]
+        whole_curve = problem == DRAWN and not decay
+        rows += [
+            {"problem": problem, "schedule": schedule, **_best(arm, curve, whole_curve)}
+            for arm, curve in curves.items()
+        ]
     return rows
 
 
-def _best(arm: str, curves: Tensor) -> dict[str, Any]:
-    """Return the end and the curve at the rate with the lowest end; curves are f / f(start), [R, steps + 1]."""
+def _best(arm: str, curves: Tensor, with_curve: bool) -> dict[str, Any]:
+    """Return the end, and the curve if wanted, at the rate with the lowest end; curves are [R, steps + 1]."""
     at = int(curves[:, -1].argmin())
     steps = torch.linspace(0, curves.shape[1] - 1, min(41, curves.shape[1])).long()
     logs = curves[at].clamp_min(1e-300).log10()
@@ -225,7 +231,7 @@ def _best(arm: str, curves: Tensor) -> dict[str, Any]:
         "arm": arm,
         "end": float(logs[-1]),
         "inside": 0 < at < len(curves) - 1,
-        "curve": [round(value, 2) for value in logs[steps].tolist()],
+        "curve": [round(value, 2) for value in logs[steps].tolist()] if with_curve else [],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.storage import environment, read_json, write_json
+from experiments.storage import environment, read_json, write_atomic
 
 FORMAT_VERSION = 1
 DIGITS = 5
@@ -79,7 +80,15 @@ class Part:
         document = self.load(out)
         seconds = round(time.perf_counter() - started, 2)
         document["cells"][cell.name] = {"seconds": seconds, "result": rounded(result)}
-        write_json(out / f"{self.name}.json", document)
+        write(out / f"{self.name}.json", document)
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write a part's document atomically, with one line per cell."""
+    head = {key: value for key, value in document.items() if key != "cells"}
+    lines = [f"{json.dumps(name)}: {json.dumps(cell)}" for name, cell in document["cells"].items()]
+    text = json.dumps(head)[:-1] + ', "cells": {\n' + ",\n".join(lines) + "\n}}\n"
+    write_atomic(path, text.encode())
 
 
 def settings_of(settings: Any, **more: Any) -> dict[str, Any]:
