@@ -20,6 +20,8 @@ RESAMPLES = 2000
 BLIND = "size"
 """The number that knows nothing of the matrix; it is listed and cannot win."""
 ADAMW, ONE = "adamw", "one scalar"
+FLOOR = -16.0
+"""log10 of f / f(start) below which a method counts as having converged."""
 BLOCKWISE, SINGLE = "gradient descent, best rate per block", "gradient descent, one rate"
 
 
@@ -27,10 +29,10 @@ BLOCKWISE, SINGLE = "gradient descent, best rate per block", "gradient descent, 
 
 
 def ends(results: Results) -> pd.DataFrame:
-    """Return one row per seed, problem, schedule and arm: ``end`` (log10 of f), ``inside`` and ``curve``."""
+    """Return one row per seed, problem, schedule and arm: ``end`` (log10 of f, floored), ``inside``, ``curve``."""
     rows = [{"seed": results.seed(name), **row} for name, cell in results.cells.items() for row in cell]
     table = pd.DataFrame(rows)
-    table["end"] = table["end"].astype(float).fillna(math.inf)
+    table["end"] = table["end"].astype(float).fillna(math.inf).clip(lower=FLOOR)
     return table
 
 

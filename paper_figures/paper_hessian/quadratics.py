@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.paper_hessian import quadratics
-from analysis.paper_hessian.quadratics import BLOCKWISE, LOSES, SINGLE, Verdict
+from analysis.paper_hessian.quadratics import BLOCKWISE, FLOOR, LOSES, SINGLE, Verdict
 from analysis.paper_hessian.store import Results
 from analysis.stats import Interval, t_interval
 from paper_figures.style import COLOURS, ROLE_COLOURS, save
@@ -62,6 +62,7 @@ def draw_ends(results: Results, out: Path) -> Path:
         curves = np.array(three[three.arm == arm].curve.tolist(), dtype=float)
         steps = np.linspace(0, results.settings["steps"], curves.shape[1])
         left.plot(steps, curves.mean(0), color=colours[arm], ls="--" if "mini" in arm else "-", label=_short(arm))
+    left.set_ylim(bottom=FLOOR - 0.5)
     left.set_xlabel("step")
     left.set_ylabel("log10 f / f(start), mean over seeds")
     left.set_title(f"three blocks, constant rates, n = {found.seed.nunique()} seeds")
@@ -77,7 +78,7 @@ def draw_ends(results: Results, out: Path) -> Path:
                 )  # fmt: skip
     right.set_yticks(range(len(PROBLEMS)), [p.replace(", ", ",\n") for p in PROBLEMS])
     right.invert_yaxis()
-    right.set_xlabel("log10 f / f(start) after the last step, mean and 95 % interval")
+    right.set_xlabel("log10 f / f(start) after the last step, mean and 95 % interval (-16: converged)")
     right.set_title("every problem, constant rates (hollow and dashed: Adam-mini)")
     return save(figure, out, "hessian_three_blocks")
 
@@ -96,7 +97,8 @@ def ends_tables(results: Results) -> str:
                 row.append(text + (f" ({edge} at the edge)" if edge else ""))
             rows.append(row)
     parts = [
-        "log10 of f at the end over f at the start, mean over seeds ± 95 % t-interval, at the best of 29 rates:",
+        "log10 of f at the end over f at the start, mean over seeds ± 95 % t-interval, at the best of 37 rates "
+        "(-16: converged):",
         table(["problem", "arm", *(f"rate {s}" for s in dict.fromkeys(found.schedule))], rows),
         "Differences that decide (decades of f, paired by seed; below zero: the first ends lower):",
         table(["problem", "difference", "constant", "linear to zero"], _end_differences(found)),

@@ -21,10 +21,14 @@ Profile = Literal["full", "smoke"]
 
 def parts(profile: Profile, cache: Path) -> list[Part]:
     """Return all parts of a profile, in the order in which they run."""
+    three, gains, one, shaped = quadratics.parts(profile, cache)
     return [
-        *quadratics.parts(profile, cache),
+        three,
+        gains,
+        one,
         classes.part(profile),
         leave_out.part(profile),
+        shaped,
         spectra.part(profile),
         structure.part(profile),
     ]

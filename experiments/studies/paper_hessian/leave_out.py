@@ -45,7 +45,7 @@ class Settings:
     dim: int = 32
     layers: int = 4
     hidden: int = 96
-    steps: int = 200
+    steps: int = 150
     rows: int = 8
     length: int = 32
     lr: float = 3e-3

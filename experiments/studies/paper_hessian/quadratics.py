@@ -184,9 +184,9 @@ def _arms(
 ) -> list[dict[str, Any]]:
     """Run every arm on one problem under both schedules."""
     rows = []
-    # Gradient descent diverges just above its best rate, so its grid is finer there; all grids have 29 rates.
-    factors = 2.0 ** (torch.arange(-24, 5, dtype=torch.float64) / 8)
-    rates = 2.0 ** (torch.arange(-24, 5, dtype=torch.float64) / 2)
+    # Gradient descent diverges just above its best rate, so its grid is finer there; all grids have 37 rates.
+    factors = 2.0 ** (torch.arange(-20, 17, dtype=torch.float64) / 8)
+    rates = 2.0 ** (torch.arange(-26, 11, dtype=torch.float64) / 2)
     best_rates = [2 / (e[-1] + e[0]) for e in map(torch.linalg.eigvalsh, blocks)]
     blockwise = torch.cat([torch.full((len(b),), float(r)) for b, r in zip(blocks, best_rates, strict=True)])
     whole = torch.linalg.eigvalsh(matrix)

@@ -103,20 +103,15 @@ def problems(profile: str, steps: int, seed: int, cache: Path) -> list[Problem]:
 
 
 def whole_matrices(profile: str, steps: int, seed: int, cache: Path) -> list[tuple[Problem, tuple[int, int]]]:
-    """Return the whole query, value and attention-output matrices of the tiny GPT, with their shapes."""
+    """Return the whole query, value and attention-output matrices of the trained tiny GPT, with their shapes."""
     out = []
     generator = torch.Generator().manual_seed(95_000 + seed)
-    for name in MODELS["smoke"]:
-        for checkpoint, share in enumerate(CHECKPOINTS):
-            model, matrix = gauss_newton(profile, steps, name, seed, checkpoint, cache)
-            seen: set[str] = set()
-            for part in weight_parts(model):
-                role = part.role.value
-                if role in ("QUERY", "VALUE", "ATTENTION_OUT") and role not in seen:
-                    seen.add(role)
-                    block = _inside(model, matrix, part)
-                    block = block / torch.linalg.eigvalsh(block)[-1]
-                    label = f"{name}, {share:.0%} of training"
-                    problem = Problem(f"real {role}", label, block, starts_at(len(block), generator))
-                    out.append((problem, part.shape))
+    model, matrix = gauss_newton(profile, steps, "gpt", seed, len(CHECKPOINTS) - 1, cache)
+    for part in weight_parts(model):
+        role = part.role.value
+        if role in ("QUERY", "VALUE", "ATTENTION_OUT"):
+            block = _inside(model, matrix, part)
+            block = block / torch.linalg.eigvalsh(block)[-1]
+            problem = Problem(f"real {role}", "gpt, trained", block, starts_at(len(block), generator))
+            out.append((problem, part.shape))
     return out
