@@ -13,6 +13,7 @@ PARTS = (
     "quadratics",
     "diagonal_gain",
     "one_scalar",
+    "added_number",
     "matrices",
     "classes",
     "leave_out",

@@ -62,8 +62,7 @@ def tables(found: dict[str, Results]) -> str:
     """Return all tables as Markdown, one section per part."""
     sections = []
     for part, results in found.items():
-        count = len(results.cells)
-        head = f"### {HEADINGS[part]}: tables\n\n{count} cells, {results.seconds / 60:.1f} minutes of one core."
+        head = f"### {HEADINGS[part]}: tables\n\n{len(results.cells)} cells."
         sections.append(f"{head}\n\n{TABLES[part](results)}")
     return "\n\n".join(sections)
 

@@ -21,11 +21,12 @@ Profile = Literal["full", "smoke"]
 
 def parts(profile: Profile, cache: Path) -> list[Part]:
     """Return all parts of a profile, in the order in which they run."""
-    three, gains, one, shaped = quadratics.parts(profile, cache)
+    three, gains, one, added, shaped = quadratics.parts(profile, cache)
     return [
         three,
         gains,
         one,
+        added,
         classes.part(profile),
         leave_out.part(profile),
         shaped,

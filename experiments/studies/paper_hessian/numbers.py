@@ -74,6 +74,18 @@ def of_block(matrix: Tensor, tolerance: float) -> dict[str, float]:
     }
 
 
+def steps_of_problem(problem: Problem, tolerance: float) -> list[list[float]]:
+    """Return ``descent_steps`` of every block, plain and in the metric of Adam's expected denominators.
+
+    They are the parts of ``floored``, a number that was added after the generated held-out problems were seen.
+    """
+    ones = [torch.ones(len(block), dtype=block.dtype) for block in problem.block_matrices()]
+    return [
+        [descent_steps(block, one, tolerance), descent_steps(block, expected_v(block).sqrt(), tolerance)]
+        for block, one in zip(problem.block_matrices(), ones, strict=True)
+    ]
+
+
 def of_problem(problem: Problem, tolerance: float) -> dict[str, float]:
     """Return every number of a problem; with several blocks, that of the worst one."""
     found = [of_block(block, tolerance) for block in problem.block_matrices()]

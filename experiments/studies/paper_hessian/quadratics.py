@@ -115,7 +115,7 @@ PROFILES = {
 
 
 def parts(profile: str, cache: Path) -> list[Part]:
-    """Return the four parts of a profile.
+    """Return the five parts of a profile.
 
     Args:
         profile: key of ``PROFILES``.
@@ -125,12 +125,14 @@ def parts(profile: str, cache: Path) -> list[Part]:
     three = [Cell(f"seed {k}", 2.0, lambda k=k: three_blocks(s, k)) for k in range(s.three_block_seeds)]
     sweep = itertools.product(s.gain_sizes, s.gain_conditions)
     gains = [Cell(f"d {d}, condition {c:g}", 1.0 + d / 16, lambda d=d, c=c: diagonal_gain(s, d, c)) for d, c in sweep]
-    one = [Cell(f"fit, seed {k}", 20.0, lambda k=k: compared(s, _fit(s, k))) for k in range(s.seeds)]
-    one += [Cell(f"held out, seed {k}", 40.0, lambda k=k: compared(s, _held_out(s, k))) for k in range(s.seeds)]
-    one += [
-        Cell(f"real, seed {k}", 60.0, lambda k=k: compared(s, real_blocks.problems(profile, s.real_steps, k, cache)))
+    problems = {f"fit, seed {k}": (20.0, lambda k=k: _fit(s, k)) for k in range(s.seeds)}
+    problems |= {f"held out, seed {k}": (40.0, lambda k=k: _held_out(s, k)) for k in range(s.seeds)}
+    problems |= {
+        f"real, seed {k}": (60.0, lambda k=k: real_blocks.problems(profile, s.real_steps, k, cache))
         for k in s.real_seeds
-    ]
+    }
+    one = [Cell(name, seconds, lambda make=make: compared(s, make())) for name, (seconds, make) in problems.items()]
+    added = [Cell(name, 2.0, lambda make=make: steps_of(s, make())) for name, (_, make) in problems.items()]
     shaped = [Cell(f"seed {k}", 30.0, lambda k=k: matrices(s, k)) for k in range(s.seeds)]
     shaped += [Cell(f"real, seed {k}", 60.0, lambda k=k: real_matrices(s, profile, k, cache)) for k in s.real_seeds]
     plain = settings_of(s)
@@ -138,6 +140,7 @@ def parts(profile: str, cache: Path) -> list[Part]:
         Part("quadratics", plain, three),
         Part("diagonal_gain", plain, gains),
         Part("one_scalar", plain, one),
+        Part("added_number", plain, added),
         Part("matrices", plain, shaped),
     ]
 
@@ -283,6 +286,11 @@ def compared(settings: Settings, problems: Sequence[Problem]) -> list[dict[str, 
             for i, reached in zip(group, found, strict=True):
                 rows[i]["steps"].setdefault(mode, {})[form] = _row(reached)
     return rows
+
+
+def steps_of(settings: Settings, problems: Sequence[Problem]) -> list[list[list[float]]]:
+    """Return ``numbers.steps_of_problem`` of every problem at the deciding tolerance."""
+    return [numbers.steps_of_problem(problem, settings.modes[0][2]) for problem in problems]
 
 
 def _groups(problems: Sequence[Problem]) -> list[list[int]]:
