@@ -17,8 +17,8 @@ LOSES = math.log2(1.25)
 """A cost above this, log2 of the ratio of steps, counts as a loss."""
 BAR, ERROR_BAR = 0.8, 0.2
 RESAMPLES = 2000
-BLIND = "size"
-"""The number that knows nothing of the matrix; it is listed and cannot win."""
+OUTSIDE = {"size": "blind", "floored": "added later"}
+"""Numbers that cannot win, and why."""
 ADAMW, ONE = "adamw", "one scalar"
 FLOOR = -16.0
 """log10 of f / f(start) below which a method counts as having converged."""
@@ -90,6 +90,48 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 # -------------------------------------------------------------------------------------------- where one scalar loses
 
 
+def with_descent(results: Results, added: Results) -> Results:
+    """Add the steps of plain descent, from which ``floored`` is computed, to the problems of ``one_scalar``.
+
+    Raises:
+        ValueError: a cell has another number of problems in both parts.
+    """
+    cells = {}
+    for name, cell in results.cells.items():
+        steps = added.cells.get(name, [])
+        if len(steps) != len(cell):
+            raise ValueError(
+                f"added_number.json has {len(steps)} problems of the cell {name!r}, one_scalar.json {len(cell)}; run "
+                "`python -m experiments.studies.paper_hessian --only added_number` again"
+            )
+        cells[name] = [{**row, "descent": pairs} for row, pairs in zip(cell, steps, strict=True)]
+    return Results(results.settings, cells, results.seconds)
+
+
+def floor_of(results: Results, mode: str) -> float:
+    """Return the mean number of steps that AdamW needs on the fit problems with condition number 1."""
+    found = [
+        row["steps"][mode][ADAMW][0]
+        for name, cell in results.cells.items()
+        if name.startswith("fit")
+        for row in cell
+        if row["numbers"]["kappa"] < 0.01 and row["steps"][mode][ADAMW][0] is not None
+    ]
+    return float(np.mean(found)) if found else math.nan
+
+
+def floored(pairs: Sequence[Sequence[float]], floor: float, mode: str) -> float:
+    """Return log2((F + c S(H)) / (F + c S(D))) of the worst block; c is 1 - beta1 of the mode.
+
+    Args:
+        pairs: steps of plain descent and of descent in Adam's metric, for every block.
+        floor: F.
+        mode: name of the mode, which begins with its beta1.
+    """
+    share = 1 - float(mode.split(",")[0].removeprefix("beta1 "))
+    return max(math.log2((floor + share * plain) / (floor + share * adam)) for plain, adam in pairs)
+
+
 def costs(results: Results) -> pd.DataFrame:
     """Return one row per problem and mode.
 
@@ -98,9 +140,12 @@ def costs(results: Results) -> pd.DataFrame:
     (whether both best rates are inside the grid), and one column per number.
     """
     rows = []
+    modes = next(iter(results.cells.values()))[0]["steps"]
+    floors = {mode: floor_of(results, mode) for mode in modes}
     for name, cell in results.cells.items():
         for row in cell:
             for mode, steps in row["steps"].items():
+                later = {"floored": floored(row["descent"], floors[mode], mode)} if "descent" in row else {}
                 adamw, one = (math.inf if steps[arm][0] is None else steps[arm][0] for arm in (ADAMW, ONE))
                 rows.append(
                     {
@@ -115,6 +160,7 @@ def costs(results: Results) -> pd.DataFrame:
                         "cost": _cost(adamw, one),
                         "inside": bool(steps[ADAMW][2] and steps[ONE][2]),
                         **row["numbers"],
+                        **later,
                     }
                 )
     return pd.DataFrame(rows)
@@ -128,8 +174,9 @@ def _cost(adamw: float, one: float) -> float:
 
 
 def names(results: Results) -> list[str]:
-    """Return the names of the numbers, in the order of the file."""
-    return list(next(iter(results.cells.values()))[0]["numbers"])
+    """Return the names of the numbers, in the order of the file; the one that was added later is the last."""
+    row = next(iter(results.cells.values()))[0]
+    return [*row["numbers"], *(["floored"] if "descent" in row else [])]
 
 
 @dataclass(frozen=True)
@@ -215,9 +262,14 @@ def _ends(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def on_real(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the fit problems and those held-out ones that are blocks of trained models."""
+    return table[(table["set"] == "fit") | table.kind.str.startswith("real")]
+
+
 def winner(verdicts: dict[str, Verdict]) -> str:
-    """Return the number with the highest rank correlation on the fit problems; the blind one cannot win."""
-    return max((name for name in verdicts if name != BLIND), key=lambda name: verdicts[name].fit)
+    """Return the number with the highest rank correlation on the fit problems; those of ``OUTSIDE`` cannot win."""
+    return max((name for name in verdicts if name not in OUTSIDE), key=lambda name: verdicts[name].fit)
 
 
 def tells(found: Verdict) -> bool:

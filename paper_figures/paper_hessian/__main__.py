@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from analysis.paper_hessian import PARTS, Results, load
+from analysis.paper_hessian.quadratics import with_descent
 from paper_figures.commandline import refusals
 from paper_figures.pages import replace
 from paper_figures.paper_hessian import models, quadratics
@@ -53,8 +54,11 @@ def present(folder: Path) -> dict[str, Results]:
         ValueError: a file is damaged.
     """
     found = {part: load(folder, part) for part in PARTS if (folder / f"{part}.json").is_file()}
+    added = found.pop("added_number", None)
     if not found:
         raise FileNotFoundError(f"no results in {folder}; run `make paper-hessian` first")
+    if added is not None and "one_scalar" in found:
+        found["one_scalar"] = with_descent(found["one_scalar"], added)
     return found
 
 
@@ -84,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             replace(arguments.docs, written, BEGIN, END)
         else:
             (arguments.out / "paper_hessian.md").write_text(written + "\n", encoding="utf-8")
-    print(f"{len(found)} of {len(PARTS)} parts; {', '.join(str(path) for path in drawn)}")
+    print(f"{len(found)} of {len(DRAW)} parts; {', '.join(str(path) for path in drawn)}")
 
 
 if __name__ == "__main__":

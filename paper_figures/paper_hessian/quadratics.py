@@ -26,8 +26,19 @@ NUMBERS = {
     "kappa": "kappa",
     "diagonality": "tau",
     "size": "size (blind)",
+    "floored": "floored (added later)",
 }
 CONSTANT = "constant"
+VERDICT_HEAD = (
+    "number",
+    "rank, fit",
+    "threshold",
+    "error, fit",
+    "rank, held out",
+    "error, held out",
+    "missed",
+    "flagged",
+)
 PROBLEMS = ("three blocks", "block 1 alone", "block 2 alone", "block 3 alone", "one dense block, all eigenvalues")
 
 
@@ -237,20 +248,15 @@ def costs_tables(results: Results) -> str:
             f"**{mode}**: {len(chosen)} problems; neither reaches the tolerance in {skipped}, which are left out; a "
             f"best rate at the edge of the grid in {edge}. The winner `{best}` "
             + ("tells." if quadratics.tells(verdicts[best]) else "does not tell."),
-            table(
-                [
-                    "number",
-                    "rank, fit",
-                    "threshold",
-                    "error, fit",
-                    "rank, held out",
-                    "error, held out",
-                    "missed",
-                    "flagged",
-                ],
-                rows,
-            ),
+            table(VERDICT_HEAD, rows),
         ]
+        real = quadratics.on_real(chosen)
+        if (real["set"] != "fit").any():
+            alone = {name: quadratics.verdict(real, name) for name in names}
+            parts += [
+                "The same with the real blocks alone as held-out problems:",
+                table(VERDICT_HEAD, [_verdict_row(name, v, False) for name, v in alone.items()]),
+            ]
     parts += [
         "Cost by kind: the ratio of steps (geometric mean, 95 % t-interval over seeds), and the share of problems in "
         "which one scalar loses:",
@@ -262,7 +268,8 @@ def costs_tables(results: Results) -> str:
 def _verdict_row(name: str, found: Verdict, wins: bool) -> list[str]:
     held = f"{found.held:.2f} [{found.held_interval[0]:.2f}, {found.held_interval[1]:.2f}]"
     error = f"{found.error:.2f} [{found.error_interval[0]:.2f}, {found.error_interval[1]:.2f}]"
-    label = f"**`{name}`** (winner)" if wins else f"`{name}`" + (" (blind)" if name == quadratics.BLIND else "")
+    outside = f" ({quadratics.OUTSIDE[name]})" if name in quadratics.OUTSIDE else ""
+    label = f"**`{name}`** (winner)" if wins else f"`{name}`{outside}"
     shares = [f"{found.missed:.2f}", f"{found.flagged:.2f}"]
     return [label, f"{found.fit:.2f}", f"{found.threshold:.3g}", f"{found.fit_error:.2f}", held, error, *shares]
 

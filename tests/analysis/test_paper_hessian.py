@@ -30,7 +30,7 @@ def cost_rows(seed: int, kinds: tuple[str, ...], flip: bool = False) -> list[dic
                     "kind": kind,
                     "label": str(i),
                     "d": 8,
-                    "numbers": {"good": 3.0 * i, "bad": float(generator.normal()), "size": 3.0 * i},
+                    "numbers": {"good": 3.0 * i, "bad": float(generator.normal()), "size": 3.0 * i, "kappa": 0.0},
                     "steps": {"m": {"adamw": [10.0, 0.1, True], "one scalar": [10.0 * 2**cost, 0.1, i > 0]}},
                 }
             )
@@ -42,7 +42,7 @@ def test_the_winner_tells_and_its_threshold_separates() -> None:
     cells |= {f"held out, seed {k}": cost_rows(10 + k, ("b", "c")) for k in (0, 1)}
     found = results(cells)
     table = quadratics.costs(found)
-    assert quadratics.names(found) == ["good", "bad", "size"] and (~table.inside).sum() == 2 + 4
+    assert quadratics.names(found) == ["good", "bad", "size", "kappa"] and (~table.inside).sum() == 2 + 4
     verdicts = {name: quadratics.verdict(table, name, resamples=50) for name in quadratics.names(found)}
     best = quadratics.winner(verdicts)
     good = verdicts["good"]
@@ -65,6 +65,21 @@ def test_unreached_tolerances() -> None:
         row["steps"]["m"] = {"adamw": [adamw, 0.1, True], "one scalar": [one, 0.1, True]}
     cost = quadratics.costs(results({"fit, seed 0": rows})).cost.tolist()
     assert cost[:2] == [-math.inf, math.inf] and math.isnan(cost[2]) and cost[3] == pytest.approx(1)
+
+
+def test_the_added_number_knows_the_floor_of_momentum() -> None:
+    rows = cost_rows(0, ("a",))[:3]
+    for row, kappa in zip(rows, (0.0, 0.0, 2.0), strict=True):
+        row["numbers"]["kappa"] = kappa
+    named = {"beta1 0.9, tolerance 1": rows[0]["steps"]["m"]}
+    found = results({"fit, seed 0": [{**row, "steps": named} for row in rows]})
+    added = results({"fit, seed 0": [[[1.0, 1.0]], [[300.0, 100.0], [1.0, 1.0]], [[1.0, 300.0]]]})
+    table = quadratics.costs(quadratics.with_descent(found, added))
+    assert quadratics.floor_of(found, "beta1 0.9, tolerance 1") == 10
+    assert table.floored.tolist() == pytest.approx([0, 1, math.log2(10.1 / 40)])
+    assert quadratics.names(quadratics.with_descent(found, added))[-1] == "floored"
+    with pytest.raises(ValueError, match="has 0 problems of the cell"):
+        quadratics.with_descent(found, results({}))
 
 
 def test_error_rates_and_threshold_by_hand() -> None:
