@@ -73,7 +73,7 @@ def draw_ends(results: Results, out: Path) -> Path:
         curves = np.array(three[three.arm == arm].curve.tolist(), dtype=float)
         steps = np.linspace(0, results.settings["steps"], curves.shape[1])
         left.plot(steps, curves.mean(0), color=colours[arm], ls="--" if "mini" in arm else "-", label=_short(arm))
-    left.set_ylim(bottom=FLOOR - 0.5)
+    left.set_ylim(FLOOR - 0.5, 0.8)
     left.set_xlabel("step")
     left.set_ylabel("log10 f / f(start), mean over seeds")
     left.set_title(f"three blocks, constant rates, n = {found.seed.nunique()} seeds")
@@ -192,47 +192,57 @@ def _verdicts(found: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, 
 def draw_costs(results: Results, out: Path) -> Path:
     """Plot the cost against the winning number, fitted and held out, and how well every number ranks and tells."""
     found, names = quadratics.costs(results), quadratics.names(results)
-    mode = found["mode"].iloc[0]
-    verdicts = {name: quadratics.verdict(found[found["mode"] == mode], name) for name in names}
-    best = quadratics.winner(verdicts)
-    figure, grid = plt.subplots(1, 3, figsize=(14.5, 4.9), width_ratios=(1, 1.1, 0.95))
-    rows = found[(found["mode"] == mode) & found.cost.notna()]
-    top = rows.cost[np.isfinite(rows.cost)].max() + 0.5
-    for axes, which in zip(grid, ("fit", "held out"), strict=False):
-        chosen = rows[rows["set"] == which]
-        for colour, marker, (kind, group) in zip(
-            (*ROLE_COLOURS, "#B8B000"), "os^vDPX*<>", chosen.groupby("kind", sort=False), strict=False
-        ):
-            axes.plot(group[best], group.cost.clip(upper=top), marker, color=colour, ms=4.5, mfc="none", label=kind)
-        axes.axhline(LOSES, color=COLOURS[6], lw=0.8, ls="--")
-        axes.axvline(verdicts[best].threshold, color=COLOURS[6], lw=0.8, ls="--")
-        axes.set_xlabel(f"{NUMBERS.get(best, best)} (vertical: threshold, chosen on the fit problems)")
-        rank = verdicts[best].fit if which == "fit" else verdicts[best].held
-        axes.set_title(f"{which}, n = {len(chosen)}: rank correlation {rank:.2f}")
-        axes.legend(loc="upper left", ncols=1 if which == "fit" else 2)
-    grid[0].set_ylabel("log2 (steps with one scalar / AdamW's)")
-    _bars(grid[2], verdicts)
-    figure.suptitle(f"{mode}; above the horizontal line one scalar loses", fontsize=9.5)
+    modes = list(dict.fromkeys(found["mode"]))
+    figure, grid = plt.subplots(
+        len(modes), 3, figsize=(13.5, 3.9 * len(modes) + 0.7), width_ratios=(1, 1.1, 0.9), squeeze=False
+    )
+    for axes, mode in zip(grid, modes, strict=True):
+        rows = found[(found["mode"] == mode) & found.cost.notna()]
+        verdicts = {name: quadratics.verdict(rows, name) for name in names}
+        best = quadratics.winner(verdicts)
+        for ax, which in zip(axes, ("fit", "held out"), strict=False):
+            _cost_panel(ax, rows, which, best, verdicts[best])
+        axes[0].set_ylabel("log2 (steps with one scalar / AdamW's)")
+        axes[0].set_title(f"{mode}; {axes[0].get_title()}")
+        _bars(axes[2], verdicts)
+    handles = {}
+    for ax in grid.ravel():
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=7)
     return save(figure, out, "hessian_one_scalar")
+
+
+def _cost_panel(axes: Axes, rows: pd.DataFrame, which: str, number: str, found: Verdict) -> None:
+    """Plot the fit or the held-out problems of one mode; costs that are infinite are at the upper and lower edge."""
+    kinds = list(dict.fromkeys(rows.kind))
+    finite = rows.cost[np.isfinite(rows.cost)]
+    chosen = rows[rows["set"] == which]
+    for colour, marker, kind in zip((*ROLE_COLOURS, "#B8B000", "#555555"), "os^vDPX*<>d", kinds, strict=False):
+        group = chosen[chosen.kind == kind]
+        if len(group):
+            cost = group.cost.clip(finite.min() - 0.4, finite.max() + 0.4)
+            axes.plot(group[number], cost, marker, color=colour, ms=4.5, mfc="none", label=kind)
+    axes.axhline(LOSES, color=COLOURS[6], lw=0.8, ls="--")
+    axes.axvline(found.threshold, color=COLOURS[6], lw=0.8, ls="--")
+    axes.set_xlabel(f"{NUMBERS.get(number, number)} (dashed: threshold; a loss is above the line)")
+    rank = found.fit if which == "fit" else found.held
+    axes.set_title(f"{which}, n = {len(chosen)}: rank correlation {rank:.2f}")
 
 
 def _bars(axes: Axes, verdicts: dict[str, Verdict]) -> None:
     """Plot every number's rank correlation and mean error on the held-out problems."""
     for i, found in enumerate(verdicts.values()):
-        for value, ends, colour, offset in (
-            (found.held, found.held_interval, COLOURS[0], -0.15),
-            (found.error, found.error_interval, COLOURS[1], 0.15),
+        for value, ends, colour, offset, label in (
+            (found.held, found.held_interval, COLOURS[0], -0.15, "rank correlation, held out"),
+            (found.error, found.error_interval, COLOURS[1], 0.15, "mean of both error rates, held out"),
         ):
             error = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
-            axes.errorbar(value, i + offset, xerr=error, fmt="o", color=colour, ms=4, capsize=2)
-    axes.plot([], [], "o", color=COLOURS[0], label="rank correlation")
-    axes.plot([], [], "o", color=COLOURS[1], label="mean of both error rates")
+            axes.errorbar(value, i + offset, xerr=error, fmt="o", color=colour, ms=4, capsize=2, label=label)
     axes.axvline(quadratics.BAR, color=COLOURS[0], ls="--", lw=1)
     axes.axvline(quadratics.ERROR_BAR, color=COLOURS[1], ls="--", lw=1)
     axes.set_yticks(range(len(verdicts)), [NUMBERS.get(name, name) for name in verdicts])
     axes.invert_yaxis()
-    axes.set_title("held-out problems (dashed: the bars)")
-    axes.legend(loc="lower left")
+    axes.set_title("held-out problems, all numbers (dashed: the bars)")
 
 
 def costs_tables(results: Results) -> str:
@@ -275,7 +285,9 @@ def _verdict_row(name: str, found: Verdict, wins: bool) -> list[str]:
 
 
 def ratio(found: Interval) -> str:
-    """Return a mean of log2 ratios as a ratio with the ends of its interval."""
+    """Return a mean of log2 ratios as a ratio with the ends of its interval, which a single value lacks."""
+    if not math.isfinite(found.half):
+        return f"{2**found.mean:.2f}"
     return f"{2**found.mean:.2f} [{2**found.low:.2f}, {2**found.high:.2f}]"
 
 

@@ -32,11 +32,11 @@ class Settings:
 
     classes: tuple[int, ...] = (10, 30, 100, 300, 1000)
     whole: int = 100
-    inputs: int = 32
+    inputs: int = 16
     hidden: int = 8
-    examples: int = 1000
-    sampled: int = 40
-    seeds: int = 10
+    examples: int = 250
+    sampled: int = 24
+    seeds: int = 6
 
 
 PROFILES = {
