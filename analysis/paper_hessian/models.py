@@ -114,7 +114,8 @@ def left_out(results: Results) -> pd.DataFrame:
 def left_out_differences(table: pd.DataFrame, level: str, count: int) -> Mapping[str, Interval]:
     """Return the paired differences: one rate minus control, one rate minus AdamW, control minus AdamW, in nats."""
     chosen = table[(table.level == level) & (table["count"] == count)]
-    wide, base = chosen.pivot(index="seed", columns="kind", values="loss"), chosen.groupby("seed").adamw.first()
+    wide = chosen.pivot(index="seed", columns="kind", values="loss").dropna()
+    base = chosen.groupby("seed").adamw.first().loc[wide.index]
     return {
         "one rate - control": t_interval((wide[ONE_RATE] - wide[CONTROL]).tolist()),
         "one rate - AdamW": t_interval((wide[ONE_RATE] - base).tolist()),

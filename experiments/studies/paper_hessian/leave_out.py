@@ -48,10 +48,10 @@ class Settings:
     steps: int = 150
     rows: int = 8
     length: int = 32
-    lr: float = 3e-3
+    lr: float = 1e-2
     data: str = "python-stdlib"
     left_out: int = 3
-    factors: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    factors: tuple[float, ...] = (0.125, 0.35, 1.0, 2.8, 8.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     eval_batches: int = 32
 
@@ -89,8 +89,8 @@ def part(profile: str) -> Part:
     seconds = runs * 0.0009 * s.steps * s.layers * (1 + s.dim / 32)
     cells = [
         Cell(f"{level}, {kind}, seed {seed}", seconds, lambda lv=level, k=kind, n=seed: search(s, lv, k, n))
-        for seed in s.seeds
         for level in LEVELS
+        for seed in s.seeds
         for kind in KINDS
     ]
     return Part("leave_out", settings_of(s), cells)
