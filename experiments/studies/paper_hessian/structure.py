@@ -88,7 +88,7 @@ def part(profile: str) -> Part:
     s = PROFILES[profile]
     cells = [
         Cell(f"{name}, seed {seed}", _seconds(s, name), lambda n=name, k=seed: measure(s, n, k))
-        for seed, name in itertools.product(s.seeds, s.variants)
+        for name, seed in itertools.product(s.variants, s.seeds)
     ]
     return Part("structure", settings_of(s), cells)
 
