@@ -225,6 +225,21 @@ def test_class_blocks_agree_with_probes_and_with_algebra() -> None:
     assert "whole" not in classes.measure(settings, "mse", 16, 0)
 
 
+def test_the_hidden_layer_of_squared_error_by_algebra() -> None:
+    """H between units i and j is v_i . v_j times the mean of x x^T over examples at which both are active."""
+    model, generator = classes.Classifier(3, 2, 4, 4, 0), torch.Generator().manual_seed(0)
+    x = torch.randn(32, 3, generator=generator, dtype=torch.float64)
+    first = dict(model.named_parameters())["first"]
+    operator = HessianOperator(model, classes.loss_of("mse"), {"first": first}, [(x, torch.arange(32) % 4)])
+    active, output = (x @ first.T > 0).double(), model.some
+    for i in range(2):
+        for j in range(2):
+            block = (output[:, i] @ output[:, j]) * torch.einsum("n,na,nb->ab", active[:, i] * active[:, j], x, x) / 32
+            unit = torch.eye(6, dtype=torch.float64)[3 * j : 3 * j + 3]
+            found = torch.stack([operator @ e for e in unit], dim=1)[3 * i : 3 * i + 3]
+            torch.testing.assert_close(found, block.detach())
+
+
 def test_ratios_of_blocks_by_hand() -> None:
     matrix = torch.tensor([[3.0, 1.0, 2.0], [1.0, 3.0, 0.0], [2.0, 0.0, 4.0]], dtype=torch.float64)
     found = classes.of_blocks(matrix, [2, 1])
