@@ -308,14 +308,13 @@ def _kinds(found: pd.DataFrame) -> str:
 
 
 def _matrix_cells(found: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return name -> rows: every kind and condition alone, and every role of the tiny models."""
+    """Return name -> rows: every kind and condition alone, and the matrices of the tiny models together."""
     cells = {}
     for (kind, label), rows in found.groupby(["kind", "label"], sort=False):
         if not str(kind).startswith("real"):
             cells[f"{kind}, {label}"] = rows
-    for kind, rows in found[found.kind.str.startswith("real")].groupby("kind", sort=False):
-        cells[str(kind)] = rows
-    return cells
+    real = found[found.kind.str.startswith("real")]
+    return cells | ({"queries, values and outputs of trained GPTs": real} if len(real) else {})
 
 
 def draw_matrices(results: Results, out: Path) -> Path:
