@@ -181,7 +181,10 @@ def draw_structure(results: Results, out: Path) -> Path:
     labels = [_label(p) for p in partitions]
     _heat(figure, left, lifts.to_numpy(), marks, columns, f"log2 lift along training (* z > {REAL:g} in every seed)")
     left.set_yticks(range(len(labels)), labels)
-    if variants:
+    if not variants:
+        figure.delaxes(right)
+        figure.set_size_inches(7.2, figure.get_size_inches()[1])
+    else:
         last = found.checkpoint.max()
         differences = [[models.change(found, v, p, last) for v in variants] for p in partitions]
         values = np.array([[np.nan if d is None else d.mean for d in row] for row in differences])
