@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from analysis.paper_hessian import quadratics as statistics
 from experiments.data import fashion
 from experiments.models import build
 from experiments.studies.paper_hessian import __main__ as command
@@ -47,7 +48,8 @@ def test_every_cell_has_a_result_and_none_runs_again(
     assert capsys.readouterr().out.startswith("0 of ")
 
 
-def test_figures_and_tables_of_a_smoke_run(smoke: Path) -> None:
+def test_figures_and_tables_of_a_smoke_run(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics.verdict, "__defaults__", (20,))
     draw(["--results", str(smoke / "out"), "--out", str(smoke / "figures")])
     assert len(list((smoke / "figures").glob("*.png"))) == len(DRAW)
     text = (smoke / "figures" / "paper_hessian.md").read_text()
