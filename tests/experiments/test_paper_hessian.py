@@ -59,7 +59,7 @@ def test_figures_and_tables_of_a_smoke_run(smoke: Path, monkeypatch: pytest.Monk
 def test_the_plan_lists_the_minutes_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command.main(tmp_path / "out", tmp_path / "cache", dry_run=True)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9 and "classes: 100 of 100 cells left" in lines[4] and "minutes on one core" in lines[-1]
+    assert len(lines) == 10 and "classes: 60 of 60 cells left" in lines[4] and "minutes on one core" in lines[-1]
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="only=\\['clases'\\] is unknown"):
         command.main(tmp_path / "out", tmp_path / "cache", only=("clases",))
@@ -204,7 +204,7 @@ def test_closed_form_steps_are_those_of_gradient_descent() -> None:
             first = float(0.5 * start @ matrix @ start)
             total, energy = total + first * curve, energy + first
         steps = int((total / energy <= 1e-2).nonzero()[0])
-        assert steps == pytest.approx(expected, rel=0.1, abs=1.1)
+        assert steps == pytest.approx(expected, rel=0.1, abs=2.1)
 
 
 # ------------------------------------------------------------------------------------------------------- classifiers
