@@ -275,15 +275,16 @@ def draw_spectra(results: Results, out: Path) -> Path:
             last.plot([i + offset + 0.06] * len(values), values, ".", color=colour, ms=3, alpha=0.6)
     last.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     last.set_xlim(-0.5, len(names) - 0.5)
-    last.set_title(f"mean over pairs of blocks, {found.seed.nunique()} seeds")
+    last.set_title("mean over pairs of blocks (small dots: seeds)")
     last.legend()
     return save(figure, out, "hessian_spectra")
 
 
 def _shortened(name: str) -> str:
-    for long, short in (("transformer.", ""), ("convolutions.", "conv "), (".weight", ""), ("blocks.", "h.")):
+    changes = (("transformer.", ""), ("convolutions.", "conv "), (".weight", ""), ("blocks.", "h."))
+    for long, short in (*changes, (".attn.c_attn[", " "), (".attn.c_proj", " attn out"), ("]", ""), ("mlp.", "")):
         name = name.replace(long, short)
-    return name
+    return name.lower()
 
 
 def spectra_tables(results: Results) -> str:
