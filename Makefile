@@ -30,10 +30,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study real-model clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study real-model paper-hessian clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling real-model clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling real-model paper-hessian clean"
 
 setup: $(READY)
 
@@ -151,6 +151,13 @@ $(REAL)/.ready: pyproject.toml constraints.txt
 real-model: $(READY) $(REAL)/.ready
 	$(REAL)/bin/python -m experiments.studies.real_model
 	$(PY) -m paper_figures.real_model --docs docs/real_model.md
+
+# The paper's Hessian experiments. This takes about an hour; finished cells are kept. STUDY="--dry-run" prints the plan. For
+# the CNN's images: apt-get install dataset-fashion-mnist.
+STUDY ?=
+paper-hessian: $(READY)
+	$(PY) -m experiments.studies.paper_hessian $(STUDY)
+	$(PY) -m paper_figures.paper_hessian --docs docs/paper_hessian.md
 
 bench: $(READY) $(PEERS)
 	$(PY) -m benchmarks.dense_hessian

@@ -19,7 +19,7 @@ from matplotlib.colors import LogNorm
 from analysis import real_model
 from analysis.real_model import BlockMap, Number, Study
 from paper_figures.commandline import refusals
-from paper_figures.page import replace
+from paper_figures.pages import replace
 from paper_figures.real_model_tables import MATRICES, NOTE, short, tables
 from paper_figures.style import COLOURS, MAP, ROLE_COLOURS, role_name, save, setup
 

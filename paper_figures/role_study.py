@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from analysis import role_study
 from analysis.role_study import BAR, FIT, HELD_OUT, MIXED, OUTSIDE, Block, Correlations, Study
 from paper_figures.commandline import refusals
-from paper_figures.page import replace
+from paper_figures.pages import replace
 from paper_figures.style import COLOURS, ROLE_COLOURS, role_name, save, setup
 
 BEGIN, END = "<!-- tables begin: written by python -m paper_figures.role_study -->", "<!-- tables end -->"

@@ -1,6 +1,7 @@
-"""Text corpora as bytes with fixed splits, and batches that are a pure function of (seed, step)."""
+"""Text corpora as bytes with fixed splits, batches that are a pure function of (seed, step), and Fashion-MNIST."""
 
 from .enwik8 import enwik8
+from .fashion import fashion_mnist
 from .sampler import Corpus, batch_at, context_batch_at, fixed_batches
 from .stdlib import CLASSES, python_stdlib, reduced
 
@@ -10,6 +11,7 @@ __all__ = [
     "batch_at",
     "context_batch_at",
     "enwik8",
+    "fashion_mnist",
     "fixed_batches",
     "load",
     "python_stdlib",

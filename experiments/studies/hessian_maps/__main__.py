@@ -81,7 +81,9 @@ def _study_one(subject: Subject, cache: StageCache, stages: Stages, inputs: list
         f"train-{name}",
         name,
         inputs,
-        lambda progress: subject.train("elementwise", settings.steps, settings.seed, progress=progress, snapshots=True),
+        lambda progress: subject.train(
+            "elementwise", settings.steps, settings.seed, progress=progress, snapshots=CHECKPOINTS
+        ),
     )
     report["subjects"][name] = {
         "config": dataclasses.asdict(subject.config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from experiments.data import Corpus, batch_at, context_batch_at, fixed_batches
 from experiments.models import MLPConfig, ModelConfig, build, lm_loss
 from experiments.studies.hessian_maps.cache import Arrays
 from experiments.studies.hessian_maps.progress import Progress
-from experiments.studies.hessian_maps.settings import CHECKPOINTS, Settings
+from experiments.studies.hessian_maps.settings import Settings
 from optimizer import AdamMini
 
 Batch = tuple[Tensor, Tensor]
@@ -48,7 +49,13 @@ class Subject:
         return [(x, y[:, -1].contiguous()) for x, y in batches] if self.is_mlp else batches
 
     def train(
-        self, rules: str | Path, steps: int, seed: int, *, progress: Progress | None = None, snapshots: bool = False
+        self,
+        rules: str | Path,
+        steps: int,
+        seed: int,
+        *,
+        progress: Progress | None = None,
+        snapshots: Sequence[float] = (),
     ) -> Arrays:
         """Train the model from its initial parameters and record the held-out loss about 20 times.
 
@@ -57,17 +64,17 @@ class Subject:
             steps: number of training steps.
             seed: seed of the initial parameters and of the batches.
             progress: called as the training advances.
-            snapshots: whether to return the parameters at ``CHECKPOINTS``.
+            snapshots: fractions of the training, ascending, after which the parameters are returned; the first is 0.
 
         Returns:
             ``loss_step`` and ``loss``, both [number of recorded losses], and, with ``snapshots``, the flat parameters
-            ``theta`` [checkpoints, n].
+            ``theta`` [snapshots, n].
         """
         model = build(self.config, seed)
         optimizer = AdamMini(model, lr=self.settings.lr, betas=(0.9, 0.95), weight_decay=0.1, rules=rules)
         held_out = self.fixed(8, held_out=True)
         loss_steps, losses, saved_parameters = [], [], [_flat(model)]
-        snapshot_steps = [round(fraction * steps) for fraction in CHECKPOINTS[1:]]
+        snapshot_steps = [round(fraction * steps) for fraction in snapshots[1:]]
         for step in range(steps):
             warmup = max(1, steps // 10)
             lr = self.settings.lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

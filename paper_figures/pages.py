@@ -1,4 +1,4 @@
-"""Tables between the markers of a page of the documentation."""
+"""Write tables into a page of the documentation, between two marker lines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def replace(page: Path, content: str, begin: str, end: str) -> None:
-    """Replace what is between the markers of a page, atomically.
+    """Replace what is between two marker lines of a page, atomically.
 
     Args:
         page: the page.
-        content: what comes between the markers.
-        begin: the line before it.
-        end: the line after it.
+        content: the new text between the markers.
+        begin: the first marker.
+        end: the last marker.
 
     Raises:
         ValueError: the page lacks a marker.
