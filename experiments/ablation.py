@@ -7,8 +7,8 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,18 +36,24 @@ class Study:
         arms: its arms.
         rates: its learning rates.
         seeds: its seeds.
+        grown: arm -> rates by which its grid grew, because its best rate was the last one in that direction.
     """
 
     base: Callable[[], TrainConfig]
     arms: tuple[str, ...] = ARMS
     rates: tuple[float, ...] = LEARNING_RATES
     seeds: tuple[int, ...] = SEEDS
+    grown: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 STUDIES: dict[str, Study] = {
     "ablation": Study(byte_llama),
     "carry_over": Study(byte_gpt, ("elementwise", "adam_mini", "derived", "factored"), (3e-3, 1e-2), tuple(range(8))),
-    "statistics": Study(byte_llama, ("elementwise", "adam_mini", *VARIANTS)),
+    "statistics": Study(
+        byte_llama,
+        ("elementwise", "adam_mini", *VARIANTS),
+        grown={"adam_mini_max": (3e-2,), "adam_mini_min": (3e-4,), "adam_mini_jensen": (3e-4,)},
+    ),
 }
 """docs/protocol.md says why these runs; results are in ``results/<study>_<profile>``."""
 
@@ -73,10 +79,11 @@ def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablati
     if profile == "smoke":
         base, rates, seeds = smoke(), rates[:1], seeds[:1]
     base = dataclasses.replace(base, experiment=f"{study}_{profile}")
-    return [
-        dataclasses.replace(base, arm=arm, lr=lr, seed=seed)
-        for seed, lr, arm in itertools.product(seeds, rates, arms or chosen.arms)
-    ]
+    wanted = list(itertools.product(seeds, rates, arms or chosen.arms))
+    if profile != "smoke":
+        grown = [(lr, arm) for arm, more in chosen.grown.items() if arm in (arms or chosen.arms) for lr in more]
+        wanted += [(seed, lr, arm) for seed in seeds for lr, arm in grown]
+    return [dataclasses.replace(base, arm=arm, lr=lr, seed=seed) for seed, lr, arm in wanted]
 
 
 def name_of(config: TrainConfig) -> str:

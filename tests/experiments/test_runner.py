@@ -87,6 +87,15 @@ def test_carry_over_is_another_model_and_corpus() -> None:
     assert {run.experiment for run in grid("smoke", study="carry_over")} == {"carry_over_smoke"}
 
 
+def test_a_grid_grows_for_single_arms() -> None:
+    runs = grid("cpu", study="statistics")
+    assert len(runs) == len({run.hash for run in runs}) == 7 * 3 * 3 + 3 * 3
+    assert sorted({run.lr for run in runs if run.arm == "adam_mini_max"}) == [1e-3, 3e-3, 1e-2, 3e-2]
+    assert sorted({run.lr for run in runs if run.arm == "adam_mini"}) == list(LEARNING_RATES)
+    assert {run.lr for run in grid("smoke", study="statistics")} == {1e-3}
+    assert {run.arm for run in grid("cpu", ("adam_mini",), "statistics")} == {"adam_mini"}
+
+
 def test_unknown_arms_and_studies_are_named() -> None:
     with pytest.raises(ValueError, match=r"arms=\['adam'\]"):
         grid("cpu", ("adam",))

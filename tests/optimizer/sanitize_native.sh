@@ -35,5 +35,5 @@ esac
 import os; print(l._built(Path('$scratch'), os.environ['CXX']))"
 LD_PRELOAD="$preload" "$python" -m pytest -p no:cacheprovider -x -q -s \
   tests/optimizer/test_native.py tests/optimizer/test_native_strides.py tests/optimizer/test_native_low_bit.py \
-  tests/optimizer/test_native_factored.py \
+  tests/optimizer/test_native_factored.py tests/optimizer/test_native_ways.py \
   -k "not cache and not compiler and not processes and not fifty and not whole_models"
