@@ -272,6 +272,31 @@ def test_the_carry_over_tables_are_those_of_the_runs() -> None:
                 assert f"`{arm}` {found[0].mean:+.3f} ± {found[0].half:.3f}" in readme
 
 
+def test_the_table_of_statistics_is_that_of_the_runs() -> None:
+    from analysis.ablation import best_rates, load_runs, paired_difference
+
+    runs = load_runs(ROOT / "results/statistics_cpu")
+    text = (ROOT / "docs/training_results.md").read_text(encoding="utf-8")
+    rows = {"(AdamW)": "elementwise", "| **mean**": "adam_mini", "| max |": "adam_mini_max",
+            "| median |": "adam_mini_median", "| geometric mean |": "adam_mini_geometric",
+            "| Jensen:": "adam_mini_jensen", "| min |": "adam_mini_min"}  # fmt: skip
+    means, best = runs.groupby(["arm", "lr"]).final_val_loss.mean(), best_rates(runs)
+    for begin, arm in rows.items():
+        row = next(line for line in text.splitlines() if begin in line and line.count("|") == 8)
+        for lr, cell in zip((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), row.split("|")[2:7], strict=True):
+            group = runs[(runs.arm == arm) & (runs.lr == lr)]
+            if group.empty or not (group.state == "finished").any():
+                assert "." not in cell
+                continue
+            finished = group[group.state == "finished"].final_val_loss.mean()
+            assert cell.split(",")[0].strip(" *") == f"{finished:.3f}", (arm, lr)
+            assert ("**" in cell) == (best[arm] == lr)
+            assert (means[arm, lr] < float("inf")) == ("diverged" not in cell)
+        if arm != "adam_mini":
+            difference = paired_difference(runs, arm, against="adam_mini")
+            assert difference is not None and f"| {difference.mean:+.3f} ± {difference.half:.3f} |" in row
+
+
 def test_the_low_bit_table_is_that_of_the_runs() -> None:
     import json
 
