@@ -44,7 +44,7 @@ def overview(runs: pd.DataFrame) -> str:
     rates = sorted(runs.lr.unique())
     best = runs.groupby(["arm", "lr"]).final_val_loss.mean()
     width = max(len(arm) for arm in runs.arm) + 2
-    lines = ["arm".ljust(width) + "".join(f"{rate:>22g}" for rate in rates) + f"{'scalars':>12}"]
+    lines = ["arm".ljust(width) + "".join(f"{rate:>28g}" for rate in rates) + f"{'scalars':>12}"]
     for arm in sorted(runs.arm.unique(), key=lambda name: best[name].min()):
         cells = [_cell(runs[(runs.arm == arm) & (runs.lr == rate)], best[arm].idxmin() == rate) for rate in rates]
         scalars = runs[runs.arm == arm].second_moment_scalars.iloc[0]
@@ -57,13 +57,13 @@ def overview(runs: pd.DataFrame) -> str:
 def _cell(runs: pd.DataFrame, best: bool) -> str:
     diverged, losses = int((runs.state == "diverged").sum()), runs[runs.state == "finished"].final_val_loss
     if runs.empty:
-        return f"{'-':>22}"
+        return f"{'-':>28}"
     if losses.empty:
-        return f"{f'{diverged} diverged':>22}"
+        return f"{f'{diverged} diverged':>28}"
     spread = f" ±{losses.std():.4f}" if len(losses) > 1 else ""
     count = f"{len(losses)}, {diverged} div." if diverged else f"{len(losses)}"
     text = f"{losses.mean():.4f}{spread} ({count}){'*' if best else ' '}"
-    return f"{text:>22}"
+    return f"{text:>28}"
 
 
 def curves(runs: pd.DataFrame, wanted: str) -> str:
@@ -76,10 +76,16 @@ def curves(runs: pd.DataFrame, wanted: str) -> str:
     chosen = [(name, run) for name, run in zip(names, runs.itertuples(), strict=True) if wanted in name]
     if not chosen:
         raise ValueError(f"runs={wanted!r} is in no name of a run; names are like {names[0]!r}")
-    losses = [point["val_loss"] for _, run in chosen for point in run.curve if math.isfinite(point["val_loss"])]
+    losses = [loss for _, run in chosen for loss in _losses(run.curve) if math.isfinite(loss)]
     low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
     lines = [f"{name:32s} {_bars(run.curve, low, high)}  {_end(run)}" for name, run in chosen]
     return "\n".join([*lines, "", f"validation loss over the run, bars from {low:.4f} to {high:.4f} nats"])
+
+
+def _losses(curve: Sequence[Any]) -> list[float]:
+    """Return the validation losses of a curve; one that a diverged run lacks is NaN."""
+    losses = [point.get("val_loss") if isinstance(point, dict) else None for point in curve]
+    return [loss if isinstance(loss, (int, float)) else math.nan for loss in losses]
 
 
 def _bars(curve: Sequence[Any], low: float, high: float) -> str:
@@ -87,7 +93,7 @@ def _bars(curve: Sequence[Any], low: float, high: float) -> str:
         share = (loss - low) / (high - low) if high > low else 0.0
         return BARS[min(len(BARS) - 1, int(share * len(BARS)))] if math.isfinite(loss) else "x"
 
-    return "".join(bar(point["val_loss"]) for point in curve)
+    return "".join(map(bar, _losses(curve)))
 
 
 def _end(run: Any) -> str:

@@ -31,6 +31,7 @@ from benchmarks.contestants import DECAY, state_bytes
 from benchmarks.models import trainable
 from examples.text import batch
 from optimizer import AdamMini
+from optimizer.step.engines.native import TRIALS
 
 logger = logging.getLogger("benchmarks")
 LR, BETAS = 1e-3, (0.9, 0.95)
@@ -120,13 +121,13 @@ class Trained:
         self.losses.append(float(loss.detach()))
 
 
-def measure(name: str, rounds: int, warmup: int = 2) -> dict[str, Any]:
+def measure(name: str, rounds: int, warmup: int = 2 + TRIALS) -> dict[str, Any]:
     """Train with every optimizer in turns.
 
     Args:
         name: a model of ``benchmarks.models``.
         rounds: number of timed training steps.
-        warmup: number of steps before them that are not timed.
+        warmup: number of steps before them that are not timed; in the first ones the native step finds its way.
 
     Returns:
         By optimizer: times and their ratios to DeepSpeed's optimizer in the same round, bytes of state per parameter,

@@ -52,9 +52,10 @@ in the same rounds.
 
 The native step can go several ways through memory (`optimizer/step/engines/native/ways.py`): how many rows or columns
 it takes at once, and how far ahead it prefetches. All give the same bits. In the first 80 steps of a group with 4M
-elements or more it times them, and from then on it uses the fastest. The benchmark measures the steps after that. On
-the Xeon below the defaults won in all cases. Without prefetching, a step in fp32 took 1.05 times (GPT-2) to 1.18 times
-(Llama) as long; with too short a distance, a step in int8 took 1.2 to 1.3 times as long.
+elements or more it times them, and from then on it uses the fastest. The benchmark measures the steps after that;
+the tables below are older and were measured with the defaults, which won on this Xeon in all cases. Without
+prefetching, a step in fp32 took 1.05 times (GPT-2) to 1.18 times (Llama) as long; with too short a distance, a step in
+int8 took 1.2 to 1.3 times as long (n = 5 steps of each way).
 
 The native step of a factored second moment (`rules="factored"`) reads the gradient twice, because no element can move
 before all means are known: 24 bytes per fp32 parameter, 6/7 of AdamW's 28.
@@ -66,7 +67,8 @@ AdamW, Adam-mini 0.67 times with 4.01 bytes of state per parameter, and with an 
 1.04 bytes. Adam-mini thus has 1.4 times its speed, and is an 8-bit optimizer for the CPU. No AMD processor was at hand.
 
 The same command trains that Llama inside ZeRO-2 with the optimizer offloaded, one rank, fp32 gradients, with every
-optimizer in turns (`benchmarks/deepspeed_zero.py`; 25 steps; "engine" is all of `engine.step`):
+optimizer in turns (`benchmarks/deepspeed_zero.py`; 25 steps; "engine" is all of `engine.step`). Ratios are medians over
+the rounds. The losses of 27 steps with one seed do not rank the optimizers:
 
 | optimizer | step, ms | x DeepSpeedCPUAdam | engine, x | state, bytes per parameter | mean of the last five losses |
 |---|--:|--:|--:|--:|--:|

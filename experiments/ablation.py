@@ -144,8 +144,10 @@ def main(
         processes: number of processes of each run.
         only: a regular expression; only runs in whose names it is found, such as "factored 0.003 0" (arm, learning
             rate, seed).
-        limit: minutes after which a run on this machine is stopped and recorded as failed, while the others go on.
-        dry_run: print the runs that would be started and the hours they would take, and start nothing.
+        limit: minutes after its start at which a run on this machine is stopped and recorded as failed, while the
+            others go on; on Slurm use --time.
+        dry_run: print the runs that would be started and the hours they would take, and start none of them. If no run
+            is finished, ten steps are timed.
         options: options of each run that do not change its results folder.
         slurm: resources of each run on Slurm.
     """
@@ -154,6 +156,8 @@ def main(
     with refusals(ValueError, OSError, RuntimeError):
         configs, folder = selected(grid(profile, arms or None, study), only), results / f"{study}_{profile}"
         each = Launch(processes, options, limit)
+        if cluster == "slurm" and limit < math.inf:
+            raise ValueError(f"limit={limit:g} is for runs on this machine; on Slurm use --time")
         if dry_run:
             print(plan(configs, results, workers))
             return

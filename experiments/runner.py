@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESTARTS = 3
 """How often torchrun restarts a group after one of its processes died."""
 GRACE = 60
-"""Seconds that a run over its limit gets to save a checkpoint before it is killed."""
+"""Seconds that a run over its limit gets to save a checkpoint before it is killed; torchrun gives its processes 30."""
 TRIAL = 10
 """Number of steps by which the time of a run is estimated if none is finished."""
 
@@ -60,7 +60,7 @@ class Launch:
     Attributes:
         processes: number of processes; torchrun starts them if there are several.
         options: options of the run that are not part of its config.
-        limit: minutes after which the run is stopped and recorded as failed.
+        limit: minutes after its start at which the run is stopped and recorded as failed.
     """
 
     processes: int = 1
@@ -146,7 +146,7 @@ class _Running:
 
     def record_limit(self, minutes: float) -> None:
         """Record the stopped run as failed."""
-        error = f"stopped after limit={minutes:g} minutes; the same command with a higher limit continues it"
+        error = f"stopped after limit={minutes:g} minutes; the same command continues it from its newest checkpoint"
         write_json(self.folder / "status.json", {"state": "failed", "format_version": FORMAT_VERSION, "error": error})
 
 
@@ -161,7 +161,8 @@ def seconds_per_run(config: TrainConfig, root: Path) -> float:
         RuntimeError: no run is finished, and the few steps fail.
     """
     folders = [path.parent for path in (root / config.experiment).glob("*/status.json")]
-    if times := [read_status(folder)["seconds"] for folder in folders if finished(folder)]:
+    statuses = [read_status(folder) for folder in folders]
+    if times := [status["seconds"] for status in statuses if status.get("state") == "finished"]:
         return statistics.median(times)
     trial = dataclasses.replace(config, steps=TRIAL, eval_every=TRIAL, eval_batches=1, checkpoint_every=0)
     with tempfile.TemporaryDirectory() as temporary:
@@ -226,7 +227,8 @@ def run_many(
                 running[each.start(config, root)] = _Running(run_folder(root, config))
             time.sleep(0.2)
             for process, run in running.items():
-                run.require_limit(process, each.limit)
+                if process.poll() is None and not interruption.signal:
+                    run.require_limit(process, each.limit)
             for process in [p for p in running if p.poll() is not None]:
                 run = running.pop(process)
                 folder = run.folder

@@ -137,10 +137,11 @@ def _attainable(
     for role, tensor in wanted.items():
         asked = [row for row in rows if (row.role, row.unit) == (role.value, Unit.IN_NEURON.value)]
         gap = sum(row.n_params * row.jensen for row in asked) / sum(row.n_params for row in asked)
-        got = rules.evidence["choices"][role.value]["predicted_cost"]
+        got = rules.evidence["choices"][role.value].get("predicted_cost")
+        cost = "was not measured" if got is None else f"has gap {got:.3f}"
         lines.append(
             f"{role.value}: IN_NEURON (gap {gap:.3f}) is not possible in {tensor}, whose other parts do not share "
-            f"inputs; {rules[role].value} has gap {got:.3f}. FACTORED has no such limit.\n"
+            f"inputs; {rules[role].value} {cost}. FACTORED has no such limit.\n"
         )
     return rules, lines
 

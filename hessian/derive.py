@@ -214,7 +214,7 @@ def derive(
     ]
     if not allowed:
         raise ValueError(
-            f"without={sorted(map(str, without))} leaves no row of evidence to choose from; leave fewer units out"
+            f"without={sorted(map(_barred, without))} leaves no row of evidence to choose from; leave fewer units out"
         )
     trained = [row for row in allowed if row.checkpoint > 0] or allowed
     units: dict[Role | str, Unit | str] = {}
@@ -236,12 +236,22 @@ def derive(
         units,
         description="Chosen by the Hessian laboratory: permutation-null structure as the gate, Jensen gap as the cost.",
         evidence={
-            "rule": {"z_gate": Z_GATE, "worth": WORTH, "floor": FLOOR},
+            "rule": {
+                "z_gate": Z_GATE,
+                "worth": WORTH,
+                "floor": FLOOR,
+                **({"without": sorted(map(_barred, without))} if without else {}),
+            },
             "choices": choices,
             "table": [asdict(row) for row in evidence],
         },
         provenance=provenance,
     )
+
+
+def _barred(unit: Unit | tuple[Role, Unit]) -> str:
+    """Return a unit that must not be chosen in words."""
+    return unit.value if isinstance(unit, Unit) else f"{unit[1].value} for {unit[0].value}"
 
 
 def _check(evidence: Sequence[Evidence]) -> None:

@@ -267,7 +267,8 @@ def unattainable(model: nn.Module, rules: Rules) -> dict[Role, str]:
     for name, anatomy in discover(model).items():
         units = {part.role: rules[part.role] for part in anatomy.parts}
         chosen = set(units.values())
-        if Unit.IN_NEURON in chosen and len(chosen) > 1 and Unit.FACTORED not in chosen:
+        alone = len(chosen) == 1 and anatomy.in_axis is not None
+        if Unit.IN_NEURON in chosen and Unit.FACTORED not in chosen and not alone:
             for role, unit in units.items():
                 if unit is Unit.IN_NEURON:
                     out.setdefault(role, name)

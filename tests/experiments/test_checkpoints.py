@@ -278,7 +278,7 @@ def test_a_full_disk_costs_one_checkpoint_and_nothing_else(
 SETUPS = {"alone": (1, "ddp"), "ddp on 2": (2, "ddp"), "fsdp2 on 2": (2, "fsdp2"), "fsdp2 on 3": (3, "fsdp2")}
 CONFIG = dataclasses.replace(smoke(), experiment="test", batch=6, steps=12, eval_every=3, checkpoint_every=4)
 REFUSED = {
-    "permuted": (dataclasses.replace(CONFIG, arm="permuted"), "fsdp2", "arm='permuted' has blocks of random elements"),
+    "permuted": (dataclasses.replace(CONFIG, arm="permuted"), "fsdp2", "arm='permuted' gathers blocks by element"),
     "odd": (dataclasses.replace(CONFIG, batch=5), "ddp", "batch=5 does not divide over 2 processes"),
 }
 

@@ -131,7 +131,7 @@ def test_a_run_over_its_limit_is_recorded_and_the_others_go_on(tmp_path: Path, m
     outcome = run_many([long, short], tmp_path, workers=1, each=Launch(limit=7), say=said.append)
     assert (outcome.done, outcome.failed) == (1, (folder,)) and any("over its limit" in line for line in said)
     status = json.loads((folder / "status.json").read_text())
-    assert status["state"] == "failed" and "limit=7 minutes; the same command with a higher limit" in status["error"]
+    assert status["state"] == "failed" and "limit=7 minutes; the same command continues it" in status["error"]
     assert any((folder / "checkpoints").iterdir())  # what it had done is not lost
 
 

@@ -81,6 +81,7 @@ class Engines:
         """Drop all records, because layouts or state were replaced."""
         self._ready.clear()
         self._batches.clear()
+        self._choosers.clear()
 
     def prepare(
         self,

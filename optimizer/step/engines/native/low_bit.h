@@ -17,7 +17,6 @@
 
 namespace adam_mini {
 
-
 // The int8 format: how codes are stored and how scales are rounded.
 struct Int8 {
   using Scale = float;

@@ -60,7 +60,7 @@ void each_run(const Layout& l, int64_t from, int64_t to, F&& f) {
   }
 }
 
-constexpr int64_t kChunk = 1 << 15;  // elements of a chunk that is summed alone, or of which factors are kept
+constexpr int64_t kChunk = 1 << 15;  // elements of a chunk where the cut decides the order of a sum; Way::chunk is the tunable one
 constexpr int64_t kLong = 1 << 17;   // elements; a longer run is shared by all threads
 
 // How the loop goes through memory. It changes no result, so which way is the fastest is a question of the processor;

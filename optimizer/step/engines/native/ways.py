@@ -26,7 +26,8 @@ class Way(NamedTuple):
     Attributes:
         chunk: elements of a chunk of rows, which one thread processes.
         strip: smallest number of columns that are summed and updated together, where blocks are columns. Wide strips
-            read memory in long contiguous ranges, but read the gradient the second time from a slower cache.
+            read memory in long contiguous ranges, but read the gradient the second time from a slower cache. A step of
+            GPT-2 took 2.0 times as long as torch's fused AdamW with 64 columns, 1.1 times with 512, 0.85 with 4096.
         ahead: how many elements ahead the loop of quantised moments prefetches.
         fetch: 1 if sums of squares prefetch what the update will read.
     """
@@ -58,8 +59,8 @@ class Chooser:
     The steps are real ones, so nothing is computed twice. First the default and all others are timed in turns. What was
     at least 3 % faster than the default is put together, number by number, and raced against the default in pairs of
     steps. It is used from then on if it is again 3 % faster and wins nearly all pairs, which on a busy machine, where
-    times are chance, it does not. The choice lasts as long as the process: measuring costs less than a file that might
-    come from another machine.
+    times are chance, it does not. The choice lasts as long as the optimizer: measuring costs less than a file that
+    might come from another machine.
     """
 
     def __init__(self) -> None:
