@@ -220,7 +220,7 @@ def _product(name: str, model: nn.Module, batch: Any, v: Tensor) -> Tensor:
         from curvlinops import HessianLinearOperator
 
         loss = nn.CrossEntropyLoss()
-        return HessianLinearOperator(model, loss, parameters, [batch], check_deterministic=False) @ v  # type: ignore
+        return HessianLinearOperator(model, loss, parameters, [batch], check_deterministic=False) @ v
     if name == EIGENTHINGS:
         from hessian_eigenthings import HessianOperator as Eigenthings
 

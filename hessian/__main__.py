@@ -128,7 +128,8 @@ def _attainable(
     wanted: dict[Role, str] = {}
     while True:
         rules = derive(rows, name=name, provenance=provenance, without=barred)
-        if not (more := unattainable(model, rules)):
+        more = unattainable(model, rules)
+        if not more.keys() - wanted.keys():
             break
         wanted |= more
         barred |= {(role, Unit.IN_NEURON) for role in more}

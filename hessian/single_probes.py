@@ -13,15 +13,11 @@ from torch import Generator, Tensor
 
 from .checks import at_least, finite
 from .linear import LinearMap
+from .symmetry import random_signs
 
 Signs = Callable[[Generator], Tensor]
 """Draws one random sign for each block of a partition, and returns the sign of every parameter's block, int8 [n]."""
 WHOLE = "whole"
-
-
-def random_signs(count: int, generator: Generator) -> Tensor:
-    """Return independent random signs, int8 [count]."""
-    return torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
 
 
 def signs_of_blocks(block_ids: Tensor) -> Signs:

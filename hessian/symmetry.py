@@ -22,13 +22,17 @@ MOST_TENSORS = 64
 """With more parameters than this, asymmetric ones are not searched for: the search costs two products for each."""
 
 
+def random_signs(count: int, generator: torch.Generator) -> Tensor:
+    """Return independent random signs, int8 [count]."""
+    return torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8).mul_(2).sub_(1)
+
+
 def direction(theta: Mapping[str, Tensor], seed: int) -> Tensor:
     """Return a fixed vector of random signs, [n], with the dtype and device of the parameters."""
     first = next(iter(theta.values()))
     generator = torch.Generator().manual_seed(seed)
     count = sum(tensor.numel() for tensor in theta.values())
-    signs = torch.randint(0, 2, (count,), generator=generator, dtype=torch.int8)
-    return signs.to(first.device, first.dtype).mul_(2).sub_(1)
+    return random_signs(count, generator).to(first.device, first.dtype)
 
 
 def split(theta: Mapping[str, Tensor], vector: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
-"""Write tables into a page of the documentation, between two marker lines."""
+"""Write tables into a page of the documentation, between two marker lines, and figures beside it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -25,3 +27,16 @@ def replace(page: Path, content: str, begin: str, end: str) -> None:
     temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
     temporary.write_text(f"{before}{begin}\n\n{content}\n\n{end}{after}", encoding="utf-8")
     os.replace(temporary, page)
+
+
+def illustrate(page: Path, figures: Sequence[Path]) -> None:
+    """Copy figures into the folder ``figures`` beside a page, where the page's links point.
+
+    Args:
+        page: the page.
+        figures: the files.
+    """
+    folder = page.parent / "figures"
+    folder.mkdir(exist_ok=True)
+    for figure in figures:
+        shutil.copyfile(figure, folder / figure.name)

@@ -6,7 +6,6 @@ python -m paper_figures.real_model [--results results/real_model] [--docs docs/r
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from matplotlib.colors import LogNorm
 from analysis import real_model
 from analysis.real_model import BlockMap, Number, Study
 from paper_figures.commandline import refusals
-from paper_figures.pages import replace
+from paper_figures.pages import illustrate, replace
 from paper_figures.real_model_tables import MATRICES, NOTE, short, tables
 from paper_figures.style import COLOURS, MAP, ROLE_COLOURS, role_name, save, setup
 
@@ -165,7 +164,7 @@ def spectra(study: Study, out: Path) -> Path:
         axes.set_axis_off()
     grid[0, 0].legend()
     for row in grid:
-        row[0].set_ylabel("share of the squared norm\n(negative ones downwards)")
+        row[0].set_ylabel("squared norm per decade, of the whole\n(negative eigenvalues downwards)")
     figure.suptitle(f"Where the squared norm of a block lies on the axis of its eigenvalues\n{NOTE}")
     return save(figure, out, "real_model_spectra")
 
@@ -232,9 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         drawn = [draw(study, arguments.out) for draw, kind in needed if kind in kinds]
         if arguments.docs is not None:
             replace(arguments.docs, written, BEGIN, END)
-            (arguments.docs.parent / "figures").mkdir(exist_ok=True)
-            for path in drawn:
-                shutil.copyfile(path, arguments.docs.parent / "figures" / path.name)
+            illustrate(arguments.docs, drawn)
         else:
             (arguments.out / "real_model.md").write_text(written + "\n", encoding="utf-8")
     print(f"{len(study.documents)} files of results; {', '.join(str(path) for path in drawn)}")

@@ -297,6 +297,45 @@ def test_the_table_of_statistics_is_that_of_the_runs() -> None:
             assert difference is not None and f"| {difference.mean:+.3f} ± {difference.half:.3f} |" in row
 
 
+def test_the_tables_of_the_hessian_benches_are_those_of_the_results() -> None:
+    import json
+
+    from benchmarks import hessian_calibration, hessian_peers
+
+    results = {
+        name: json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+        for name in ("hessian_calibration", "hessian_peers")
+    }
+    assert hessian_calibration.table(results["hessian_calibration"]) in (ROOT / "docs/hessian.md").read_text("utf-8")
+    assert hessian_peers.page(results["hessian_peers"]) == (ROOT / "docs/hessian_peers.md").read_text("utf-8")
+
+
+def test_times_of_a_step_are_those_of_the_bench() -> None:
+    """README and limits quote the table of the Xeon in docs/speed.md."""
+    speed = (ROOT / "docs/speed.md").read_text("utf-8").partition("## Intel(R) Xeon(R) Processor, 2 cores")[2]
+    bars = re.findall(r"^\| (.+?), (?:45M Llama|GPT-2 124M), against .+? \| .+? \| ([\d.]+) x \|", speed, re.M)
+    times: dict[str, list[float]] = {}
+    for what, value in bars:
+        times.setdefault(what, []).append(float(value))
+    limits = " ".join((ROOT / "docs/limits.md").read_text("utf-8").split())
+    for begin, what in (
+        ("fp32", "fused, fp32"),
+        ("bf16", "fused, bf16 with bf16 momentum"),
+        ("int8 first moments", "fused, int8 momentum"),
+        ("int4", "fused, int4 momentum"),
+        ("factored", "fused, factored"),
+    ):
+        quoted = re.search(rf"{begin} ([\d.]+)x\s+and ([\d.]+)x", limits)
+        assert quoted is not None and [float(x) for x in quoted.groups()] == pytest.approx(times[what], abs=0.0051), (
+            what
+        )
+    (eager,) = times["eager, fp32"]
+    assert f"In fp32 it takes {eager:.1f}x on this machine" in limits
+    assert all(f"{value:.1f}" == "4.4" for value in times["eager, bf16"]) and "a fallback only: 4.4x" in limits
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert f"takes {eager:.1f} times as long as torch's fused AdamW ({times['fused, fp32'][0]:.2f} with one)" in readme
+
+
 def test_the_low_bit_table_is_that_of_the_runs() -> None:
     import json
 

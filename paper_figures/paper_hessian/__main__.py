@@ -9,7 +9,7 @@ from pathlib import Path
 from analysis.paper_hessian import PARTS, Results, load
 from analysis.paper_hessian.quadratics import with_descent
 from paper_figures.commandline import refusals
-from paper_figures.pages import replace
+from paper_figures.pages import illustrate, replace
 from paper_figures.paper_hessian import models, quadratics
 from paper_figures.style import setup
 
@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results/paper_hessian"))
     parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
-    parser.add_argument("--docs", type=Path, help="page whose tables are replaced; without it, they go to --out")
+    parser.add_argument(
+        "--docs", type=Path, help="page whose tables and figures are replaced; without it, tables go to --out"
+    )
     arguments = parser.parse_args(argv)
     with refusals(FileNotFoundError, ValueError, OSError):
         found = present(arguments.results)
@@ -86,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         written = tables(found)
         if arguments.docs is not None:
             replace(arguments.docs, written, BEGIN, END)
+            illustrate(arguments.docs, drawn)
         else:
             (arguments.out / "paper_hessian.md").write_text(written + "\n", encoding="utf-8")
     print(f"{len(found)} of {len(DRAW)} parts; {', '.join(str(path) for path in drawn)}")

@@ -124,7 +124,7 @@ def draw_left_out(results: Results, out: Path) -> Path:
         axes.set_xlabel("left-out blocks")
         axes.set_title("blocks of Adam-mini's partition" if level == "block" else "whole weight matrices")
     grid[0][0].set_ylabel("held-out loss minus AdamW's (nats)")
-    grid[0][0].legend()
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return save(figure, out, "hessian_leave_out")
 
 

@@ -69,3 +69,10 @@ def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["show", "--results", str(tmp_path)])
     assert f"no training runs under {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_diverged_run_may_lack_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "grid", "adam_mini", 0.1, 0, 1.0, state="diverged")
+    (run / "metrics.jsonl").write_text('{"step": 10, "val_loss": 2.0}\n{"step": 20, "val_loss": null}\n{"step": 30}\n')
+    lines = shown(capsys, "grid", "adam_mini", "--results", str(tmp_path))
+    assert lines[0].split() == ["adam_mini", "0.1", "0", "▁xx", "diverged"]

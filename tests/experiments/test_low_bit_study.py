@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from experiments.studies.low_bit_moments import stability
 from experiments.studies.low_bit_moments.__main__ import STAGES, compare, stored, verdict
+from experiments.studies.low_bit_moments.candidates import QUIETER
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2, 3)
@@ -90,3 +92,10 @@ def test_a_diverged_run_is_a_result(tmp_path: Path) -> None:
     assert stored(path, 10, 3e-3)["runs"] == []
     path.write_text(json.dumps({"runs": [a_run("int8", 0, None)]}))
     assert len(stored(path, 10, 3e-3)["runs"]) == 1
+
+
+def test_only_rotating_numbers_lose_moments_without_gradients() -> None:
+    rows = json.loads((ROOT / "results/low_bit/stability.json").read_text())["quieter"]
+    kept = {row["arm"]: row["kept"] for row in rows}
+    assert {arm.name: stability.kept(arm) for arm in QUIETER} == pytest.approx(kept, abs=0.002)
+    assert [name for name, share in kept.items() if abs(share - 1) > 0.02] == ["int4-square-rotated-32-bf16"]

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import re
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 from experiments import ablation, runner
 from experiments.ablation import ARMS, LEARNING_RATES, SEEDS, grid
 from experiments.configs import CONFIGS, TrainConfig, smoke
+from experiments.interruption import Interruption
 from experiments.runner import Launch, run_many, run_one, seconds_per_run
 from experiments.train import run_folder
 from optimizer import Rules
@@ -133,6 +135,46 @@ def test_a_run_over_its_limit_is_recorded_and_the_others_go_on(tmp_path: Path, m
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "failed" and "limit=7 minutes; the same command continues it" in status["error"]
     assert any((folder / "checkpoints").iterdir())  # what it had done is not lost
+
+
+def test_runs_that_end_or_are_interrupted_are_not_blamed_on_their_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time is up all the while, but one has ended by itself, and the pool was asked to stop before the other."""
+    asked: list[Path] = []
+
+    def require(run: runner._Running, process: subprocess.Popen[bytes], minutes: float) -> None:
+        asked.append(run.folder)
+        process.terminate()
+
+    monkeypatch.setattr(runner._Running, "require_limit", require)
+    broken = dataclasses.replace(smoke(), experiment="test", data="no-such-corpus").with_rules_hash()
+    long = dataclasses.replace(smoke(), experiment="test", steps=10**6).with_rules_hash()
+    start = Launch.start
+
+    def ended(self: Launch, config: TrainConfig, root: Path, **more: bool) -> subprocess.Popen[bytes]:
+        process = start(self, config, root, **more)
+        if config == broken:
+            process.wait()
+        return process
+
+    class Signalled(Interruption):
+        """A signal arrives when the second run has begun to write."""
+
+        @property
+        def signal(self) -> int:
+            return 15 if (run_folder(tmp_path, long) / "config.json").is_file() else 0
+
+        @signal.setter
+        def signal(self, number: int) -> None:
+            pass
+
+    monkeypatch.setattr(Launch, "start", ended)
+    monkeypatch.setattr(runner, "Interruption", Signalled)
+    outcome = run_many([broken, long], tmp_path, workers=1, each=Launch(limit=7), say=lambda _: None)
+    assert asked == [] and outcome.failed == (run_folder(tmp_path, broken),)
+    assert outcome.interrupted == (run_folder(tmp_path, long),)
+    assert "no-such-corpus" in json.loads((run_folder(tmp_path, broken) / "status.json").read_text())["error"]
 
 
 def test_a_run_that_does_not_stop_is_killed() -> None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from experiments.models import GPTConfig, build
 from hessian import HessianOperator, MatrixOperator, dense
 from hessian.__main__ import main
-from hessian.own_model import NATS, Run, energies, evidence, predicted_cost, second_moments
+from hessian.own_model import NATS, Run, energies, evidence, predicted_cost, second_moments, unattainable
 from hessian.parts import weight_parts
 from hessian.probing import energy_inside
 from optimizer import AdamMini, Role, Rules, Unit, partition
@@ -205,6 +205,17 @@ def test_rules_are_those_that_fused_tensors_can_follow(
     assert "VALUE: IN_NEURON (gap 0.000) is not possible in transformer.h.0.attn.c_attn.weight" in said
     assert not any(layout.note for layout in partition(fused_gpt(), rules).values())
     assert {"VALUE", "IN_NEURON"} <= {row[key] for row in rules.evidence["table"] for key in ("role", "unit")}
+    assert rules.evidence["rule"]["without"] == ["FACTORED", "IN_NEURON for VALUE"]
+
+
+def test_what_fused_tensors_cannot_share() -> None:
+    model = fused_gpt()
+    name = "transformer.h.0.attn.c_attn.weight"
+    roles = (Role.QUERY, Role.KEY, Role.VALUE)
+    assert unattainable(model, Rules("mine", dict.fromkeys(roles, Unit.IN_NEURON))) == {}
+    assert unattainable(model, Rules("mine", {Role.VALUE: Unit.IN_NEURON})) == {Role.VALUE: name}
+    assert unattainable(model, Rules("mine", {Role.VALUE: Unit.IN_NEURON, Role.KEY: Unit.FACTORED})) == {}
+    assert Role.NORM in unattainable(model, Rules("mine", {Role.NORM: Unit.IN_NEURON}))  # a vector has no inputs
 
 
 @pytest.mark.parametrize(

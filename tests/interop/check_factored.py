@@ -13,28 +13,25 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from optimizer import AdamMini
+from tests.interop.check_lightning import lightning
 from tests.interop.check_torchtitan import EXPERTS, SETTINGS, train
-from tests.interop.check_trl import adapted
+from tests.interop.check_trl import peft, sft
 from tests.interop.conftest import Record
-from tests.interop.launch import alone, torchrun
-from tests.interop.plain import OPTIONS, SAME, apart, falls, plain
+from tests.interop.launch import torchrun
+from tests.interop.plain import SAME, apart, falls, made, plain, with_rules
 
-RULES = "-m tests.interop.with_rules factored"
 WRAPS = {"no": "DDP", "1": "FSDP1", "1-flat": "FSDP1, use_orig_params=False", "2": "FSDP2"}
 TITAN = {"FSDP2": SETTINGS, "tensor parallel x FSDP2": SETTINGS, "expert parallel": EXPERTS}
 
 
 def reference(ranks: int, **options: Any) -> dict[str, torch.Tensor]:
     """The weights after a plain loop in one process."""
-    weights: dict[str, torch.Tensor] = plain(
-        ranks, optimizer=lambda model: AdamMini(model, **OPTIONS, rules="factored"), **options
-    )["weights"]
+    weights: dict[str, torch.Tensor] = plain(ranks, optimizer=made("factored"), **options)["weights"]
     return weights
 
 
 def wrapped(path: str, fsdp: str) -> str:
-    return f"{RULES} {path}" if fsdp == "no" else f"{RULES} -m tests.interop.fsdp_on_cpu {path}"
+    return with_rules("factored", path if fsdp == "no" else f"-m tests.interop.fsdp_on_cpu {path}")
 
 
 def cosine(optimizer: torch.optim.Optimizer) -> object:
@@ -100,49 +97,14 @@ def check_torchtitan(record: Record, tmp_path: Path, case: str) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def check_lightning(record: Record, tmp_path: Path, devices: int) -> None:
-    """Training, and the second half of it from a checkpoint."""
-    start = alone if devices == 1 else lambda *given: torchrun(2, *given)
-    run = f"{RULES} examples/lightning_module.py"
-    folder = ("--devices", str(devices), "--folder", str(tmp_path))
-    whole = start(run, *folder)
-    wanted = reference(devices, schedule=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=20))
-    difference = apart(whole["weights"], wanted)
-    again = start(run, *folder, "--resume", str(tmp_path / "step=5.ckpt"))
-    equal = all(torch.equal(again["weights"][name], w) for name, w in whole["weights"].items())
-    record(
-        "Lightning", f"{'one device' if devices == 1 else 'DDP'}, fit(ckpt_path=…); rules factored",
-        ["pytorch-lightning", "torch"], ranks=devices,
-        ran="examples/lightning_module.py: tiny Llama, 10 steps, cosine, clipped, fp32, and again from step 5",
-        result=f"{falls(whole['losses'])}; weights within {difference:.1e} of a plain loop; "
-        + ("bit-equal after going on" if equal else "weights differ after going on"),
-    )  # fmt: skip
-    assert difference <= SAME and equal
+    lightning(record, tmp_path, devices, "factored")
 
 
 @pytest.mark.parametrize("lora", ["no", "yes"])
 def check_trl(record: Record, lora: str) -> None:
-    left = alone(f"{RULES} examples/trl_sft.py", "--lora", lora)
-    model = {"model": adapted(target_modules="all-linear")} if lora == "yes" else {}
-    difference = apart(left["weights"], reference(1, **model))
-    learnt = falls(left["losses"], 0.05 if lora == "yes" else 0.5)
-    record(
-        "TRL SFTTrainer", ("LoRA on all linear layers" if lora == "yes" else "all weights") + "; rules factored",
-        ["trl", "transformers", "peft", "torch"],
-        ran=f"examples/trl_sft.py --lora {lora}: tiny Llama, 10 clipped steps",
-        result=f"{learnt}; weights within {difference:.1e} of a plain loop",
-    )  # fmt: skip
-    assert difference <= SAME
+    sft(record, lora, "factored")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def check_peft(record: Record, ranks: int) -> None:
-    script = "examples/peft_lora.py"
-    left = alone(f"{RULES} {script}") if ranks == 1 else torchrun(ranks, wrapped(script, "2"), "--fsdp", "2")
-    model = adapted(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
-    difference = apart(left["weights"], reference(ranks, model=model))
-    record(
-        "PEFT", "LoRA and a saved module, in Trainer" + (" under FSDP2" if ranks > 1 else "") + "; rules factored",
-        ["peft", "transformers", "accelerate", "torch"], ranks=ranks, ran=f"{script}: tiny Llama, 10 clipped steps",
-        result=f"{falls(left['losses'])}; weights within {difference:.1e} of a plain loop",
-    )  # fmt: skip
-    assert difference <= SAME
+    peft(record, ranks, "factored")

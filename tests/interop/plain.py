@@ -56,6 +56,21 @@ def plain(
     return {"losses": losses, "weights": {name: w.detach().clone() for name, w in model.state_dict().items()}}
 
 
+def made(rules: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return what makes AdamMini with the examples' options and these rules."""
+    return lambda model: AdamMini(model, **OPTIONS, rules=rules)
+
+
+def with_rules(rules: str, script: str) -> str:
+    """Return a script (a path, or ``-m name``) as it is run with these rules; as it stands for the default ones."""
+    return script if rules == "adam_mini" else f"-m tests.interop.with_rules {rules} {script}"
+
+
+def case(rules: str) -> str:
+    """Return what the name of a case says of the rules."""
+    return "" if rules == "adam_mini" else f"; rules {rules}"
+
+
 def apart(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The largest difference of any weight; both must have the same names."""
     assert got.keys() == wanted.keys(), sorted(got.keys() ^ wanted.keys())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from optimizer import AdamMini, Layout
 from optimizer.partition import FactoredLayout
 from optimizer.step.engines import native
+from optimizer.step.engines.dispatch import Engines
+from optimizer.step.engines.native import step as native_step
 from optimizer.step.engines.native import ways
 from optimizer.step.engines.native.ways import DEFAULT, LARGE, OTHERS, PAIRS, ROUNDS, TRIALS, Chooser, Way
 from optimizer.step.moments import FORMATS, zero_state
@@ -174,3 +178,30 @@ def test_training_tries_every_way_and_gives_the_same_bits(monkeypatch: pytest.Mo
     assert {way for way, _ in tried} >= {DEFAULT, *OTHERS}
     assert {n for _, n in tried} == {96 * 80 + 80 * 40, 80 + 40}  # with and without weight decay
     assert all(torch.equal(one, two) for one, two in zip(*weights, strict=True))
+
+
+def test_other_layouts_begin_anew() -> None:
+    """What was timed with the old ones says nothing of the new ones."""
+    engines = Engines()
+    engines._choosers[0].took(1.0, LARGE)
+    assert engines._choosers[0].way != DEFAULT
+    engines.forget()
+    assert engines._choosers[0].way == DEFAULT
+
+
+def test_the_way_reaches_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Way] = []
+
+    def loop(*arguments: Any) -> None:
+        given.append(Way(*(ctypes.c_int64 * 4).from_address(arguments[-1])))
+
+    p, g = torch.zeros(4, 8), torch.ones(4, 8)
+    state = {"exp_avg": torch.zeros(4, 8), "exp_avg_sq": torch.zeros(4, 1), "step": torch.zeros(())}
+    ready = native.prepare(p, g, state, Layout(0, [1] * 4))
+    assert ready is not None
+    monkeypatch.setattr(native_step, "library", lambda: SimpleNamespace(adam_mini_step=loop))
+    for chooser in (Fixed(SMALL), None):
+        batches = native.Batches(1, chooser)
+        batches.add(ready, p, g)
+        batches.step(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, maximize=False)
+    assert given == [SMALL, DEFAULT]

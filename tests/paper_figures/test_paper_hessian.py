@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from analysis.paper_hessian import PARTS, load
-from paper_figures.pages import replace
+from paper_figures.pages import illustrate, replace
 from paper_figures.paper_hessian import models, quadratics
 from paper_figures.paper_hessian.__main__ import BEGIN, DRAW, END, HEADINGS, TABLES, main, present
 
@@ -46,6 +46,11 @@ def test_replacing_the_tables_of_a_page(tmp_path: Path) -> None:
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     replace(page, "new", BEGIN, END)
     assert page.read_text() == f"before\n{BEGIN}\n\nnew\n\n{END}\nafter\n"
+    figure = tmp_path / "elsewhere" / "plot.png"
+    figure.parent.mkdir()
+    figure.write_bytes(b"png")
+    illustrate(page, [figure])
+    assert (tmp_path / "figures" / "plot.png").read_bytes() == b"png"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the lines"):
         replace(page, "new", BEGIN, END)

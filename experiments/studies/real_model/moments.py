@@ -38,7 +38,8 @@ def moments(subject: Subject, settings: Settings, seed: int) -> dict[str, Any]:
     layers = subject.layers()
     chosen = {name: v for name, v in averaged.items() if _number(layers[name]) % settings.moment_layers == 0}
     rows = evidence(subject.model, chosen, permutations=settings.permutations, seed=seed)
-    choices = derive(rows).evidence["choices"]  # type: ignore[index]
+    derived = derive(rows).evidence
+    assert derived is not None  # ``derive`` always gives its evidence.
     return {
         "losses": losses,
         "columns": list(COLUMNS),
@@ -47,7 +48,7 @@ def moments(subject: Subject, settings: Settings, seed: int) -> dict[str, Any]:
         ],
         "choices": {
             role: {"unit": choice["unit"], "why": choice["why"]}
-            for role, choice in choices.items()
+            for role, choice in derived["choices"].items()
             if "candidates" in choice
         },
     }

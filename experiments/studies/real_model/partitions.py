@@ -9,7 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from experiments.studies.real_model.subject import layer_of
-from hessian.single_probes import Signs, random_signs
+from hessian.single_probes import Signs
+from hessian.symmetry import random_signs
 from optimizer import Role, Rules, Unit, partition
 from optimizer.partition import Layout, TensorLayout
 
