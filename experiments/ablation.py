@@ -17,6 +17,7 @@ import tyro
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig, byte_gpt, byte_llama, smoke
 from experiments.optimizers import VARIANTS
+from experiments.rivals import RIVALS
 from experiments.runner import Launch, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
@@ -36,6 +37,7 @@ class Study:
         arms: its arms.
         rates: its learning rates.
         seeds: its seeds.
+        own: arm -> learning rates in place of ``rates``, for arms whose rates are of another size.
         grown: arm -> rates by which its grid grew, because its best rate was the last one in that direction.
     """
 
@@ -43,6 +45,7 @@ class Study:
     arms: tuple[str, ...] = ARMS
     rates: tuple[float, ...] = LEARNING_RATES
     seeds: tuple[int, ...] = SEEDS
+    own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     grown: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -53,6 +56,11 @@ STUDIES: dict[str, Study] = {
         byte_llama,
         ("elementwise", "adam_mini", *VARIANTS),
         grown={"adam_mini_max": (3e-2,), "adam_mini_min": (3e-4,), "adam_mini_jensen": (3e-4,)},
+    ),
+    "rivals": Study(
+        byte_llama,
+        ("elementwise", "adam_mini", *RIVALS),
+        own={arm: rival.rates for arm, rival in RIVALS.items()},
     ),
 }
 """docs/protocol.md says why these runs; results are in ``results/<study>_<profile>``."""
@@ -75,15 +83,24 @@ def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablati
     unknown = set(arms or ()) - set(chosen.arms)
     if unknown:
         raise ValueError(f"arms={sorted(unknown)} are unknown; choose from {chosen.arms}")
-    base, rates, seeds = chosen.base(), chosen.rates, chosen.seeds
+    base, seeds, pairs = chosen.base(), chosen.seeds, _pairs(chosen, arms or chosen.arms)
     if profile == "smoke":
-        base, rates, seeds = smoke(), rates[:1], seeds[:1]
+        first: dict[str, float] = {}
+        for lr, arm in pairs:
+            first.setdefault(arm, lr)
+        base, pairs, seeds = smoke(), [(lr, arm) for arm, lr in first.items()], seeds[:1]
     base = dataclasses.replace(base, experiment=f"{study}_{profile}")
-    wanted = list(itertools.product(seeds, rates, arms or chosen.arms))
+    wanted = [(seed, lr, arm) for seed in seeds for lr, arm in pairs]
     if profile != "smoke":
         grown = [(lr, arm) for arm, more in chosen.grown.items() if arm in (arms or chosen.arms) for lr in more]
         wanted += [(seed, lr, arm) for seed in seeds for lr, arm in grown]
     return [dataclasses.replace(base, arm=arm, lr=lr, seed=seed) for seed, lr, arm in wanted]
+
+
+def _pairs(study: Study, arms: tuple[str, ...]) -> list[tuple[float, str]]:
+    """Return the learning rates and arms of a seed, without those by which a grid grew."""
+    shared = [arm for arm in arms if arm not in study.own]
+    return [*itertools.product(study.rates, shared), *((lr, arm) for arm in arms for lr in study.own.get(arm, ()))]
 
 
 def name_of(config: TrainConfig) -> str:
@@ -137,8 +154,8 @@ def main(
         profile: cpu (the committed results) or smoke.
         workers: number of runs at a time.
         results: root of the results folders.
-        study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds) or statistics (of
-            blocks, other than their mean).
+        study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds), statistics (of
+            blocks, other than their mean) or rivals (optimizers of other authors).
         arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.
