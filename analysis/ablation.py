@@ -27,7 +27,8 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
             ``attrs["left_out"]`` counts them by state.
 
     Returns:
-        One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, parameters, steps, curve.
+        One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, state_bytes (missing for runs from
+        before it was recorded), parameters, steps, curve.
 
     Raises:
         FileNotFoundError: the folder has no runs.
