@@ -21,8 +21,8 @@ class LowBit(Parts):
     sets, so each step gets it as a tensor. Tensors of fewer than 4096 values, or whose number of values is no multiple
     of a block (256 in 8 bits, 128 in 4), keep float32 moments; norms and biases always do.
 
-    Codes and scales of a quantized moment are saved as tensors of their own, because its tensor subclass is cast and
-    copied as if it were float32 when ``torch.optim.Optimizer`` loads it.
+    Codes and scales of a quantized moment are saved as tensors of their own, because its tensor subclass has neither
+    ``clone`` nor ``zeros_like``, with which a checkpoint that is written in the background copies tensors.
     """
 
     @torch.no_grad()

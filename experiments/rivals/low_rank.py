@@ -15,15 +15,15 @@ from .parts import Exact, Parts, State, adamw
 from .rival import Group, Setup
 
 GALORE = {"rank": 32, "update_proj_gap": 50, "scale": 0.25, "projection_type": "std"}
-"""Rank: a quarter of the 0.9M model's width, the paper's share at 130M parameters (256 of 768) rounded down. The paper
-renews the projection every 200 steps of tens of thousands; a run of 400 steps renews it every 50."""
+"""Rank: a quarter of the 0.9M model's width, the paper's share at 1B parameters (512 of 2048). The paper renews the
+projection every 200 steps of tens of thousands; a run of 400 steps renews it every 50."""
 
 
 class GaLoreParts(Parts):
     """GaLore and AdamW; the projections are saved as tensors.
 
-    pytorch_optimizer keeps a projection as a Python object in the state. A checkpoint that is written in the background
-    could read the object after a later step changed it.
+    pytorch_optimizer keeps a projection as a Python object in the state. A checkpoint then holds a pickled object, and
+    an optimizer that loads a state dict shares the object with the one that made it.
     """
 
     def packed(self, state: State) -> State:

@@ -43,7 +43,7 @@ def normuon(setup: Setup) -> torch.optim.Optimizer:
 def adamuon(setup: Setup) -> torch.optim.Optimizer:
     """Make pytorch_optimizer's AdaMuon, which divides the orthogonal update by the root of its second moments.
 
-    It orthogonalises the momentum, as the first version of the paper does; the later ones orthogonalise its sign.
+    It orthogonalises the momentum; versions 2 and 3 of the paper orthogonalise its sign.
     """
     library = pytorch_optimizer()
     return _with_adamw(

@@ -69,7 +69,7 @@ _ALL = (
         "adamuon", muons.adamuon, f"{_LIBRARY} AdaMuon", "2507.11005",
         takes="both betas and weight decay, decoupled",
         state="2",
-        differs=f"for {_HIDDEN}, with the same rate; no sign before the iterations (version 1 of the paper)",
+        differs=f"for {_HIDDEN}, with the same rate; no sign of the momentum is taken (paper: it is)",
         rates=(1e-3, 3e-3, 1e-2), against_adam="the same",
     ),
     Rival(
