@@ -17,9 +17,9 @@ from typing import Any
 import tyro
 from torch import nn
 
-from experiments.ablation import ARMS
 from experiments.commandline import refusals
 from experiments.configs import byte_llama
+from experiments.grids import ARMS
 from experiments.models import build
 from experiments.optimizers import CONTROL
 from experiments.storage import require_writable, write_json

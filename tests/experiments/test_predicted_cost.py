@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments.ablation import ARMS
+from experiments.grids import ARMS
 from experiments.models import LlamaConfig, MLPConfig, build
 from experiments.studies.predicted_cost import is_factored, main, predicted_cost
 from optimizer import Rules

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
 import experiments.train as train_module
-from experiments.ablation import STUDIES, grid
 from experiments.checkpoints import State
 from experiments.configs import TrainConfig
+from experiments.grids import STUDIES, grid
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, build, lm_loss
 from experiments.optimizers import make_optimizer, require_coverage
 from experiments.rivals import RIVALS, Setup, state_size
