@@ -22,7 +22,17 @@ from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
 
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
+ARMS = (
+    "elementwise",
+    "adam_mini",
+    "short_run",
+    "pytorch_default",
+    "slim_adam",
+    "derived_blocks",
+    "derived",
+    "factored",
+    "permuted",
+)
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 
@@ -48,7 +58,9 @@ class Study:
 
 STUDIES: dict[str, Study] = {
     "ablation": Study(byte_llama),
-    "carry_over": Study(byte_gpt, ("elementwise", "adam_mini", "derived", "factored"), (3e-3, 1e-2), tuple(range(8))),
+    "carry_over": Study(
+        byte_gpt, ("elementwise", "adam_mini", "derived_blocks", "derived", "factored"), (3e-3, 1e-2), tuple(range(8))
+    ),
     "statistics": Study(
         byte_llama,
         ("elementwise", "adam_mini", *VARIANTS),
