@@ -15,16 +15,28 @@ from analysis.runs import RESULTS, config_hash, read_run, state_of
 from analysis.stats import Interval, t_interval
 
 BASELINE = "elementwise"
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
+ARMS = (
+    "elementwise",
+    "adam_mini",
+    "short_run",
+    "pytorch_default",
+    "slim_adam",
+    "derived_blocks",
+    "derived",
+    "factored",
+    "permuted",
+)
 
 
-def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
+def load_runs(folder: Path, *, partial: bool = False, several: bool = False) -> pd.DataFrame:
     """Load the runs of an experiment.
 
     Args:
         folder: results of one experiment.
         partial: leave out runs that are neither finished nor diverged; without it they raise an error. The table's
             ``attrs["left_out"]`` counts them by state.
+        several: the folder may hold several settings; see ``settings.load_settings``. The table then has the column
+            ``config``.
 
     Returns:
         One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, state_bytes (missing for runs from
@@ -48,6 +60,9 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
         without = f" ({_count(left_out)} left out)" if left_out else ""
         raise FileNotFoundError(f"no results under {folder}{without}; run `make ablation` first")
     table = pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True)
+    table.attrs["left_out"] = dict(left_out)
+    if several:
+        return table
     twice = table[table.duplicated(["arm", "lr", "seed"], keep=False)]
     if len(twice):
         raise ValueError(
@@ -55,9 +70,7 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
             f"{', '.join(config_hash(config) for config in twice.config[:2])}; remove one"
         )
     _require_one_experiment(folder, table)
-    table = table.drop(columns="config")
-    table.attrs["left_out"] = dict(left_out)
-    return table
+    return table.drop(columns="config")
 
 
 def _count(states: Mapping[str, int]) -> str:

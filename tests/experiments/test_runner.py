@@ -73,8 +73,8 @@ def test_impossible_sizes_are_named(config: TrainConfig, field: str, value: floa
 
 def test_grid_is_complete_and_balanced() -> None:
     runs = grid("cpu")
-    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 72
-    assert len({run.hash for run in runs}) == 72
+    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 81
+    assert len({run.hash for run in runs}) == 81
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     same = {dataclasses.replace(run, arm="", lr=0.1, seed=0) for run in runs}
     assert len(same) == 1  # nothing else differs between arms
@@ -82,7 +82,7 @@ def test_grid_is_complete_and_balanced() -> None:
 
 def test_carry_over_is_another_model_and_corpus() -> None:
     runs = grid("cpu", study="carry_over")
-    assert len(runs) == 4 * 2 * 8 and {run.experiment for run in runs} == {"carry_over_cpu"}
+    assert len(runs) == 5 * 2 * 8 and {run.experiment for run in runs} == {"carry_over_cpu"}
     assert {(type(run.model).__name__, run.data) for run in runs} == {("GPTConfig", "enwik8")}
     results = Path(__file__).resolve().parents[2] / "results" / "carry_over_cpu"
     assert {run.with_rules_hash().hash for run in runs} == {path.name for path in results.iterdir()}
