@@ -27,25 +27,20 @@ class GaLoreParts(Parts):
     """
 
     def packed(self, state: State) -> State:
-        """Replace the projection by its matrix and the step of its last renewal."""
+        """Replace the projection by its matrix."""
         projector = state.pop("projector", None)
-        if projector is not None:
-            step = torch.tensor(projector.last_svd_step)
-            state |= {"projection": projector.ortho_matrix, "projection_step": step}
-        return state
+        return state if projector is None else {**state, "projection": projector.ortho_matrix}
 
     def unpacked(self, saved: State, parameter: Tensor, group: Group) -> State:
         """Make the projection from what ``packed`` returned."""
         if "projection" in saved:
-            galore = importlib_galore()
-            projector = galore.GaLoreProjector(**{key: group[key] for key in GALORE})
+            projector = projections().GaLoreProjector(**{key: group[key] for key in GALORE})
             projector.ortho_matrix = saved.pop("projection")
-            projector.last_svd_step = int(saved.pop("projection_step"))
             saved["projector"] = projector
         return saved
 
 
-def importlib_galore() -> Any:
+def projections() -> Any:
     """Return the module of pytorch_optimizer that has the projection."""
     return pytorch_optimizer().optimizer.utils.galore
 

@@ -24,7 +24,13 @@ def _with_adamw(setup: Setup, make: Callable[[list[Group]], torch.optim.Optimize
 
 
 def muon(setup: Setup) -> torch.optim.Optimizer:
-    """Make torch's Muon (momentum 0.95 with Nesterov), scaled by 0.2 sqrt(max(rows, columns)) as in 2502.16982."""
+    """Make torch's Muon (momentum 0.95 with Nesterov), scaled by 0.2 sqrt(max(rows, columns)) as in 2502.16982.
+
+    Raises:
+        ValueError: torch is too old to have it.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"arm='muon' needs torch 2.9 or newer, and this is {torch.__version__}; use arm='normuon'")
     return _with_adamw(setup, lambda groups: torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw"))
 
 

@@ -27,6 +27,8 @@ from experiments.optimizers import make_optimizer, require_coverage
 from experiments.rivals import RIVALS, Setup, state_size
 from experiments.rivals.hift import layers
 from experiments.rivals.installed import PEERS
+from experiments.rivals.parts import Parts
+from experiments.rivals.table import size_row, tables, written
 from experiments.train import train
 
 LLAMA = LlamaConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, hidden=48)
@@ -135,6 +137,19 @@ def test_twice_the_rate_is_twice_the_step_of_every_tensor(arm: str) -> None:
     assert any(move.abs().max() > 1e-5 for move in moved[0].values())
     for name in moved[0]:
         torch.testing.assert_close(2 * moved[0][name], moved[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_part_has_a_rate_of_its_own() -> None:
+    one, two = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    make_sgd = torch.optim.SGD
+    optimizer = Parts([([{"params": [one]}], make_sgd), ([], make_sgd), ([{"params": [two]}], make_sgd)], 0.5,
+                      scales=[1.0, 7.0, 0.1])  # fmt: skip
+    one.grad, two.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    torch.testing.assert_close(one.detach(), torch.full((2,), 0.5))
+    torch.testing.assert_close(two.detach(), torch.full((2,), 0.95))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    assert optimizer.step(lambda: 3.0) == 3.0
 
 
 # -------------------------------------------------------------------------------------------- bits and state
@@ -353,6 +368,15 @@ def test_rates_are_a_factor_of_three_apart_and_the_study_takes_them() -> None:
     assert {run.lr for run in runs if run.arm == "soap"} == set(RIVALS["soap"].rates)
     assert {run.lr for run in runs if run.arm == "adam_mini"} == set(STUDIES["rivals"].rates)
     assert {run.arm for run in grid("smoke", None, "rivals")} == {"elementwise", "adam_mini", *RIVALS}
+
+
+def test_the_page_has_the_rows_of_the_registry(arm: str) -> None:
+    """`python -m experiments.rivals` writes them."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rivals.md").read_text(encoding="utf-8")
+    assert tables() in page and size_row(arm) in page
+    assert written(page, []).partition("<!-- tables end -->")[2] == page.partition("<!-- tables end -->")[2]
+    with pytest.raises(ValueError, match=r"the page lacks .*tables begin"):
+        written("# Another page", [])
 
 
 def test_results_from_before_are_still_found() -> None:
