@@ -1,7 +1,7 @@
 """Texts to tokenise: documents in a fixed order, each for training or validation.
 
-enwik8       the first 95 million bytes of the dump, cut at its pages; the split is that of ``data.enwik8``
-openwebtext  8 million web pages (8.1 billion GPT-2 tokens), through Hugging Face ``datasets``; as nanoGPT holds out
+enwik8       95 million bytes of the dump, cut at its pages; split as in ``data.enwik8``, held-out pages first
+openwebtext  8 million web pages (9 billion GPT-2 tokens), through Hugging Face ``datasets``; as nanoGPT holds out
              one document in 2,000 at random, every 2,000th is held out here
 c4           the English Colossal Clean Crawled Corpus with its own validation split, streamed
 """

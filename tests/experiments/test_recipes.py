@@ -165,3 +165,30 @@ def test_the_profile_trains_on_cuda_with_a_micro_batch_that_fits(
     monkeypatch.setattr(ablation, "run_many", run_many)
     ablation.main(profile="gpu", study="llama-39m", results=tmp_path, processes=2)
     assert seen == [(4, Options(device="cuda", micro_batch=64))]
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+
+
+def row(name: str) -> str:
+    """A recipe's row in docs/gpu.md."""
+    config = RECIPES[name]()
+    model = config.model
+    if isinstance(model, GPTConfig):
+        sizes = f"{model.n_embd} x {model.n_layer}, {model.n_head} heads"
+    else:
+        assert isinstance(model, LlamaConfig)
+        heads = f"{model.n_heads}" + (f" ({model.n_kv_heads} kv)" if model.n_kv_heads < model.n_heads else "")
+        sizes = f"{model.dim} x {model.n_layers}, {heads} heads, {model.hidden}"
+    tokens = config.steps * config.batch * config.seq_len
+    warm, lowest = round(config.warmup * config.steps), f"{config.lr * config.lr_end:g}"
+    return (
+        f"| `{name}` | {sizes} | {parameters(config) / 1e6:,.0f}M | {config.lr:g} to {lowest} | {config.batch} x "
+        f"{config.seq_len} | {config.steps:,} | {warm:,} | {tokens / 1e9:.1f}B |"
+    )
+
+
+def test_the_page_has_the_numbers_of_the_recipes() -> None:
+    page = (processes.ROOT / "docs/gpu.md").read_text(encoding="utf-8")
+    for name in RECIPES:
+        assert row(name) in page, row(name)
