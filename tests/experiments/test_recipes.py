@@ -113,7 +113,8 @@ def test_a_recipe_on_two_ranks(tmp_path: Path, kind: str, name: str) -> None:
     alone = train(dataclasses.replace(config, precision="fp32"), tmp_path)
     assert status["state"] == "finished"
     assert status["final_val_loss"] == pytest.approx(alone["final_val_loss"], rel=5e-3)
-    assert status["final_val_loss"] != alone["final_val_loss"]
+    # In fp32, two ranks and one differ by 1e-7.
+    assert abs(status["final_val_loss"] / alone["final_val_loss"] - 1) > 2e-6, status["final_val_loss"]
 
 
 # ------------------------------------------------------------------------------------------------------ the plan
