@@ -15,7 +15,7 @@ import tyro
 
 from experiments.fields import ADDED, document_of, require_keys
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
-from experiments.optimizers import ADAMW, CONTROL, VARIANTS, load_rules
+from experiments.optimizers import ADAMW, CONTROL, EPS, VARIANTS, load_rules
 from experiments.rivals import RIVALS
 
 FORMAT_VERSION = 1
@@ -54,6 +54,7 @@ class TrainConfig:
             gradients that are reduced, and optimizer state are fp32 either way.
         decay: how the learning rate falls after the warm-up: ``linear`` or ``cosine``.
         lr_end: where it falls to, as a share of ``lr``, in [0, 1).
+        eps: added to the root of the second moment, for AdamW and rule sets.
     """
 
     experiment: str
@@ -78,6 +79,7 @@ class TrainConfig:
     precision: Precision = field(default="fp32", metadata=ADDED)
     decay: Decay = field(default="linear", metadata=ADDED)
     lr_end: float = field(default=0.0, metadata=ADDED)
+    eps: float = field(default=EPS, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
@@ -96,7 +98,7 @@ class TrainConfig:
         for name in ("warmup", "beta1", "beta2", "lr_end"):
             if not 0 <= _number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("lr", "weight_decay", "clip"):
+        for name in ("lr", "weight_decay", "clip", "eps"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0")
         self._require_sizes()

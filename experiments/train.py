@@ -37,6 +37,7 @@ from experiments.parallel import Device, Parallel, Team, peak_on_device, process
 from experiments.recipes import RECIPES
 from experiments.rivals import state_size
 from experiments.storage import environment, locked, read_json, require_writable, write_atomic, write_json
+from experiments.trackers import TrackerName, make_tracker
 
 logger = logging.getLogger("experiments")
 
@@ -102,6 +103,8 @@ class Options:
     """Compile each layer with torch.compile."""
     recompute: bool = False
     """Keep only the inputs of layers, and compute their activations again in the backward pass."""
+    track: TrackerName = "none"
+    """Where records also go, beside metrics.jsonl: none, tensorboard (events in the run's folder), wandb or trackio."""
 
     def __post_init__(self) -> None:
         if self.micro_batch < 0:
@@ -173,6 +176,7 @@ class _Run:
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            eps=config.eps,
             seed=config.seed,
         )
         require_coverage(self.model, self.optimizer)
@@ -192,6 +196,7 @@ class _Run:
         self.step, self.seconds, self.stopping = 0, 0.0, False
         self.records: list[dict[str, float]] = []
         self._resume()
+        self.tracker = make_tracker("none" if team.rank else options.track, folder, config.to_dict(), self.step)
 
     def _prepared(self) -> nn.Module:
         """Apply the options to the model, wrap it, and record how the run is executed; return the module to call."""
@@ -234,6 +239,7 @@ class _Run:
                     return self._stop()
                 self.checkpoints.poll()
         finally:
+            self.tracker.close()
             self.checkpoints.wait()
         self._write_records()
         return self._status("finished")
@@ -270,6 +276,7 @@ class _Run:
             "seconds": round(self.seconds, 3),
         }
         self.records.append(record)
+        self.tracker.record(record)
         logger.info("step %(step)d train %(train_loss).4f val %(val_loss).4f lr %(lr).2e", record)
         try:
             self._write_records()
