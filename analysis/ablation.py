@@ -34,6 +34,28 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
         ValueError: a run's folder is damaged or not a run, a run is neither finished nor diverged, or the folder mixes
             two experiments.
     """
+    table, left_out = read_runs(folder, partial=partial)
+    require_unique(folder, table)
+    _require_one_experiment(folder, table)
+    table = table.drop(columns="config")
+    table.attrs["left_out"] = left_out
+    return table
+
+
+def read_runs(folder: Path, *, partial: bool = False) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Read all runs of a folder, whatever their configs vary in.
+
+    Args:
+        folder: results of one experiment.
+        partial: leave out runs that are neither finished nor diverged; without it they raise an error.
+
+    Returns:
+        (one row per run: the keys of ``analysis.runs.read_run``; number of runs that were left out, by state)
+
+    Raises:
+        FileNotFoundError: the folder has no runs.
+        ValueError: a run's folder is damaged or not a run, or a run is neither finished nor diverged.
+    """
     rows, left_out = [], Counter[str]()
     for run in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
         state = state_of(run)
@@ -46,17 +68,22 @@ def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
     if not rows:
         without = f" ({_count(left_out)} left out)" if left_out else ""
         raise FileNotFoundError(f"no results under {folder}{without}; run `make ablation` first")
-    table = pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True)
-    twice = table[table.duplicated(["arm", "lr", "seed"], keep=False)]
+    return pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True), dict(left_out)
+
+
+def require_unique(folder: Path, table: pd.DataFrame, *columns: str) -> None:
+    """Check that no two runs agree in arm, learning rate, seed and some further columns.
+
+    Raises:
+        ValueError: two do; the message names them.
+    """
+    keys = ["arm", "lr", "seed", *columns]
+    twice = table[table.duplicated(keys, keep=False)]
     if len(twice):
         raise ValueError(
-            f"{folder} holds several runs of {twice[['arm', 'lr', 'seed']].iloc[0].to_dict()}: "
+            f"{folder} holds several runs of {twice[keys].iloc[0].to_dict()}: "
             f"{', '.join(config_hash(config) for config in twice.config[:2])}; remove one"
         )
-    _require_one_experiment(folder, table)
-    table = table.drop(columns="config")
-    table.attrs["left_out"] = dict(left_out)
-    return table
 
 
 def _count(states: Mapping[str, int]) -> str:

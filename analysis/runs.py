@@ -41,8 +41,8 @@ def read_run(run: Path) -> dict[str, Any]:
     """Read a finished or diverged run.
 
     Returns:
-        arm, lr, seed, state, final_val_loss (infinite for a diverged run), second_moment_scalars, parameters, steps,
-        curve, and ``config``, the content of ``config.json``.
+        arm, lr, seed, state, final_val_loss (infinite for a diverged run), second_moment_scalars, parameters,
+        state_values, steps, curve, and ``config``, the content of ``config.json``.
 
     Raises:
         ValueError: the run is damaged: a file is missing or truncated, or two files contradict each other.
@@ -70,10 +70,19 @@ def read_run(run: Path) -> dict[str, Any]:
         "final_val_loss": status["final_val_loss"] if status["state"] == "finished" else float("inf"),
         "second_moment_scalars": status["second_moment_scalars"],
         "parameters": status["parameters"],
+        "state_values": _state_values(run, status),
         "steps": config["steps"],
         "curve": curve,
         "config": config,
     }
+
+
+def _state_values(run: Path, status: dict[str, Any]) -> int:
+    """Return how many values the optimizer keeps: ``state_values``, or first moments and second-moment scalars."""
+    count = status.get("state_values", status["parameters"] + status["second_moment_scalars"])
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise _damaged(run, f"state_values={count!r} in status.json is no number of values")
+    return count
 
 
 def config_hash(config: dict[str, Any]) -> str:
