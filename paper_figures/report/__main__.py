@@ -48,26 +48,29 @@ def build(sources: Sources, out: Path) -> int:
     found = [studies.load(folder) for folder in folders]
     answers = headline.answers(found)
     sets = rules.load(sources.rules)
+    table = reproduction.table(sources.reproduction)
+    tiny, real = hessian_maps.load(sources.results / "hessian_maps"), real_model.load(sources.results / "real_model")
+    along = structure.pictures(sources.results / "paper_hessian")
+    # Everything is read before the first figure is made, so that what is missing is known at once.
     pictures = {
         "headline": headline.picture(found, answers),
         "differences": training.differences(found),
         "pareto": training.pareto(found),
         "curves": training.curves(found),
-        "maps": maps.pictures(
-            hessian_maps.load(sources.results / "hessian_maps"), real_model.load(sources.results / "real_model")
-        ),
-        "structure": structure.pictures(sources.results / "paper_hessian"),
+        "maps": maps.pictures(tiny, real),
+        "structure": along,
         "evidence": rule_sets.evidence(sets),
     }
     page = site.render(
         "report.html.j2",
         answer=headline.sentence(answers),
         cards=[(arm, [answer for answer in answers if answer.arm == arm]) for arm in headline.SHOWN],
-        titles={study.name: training.title(study.name) for study in found},
+        titles={study.name: training.subject(study) for study in found},
         sections=training.sections(found),
         units=rule_sets.units_table(sets),
         candidates=rule_sets.evidence_table(sets),
-        reproduction=reproduction.table(sources.reproduction),
+        reproduction=table,
+        unmeasured=rule_sets.unmeasured(sets),
         structure_command=structure.COMMAND,
         others=[folder.name for folder in others if folder.name not in SHOWN],
         count=sum(len(study.runs) for study in found),

@@ -53,6 +53,7 @@ class Figure:
         caption: what it shows, with n and the kind of interval.
         facts: name and value of numbers that are shown beside it.
         zooms: name and range (of both axes) of parts that a selector shows.
+        square: whether the height follows the width on a narrow screen.
     """
 
     document: dict[str, Any]
@@ -60,6 +61,7 @@ class Figure:
     caption: str = ""
     facts: Sequence[tuple[str, str]] = field(default_factory=list)
     zooms: Sequence[tuple[str, tuple[float, float]]] = field(default_factory=list)
+    square: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a JSON-able dict."""
@@ -68,6 +70,7 @@ class Figure:
             "alt": self.alt,
             "caption": self.caption,
             "facts": [list(fact) for fact in self.facts],
+            "square": self.square,
             "zooms": [[name, list(part)] for name, part in self.zooms],
         }
 
@@ -114,8 +117,8 @@ def label(arm: str) -> str:
 
 
 def log_axis(title: str) -> dict[str, Any]:
-    """Return a logarithmic axis that labels 1, 2 and 5 in every decade."""
-    return {"title": {"text": title}, "type": "log", "dtick": "D2"}
+    """Return a logarithmic axis with a label per decade."""
+    return {"title": {"text": title}, "type": "log", "dtick": 1}
 
 
 def errors(halves: Sequence[float | None]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from analysis.studies import Study
 from paper_figures.report.figures import Figure, label, looks, plot
 from paper_figures.report.site import Pictures
 from paper_figures.report.tables import plus_minus
-from paper_figures.report.training import title, verdict_of
+from paper_figures.report.training import subject, verdict_of
 
 NEEDED = ("ablation_cpu", "carry_over_cpu")
 SHOWN = ("factored", "derived", "adam_mini")
@@ -102,13 +102,14 @@ def picture(found: Sequence[Study], shown: Sequence[Answer]) -> Pictures:
     """Return the figure of the first screen: the differences of both studies with their intervals."""
     pictures, drawn = Pictures("headline", ()), looks(SHOWN)
     traces = []
-    studies_by_name = {study.name: study for study in found}
+    by_name = {study.name: study for study in found}
     for place, name in enumerate(NEEDED):
         part = [answer for answer in shown if answer.study == name]
         traces.append(
             go.Scatter(
                 x=[answer.difference.mean for answer in part],
-                y=[label(answer.arm) for answer in part],
+                # One above the other, so that the intervals of the two studies do not hide each other.
+                y=[SHOWN.index(answer.arm) + 0.28 * place - 0.14 for answer in part],
                 error_x={
                     "type": "data",
                     "array": [a.difference.half for a in part],
@@ -122,14 +123,13 @@ def picture(found: Sequence[Study], shown: Sequence[Answer]) -> Pictures:
                     "symbol": ("circle", "diamond")[place],
                     "color": [drawn[answer.arm].colour for answer in part],
                 },
-                customdata=[[answer.number, answer.verdict, answer.difference.n, answer.scalars] for answer in part],
-                hovertemplate="<b>%{y}</b><br>%{customdata[0]} nats<br>%{customdata[1]}, n = %{customdata[2]}<br>"
+                customdata=[[a.number, a.verdict, a.difference.n, a.scalars, a.arm] for a in part],
+                hovertemplate="<b>%{customdata[4]}</b><br>%{customdata[0]} nats<br>%{customdata[1]}, "
+                "n = %{customdata[2]}<br>"
                 "%{customdata[3]:,} second moments<extra></extra>",
-                name=f"{title(name)} (n = {part[0].difference.n})",
-                offsetgroup=str(place),
+                name=f"{subject(by_name[name])} (n = {part[0].difference.n})",
             )
         )
-        assert studies_by_name[name].baseline is not None
     low = min(a.difference.low for a in shown)
     high = max(a.difference.high for a in shown)
     pad = 0.08 * (high - low)
@@ -138,8 +138,10 @@ def picture(found: Sequence[Study], shown: Sequence[Answer]) -> Pictures:
             "title": {"text": "final loss minus AdamW's (nats)"}, "zeroline": True, "zerolinewidth": 2,
             "range": [float(np.round(low - pad, 4)), float(np.round(high + pad, 4))],
         },
-        "yaxis": {"autorange": "reversed"},
-        "scattermode": "group",
+        "yaxis": {
+            "tickvals": list(range(len(SHOWN))), "ticktext": list(map(label, SHOWN)), "zeroline": False,
+            "range": [len(SHOWN) - 0.5, -0.5],
+        },
         "height": 340,
         "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
     }  # fmt: skip

@@ -36,6 +36,8 @@ def pictures(tiny: Mapping[str, Any], real: Study | None = None) -> Pictures:
     out = Pictures("maps", ("model", "checkpoint", "matrix", "blocks are"))
     for entry in tiny["maps"]:
         _add_tiny(out, tiny, entry)
+        if entry["role"] == "QUERY" and entry["checkpoint"] == 1 and not out.first:
+            out.first = next((i.choice for i in out.index[::-1] if i.choice[-1] == "head"), ())
     if real is not None:
         for matrix, name, blocks, probes in _real_maps(real):
             choice = (REAL_MODEL, f"{MATRIX_NAMES[matrix]}, as published", name, "as probed")
@@ -87,10 +89,11 @@ def _tiny(tiny: Mapping[str, Any], entry: Mapping[str, Any], candidate: Mapping[
     settings = tiny["settings"]
     tokens = settings["hessian_batches"] * settings["batch"] * settings["seq_len"]
     layout = "column by column" if order == COLUMNS else "row by row"
+    borders_shown = "Blue: borders of the blocks. " if borders else ""
     caption = (
         f"|H| of {n:,} elements, laid out {layout} and averaged into {stored['cells']} x {stored['cells']} cells; "
         f"exact, over "
-        f"{tokens} tokens. Blue: borders of the blocks. z is against {settings['permutations']} random partitions of "
+        f"{tokens} tokens. {borders_shown}z is against {settings['permutations']} random partitions of "
         f"the same "
         f"sizes. n = 1 model, seed {settings['seed']}."
     )
@@ -98,7 +101,9 @@ def _tiny(tiny: Mapping[str, Any], entry: Mapping[str, Any], candidate: Mapping[
     zooms = [(f"block {i + 1} of {blocks}", (i * n / blocks, (i + 1) * n / blocks)) for i in range(blocks_shown)]
     name = unit_name(candidate["unit"])
     alt = f"Map of |H| of {what}, blocks are {name}s: z {candidate['z']:.1f}, lift {candidate['lift']:.2f}."
-    return Figure(document, alt, caption, _facts(candidate, has_blocks), [("whole matrix", (0, n)), *zooms])
+    return Figure(
+        document, alt, caption, _facts(candidate, has_blocks), [("whole matrix", (0, n)), *zooms], square=True
+    )
 
 
 def _facts(candidate: Mapping[str, Any], has_blocks: bool) -> list[tuple[str, str]]:
@@ -165,7 +170,7 @@ def _real(found: BlockMap, what: str, probes: int) -> Figure:
         ("diagonal over the rest, root mean square", f"{contrast.value:.2f} ± {contrast.half:.2f} (95 %)"),
     ]
     zooms = [("whole map", (0.0, float(n))), *((_group_name(name, 2), (float(a), float(b))) for name, (a, b) in groups)]
-    return Figure(document, f"Map of block norms. {what}.", caption, facts, zooms)
+    return Figure(document, f"Map of block norms. {what}.", caption, facts, zooms, square=True)
 
 
 def _group_starts(labels: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -34,7 +34,7 @@ def unit_name(unit: str) -> str:
 def units_table(sets: Mapping[str, dict[str, Any]]) -> Table:
     """Return one row per role and one column per rule set."""
     roles = list(dict.fromkeys(role for document in sets.values() for role in document["units"]))
-    columns = [Column("role"), *(Column(name, code=True, choose=False) for name in sets)]
+    columns = [Column("role"), *(Column(name) for name in sets)]
     rows = [
         [text(role_name(role)), *(_unit(document["units"].get(role)) for document in sets.values())] for role in roles
     ]
@@ -76,6 +76,18 @@ def evidence_table(sets: Mapping[str, dict[str, Any]]) -> Table:
         "seed."
     )
     return Table("evidence", caption, columns, rows)
+
+
+def unmeasured(sets: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return a sentence for every rule set with evidence: which roles have none, and what they take."""
+    out = []
+    for name, document in sets.items():
+        choices = (document.get("evidence") or {}).get("choices", {})
+        without = {role: choice["why"] for role, choice in choices.items() if not choice.get("candidates")}
+        if without:
+            roles = ", ".join(map(role_name, without))
+            out.append(f"Roles of {name} without candidates: {roles} ({'; '.join(dict.fromkeys(without.values()))}).")
+    return out
 
 
 def evidence(sets: Mapping[str, dict[str, Any]]) -> Pictures:
@@ -122,5 +134,5 @@ def _figure(rows: pd.DataFrame) -> Figure:
     return Figure(
         plot(traces, **layout),
         f"The gap of every candidate; taken: {unit}.",
-        f"{rows.why.iloc[0]} n = {int(rows.n.max())} matrices.",
+        f"{rows.why.iloc[0][0].upper()}{rows.why.iloc[0][1:]} n = {int(rows.n.max())} matrices.",
     )

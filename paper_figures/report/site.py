@@ -21,6 +21,15 @@ TEMPLATES = Path(__file__).with_name("templates")
 LIBRARY = "plotly.min.js"
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Where a figure is: the selectors' values that lead to it, its file, and its name in the file."""
+
+    choice: tuple[str, ...]
+    file: str
+    figure: str
+
+
 @dataclass
 class Pictures:
     """Figures that a selector chooses from, and the files in which they lie.
@@ -28,16 +37,18 @@ class Pictures:
     Attributes:
         id: HTML id.
         dimensions: names of the selectors.
-        index: one entry per figure: the selectors' values, its file and its name in the file.
+        index: one entry per figure.
         files: name of a file -> name of a figure -> the figure.
         levels: name of a file -> key -> a map on 256 levels; traces refer to it by ``levels``.
+        first: the choice that is shown first; empty for the first of the index.
     """
 
     id: str
     dimensions: Sequence[str]
-    index: list[tuple[tuple[str, ...], str, str]] = field(default_factory=list)
+    index: list[Entry] = field(default_factory=list)
     files: dict[str, dict[str, Figure]] = field(default_factory=dict)
     levels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    first: tuple[str, ...] = ()
 
     def add(self, choice: tuple[str, ...], file: str, figure: Figure) -> None:
         """Add a figure.
@@ -48,15 +59,16 @@ class Pictures:
             figure: the figure.
         """
         assert len(choice) == len(self.dimensions)
-        name = f"{self.id}-{len(self.files.get(file, {}))}"
+        name = f"{self.id}-{len(self.index)}"
         self.files.setdefault(file, {})[name] = figure
-        self.index.append((choice, file, name))
+        self.index.append(Entry(choice, file, name))
 
     def of_page(self) -> dict[str, Any]:
         """Return what the page needs to build the selectors."""
         return {
             "dimensions": list(self.dimensions),
-            "index": [{"choice": list(choice), "file": file, "figure": name} for choice, file, name in self.index],
+            "first": list(self.first),
+            "index": [{"choice": list(e.choice), "file": e.file, "figure": e.figure} for e in self.index],
         }
 
 

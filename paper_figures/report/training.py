@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,12 @@ class Section:
 def title(name: str) -> str:
     """Return the heading of a study's folder."""
     return TITLES.get(name) or name.removesuffix("_cpu").replace("_", " ").capitalize()
+
+
+def subject(study: Study) -> str:
+    """Return what was trained on what, such as "Llama, python-stdlib"."""
+    kind = str(study.shared.get("model.kind", "several models")).removesuffix("Config")
+    return f"{kind}, {study.shared.get('data', 'several corpora')}"
 
 
 def sections(found: Sequence[Study]) -> list[Section]:
@@ -192,33 +199,39 @@ def _file(study: Study) -> str:
 
 def _by_rate(study: Study, rows: pd.DataFrame) -> Figure:
     """Plot the paired difference at each learning rate."""
-    return _difference_plot(study, rows, "lr", "difference", log_axis("learning rate"), "at the same learning rate")
+    rates = sorted(rows.lr.unique())
+    axis = log_axis("learning rate") | {"tickvals": rates, "ticktext": [f"{lr:g}" for lr in rates]}
+    return _difference_plot(rows, "lr", "difference", axis, "at the same learning rate")
 
 
 def _across(study: Study, rows: pd.DataFrame) -> Figure:
     """Plot the paired difference in each condition, each arm at its best rate."""
     axis = {"title": {"text": "condition"}, "type": "category"}
-    return _difference_plot(study, rows, "condition", "at_best", axis, "each at its best rate")
+    return _difference_plot(rows, "condition", "at_best", axis, "each at its best rate")
 
 
-def _difference_plot(
-    study: Study, rows: pd.DataFrame, x: str, column: str, axis: dict[str, object], how: str
-) -> Figure:
+def _difference_plot(rows: pd.DataFrame, x: str, column: str, axis: dict[str, Any], how: str) -> Figure:
     traces, drawn = [], looks(sorted(rows.arm.unique()))
+    arms = sorted(rows.arm.unique())
     for arm, group in rows.groupby("arm"):
         group = group[[value is not None for value in group[column]]]
         if group.empty:
             continue
         values = list(group[column])
+        # Side by side, so that the error bars of arms do not hide each other.
+        aside = 1.02 ** (arms.index(arm) - len(arms) / 2) if x == "lr" else 1
         look = drawn[str(arm)]
         traces.append(
             go.Scatter(
-                x=group[x].tolist(),
+                x=(group[x] * aside).tolist(),
                 y=[value.mean for value in values],
                 error_y=errors([value.half if np.isfinite(value.half) else None for value in values]),
-                customdata=[[f"± {v.half:.4f}" if np.isfinite(v.half) else "", v.n] for v in values],
-                hovertemplate=f"{arm}<br>%{{x}}<br>%{{y:+.4f}} %{{customdata[0]}} nats<br>n = "
-                f"%{{customdata[1]}}<extra></extra>",
+                customdata=[
+                    [f"± {v.half:.4f}" if np.isfinite(v.half) else "", v.n, f"{where:g}" if x == "lr" else where]
+                    for v, where in zip(values, group[x], strict=True)
+                ],
+                hovertemplate=f"{arm}<br>{axis['title']['text']} %{{customdata[2]}}<br>"
+                "%{y:+.4f} %{customdata[0]} nats<br>n = %{customdata[1]}<extra></extra>",
                 name=label(str(arm)),
                 mode="lines+markers",
                 line={"color": look.colour, "dash": look.dash},
@@ -242,7 +255,7 @@ def pareto(found: Sequence[Study]) -> Pictures:
         rows = studies.table(study)
         for condition in study.conditions:
             chosen = rows[(rows.condition == condition) & rows.best & rows.loss.notna()]
-            for memory in (ALL, SECOND):
+            for memory in (SECOND, ALL):
                 pictures.add((title(study.name), condition or "one", memory), _file(study), _front(chosen, memory))
     return pictures
 
@@ -287,8 +300,9 @@ def _front(rows: pd.DataFrame, memory: str) -> Figure:
         )
     what = "values of optimizer state per parameter" if memory == ALL else "second-moment values per parameter"
     names = ", ".join(rows.arm[best])
+    axis = log_axis(what) if values.max() > 10 * values.min() else {"title": {"text": what}}
     return Figure(
-        plot(traces, xaxis=log_axis(what), yaxis={"title": {"text": "final validation loss (nats)"}}, height=520),
+        plot(traces, xaxis=axis, yaxis={"title": {"text": "final validation loss (nats)"}}, height=520),
         f"Final loss against {memory}. Pareto-optimal: {names}.",
         f"Each arm at its best rate, mean and 95 % t-interval, n = {_n(rows)} seeds. Stars and ringed points are "
         f"Pareto-optimal by their means: no arm has both less memory and a lower loss. They are {names}. Arms differ "

@@ -55,7 +55,7 @@ const CONFIG = { responsive: true, displaylogo: false, scrollZoom: false, modeBa
 class Pictures {
   constructor(root) {
     this.root = root;
-    const { dimensions, index } = JSON.parse(root.querySelector("script").textContent);
+    const { dimensions, first, index } = JSON.parse(root.querySelector("script").textContent);
     this.index = index;
     this.bar = element("div");
     this.bar.className = "selectors";
@@ -67,6 +67,10 @@ class Pictures {
     this.zoom.addEventListener("change", () => this.zoomed());
     dark.addEventListener("change", () => this.draw());
     this.options(0);
+    first.forEach((value, place) => {
+      this.selects[place].value = value;
+      this.options(place + 1);
+    });
   }
 
   select(name) {
@@ -106,6 +110,7 @@ class Pictures {
     if (this.chosen.figure !== name) return;
     const held = REPORT_DATA[file], figure = held.figures[name];
     const { data, layout } = themed(figure, held.levels);
+    if (figure.square) layout.height = Math.min(layout.height, this.plot.clientWidth + 130);
     this.plot.style.minHeight = `${layout.height}px`;
     this.plot.setAttribute("aria-label", figure.alt);
     await Plotly.react(this.plot, data, layout, CONFIG);
