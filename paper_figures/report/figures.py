@@ -27,6 +27,7 @@ def _theme(text: str, grid: str, axis: str, ground: str) -> dict[str, Any]:
             "yaxis": lines,
             "hoverlabel": {"bgcolor": ground, "bordercolor": axis, "font": {"color": text, "size": 13}},
             "legend": {"bgcolor": NO_COLOUR},
+            "modebar": {"bgcolor": NO_COLOUR, "color": axis, "activecolor": text},
             "colorway": list(COLOURS),
         }
     }
@@ -84,7 +85,7 @@ def plot(traces: Sequence[Any], **layout: Any) -> dict[str, Any]:
     """
     defaults = {
         "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-        "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0},
+        "legend": {"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "x": 0},
         "hovermode": "closest",
     }
     document: dict[str, Any] = json.loads(go.Figure(list(traces), {**defaults, **layout}).to_json(engine="json"))
@@ -118,7 +119,7 @@ def label(arm: str) -> str:
 
 def log_axis(title: str) -> dict[str, Any]:
     """Return a logarithmic axis with a label per decade."""
-    return {"title": {"text": title}, "type": "log", "dtick": 1}
+    return {"title": {"text": title}, "type": "log", "dtick": 1, "exponentformat": "power"}
 
 
 def errors(halves: Sequence[float | None]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _tiny(tiny: Mapping[str, Any], entry: Mapping[str, Any], candidate: Mapping[
     step = n / stored["cells"]
     heat = go.Heatmap(
         x0=step / 2, dx=step, y0=step / 2, dy=step, colorscale=SCALE, zmin=stored["low"], zmax=stored["high"],
-        colorbar=_colour_bar(stored["low"], stored["high"], "|H|"),
+        colorbar=_colour_bar(stored["low"], stored["high"]),
         hovertemplate="element %{y:.0f} and element %{x:.0f}<br>block %{customdata[1]} and block %{customdata[2]}<br>"
         "|H| = %{customdata[0]:.3e}<extra></extra>",
     )  # fmt: skip
@@ -91,11 +91,9 @@ def _tiny(tiny: Mapping[str, Any], entry: Mapping[str, Any], candidate: Mapping[
     layout = "column by column" if order == COLUMNS else "row by row"
     borders_shown = "Blue: borders of the blocks. " if borders else ""
     caption = (
-        f"|H| of {n:,} elements, laid out {layout} and averaged into {stored['cells']} x {stored['cells']} cells; "
-        f"exact, over "
-        f"{tokens} tokens. {borders_shown}z is against {settings['permutations']} random partitions of "
-        f"the same "
-        f"sizes. n = 1 model, seed {settings['seed']}."
+        f"Colour: |H| of {n:,} elements, laid out {layout} and averaged into {stored['cells']} x {stored['cells']} "
+        f"cells; exact, over {tokens} tokens. {borders_shown}z is against {settings['permutations']} random partitions "
+        f"of the same sizes. n = 1 model, seed {settings['seed']}."
     )
     blocks_shown = min(blocks, MOST_ZOOMS) if has_blocks else 0
     zooms = [(f"block {i + 1} of {blocks}", (i * n / blocks, (i + 1) * n / blocks)) for i in range(blocks_shown)]
@@ -145,12 +143,12 @@ def _real(found: BlockMap, what: str, probes: int) -> Figure:
     low = max(float(np.quantile(rms[rms > 0], 0.02)), top * 1e-5)
     labels = [short(label) for label in found.labels]
     heat = go.Heatmap(
-        z=np.log10(np.maximum(rms, low)).round(3).tolist(), x0=0.5, dx=1, y0=0.5, dy=1, colorscale=SCALE,
+        z=np.log10(np.maximum(rms, low)).round(3).tolist(), zmin=float(np.log10(low)), zmax=float(np.log10(top)), x0=0.5, dx=1, y0=0.5, dy=1, colorscale=SCALE,
         customdata=[
             [[row, column, f"{rms[i, j]:.2e}", f"{error[i, j]:.0e}"] for j, column in enumerate(labels)]
             for i, row in enumerate(labels)
         ],
-        colorbar=_colour_bar(float(np.log10(low)), float(np.log10(top)), "root mean square entry"),
+        colorbar=_colour_bar(float(np.log10(low)), float(np.log10(top))),
         hovertemplate="%{customdata[0]} and %{customdata[1]}<br>%{customdata[2]} ± %{customdata[3]} (standard error)"
         "<extra></extra>",
     )  # fmt: skip
@@ -163,7 +161,10 @@ def _real(found: BlockMap, what: str, probes: int) -> Figure:
     layout["yaxis"] |= ticks
     layout["xaxis"] |= {"showticklabels": False}
     document = plot([heat], shapes=_borders([start for _, start, _ in starts if start], 0, n, 1), **layout)
-    caption = f"Root mean square entry of every block, n = {probes} probes each; hover shows one standard error. {NOTE}"
+    caption = (
+        f"Colour: root mean square entry of every block, n = {probes} probes each; hover shows one standard error. "
+        + NOTE
+    )
     contrast = found.contrast(range(n))
     facts = [
         ("blocks", f"{n} x {n}"),
@@ -207,13 +208,16 @@ def _borders(borders: Sequence[int], low: float, high: float, width: float) -> l
     return [{"type": "path", "path": path, "line": {"color": BORDER, "width": width}}]
 
 
-def _colour_bar(low: float, high: float, title: str) -> dict[str, Any]:
+def _colour_bar(low: float, high: float) -> dict[str, Any]:
     """Return a horizontal colour bar below the map, with a label per decade of log10."""
     decades = list(range(int(np.ceil(low)), int(np.floor(high)) + 1))
-    values, texts = (
-        (decades, [f"1e{d}" for d in decades]) if decades else ([low, high], [f"{10**v:.1e}" for v in (low, high)])
-    )
+    values: list[float] = list(decades)
+    texts = [f"10<sup>{decade}</sup>" for decade in decades]
+    if len(decades) < 2:
+        inset = 0.02 * (high - low)  # Labels on the very end are dropped.
+        values = [low + inset, (low + high) / 2, high - inset]
+        texts = [f"{10**value:.1e}" for value in values]
     return {
-        "orientation": "h", "y": -0.08, "yanchor": "top", "thickness": 12, "len": 0.9,
-        "tickvals": values, "ticktext": texts, "title": {"text": title, "side": "bottom"},
+        "orientation": "h", "y": -0.08, "yanchor": "top", "thickness": 12, "len": 280, "lenmode": "pixels",
+        "tickvals": values, "ticktext": texts,
     }  # fmt: skip

@@ -67,7 +67,7 @@ def _map(rows: pd.DataFrame, settings: dict[str, object]) -> Figure:
     heat = go.Heatmap(
         # The inverse hyperbolic sine is linear up to the gate at 6 and logarithmic above.
         z=np.arcsinh(means / 6).round(3).tolist(), x=columns, y=[_label(p) for p in partitions],
-        text=[[f"{value:.0f}" for value in row] for row in means], texttemplate="%{text}", textfont={"size": 11},
+        text=[[f"{value:.0f}" for value in row] for row in means], texttemplate="%{text}", textfont={"size": 10},
         customdata=hover, hovertemplate="%{y}, %{x}<br>%{customdata}<extra></extra>",
         colorscale="RdBu", reversescale=True, zmin=-top, zmax=top, showscale=False,
     )  # fmt: skip
@@ -113,7 +113,11 @@ def _lifts(rows: pd.DataFrame) -> Figure:
         plot(
             traces,
             xaxis={"title": {"text": "% of training"}},
-            yaxis={"title": {"text": "lift: mass inside over mass by chance"}, "type": "log", "dtick": "D2"},
+            yaxis={
+                "title": {"text": "lift: mass inside over mass by chance"},
+                "type": "log",
+                "tickvals": [0.25, 0.5, 1, 2, 4, 8, 16],
+            },
             height=640,
         ),
         "Lift of the partitions along training.",

@@ -288,7 +288,7 @@ def _front(rows: pd.DataFrame, memory: str) -> Figure:
                     "symbol": look.symbol,
                     "size": 14 if is_best else 9,
                     "color": look.colour,
-                    "line": {"width": 3 if is_best else 0, "color": "#E69F00"},
+                    "line": {"width": 3 if is_best else 0, "color": "#000000"},
                 },
                 customdata=[[row.state_values, row.scalars, 4 * row.state_values / row.parameters, against, row.n]],
                 hovertemplate=f"<b>{row.arm}</b>{' (Pareto-optimal)' if is_best else ''}<br>loss %{{y:.4f}} ± "
@@ -298,7 +298,7 @@ def _front(rows: pd.DataFrame, memory: str) -> Figure:
                 "moments<extra></extra>",
             )
         )
-    what = "values of optimizer state per parameter" if memory == ALL else "second-moment values per parameter"
+    what = "state values per parameter" if memory == ALL else "second moments per parameter"
     names = ", ".join(rows.arm[best])
     axis = log_axis(what) if values.max() > 10 * values.min() else {"title": {"text": what}}
     return Figure(

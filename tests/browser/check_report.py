@@ -101,6 +101,10 @@ def check_sorting_orders_numbers_and_says_so(opened: Visit) -> None:
         assert heads.nth(place).get_attribute("aria-sort") == state
         values = [float(value) for value in column(opened, table, place)]
         assert len(values) == 7 and values == sorted(values, key=lambda value: sign * value)
+    opened.page.locator("#best-ablation_cpu th").nth(names.index("second moments")).locator("button").click()
+    # As texts, 4,897 would come after 39 and before 6,016, and 10,249 first.
+    scalars = [float(value) for value in column(opened, "best-ablation_cpu", names.index("second moments"))]
+    assert scalars == sorted(scalars) and scalars[0] == 39 and scalars[-1] == 853120
     place = names.index("minus AdamW")
     for _ in range(2):  # AdamW has no difference to itself and stays last.
         heads.nth(place).locator("button").click()
@@ -188,6 +192,15 @@ def check_hover_shows_numbers(opened: Visit, pictures: str, words: tuple[str, ..
     found = next(filter(None, (hover(opened, pictures, x, y) for x, y in places)), "")
     assert [word for word in words if word not in found] == []
     opened.shoot(f"desktop-light-hover-{pictures}")
+
+
+def check_no_button_sends_anything_away(opened: Visit) -> None:
+    for pictures in PICTURES:
+        opened.show(pictures)
+    titles = opened.page.eval_on_selector_all(".modebar-btn", "all => all.map(one => one.dataset.title ?? '')")
+    assert (
+        "Zoom" in titles and [title for title in titles if "share" in title.lower() or "cloud" in title.lower()] == []
+    )
 
 
 def check_zoom_by_block_and_back(opened: Visit) -> None:

@@ -128,7 +128,8 @@ def test_numbers_of_the_first_screen_are_those_of_the_runs(site: Path) -> None:
             assert found is not None and difference is not None
             assert found[1] == f"{difference.mean:+.4f} ± {difference.half:.4f}"
             share = 100 * facts.scalars[arm] / facts.parameters[arm]
-            assert found[2].endswith(f": {share:.2f} %, n = {difference.n}")
+            verdict = "not told apart" if not difference.excludes_zero else "worse" if difference.mean > 0 else "better"
+            assert found[2].replace("&nbsp;", " ") == f"{verdict}, keeps {share:.2f} %, n = {difference.n}"
             shown += 1
     assert shown == len(re.findall("data-answer=", page))
     figure = data_of(site, "headline")["figures"]["headline-0"]

@@ -50,7 +50,14 @@ function themed(figure, levels) {
   return made;
 }
 
-const CONFIG = { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+// Plotly has a button that uploads a chart; this site never speaks to a network.
+const CONFIG = {
+  responsive: true,
+  displaylogo: false,
+  scrollZoom: false,
+  plotlyServerURL: "",
+  modeBarButtonsToRemove: ["sendChartToCloud", "sendDataToCloud", "select2d", "lasso2d"],
+};
 
 class Pictures {
   constructor(root) {
@@ -111,9 +118,12 @@ class Pictures {
     const held = REPORT_DATA[file], figure = held.figures[name];
     const { data, layout } = themed(figure, held.levels);
     if (figure.square) layout.height = Math.min(layout.height, this.plot.clientWidth + 130);
+    // On a narrow screen, the legend has a line for each trace.
+    if (this.plot.clientWidth < 500) layout.height += 20 * data.filter((trace) => trace.showlegend !== false && trace.name).length;
     this.plot.style.minHeight = `${layout.height}px`;
     this.plot.setAttribute("aria-label", figure.alt);
-    await Plotly.react(this.plot, data, layout, CONFIG);
+    // Not react(): it keeps how the axes of the figure before were constrained.
+    await Plotly.newPlot(this.plot, data, layout, CONFIG);
     this.plot.style.minHeight = "";
     this.root.querySelector("figcaption").textContent = figure.caption;
     this.facts(figure.facts);
