@@ -143,7 +143,8 @@ def _real(found: BlockMap, what: str, probes: int) -> Figure:
     low = max(float(np.quantile(rms[rms > 0], 0.02)), top * 1e-5)
     labels = [short(label) for label in found.labels]
     heat = go.Heatmap(
-        z=np.log10(np.maximum(rms, low)).round(3).tolist(), zmin=float(np.log10(low)), zmax=float(np.log10(top)), x0=0.5, dx=1, y0=0.5, dy=1, colorscale=SCALE,
+        z=np.log10(np.maximum(rms, low)).round(3).tolist(), x0=0.5, dx=1, y0=0.5, dy=1,
+        zmin=float(np.log10(low)), zmax=float(np.log10(top)), colorscale=SCALE,
         customdata=[
             [[row, column, f"{rms[i, j]:.2e}", f"{error[i, j]:.0e}"] for j, column in enumerate(labels)]
             for i, row in enumerate(labels)

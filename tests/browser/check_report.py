@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.sync_api import Browser
 
 from tests.browser.conftest import PHONE, Visit, visit
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 PICTURES = ("headline", "differences", "pareto", "curves", "maps", "rules")
 

@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
 
 from paper_figures.report.__main__ import Sources, build
+
+if TYPE_CHECKING:  # pytest reads this file whenever it collects tests/, and the main suite needs no Playwright.
+    from playwright.sync_api import Browser, Page
 
 SHOTS = Path("out/report-shots")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 375, "height": 760}
@@ -48,6 +51,10 @@ def browser() -> Iterator[Browser]:
     path = os.environ.get("BROWSER") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not path or not Path(path).is_file():
         pytest.exit(f"BROWSER={path!r} is no browser: apt-get install chromium, or set BROWSER=/path/to/chromium", 1)
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        pytest.exit("Playwright is missing: run `make report-check`, or pip install '.[browser]'", 1)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
