@@ -96,7 +96,7 @@ def test_folders_with_runs_are_found_by_themselves(tmp_path: Path) -> None:
 
 
 def test_optimal_points() -> None:
-    memory, loss = np.array([1, 2, 2, 3, 4, 1]), np.array([5.0, 3.0, 4.0, 3.0, 1.0, np.inf])
+    memory, loss = np.array([1, 2, 2, 3, 4, 0]), np.array([5.0, 3.0, 4.0, 3.0, 1.0, np.inf])
     assert studies.optimal(memory, loss).tolist() == [True, True, False, False, True, False]
     assert studies.optimal(np.array([1, 1]), np.array([2.0, 2.0])).all()
 
