@@ -205,7 +205,7 @@ kills: $(READY)
 	$(PY) -m tests.experiments.kills --kills 20
 
 figures: $(READY)
-	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out $(FIGURES) --prediction results/predicted_cost.json
+	$(PY) -m paper_figures --out $(FIGURES)
 
 # A site of the committed results. It reads results and computes nothing, so it takes seconds.
 report: $(READY)
