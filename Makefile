@@ -32,10 +32,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian peers clean"
 
 setup: $(READY)
 
@@ -115,7 +115,9 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# torchao takes part in the benchmark. It is installed outside the import path, because transformers imports it if it can.
+# torchao takes part in the benchmark, and as an arm of the ablation. It is installed outside the import path, because transformers imports it if it can.
+peers: $(PEERS)
+
 $(PEERS): $(READY)
 	@rm -rf $(VENV)/peers && $(PIP) --no-deps --target $(VENV)/peers torchao==0.18.0 && touch $(PEERS)
 

@@ -15,46 +15,37 @@ from analysis.runs import RESULTS, config_hash, read_run, state_of
 from analysis.stats import Interval, t_interval
 
 BASELINE = "elementwise"
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
+ARMS = (
+    "elementwise",
+    "adam_mini",
+    "short_run",
+    "pytorch_default",
+    "slim_adam",
+    "derived_blocks",
+    "derived",
+    "factored",
+    "permuted",
+)
 
 
-def load_runs(folder: Path, *, partial: bool = False) -> pd.DataFrame:
+def load_runs(folder: Path, *, partial: bool = False, several: bool = False) -> pd.DataFrame:
     """Load the runs of an experiment.
 
     Args:
         folder: results of one experiment.
         partial: leave out runs that are neither finished nor diverged; without it they raise an error. The table's
             ``attrs["left_out"]`` counts them by state.
+        several: the folder may hold several settings; see ``settings.load_settings``. The table then has the column
+            ``config``.
 
     Returns:
-        One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, parameters, steps, curve.
+        One row per run: arm, lr, seed, state, final_val_loss, second_moment_scalars, state_bytes (missing for runs from
+        before it was recorded), parameters, steps, curve.
 
     Raises:
         FileNotFoundError: the folder has no runs.
         ValueError: a run's folder is damaged or not a run, a run is neither finished nor diverged, or the folder mixes
             two experiments.
-    """
-    table, left_out = read_runs(folder, partial=partial)
-    require_unique(folder, table)
-    _require_one_experiment(folder, table)
-    table = table.drop(columns="config")
-    table.attrs["left_out"] = left_out
-    return table
-
-
-def read_runs(folder: Path, *, partial: bool = False) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Read all runs of a folder, whatever their configs vary in.
-
-    Args:
-        folder: results of one experiment.
-        partial: leave out runs that are neither finished nor diverged; without it they raise an error.
-
-    Returns:
-        (one row per run: the keys of ``analysis.runs.read_run``; number of runs that were left out, by state)
-
-    Raises:
-        FileNotFoundError: the folder has no runs.
-        ValueError: a run's folder is damaged or not a run, or a run is neither finished nor diverged.
     """
     rows, left_out = [], Counter[str]()
     for run in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
@@ -68,22 +59,18 @@ def read_runs(folder: Path, *, partial: bool = False) -> tuple[pd.DataFrame, dic
     if not rows:
         without = f" ({_count(left_out)} left out)" if left_out else ""
         raise FileNotFoundError(f"no results under {folder}{without}; run `make ablation` first")
-    return pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True), dict(left_out)
-
-
-def require_unique(folder: Path, table: pd.DataFrame, *columns: str) -> None:
-    """Check that no two runs agree in arm, learning rate, seed and some further columns.
-
-    Raises:
-        ValueError: two do; the message names them.
-    """
-    keys = ["arm", "lr", "seed", *columns]
-    twice = table[table.duplicated(keys, keep=False)]
+    table = pd.DataFrame(rows).sort_values(["arm", "lr", "seed"]).reset_index(drop=True)
+    table.attrs["left_out"] = dict(left_out)
+    if several:
+        return table
+    twice = table[table.duplicated(["arm", "lr", "seed"], keep=False)]
     if len(twice):
         raise ValueError(
-            f"{folder} holds several runs of {twice[keys].iloc[0].to_dict()}: "
+            f"{folder} holds several runs of {twice[['arm', 'lr', 'seed']].iloc[0].to_dict()}: "
             f"{', '.join(config_hash(config) for config in twice.config[:2])}; remove one"
         )
+    _require_one_experiment(folder, table)
+    return table.drop(columns="config")
 
 
 def _count(states: Mapping[str, int]) -> str:

@@ -29,10 +29,10 @@ _COLUMNS = {"QUERY": "IN_NEURON", "VALUE": "IN_NEURON", "ATTENTION_OUT": "IN_NEU
 _MATRICES = ("POSITION_EMBEDDING", "QUERY", "KEY", "VALUE", "ATTENTION_OUT", "MLP_IN", "MLP_OUT")
 WHOLE_SETS: dict[str, dict[str, str]] = {
     "adam_mini": {**_SHARED, **_ROWS, "QUERY": "ATTENTION_HEAD", "KEY": "ATTENTION_HEAD"},
-    "derived": {**_SHARED, **_COLUMNS, "KEY": "OUT_NEURON", "MLP_IN": "OUT_NEURON"},
+    "derived_blocks": {**_SHARED, **_COLUMNS, "KEY": "OUT_NEURON", "MLP_IN": "OUT_NEURON"},
     "factored": {**_SHARED, **dict.fromkeys(_MATRICES, "FACTORED")},
 }
-WHOLE_SETS["derived_row"] = {**WHOLE_SETS["derived"], "QUERY": "OUT_NEURON"}
+WHOLE_SETS["derived_row"] = {**WHOLE_SETS["derived_blocks"], "QUERY": "OUT_NEURON"}
 WHOLE_SETS["all_factored"] = {**WHOLE_SETS["factored"], "TOKEN_EMBEDDING": "FACTORED", "HEAD": "FACTORED"}
 """The unit of every studied role in the rule sets that were trained as a whole; the last two were added later."""
 

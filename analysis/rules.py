@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,10 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def candidates(document: dict[str, Any]) -> pd.DataFrame:
-    """Return the evidence of a rule set: one row per role and candidate; empty if it has no evidence.
+    """Return the candidates of rules that Hessians chose: one row per role and candidate; empty for other rules.
 
     Columns: role, unit, blocks_per_parameter, z, lift, jensen, jensen_null, n, ``chosen`` and ``why``.
     """
-    choices = (document.get("evidence") or {}).get("choices", {})
     rows = [
         {
             "role": role,
@@ -43,7 +43,29 @@ def candidates(document: dict[str, Any]) -> pd.DataFrame:
             "chosen": row["unit"] == choice["unit"],
             "why": choice["why"],
         }
-        for role, choice in choices.items()
-        for row in choice.get("candidates", [])
+        for role, choice, row in _candidates(document)
+        if "jensen" in row
     ]
     return pd.DataFrame(rows, columns=["role", *_COLUMNS, "chosen", "why"])
+
+
+def trained(document: dict[str, Any]) -> pd.DataFrame:
+    """Return the candidates of rules that training runs chose: one row per role and candidate; empty for other rules.
+
+    Columns: role, unit, scalars, ``gaps`` (pair of model and corpus -> nats), ``worst`` (the largest gap) and
+    ``chosen``.
+    """
+    keys = ("unit", "scalars", "gaps", "worst")
+    rows = [
+        {"role": role, **{key: row[key] for key in keys}, "chosen": row["unit"] == choice["unit"]}
+        for role, choice, row in _candidates(document)
+        if "gaps" in row
+    ]
+    return pd.DataFrame(rows, columns=["role", *keys, "chosen"])
+
+
+def _candidates(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield (role, its choice, a candidate) of a rule set."""
+    for role, choice in (document.get("evidence") or {}).get("choices", {}).items():
+        for row in choice.get("candidates", []):
+            yield role, choice, row

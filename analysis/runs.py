@@ -41,8 +41,8 @@ def read_run(run: Path) -> dict[str, Any]:
     """Read a finished or diverged run.
 
     Returns:
-        arm, lr, seed, state, final_val_loss (infinite for a diverged run), second_moment_scalars, parameters,
-        state_values, steps, curve, and ``config``, the content of ``config.json``.
+        arm, lr, seed, state, final_val_loss (infinite for a diverged run), second_moment_scalars, state_bytes (None for
+        runs from before it was recorded), parameters, steps, curve, and ``config``, the content of ``config.json``.
 
     Raises:
         ValueError: the run is damaged: a file is missing or truncated, or two files contradict each other.
@@ -56,8 +56,10 @@ def read_run(run: Path) -> dict[str, Any]:
     if (digest := config_hash(config)) != run.name:
         raise _damaged(run, f"its config.json has the hash {digest}, which is not the folder's name")
     _read(run / "environment.json")
-    for key in ("second_moment_scalars", "parameters"):
-        if not isinstance(count := status.get(key), int) or isinstance(count, bool) or count < 1:
+    # Optimizers without second moments, such as SGD, are arms since state is recorded in bytes.
+    least = {"parameters": 1, "second_moment_scalars": 0 if "state_bytes" in status else 1, "state_bytes": 0}
+    for key in least if "state_bytes" in status else ("parameters", "second_moment_scalars"):
+        if not isinstance(count := status.get(key), int) or isinstance(count, bool) or count < least[key]:
             raise _damaged(run, f"{key}={count!r} in status.json is no number of elements")
     curve = _curve(run)
     if status["state"] == "finished":
@@ -69,20 +71,12 @@ def read_run(run: Path) -> dict[str, Any]:
         "state": status["state"],
         "final_val_loss": status["final_val_loss"] if status["state"] == "finished" else float("inf"),
         "second_moment_scalars": status["second_moment_scalars"],
+        "state_bytes": status.get("state_bytes"),
         "parameters": status["parameters"],
-        "state_values": _state_values(run, status),
         "steps": config["steps"],
         "curve": curve,
         "config": config,
     }
-
-
-def _state_values(run: Path, status: dict[str, Any]) -> int:
-    """Return how many values the optimizer keeps: ``state_values``, or first moments and second-moment scalars."""
-    count = status.get("state_values", status["parameters"] + status["second_moment_scalars"])
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise _damaged(run, f"state_values={count!r} in status.json is no number of values")
-    return count
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.ablation import BASELINE, best_rates, paired_difference, read_runs, require_unique
+from analysis.ablation import BASELINE, at_best, best_rates, load_runs
+from analysis.runs import config_hash
 from analysis.stats import Interval, t_interval
 
 BASELINES = (BASELINE, "torch_adamw")
@@ -86,12 +87,23 @@ def load(folder: Path) -> Study:
     for run in sorted(path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")):
         if not (run / "config.json").is_file():
             raise ValueError(f"{run} is no training run: it has no config.json; move it out of {folder}")
-    table, left_out = read_runs(folder, partial=True)
+    table = load_runs(folder, partial=True, several=True)
     configs = [_flat(config) for config in table.config]
     varied, shared = _varied(configs, table.arm.tolist())
     table["condition"] = [_in_words({key: config.get(key) for key in varied}) for config in configs]
     table["place"] = [tuple(varied[key].index(config.get(key)) for key in varied) for config in configs]
-    require_unique(folder, table, "condition")
+    keys = ["arm", "lr", "seed", "condition"]
+    twice = table[table.duplicated(keys, keep=False)]
+    if len(twice):
+        names = ", ".join(config_hash(config) for config in twice.config[:2])
+        raise ValueError(f"{folder} holds several runs of {twice[keys].iloc[0].to_dict()}: {names}; remove one")
+    # Runs from before the state was recorded are AdamMini's: first moments and second-moment scalars in fp32.
+    known = [
+        4 * (p + v) if pd.isna(b) else b
+        for p, v, b in table[["parameters", "second_moment_scalars", "state_bytes"]].to_numpy()
+    ]
+    table["state_bytes"] = np.array(known, dtype=np.int64)
+    left_out = table.attrs["left_out"]
     return Study(folder.name, table.drop(columns="config"), varied, shared, left_out)
 
 
@@ -147,7 +159,7 @@ def table(study: Study) -> pd.DataFrame:
     Columns: condition, arm, lr, ``best`` (whether it is the arm's best rate in the condition), n, diverged, ``loss``
     (over the runs that finished, None if none did), ``difference`` (minus the baseline at the same rate), ``at_best``
     (minus the baseline, each at its best rate; only where ``best``), ``why`` a difference is missing, scalars,
-    state_values, parameters. Losses and differences are Intervals.
+    state_bytes, parameters. Losses and differences are Intervals.
     """
     rows = []
     for condition in study.conditions:
@@ -171,7 +183,7 @@ def table(study: Study) -> pd.DataFrame:
                     "at_best": _difference(study, runs, str(arm), None)[0] if best else None,
                     "why": why,
                     "scalars": int(first.second_moment_scalars),
-                    "state_values": int(first.state_values),
+                    "state_bytes": int(first.state_bytes),
                     "parameters": int(first.parameters),
                 }
             )
@@ -184,22 +196,27 @@ def _difference(study: Study, runs: pd.DataFrame, arm: str, lr: float | None) ->
         return None, "no AdamW here"
     if arm == study.baseline:
         return None, "–"
-    try:
-        found = paired_difference(runs, arm, lr=lr, against=study.baseline)
-    except ValueError:  # A grid that grew for one arm, or a run that is missing.
+    chosen = at_best(runs) if lr is None else runs[runs.lr == lr]
+    losses, base = (chosen[chosen.arm == one].set_index("seed").final_val_loss for one in (arm, study.baseline))
+    # Some studies have more seeds for some arms; pairs are the seeds that both have.
+    seeds = losses.index.intersection(base.index)
+    if seeds.empty:
         return None, "no pair"
-    return found, "" if found else "diverged"
+    difference = (losses.loc[seeds] - base.loc[seeds]).to_numpy()
+    if not np.isfinite(difference).all():
+        return None, "diverged"
+    return t_interval(difference.tolist()), ""
 
 
-def optimal(state_values: np.ndarray, loss: np.ndarray) -> np.ndarray:
+def optimal(memory: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Return which points no other point beats in one of the two and equals in the other, [points] of bool.
 
     Args:
-        state_values: [points].
+        memory: [points].
         loss: [points]; an infinite loss is never optimal.
     """
-    fewer = (state_values[None] <= state_values[:, None]) & (loss[None] <= loss[:, None])
-    strictly = (state_values[None] < state_values[:, None]) | (loss[None] < loss[:, None])
+    fewer = (memory[None] <= memory[:, None]) & (loss[None] <= loss[:, None])
+    strictly = (memory[None] < memory[:, None]) | (loss[None] < loss[:, None])
     beaten: np.ndarray = (fewer & strictly).any(1)
     return ~beaten & np.isfinite(loss)
 

@@ -2,93 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from experiments.commandline import refusals
-from experiments.configs import TrainConfig, byte_gpt, byte_llama, smoke
-from experiments.optimizers import VARIANTS
+from experiments.configs import TrainConfig
+from experiments.grids import grid, names
 from experiments.runner import Launch, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
-
-ARMS = ("elementwise", "adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored", "permuted")
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
-SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Study:
-    """A grid of training runs.
-
-    Attributes:
-        base: function that returns the config that all runs share.
-        arms: its arms.
-        rates: its learning rates.
-        seeds: its seeds.
-        grown: arm -> rates by which its grid grew, because its best rate was the last one in that direction.
-    """
-
-    base: Callable[[], TrainConfig]
-    arms: tuple[str, ...] = ARMS
-    rates: tuple[float, ...] = LEARNING_RATES
-    seeds: tuple[int, ...] = SEEDS
-    grown: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-
-
-STUDIES: dict[str, Study] = {
-    "ablation": Study(byte_llama),
-    "carry_over": Study(byte_gpt, ("elementwise", "adam_mini", "derived", "factored"), (3e-3, 1e-2), tuple(range(8))),
-    "statistics": Study(
-        byte_llama,
-        ("elementwise", "adam_mini", *VARIANTS),
-        grown={"adam_mini_max": (3e-2,), "adam_mini_min": (3e-4,), "adam_mini_jensen": (3e-4,)},
-    ),
-}
-"""docs/protocol.md says why these runs; results are in ``results/<study>_<profile>``."""
-
-
-def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablation") -> list[TrainConfig]:
-    """Return the configs of a study, seed by seed, so that an interrupted one has similar numbers of all arms.
-
-    Args:
-        profile: ``cpu`` for the committed results, or ``smoke`` for a run of some seconds with the same code.
-        arms: the arms to run; None for all of the study.
-        study: name of a study.
-
-    Raises:
-        ValueError: an arm or the study is unknown.
-    """
-    if study not in STUDIES:
-        raise ValueError(f"study={study!r} is unknown; choose from {sorted(STUDIES)}")
-    chosen = STUDIES[study]
-    unknown = set(arms or ()) - set(chosen.arms)
-    if unknown:
-        raise ValueError(f"arms={sorted(unknown)} are unknown; choose from {chosen.arms}")
-    base, rates, seeds = chosen.base(), chosen.rates, chosen.seeds
-    if profile == "smoke":
-        base, rates, seeds = smoke(), rates[:1], seeds[:1]
-    base = dataclasses.replace(base, experiment=f"{study}_{profile}")
-    wanted = list(itertools.product(seeds, rates, arms or chosen.arms))
-    if profile != "smoke":
-        grown = [(lr, arm) for arm, more in chosen.grown.items() if arm in (arms or chosen.arms) for lr in more]
-        wanted += [(seed, lr, arm) for seed in seeds for lr, arm in grown]
-    return [dataclasses.replace(base, arm=arm, lr=lr, seed=seed) for seed, lr, arm in wanted]
-
-
-def name_of(config: TrainConfig) -> str:
-    """Return the name of a run within its study: arm, learning rate and seed."""
-    return f"{config.arm} {config.lr:g} {config.seed}"
 
 
 def selected(configs: list[TrainConfig], only: str) -> list[TrainConfig]:
@@ -98,12 +28,12 @@ def selected(configs: list[TrainConfig], only: str) -> list[TrainConfig]:
         ValueError: the expression is invalid, or is found in no name.
     """
     try:
-        chosen = [config for config in configs if re.search(only, name_of(config))]
+        found = [bool(re.search(only, name)) for name in names(configs)]
     except re.error as error:
         raise ValueError(f"only={only!r} is no regular expression: {error}") from error
-    if not chosen:
-        raise ValueError(f"only={only!r} is found in no run; their names are like {name_of(configs[0])!r}")
-    return chosen
+    if not any(found):
+        raise ValueError(f"only={only!r} is found in no run; their names are like {names(configs)[0]!r}")
+    return list(itertools.compress(configs, found))
 
 
 def plan(configs: list[TrainConfig], results: Path, workers: int) -> str:
@@ -111,10 +41,12 @@ def plan(configs: list[TrainConfig], results: Path, workers: int) -> str:
     waiting, total = unfinished(configs, results)
     if not waiting:
         return f"{total} runs, all finished"
-    each = seconds_per_run(waiting[0], results)
-    names = "\n".join(f"  {name_of(config)}" for config in waiting)
-    hours = len(waiting) * each / 3600 / workers
-    return f"{names}\n{total} runs, {len(waiting)} left, {each:.0f} s each: {hours:.2f} hours with {workers} at a time"
+    alike = Counter((config.model, config.steps, config.batch, config.seq_len) for config in waiting)
+    first = {(config.model, config.steps, config.batch, config.seq_len): config for config in reversed(waiting)}
+    seconds = sum(count * seconds_per_run(first[size], results) for size, count in alike.items())
+    hours = seconds / 3600 / workers
+    listed = "\n".join(f"  {name}" for name in names(waiting))
+    return f"{listed}\n{total} runs, {len(waiting)} left: about {hours:.2f} hours with {workers} at a time"
 
 
 def main(
@@ -137,8 +69,9 @@ def main(
         profile: cpu (the committed results) or smoke.
         workers: number of runs at a time.
         results: root of the results folders.
-        study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds) or statistics (of
-            blocks, other than their mean).
+        study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds), statistics (of
+            blocks, other than their mean), rivals (optimizers of other authors), record (warm-up and clipping) or
+            length (sizes and numbers of tokens).
         arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.

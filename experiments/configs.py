@@ -14,8 +14,8 @@ from typing import Annotated, Any
 import tyro
 
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
-from experiments.optimizers import ADAMW, CONTROL, VARIANTS
-from optimizer import Rules
+from experiments.optimizers import ADAMW, CONTROL, VARIANTS, load_rules
+from experiments.rivals import RIVALS
 
 FORMAT_VERSION = 1
 """Version of the format of a results folder; it increases whenever the meaning of a file changes."""
@@ -31,7 +31,8 @@ class TrainConfig:
         experiment: name of the run's folder below the results root.
         model: sizes of the model; the type of this config determines the model's class.
         data: name of the corpus, as in ``experiments.data.load``.
-        arm: a rule set (name or path), ``permuted``, ``torch_adamw``, or ``adam_mini_`` with a statistic of blocks.
+        arm: a rule set (name or path), ``permuted``, ``torch_adamw``, ``adam_mini_`` with a statistic of blocks, or a
+            rival (docs/rivals.md).
         rules_hash: hash of the arm's rules at the time of the run; ``with_rules_hash`` fills it in.
         lr: peak learning rate.
         beta1: decay rate of the first moment, in [0, 1).
@@ -144,10 +145,16 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
     def with_rules_hash(self) -> TrainConfig:
-        """Return the config with the hash of its arm's rules, so that changed rules give another run."""
-        if self.arm in (CONTROL, ADAMW, *VARIANTS):
+        """Return the config with the hash of its arm's rules, so that changed rules give another run.
+
+        An arm without rules, such as a rival, has no hash.
+
+        Raises:
+            ValueError: the arm is unknown.
+        """
+        if self.arm in (CONTROL, ADAMW, *VARIANTS, *RIVALS):
             return self
-        rules = Rules.load(self.arm)
+        rules = load_rules(self.arm)
         content: dict[str, object] = {role.value: unit.value for role, unit in rules.units.items()}
         if rules.overrides:  # Rules without overrides keep the hash that they had before overrides existed.
             content["overrides"] = [[override.pattern, override.unit.value] for override in rules.overrides]

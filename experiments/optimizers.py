@@ -1,4 +1,4 @@
-"""Create the optimizer of an arm, and count its second-moment scalars."""
+"""Create the optimizer of an arm, and count its second-moment scalars. Rivals are in ``experiments.rivals``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from experiments.baselines import STATISTICS, PermutedAdamMini, StatisticAdamMini
+from experiments.rivals import RIVALS, state_size
 from optimizer import AdamMini, Rules, partition
+from optimizer.partition.rules import shipped
 
 CONTROL = "permuted"
 ADAMW = "torch_adamw"
@@ -22,29 +24,55 @@ def make_optimizer(
 
     Args:
         model: the model to train.
-        arm: a rule set's name or path, ``permuted`` (the control), ``torch_adamw`` or a key of ``VARIANTS``.
+        arm: a rule set's name or path, ``permuted`` (the control), ``torch_adamw``, or a key of ``VARIANTS`` or
+            ``RIVALS``.
         lr: learning rate.
         betas: decay rates of the first and second moment, each in [0, 1).
         weight_decay: decoupled weight decay.
-        seed: seed that shuffles the blocks of ``permuted``.
+        seed: seed that shuffles the blocks of ``permuted``, and of the random numbers of rivals.
 
     Raises:
-        ValueError: the arm is ``permuted`` or one of ``VARIANTS``, and the model is sharded.
+        ValueError: the arm is unknown; it is ``permuted``, one of ``VARIANTS`` or a rival, and the model is sharded; or
+            a rival's library is not installed.
     """
+    if arm in RIVALS:
+        return RIVALS[arm].make(model, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed)
     if arm == CONTROL or arm in VARIANTS:
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise ValueError(f"arm={arm!r} gathers blocks by element, which cannot be sharded; use parallel='ddp'")
         if arm in VARIANTS:
             return StatisticAdamMini(model, VARIANTS[arm], lr, betas, weight_decay=weight_decay)
         return PermutedAdamMini(model, lr, betas, weight_decay=weight_decay, seed=seed)
-    adam_mini = AdamMini(model, lr, betas, weight_decay=weight_decay, rules="elementwise" if arm == ADAMW else arm)
+    rules = load_rules("elementwise" if arm == ADAMW else arm)
+    adam_mini = AdamMini(model, lr, betas, weight_decay=weight_decay, rules=rules)
     if arm == ADAMW:
         return torch.optim.AdamW(adam_mini.param_groups, lr=lr, betas=betas, weight_decay=weight_decay)
     return adam_mini
 
 
-def second_moment_scalars(model: nn.Module, arm: str) -> int:
-    """Return how many second-moment scalars an arm stores for a model's trainable parameters."""
+def load_rules(arm: str) -> Rules:
+    """Return the rule set of an arm.
+
+    Raises:
+        ValueError: the arm is neither a rule set, nor an existing file, nor the name of another arm.
+    """
+    try:
+        return Rules.load(arm)
+    except FileNotFoundError as error:
+        others = ", ".join((CONTROL, ADAMW, *VARIANTS))
+        raise ValueError(
+            f"arm={arm!r} is no rule set ({', '.join(shipped())}), no path of one, none of {others}, and no rival "
+            f"({', '.join(RIVALS)}); choose one of them"
+        ) from error
+
+
+def second_moment_scalars(model: nn.Module, arm: str, optimizer: torch.optim.Optimizer) -> int:
+    """Return how many second-moment scalars an arm stores for a model's trainable parameters.
+
+    For a rival, these are the values of its state that belong to no first moment, which may be none.
+    """
+    if arm in RIVALS:
+        return state_size(optimizer).rest
     rules = {CONTROL: "adam_mini", ADAMW: "elementwise", **dict.fromkeys(VARIANTS, "elementwise")}.get(arm, arm)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     return sum(layout.n_blocks for name, layout in partition(model, Rules.load(rules)).items() if name in trainable)

@@ -151,17 +151,21 @@ class _Running:
 
 
 def seconds_per_run(config: TrainConfig, root: Path) -> float:
-    """Estimate how long a run takes: the median of its experiment's finished runs, else measured in a few steps.
+    """Estimate how long a run takes: the median of its experiment's finished runs of that size, else by a few steps.
 
     Args:
         config: the run.
         root: results root.
 
     Raises:
-        RuntimeError: no run is finished, and the few steps fail.
+        RuntimeError: no run of its size is finished, and the few steps fail.
     """
-    folders = [path.parent for path in (root / config.experiment).glob("*/status.json")]
-    statuses = [read_status(folder) for folder in folders]
+    size = {key: value for key, value in config.to_dict().items() if key in ("model", "steps", "batch", "seq_len")}
+    statuses = []
+    for folder in (path.parent for path in (root / config.experiment).glob("*/status.json")):
+        stored = read_json(folder / "config.json")
+        if isinstance(stored, dict) and size.items() <= stored.items():
+            statuses.append(read_status(folder))
     if times := [status["seconds"] for status in statuses if status.get("state") == "finished"]:
         return statistics.median(times)
     trial = dataclasses.replace(config, steps=TRIAL, eval_every=TRIAL, eval_batches=1, checkpoint_every=0)

@@ -34,6 +34,7 @@ from experiments.interruption import Interruption, exit_code
 from experiments.models import MLPConfig, build, lm_loss
 from experiments.optimizers import make_optimizer, require_coverage, second_moment_scalars
 from experiments.parallel import Device, Parallel, Team, process_group, weights_sha256
+from experiments.rivals import state_size
 from experiments.storage import environment, locked, read_json, require_writable, write_atomic, write_json
 
 logger = logging.getLogger("experiments")
@@ -283,16 +284,20 @@ class _Run:
         words = f"{self.config.seed} {self.team.rank} {getattr(self, 'step', 0)}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
 
-    def _status(self, state: str) -> dict[str, Any]:
-        last = self.records[-1]["val_loss"] if self.records and state == "finished" else None
+    def _status(self, how: str) -> dict[str, Any]:
+        last = self.records[-1]["val_loss"] if self.records and how == "finished" else None
         parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        state = state_size(self.optimizer)
         return {
-            "state": state,
+            "state": how,
             "format_version": FORMAT_VERSION,
             "steps": self.step,
             "final_val_loss": last,
             "parameters": parameters,
-            "second_moment_scalars": second_moment_scalars(self.model, self.config.arm),
+            "second_moment_scalars": second_moment_scalars(self.model, self.config.arm, self.optimizer),
+            "state_values": state.values,
+            "state_bytes": state.bytes,
+            "first_moment_values": state.first,
             "data_fingerprint": self.corpus.fingerprint[:16],
             "seconds": round(self.seconds, 2),
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

@@ -282,7 +282,8 @@ def at_least(name: str, value: Any, least: int, why: str = "") -> None:
 
 def finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError if a tensor has NaN or infinite entries."""
-    if not bool(torch.isfinite(tensor).all()):
+    # Least and greatest entry are NaN or infinite if any entry is, and need no copy of the tensor.
+    if tensor.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all()):
         raise ValueError(f"{name} has NaN or infinite entries; find the batch or weight that causes them first")
 
 

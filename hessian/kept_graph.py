@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import heap
 from .double_backward import ByHand
 
 Product = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -75,6 +76,8 @@ class KeptGraph:
         self._leaves = list(leaves.values())
         # A gradient that is constant, as that of a linear layer's bias under a linear loss, has no graph.
         self._edges: list[GradientEdge | None] = [get_gradient_edge(g) if g.requires_grad else None for g in gradient]
+        del gradient, loss
+        heap.trim(sum(leaf.numel() for leaf in self._leaves))
 
     def __call__(self, vector: Tensor) -> list[Tensor]:
         """Multiply a vector, [n]; return the product's parts, each of the shape of its parameter."""
@@ -98,13 +101,12 @@ class KeptGraph:
             out[start : start + part.numel()].add_(part.reshape(-1), alpha=weight)
             start += part.numel()
 
-    def gap(self, vector: Tensor, product: Tensor) -> float:
-        """Return the largest difference of the product with a vector from a given one, [n]."""
-        parts, largest, start = self(vector)[::-1], 0.0, 0
-        while parts:
-            part = parts.pop().reshape(-1)  # autograd may return one tensor for two parameters: it is not written to
-            largest = max(largest, float((part - product[start : start + part.numel()]).abs_().max()))
-            start += part.numel()
+    def gap(self, vector: Tensor, product: Mapping[str, Tensor]) -> float:
+        """Return the largest difference of the product with a vector, [n], from a given one, name -> part."""
+        parts, largest = self(vector)[::-1], 0.0
+        for given in product.values():
+            part = parts.pop()  # autograd may return one tensor for two parameters: it is not written to
+            largest = max(largest, float((part - given).abs_().max()))
         return largest
 
 
@@ -147,25 +149,24 @@ class GraphProducts:
             self._kept = graph
         return graph
 
-    def second(self, i: int, u: Tensor, v: Tensor, usual: Tensor) -> Tensor | None:
+    def second(self, i: int, u: Tensor, v: Tensor, usual: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """Return batch i's product with v if its product with u is ``usual``; otherwise None, and use no more graphs.
 
         Args:
             i: index of the batch.
-            u: [n].
-            v: [n].
-            usual: the product with u, computed without the graph, [n].
+            u: [n], of any dtype.
+            v: [n], of any dtype.
+            usual: the product with u, computed without the graph, name -> part.
         """
+        dtype = next(iter(usual.values())).dtype
         try:
             graph = self.graph(i)
             with Counter() as counter:
-                off = graph.gap(u, usual)
+                off = graph.gap(u.to(dtype), usual)
             self.work = counter.work if i == 0 else self.work
-            self.usable = off <= AGREEMENT * float(usual.abs().max())
+            self.usable = off <= AGREEMENT * max(float(part.abs().max()) for part in usual.values())
             if self.usable:
-                out = torch.zeros_like(usual)
-                graph.multiply(v, out)
-                return out
+                return dict(zip(usual, graph(v.to(dtype)), strict=True))
         except (RuntimeError, NotImplementedError):  # An operation without a second derivative in reverse mode.
             self.usable = False
         self._kept = None

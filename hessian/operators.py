@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, linearize, vjp, vmap
 
-from . import checks, symmetry
+from . import checks, heap, symmetry
 from .kept_graph import GraphProducts, KeptGraph, Product, Work
 from .linear import as_scipy
 from .second_order import twice_differentiable
@@ -58,7 +58,7 @@ class HessianOperator:
     derivative, so the operator uses the math kernel. It also uses plain operations for ``mse_loss``, ``huber_loss`` and
     weight normalisation, whose second derivatives torch lacks or computes wrongly.
 
-    Construction computes three products per batch to check that the Hessian is symmetric, two gradients to check that
+    Construction computes two products per batch to check that the Hessian is symmetric, two gradients to check that
     they are deterministic, and a few forward passes to check that the loss is deterministic and a mean. With several
     batches, it also computes up to two products of two batches joined into one. They show what the loss is a mean over,
     which determines the weights of the batches.
@@ -119,7 +119,8 @@ class HessianOperator:
         self._batches = checks.usable_batches(batches)
         self._module = Call(model, loss)
         with torch.inference_mode(False):  # A graph cannot be built through tensors of inference mode.
-            self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            # The first product, which takes most memory, reads the model's own weights; then they are copied.
+            self._theta = {n: t.detach().clone() if t.is_inference() else t.detach() for n, t in tensors.items()}
             self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
@@ -134,7 +135,6 @@ class HessianOperator:
             with torch.no_grad():
                 checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
             checks.gradients(self._reverse_gradients, list(tensors), self._batches)
-        self._choose_mode(self._batches[0])
         self._weights = self._weigh(model, count, mean_check)
         if not self._forward_mode:
             warnings.warn(
@@ -188,75 +188,94 @@ class HessianOperator:
             raise RuntimeError(checks.CHECKPOINTING)
         return dict(zip(names, grads, strict=True))
 
-    def _choose_mode(self, batch: Any) -> None:
-        """Compute one product to choose the differentiation mode, so that an unsupported model fails at construction.
+    def _choose_mode(self, signs: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Return a product, by the first differentiation mode that gives one; an unsupported model fails here.
 
         The modes are tried in this order: forward over reverse; forward over reverse with plain operations instead of
         the functions whose derivatives torch lacks; reverse over reverse.
         """
-        ones = {name: torch.ones_like(tensor) for name, tensor in self._theta.items()}
         errors: list[Exception] = []
         for forward_mode, plain in ((True, False), (True, True), (False, self._plain)):
             self._forward_mode, self._plain = forward_mode, plain
             try:
-                self._batch_product(ones, batch)
-                return
+                return self._batch_product(signs, batch)
             except (RuntimeError, NotImplementedError) as error:
                 errors.append(error)
                 self._no_forward_mode = str(errors[0]).splitlines()[0]
         raise checks.second_derivative(errors[-1]) from errors[-1]
 
-    def _batch_product(self, tangent: dict[str, Tensor], batch: Any) -> Tensor:
-        """Return the product of one vector with the Hessian of one batch, [n]."""
+    def _batch_product(self, signs: Tensor, batch: Any) -> dict[str, Tensor]:
+        """Return the product of signs, int8 [n], with the Hessian of one batch.
+
+        Neither the signs as numbers nor the product's parts are one vector. In forward mode torch copies a tangent
+        that is a part of a larger tensor, and joining the parts takes them twice.
+        """
+        heap.trim(self.shape[0])  # What the last check freed.
         with self._differentiable(), torch.inference_mode(False), torch.no_grad():
-            return self._flat(self._product(tangent, batch))
+            tangent = {name: part.to(self.dtype) for name, part in symmetry.split(self._theta, signs).items()}
+            return self._product(tangent, batch)
 
     def _flat(self, by_name: dict[str, Tensor]) -> Tensor:
-        return torch.cat([by_name[name].flatten() for name in self._theta])
+        """Join parts into one vector, [n]; they are taken out of the dict, so that nothing is in memory twice."""
+        out = torch.empty(self.shape[0], dtype=self.dtype, device=self.device)
+        for name, into in symmetry.split(self._theta, out).items():
+            into.copy_(by_name.pop(name))
+        return out
 
     def _weigh(self, model: nn.Module, count: Callable[[Any], float] | None, mean_check: bool) -> list[float]:
         """Return the share of each batch in the mean, and check every batch's product."""
+        signs = symmetry.direction(self._theta, 0)
+        products = self._checked_products(signs)
         if count is None and len(self._batches) > 1:
-            signs = symmetry.split(self._theta, symmetry.direction(self._theta, 0))
-            weighing = Weighing(
-                model, self._batches, lambda batch: self._batch_product(signs, batch), independent=mean_check
-            )
-            return weighing.shares(self._checked_products())
+
+            def product_of(batch: Any) -> Tensor:
+                return self._flat(self._batch_product(signs, batch))
+
+            weighing = Weighing(model, self._batches, product_of, independent=mean_check)
+            return weighing.shares(self._flat(product) for product in products)
         weights = [1.0] if count is None else counted(count, self._batches)
-        for _ in self._checked_products():
+        for _ in products:
             pass
+        heap.trim(self.shape[0])
         return weights
 
-    def _checked_products(self) -> Iterator[Tensor]:
-        """Yield each batch's product with one fixed vector, after checking that it is finite and symmetric."""
-        u, v = (symmetry.direction(self._theta, seed) for seed in (0, 1))
+    def _checked_products(self, u: Tensor) -> Iterator[dict[str, Tensor]]:
+        """Yield each batch's product with signs u, after checking that it is finite and symmetric."""
         for i, batch in enumerate(self._batches):
             try:
-                Hu, off = self._symmetric_product(u, v, batch, i)
+                Hu = self._batch_product(u, batch) if i else self._choose_mode(u, batch)
             except (RuntimeError, NotImplementedError):  # This batch runs a branch of the loss that no earlier one ran.
-                self._choose_mode(batch)
-                Hu, off = self._symmetric_product(u, v, batch, i)
+                Hu = self._choose_mode(u, batch)
+            if not i:
+                with torch.inference_mode(False):
+                    self._theta = {name: tensor.clone() for name, tensor in self._theta.items()}
+            off = self._asymmetry(u, Hu, i)
             if off > symmetry.tolerance(self.dtype) and not self._plain:
                 self._plain = True
                 self._graphs = GraphProducts(self._graph, len(self._batches))
-                Hu, off = self._symmetric_product(u, v, batch, i)
+                Hu = self._batch_product(u, batch)
+                off = self._asymmetry(u, Hu, i)
             if off > symmetry.tolerance(self.dtype):
                 raise ValueError(self._why_asymmetric(i, off))
             yield Hu
+            del Hu  # The next product does not find this one in memory.
 
-    def _symmetric_product(self, u: Tensor, v: Tensor, batch: Any, i: int) -> tuple[Tensor, float]:
-        """Return H u for one batch, [n], and the asymmetry of its Hessian H."""
+    def _asymmetry(self, u: Tensor, Hu: dict[str, Tensor], i: int) -> float:
+        """Return the asymmetry of batch i's Hessian H, whose product with signs u is given."""
         what = f"the Hessian of batches[{i}] (its product with a vector of signs)"
-        Hu = self._batch_product(symmetry.split(self._theta, u), batch)
-        checks.finite(what, Hu)
+        for part in Hu.values():
+            checks.finite(what, part)
+        v = symmetry.direction(self._theta, 1)
         Hv = None
+        heap.trim(self.shape[0])
         if self._graphs.usable:
             with self._differentiable():
                 Hv = self._graphs.second(i, u, v, Hu)
         if Hv is None:
-            Hv = self._batch_product(symmetry.split(self._theta, v), batch)
-        checks.finite(what, Hv)
-        return Hu, symmetry.asymmetry(u, v, Hu, Hv)
+            Hv = self._batch_product(v, self._batches[i])
+        for part in Hv.values():
+            checks.finite(what, part)
+        return symmetry.asymmetry(u, v, Hu, Hv)
 
     def _why_asymmetric(self, i: int, off: float) -> str:
         batch = self._batches[i]

@@ -28,11 +28,13 @@ def random_signs(count: int, generator: torch.Generator) -> Tensor:
 
 
 def direction(theta: Mapping[str, Tensor], seed: int) -> Tensor:
-    """Return a fixed vector of random signs, [n], with the dtype and device of the parameters."""
-    first = next(iter(theta.values()))
+    """Return a fixed vector of random signs, int8 [n], on the parameters' device.
+
+    The caller converts it when it multiplies: signs that wait take a quarter of the memory.
+    """
     generator = torch.Generator().manual_seed(seed)
     count = sum(tensor.numel() for tensor in theta.values())
-    return random_signs(count, generator).to(first.device, first.dtype)
+    return random_signs(count, generator).to(next(iter(theta.values())).device)
 
 
 def split(theta: Mapping[str, Tensor], vector: Tensor) -> dict[str, Tensor]:
@@ -41,9 +43,9 @@ def split(theta: Mapping[str, Tensor], vector: Tensor) -> dict[str, Tensor]:
     return {name: part.view(theta[name].shape) for name, part in zip(theta, parts, strict=True)}
 
 
-def rounding(product: Tensor) -> float:
-    """Return the norm that rounding alone gives a product with a zero Hessian, for losses and weights near 1."""
-    return 64 * torch.finfo(product.dtype).eps * math.sqrt(product.numel())
+def rounding(dtype: torch.dtype, n: int) -> float:
+    """Return the norm that rounding alone gives a product, [n], with a zero Hessian, for losses and weights near 1."""
+    return 64 * torch.finfo(dtype).eps * math.sqrt(n)
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -51,14 +53,24 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCE.get(dtype, COARSE)
 
 
-def asymmetry(u: Tensor, v: Tensor, Hu: Tensor, Hv: Tensor) -> float:
-    """Return |u.Hv - v.Hu| over |Hu| + |Hv|; for random signs it is about ||H - H^T|| / ||H||."""
-    noise = rounding(Hu) / tolerance(Hu.dtype)
+def asymmetry(u: Tensor, v: Tensor, Hu: Mapping[str, Tensor], Hv: Mapping[str, Tensor]) -> float:
+    """Return |u.Hv - v.Hu| over |Hu| + |Hv|; for random signs it is about ||H - H^T|| / ||H||.
+
+    Args:
+        u: [n].
+        v: [n].
+        Hu: the product with u, name -> part, in the order of the vectors.
+        Hv: the product with v.
+    """
     skew, squares = 0.0, [0.0, 0.0]
-    for parts in zip(*(x.split(SLICE) for x in (u, v, Hu, Hv)), strict=True):  # float64 copies of slices are small
-        a, b, Ha, Hb = (x.to(torch.float64) for x in parts)
-        skew += float(a @ Hb - b @ Ha)
-        squares = [squares[0] + float(Ha @ Ha), squares[1] + float(Hb @ Hb)]
+    vectors = zip(split(Hu, u).values(), split(Hv, v).values(), Hu.values(), Hv.values(), strict=True)
+    for whole in vectors:
+        for parts in zip(*(x.reshape(-1).split(SLICE) for x in whole), strict=True):  # float64 copies of slices: small
+            a, b, Ha, Hb = (x.to(torch.float64) for x in parts)
+            skew += float(a @ Hb - b @ Ha)
+            squares = [squares[0] + float(Ha @ Ha), squares[1] + float(Hb @ Hb)]
+    dtype = next(iter(Hu.values())).dtype
+    noise = rounding(dtype, len(u)) / tolerance(dtype)
     return abs(skew) / (math.sqrt(squares[0]) + math.sqrt(squares[1]) + noise)
 
 
@@ -79,7 +91,7 @@ def require(vectors: Tensor, products: Tensor, dtype: torch.dtype) -> None:
         return
     cross = vectors.to(torch.float64).T @ products.to(torch.float64)
     norms = products.to(torch.float64).norm(dim=0)
-    noise = rounding(products[:, 0].to(dtype)) / tolerance(dtype)
+    noise = rounding(dtype, len(products)) / tolerance(dtype)
     off = float(((cross - cross.T).abs() / (norms[:, None] + norms + noise)).max())
     if off > tolerance(dtype):
         raise ValueError(
@@ -96,7 +108,8 @@ def asymmetric_parameters(
     names = list(theta)
     if len(names) > MOST_TENSORS:
         return []
-    u, v = (split(theta, direction(theta, seed)) for seed in (0, 1))
+    first = next(iter(theta.values()))
+    u, v = (split(theta, direction(theta, seed).to(first.dtype)) for seed in (0, 1))
     left = {name: product(_only(name, v)) for name in names}  # H v_a
     right = {name: product(_only(name, u)) for name in names}  # H u_a
     off = torch.tensor(

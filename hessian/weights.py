@@ -305,7 +305,7 @@ class Weighing:
         except Exception:  # The loss accepted the original batches, so any error here is about the changed size.
             return False
         largest = max(float(product_a.norm()), float(product_b.norm()))
-        scale = largest + rounding(product_whole) / AGREEMENT
+        scale = largest + rounding(product_whole.dtype, len(product_whole)) / AGREEMENT
         if not math.isfinite(scale + float(product_whole.norm())):
             return False  # Half a batch may contain no label at all; its mean is NaN.
         for measure in self._misfit:

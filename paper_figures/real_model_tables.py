@@ -12,7 +12,7 @@ from paper_figures.style import role_name
 
 NOTE = "SmolLM2-135M-Instruct, 4-bit weights de-quantised to fp32."
 MATRICES = {"H": "H (Hessian)", "G": "G (Gauss-Newton)"}
-SETS = ("adam_mini", "derived")
+SETS = ("adam_mini", "derived_blocks")
 
 
 def short(name: str) -> str:
@@ -214,12 +214,18 @@ def rule_table(study: Study) -> list[str]:
     """Return, by role, how the units of the rule sets differ in gap."""
     table, chosen = real_model.evidence(study), real_model.choices(study)
     lines = _table(
-        "role", "adam_mini", "derived", "derive here", "derived − adam_mini", "derive here − adam_mini", "differ (R4)"
+        "role",
+        "adam_mini",
+        "derived_blocks",
+        "derive here",
+        "derived_blocks − adam_mini",
+        "derive here − adam_mini",
+        "differ (R4)",
     )
     for role in dict.fromkeys(table.role):
         units = [
             WHOLE_SETS["adam_mini"].get(role),
-            WHOLE_SETS["derived"].get(role),
+            WHOLE_SETS["derived_blocks"].get(role),
             next(iter(chosen.values())).get(role),
         ]
         cells, differ = [], []

@@ -207,7 +207,7 @@ def set_table(study: Study) -> list[str]:
     """Return paired differences of whole rule sets, over all cells, the mixed ones, and the lower learning rate."""
     low = float(study.gaps.lr.min())
     lines = [f"| difference | all cells | mixed cells | lr {low:g} |", "|---|---|---|---|"]
-    pairs = [("derived_row", "derived"), ("all_factored", "factored")]
+    pairs = [("derived_row", "derived_blocks"), ("all_factored", "factored")]
     pairs += [(rules, role_study.ADAMW) for rules in role_study.WHOLE_SETS]
     for arm, other in pairs:
         found = (role_study.difference(study, arm, other, **only) for only in ({}, {"mixed": True}, {"lr": low}))

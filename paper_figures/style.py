@@ -20,8 +20,18 @@ from PIL import Image
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ARM_COLOURS = dict(
     zip(
-        ("elementwise", "adam_mini", "short_run", "slim_adam", "derived", "permuted", "pytorch_default", "factored"),
-        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#8B4513"),
+        (
+            "elementwise",
+            "adam_mini",
+            "short_run",
+            "slim_adam",
+            "derived",
+            "permuted",
+            "pytorch_default",
+            "factored",
+            "derived_blocks",
+        ),
+        ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#8B4513", "#808080"),
         strict=True,
     )
 )

@@ -96,7 +96,7 @@ def prelude(folder: Path) -> dict[str, Any]:
     """
     (folder / "my_module.py").write_text(MODULE)
     (folder / "out" / "hessian").mkdir(parents=True)
-    Rules.load("derived").save(folder / "out" / "hessian" / "rules.json")
+    Rules.load("derived_blocks").save(folder / "out" / "hessian" / "rules.json")
     model, batches = llama(), tokens()
     adamw = torch.optim.AdamW(model.named_parameters())
     optimizer = AdamMini(model)

@@ -15,7 +15,10 @@ MODELS = ("llama-3-8b", "llama-3-70b", "llama-3-405b")
 WORLDS = tuple(2**k for k in range(3, 13))
 TP = 8
 BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
-RULES, RULES_RANKS = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored"), 64
+RULES, RULES_RANKS = (
+    ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived_blocks", "derived", "factored"),
+    64,
+)
 _STYLES = {"fsdp2": "FSDP2", "tp8-fsdp2": "TP 8 x FSDP2", "zero3": "ZeRO-3", "zero12": "ZeRO-1, ZeRO-2"}
 
 

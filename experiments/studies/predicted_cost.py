@@ -2,10 +2,10 @@
 
     python -m experiments.studies.predicted_cost [--out results/predicted_cost.json]
 
-The shipped rules ``derived`` contain the Jensen gap of every role and candidate unit, measured on the tiny models. For
-every arm, this command averages the gaps over the matrices of the ablation's model, weighted by size. The result is the
-mean over parameters of log(shared v) - log(element's v), which is twice the mean log ratio of learning rates. Norms and
-vectors are left out.
+The shipped rules ``derived_blocks`` contain the Jensen gap of every role and candidate unit, measured on the tiny
+models. For every arm, this command averages the gaps over the matrices of the ablation's model, weighted by size. The
+result is the mean over parameters of log(shared v) - log(element's v), which is twice the mean log ratio of learning
+rates. Norms and vectors are left out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 import tyro
 from torch import nn
 
-from experiments.ablation import ARMS
 from experiments.commandline import refusals
 from experiments.configs import byte_llama
+from experiments.grids import ARMS
 from experiments.models import build
 from experiments.optimizers import CONTROL
 from experiments.storage import require_writable, write_json
@@ -80,7 +80,7 @@ def main(out: Path = Path("results/predicted_cost.json")) -> None:
     model = build(byte_llama().model, 0)
     with refusals(ValueError, OSError, MissingEvidence):
         require_writable(out.parent, "out")
-        choices = Rules("derived").evidence["choices"]
+        choices = Rules("derived_blocks").evidence["choices"]
         predicted = [arm for arm in ARMS if not is_factored(arm)]
         costs = {arm: round(predicted_cost(model, arm, choices), 4) for arm in predicted}
     unknown = {arm: None for arm in ARMS if arm not in costs}

@@ -69,6 +69,7 @@ def build(sources: Sources, out: Path) -> int:
         sections=training.sections(found),
         units=rule_sets.units_table(sets),
         candidates=rule_sets.evidence_table(sets),
+        trained=rule_sets.trained_table(sets),
         reproduction=table,
         unmeasured=rule_sets.unmeasured(sets),
         structure_command=structure.COMMAND,

@@ -17,10 +17,11 @@ from paper_figures.report.tables import plus_minus
 from paper_figures.report.training import subject, verdict_of
 
 NEEDED = ("ablation_cpu", "carry_over_cpu")
-SHOWN = ("factored", "derived", "adam_mini")
+SHOWN = ("derived", "factored", "derived_blocks", "adam_mini")
 WHAT = {
+    "derived": "for each role what training runs chose",
     "factored": "one number per row and one per column",
-    "derived": "one number per block, blocks by our measurement",
+    "derived_blocks": "one number per block, blocks by Hessians",
     "adam_mini": "one number per block, blocks of the paper",
 }
 

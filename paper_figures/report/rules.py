@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis import rules
-from paper_figures.report.figures import Figure, plot
+from paper_figures.report.figures import SYMBOLS, Figure, plot
 from paper_figures.report.site import Pictures
 from paper_figures.report.tables import Cell, Column, Table, number, text
 from paper_figures.style import COLOURS, role_name
@@ -70,7 +71,8 @@ def evidence_table(sets: Mapping[str, dict[str, Any]]) -> Table:
             taken = text("yes" if row.chosen else "no", "yes" if row.chosen else "")
             rows.append([text(name), text(role_name(row.role)), text(unit_name(row.unit)), taken, *cells, *rest])
     caption = (
-        "Candidates of the derived rules. z: standard deviations of the mass inside the blocks above random "
+        "Candidates of the rules that Hessians chose. z: standard deviations of the mass inside the blocks above "
+        "random "
         "partitions; gap: "
         "Jensen gap of second moments; n: matrices over models and layers. Medians, no intervals: the models have one "
         "seed."
@@ -83,7 +85,9 @@ def unmeasured(sets: Mapping[str, dict[str, Any]]) -> list[str]:
     out = []
     for name, document in sets.items():
         choices = (document.get("evidence") or {}).get("choices", {})
-        without = {role: choice["why"] for role, choice in choices.items() if not choice.get("candidates")}
+        without = {
+            role: choice.get("why", "not measured") for role, choice in choices.items() if not choice.get("candidates")
+        }
         if without:
             roles = ", ".join(map(role_name, without))
             out.append(f"Roles of {name} without candidates: {roles} ({'; '.join(dict.fromkeys(without.values()))}).")
@@ -97,7 +101,66 @@ def evidence(sets: Mapping[str, dict[str, Any]]) -> Pictures:
         found = rules.candidates(document)
         for role, rows in found.groupby("role", sort=False):
             pictures.add((name, role_name(str(role))), "rules", _figure(rows))
+        for role, rows in rules.trained(document).groupby("role", sort=False):
+            pictures.add((name, role_name(str(role))), "rules", _trained(rows))
     return pictures
+
+
+def trained_table(sets: Mapping[str, dict[str, Any]]) -> Table:
+    """Return all candidates of the rule sets that training runs chose."""
+    found = {name: rules.trained(document) for name, document in sets.items()}
+    pairs = list(dict.fromkeys(pair for rows in found.values() for gaps in rows.gaps for pair in gaps))
+    columns = [Column("rules", choose=True, code=True), Column("role", choose=True), Column("unit", choose=True)]
+    columns += [Column("taken", choose=True), Column("scalars", numeric=True), Column("worst gap", numeric=True)]
+    rows = [
+        [
+            text(name),
+            text(role_name(row.role)),
+            text(unit_name(row.unit)),
+            text("yes" if row.chosen else "no", "yes" if row.chosen else ""),
+            number(row.scalars),
+            number(row.worst, "+.4f"),
+            *(number(row.gaps.get(pair, math.nan), "+.4f") for pair in pairs),
+        ]
+        for name, candidates in found.items()
+        for row in candidates.itertuples()
+    ]
+    caption = (
+        "Candidates of the rules that training runs chose, which change one role at a time: final loss minus AdamW's "
+        "in nats, "
+        "means over the seeds and rates of the role study, which has their intervals (docs/role_study.md)."
+    )
+    return Table("trained", caption, [*columns, *(Column(pair, numeric=True) for pair in pairs)], rows)
+
+
+def _trained(rows: pd.DataFrame) -> Figure:
+    """Plot the gaps of every candidate of a role, a marker for each pair of model and corpus."""
+    pairs = list(dict.fromkeys(pair for gaps in rows.gaps for pair in gaps))
+    names = [
+        f"{unit_name(unit)}{' (taken)' if chosen else ''}" for unit, chosen in zip(rows.unit, rows.chosen, strict=True)
+    ]
+    traces = [
+        go.Scatter(
+            x=[gaps.get(pair) for gaps in rows.gaps], y=names, mode="markers", name=pair,
+            marker={"size": 11, "symbol": symbol, "color": colour}, customdata=rows.scalars.tolist(),
+            hovertemplate=f"<b>%{{y}}</b>, {pair}<br>gap %{{x:+.4f}} nats<br>%{{customdata:,}} scalars<extra></extra>",
+        )
+        for pair, symbol, colour in zip(pairs, SYMBOLS, COLOURS, strict=False)
+    ]  # fmt: skip
+    layout = {
+        "xaxis": {"title": {"text": "final loss minus AdamW's (nats)"}, "zeroline": True},
+        "yaxis": {"autorange": "reversed", "type": "category", "categoryarray": names},
+        "height": 190 + 45 * len(rows),
+    }
+    taken = rows[rows.chosen]
+    unit = unit_name(taken.unit.iloc[0]) if len(taken) else "none of these"
+    return Figure(
+        plot(traces, **layout),
+        f"The gap of every candidate in training runs; taken: {unit}.",
+        f"Training runs that change this role alone, n = {len(pairs)} pairs of model and corpus; each marker is a "
+        f"mean over seeds "
+        "and rates, whose intervals are in docs/role_study.md. A candidate without a marker is AdamW itself.",
+    )
 
 
 def _figure(rows: pd.DataFrame) -> Figure:

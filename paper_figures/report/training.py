@@ -100,7 +100,7 @@ def facts(study: Study) -> str:
 def _tables(study: Study, rows: pd.DataFrame) -> tuple[Table, Table]:
     """Return the table of best rates, ordered by loss, and that of all rates."""
     conditions = [Column("condition", choose=True)] if study.varied else []
-    tail = [Column(name, numeric=True) for name in ("diverged", "second moments", "state per parameter")]
+    tail = [Column(name, numeric=True) for name in ("diverged", "second moments", "state bytes per parameter")]
     head = [*conditions, Column("arm", choose=True, code=True)]
     loss = Column("final loss (nats)", numeric=True)
     n = Column("n", numeric=True)
@@ -158,7 +158,7 @@ def _best_row(study: Study, row: pd.Series) -> list[Cell]:
         number(row.n),
         number(row.diverged),
         number(row.scalars),
-        number(row.state_values / row.parameters, ".4f"),
+        number(row.state_bytes / row.parameters, ".4f"),
     ]
 
 
@@ -262,7 +262,9 @@ def pareto(found: Sequence[Study]) -> Pictures:
 
 def _front(rows: pd.DataFrame, memory: str) -> Figure:
     """Plot the arms of one condition, each at its best rate, and the Pareto front through the best of them."""
-    values = (rows.state_values if memory == ALL else rows.scalars) / rows.parameters
+    if memory == SECOND:
+        rows = rows[rows.scalars > 0]  # The axis is logarithmic.
+    values = (rows.state_bytes if memory == ALL else rows.scalars) / rows.parameters
     losses = np.array([loss.mean for loss in rows.loss])
     best = studies.optimal(values.to_numpy(), losses)
     drawn = looks(sorted(rows.arm))
@@ -290,15 +292,15 @@ def _front(rows: pd.DataFrame, memory: str) -> Figure:
                     "color": look.colour,
                     "line": {"width": 3 if is_best else 0, "color": "#000000"},
                 },
-                customdata=[[row.state_values, row.scalars, 4 * row.state_values / row.parameters, against, row.n]],
+                customdata=[[row.state_bytes, row.scalars, row.state_bytes / row.parameters, against, row.n]],
                 hovertemplate=f"<b>{row.arm}</b>{' (Pareto-optimal)' if is_best else ''}<br>loss %{{y:.4f}} ± "
                 f"{row.loss.half:.4f} nats, n = %{{customdata[4]}}<br>%{{customdata[3]}}<br>%{{customdata[0]:,}} "
                 f"values of "
-                "state, %{customdata[2]:.3f} bytes per parameter in fp32<br>%{customdata[1]:,} second "
+                "state, %{customdata[2]:.3f} bytes per parameter<br>%{customdata[1]:,} second "
                 "moments<extra></extra>",
             )
         )
-    what = "state values per parameter" if memory == ALL else "second moments per parameter"
+    what = "bytes of state per parameter" if memory == ALL else "second moments per parameter"
     names = ", ".join(rows.arm[best])
     axis = log_axis(what) if values.max() > 10 * values.min() else {"title": {"text": what}}
     return Figure(

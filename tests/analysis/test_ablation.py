@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.__main__ import overview
 from analysis.ablation import (
     at_best,
     best_rates,
@@ -212,6 +213,22 @@ def test_the_final_loss_is_the_curves_last(tmp_path: Path) -> None:
 def test_counts_are_counts(tmp_path: Path, key: str, count: object) -> None:
     write_run(tmp_path, "adam_mini", 0.01, 0, 2.0, **{key: count})
     with pytest.raises(ValueError, match=f"{key}="):
+        load_runs(tmp_path)
+
+
+def test_an_optimizer_without_second_moments_is_an_arm(tmp_path: Path) -> None:
+    write_run(tmp_path, "sgd", 0.1, 0, 2.0, second_moment_scalars=0, state_bytes=4000)
+    write_run(tmp_path, "elementwise", 0.1, 0, 2.0)
+    runs = load_runs(tmp_path).set_index("arm")
+    assert runs.second_moment_scalars.to_dict() == {"sgd": 0, "elementwise": 1000}
+    assert runs.state_bytes["sgd"] == 4000 and runs.state_bytes.isna()["elementwise"]
+    assert "sgd" in overview(load_runs(tmp_path)) and summary(load_runs(tmp_path)).scalars.min() == 0
+
+
+@pytest.mark.parametrize("count", [None, "7", -1, True, 1.5])
+def test_bytes_are_bytes(tmp_path: Path, count: object) -> None:
+    write_run(tmp_path, "sgd", 0.1, 0, 2.0, second_moment_scalars=0, state_bytes=count)
+    with pytest.raises(ValueError, match="state_bytes="):
         load_runs(tmp_path)
 
 

@@ -58,7 +58,7 @@ def test_regret(study: role_study.Study) -> None:
     blocks_only, without = role_study.regrets(cells, factored=False)
     assert blocks_only[columns.index("good")] == pytest.approx(0) and set(without) == {
         "adam_mini",
-        "derived",
+        "derived_blocks",
         "derived_row",
     }
     cell = cells[0]
@@ -88,15 +88,19 @@ def test_additivity_and_noise(study: role_study.Study) -> None:
 
 
 def test_difference_of_two_arms(study: role_study.Study) -> None:
-    whole = role_study.difference(study, "derived", "adamw")
-    by_hand = study.gaps[study.gaps.arm == "derived"].gap.mean()
+    whole = role_study.difference(study, "derived_blocks", "adamw")
+    by_hand = study.gaps[study.gaps.arm == "derived_blocks"].gap.mean()
     assert whole.mean == pytest.approx(by_hand) and whole.n == 3 and whole.half == pytest.approx(0, abs=1e-9)
     twin = role_study.difference(study, "adamw", "twin", mixed=True, lr=1e-2)
     assert twin.mean == pytest.approx(0, abs=1e-9) and twin.half > 1e-5
     table = study.gaps
-    part = table[(table.arm == "derived") & (table.lr == 1e-2) & (table.model == "llama") & (table.data == "enwik8")]
-    rest = table[(table.arm == "derived") & (table.lr == 1e-2) & (table.model == "gpt") & (table.data != "enwik8")]
-    mixed = role_study.difference(study, "derived", "adamw", mixed=True, lr=1e-2)
+    part = table[
+        (table.arm == "derived_blocks") & (table.lr == 1e-2) & (table.model == "llama") & (table.data == "enwik8")
+    ]
+    rest = table[
+        (table.arm == "derived_blocks") & (table.lr == 1e-2) & (table.model == "gpt") & (table.data != "enwik8")
+    ]
+    mixed = role_study.difference(study, "derived_blocks", "adamw", mixed=True, lr=1e-2)
     assert mixed.mean == pytest.approx((part.gap.mean() + rest.gap.mean()) / 2)
     with pytest.raises(ValueError, match=r"no runs of .*'derivde'"):
         role_study.difference(study, "derivde", "adamw")

@@ -22,7 +22,7 @@ def test_a_plain_grid_is_one_condition_with_the_numbers_of_the_ablation(tmp_path
     assert best.at_best.mean == expected.difference and best.at_best.n == 3
     assert rows.loc["adam_mini", 0.001].difference == paired_difference(study.runs, "adam_mini", lr=0.001)
     assert rows.loc["elementwise", 0.01].at_best is None and rows.loc["elementwise", 0.01].why == "–"
-    assert best.state_values == 1050 and rows.loc["elementwise", 0.01].state_values == 2000
+    assert best.state_bytes == 4200 and rows.loc["elementwise", 0.01].state_bytes == 8000
 
 
 def test_what_varies_within_an_arm_divides_the_runs(tmp_path: Path) -> None:
@@ -56,11 +56,19 @@ def test_sizes_are_named_by_what_is_independent(tmp_path: Path) -> None:
 
 
 def test_a_state_that_the_run_counts_itself_is_taken(tmp_path: Path) -> None:
-    write_run(tmp_path, "elementwise", 0.01, 0, 2.0, state_values=123)
-    assert studies.load(tmp_path).runs.state_values.tolist() == [123]
-    write_run(tmp_path, "elementwise", 0.02, 0, 2.0, state_values="many")
-    with pytest.raises(ValueError, match=r"state_values='many' in status.json"):
-        studies.load(tmp_path)
+    write_run(tmp_path, "elementwise", 0.01, 0, 2.0, state_bytes=123, second_moment_scalars=0)
+    study = studies.load(tmp_path)
+    assert study.runs.state_bytes.tolist() == [123] and studies.table(study).state_bytes.tolist() == [123]
+
+
+def test_arms_with_more_seeds_are_paired_over_those_in_common(tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run(tmp_path, "elementwise", 0.01, seed, 2.0 + seed)
+        if seed < 3:
+            write_run(tmp_path, "muon", 0.02, seed, 2.5 + seed)
+    rows = studies.table(studies.load(tmp_path)).set_index("arm")
+    assert rows.at_best["muon"].mean == pytest.approx(0.5) and rows.at_best["muon"].n == 3
+    assert rows.difference["muon"] is None and rows.why["muon"] == "no pair"
 
 
 def test_unfinished_runs_are_counted_and_diverged_ones_kept(tmp_path: Path) -> None:

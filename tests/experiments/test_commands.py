@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tyro
 
-from experiments import ablation, runner
+from experiments import ablation, grids, runner
 from experiments.studies import predicted_cost
 from experiments.studies.hessian_maps import __main__ as hessian_maps
 from experiments.studies.hessian_maps import ship
@@ -59,7 +59,7 @@ def test_ablation(
 def test_ablation_names_a_damaged_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = ablation.grid("smoke")[0].with_rules_hash()
+    first = grids.grid("smoke")[0].with_rules_hash()
     folder = tmp_path / first.experiment / first.hash
     folder.mkdir(parents=True)
     (folder / "status.json").write_text("[]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from experiments.data import Corpus, batch_at
 from experiments.models import build, lm_loss
 from experiments.studies.role_study import __main__ as command
-from experiments.studies.role_study import cells, criteria, runs
+from experiments.studies.role_study import cells, choose, criteria, runs
 from experiments.studies.role_study import probe as probing
 from experiments.studies.role_study.cells import ADAMW, FIT, HELD_OUT, MODELS, TWIN, Cell
 from optimizer import AdamMini, Role, Rules, Unit, partition
@@ -47,7 +48,7 @@ def test_split_projections_change_nothing_but_the_names() -> None:
 def test_an_arm_changes_its_role_alone(model: str) -> None:
     built, arms = cells.make_model(model, 0), cells.arms(model)
     anatomies, elementwise = discover(built), partition(built, "elementwise")
-    assert len(arms) == {"llama": 40, "gpt": 43}[model]
+    assert len(arms) == {"llama": 40, "gpt": 44}[model]
     for arm, rules in arms.items():
         if "/" in arm:
             changed = {n for n, layout in partition(built, rules).items() if layout != elementwise[n]}
@@ -66,7 +67,7 @@ def test_the_deciding_cells_come_first() -> None:
     assert len(order) == len(set(order)) == 24
     assert {(c.model, c.data) for c in order[:12]} == {FIT, HELD_OUT}
     assert {c.seed for c in order[:4]} == {0}
-    assert sum(len(cells.arms(c.model)) for c in order) == 996
+    assert sum(len(cells.arms(c.model)) for c in order) == 1008
 
 
 def test_runs_of_a_seed_pair_and_moments_are_adams(short: None) -> None:
@@ -193,3 +194,49 @@ def test_criteria_are_written_for_the_cells_that_have_moments(tmp_path: Path, mo
     assert {(row[0], row[-1]) for row in document["rows"]} == {(cell.name, 0.5)}
     monkeypatch.setattr(criteria, "probe", lambda *_: pytest.fail("a stored probe was computed again"))
     assert criteria.write(tmp_path, tmp_path) == 1
+
+
+def _write_gaps(folder: Path, gap: Callable[[Cell, str], float | None]) -> Path:
+    for cell in cells.cells():
+        found = {arm: {"final_val_loss": None if (g := gap(cell, arm)) is None else 3.0 + g, "seconds": 1.0}
+                 for arm in cells.arms(cell.model)}  # fmt: skip
+        document = runs.load_cell(folder, cell)
+        document["runs"] = found
+        runs.save_cell(folder, cell, document)
+    return folder
+
+
+def test_a_role_gets_the_fewest_scalars_that_cost_nothing_in_any_pair(tmp_path: Path) -> None:
+    """By hand: rows of the query cost 0.0009 everywhere, its heads 0.0011 in one pair only."""
+    costs = {"QUERY/OUT_NEURON": 0.0009, "VALUE/TENSOR": -0.1, "bias_tensor": 0.002}
+
+    def gap(cell: Cell, arm: str) -> float | None:
+        if (cell.model, cell.data) == HELD_OUT or cell.lr == 1e-2:
+            return None if arm != ADAMW else 0.0  # Nothing here may matter.
+        if arm == "QUERY/ATTENTION_HEAD":
+            return 0.0011 if cell.model == "gpt" else 0.0
+        if arm == "KEY/FACTORED":
+            return None if cell.seed == 2 else -1.0  # A divergence outweighs any mean.
+        return costs.get(arm, 0.0 if arm in (ADAMW, TWIN) else 0.5)
+
+    chosen = choose.choose(_write_gaps(tmp_path, gap))
+    assert chosen[Role.QUERY] is Unit.OUT_NEURON and chosen[Role.VALUE] is Unit.TENSOR
+    assert chosen[Role.KEY] is chosen[Role.BIAS] is chosen[Role.MLP_OUT] is chosen[Role.EXPERT_OUT] is Unit.ELEMENT
+    assert chosen[Role.CONV] is Rules("factored")[Role.CONV]
+    query = {c["unit"]: c for c in chosen.evidence["choices"]["QUERY"]["candidates"]}
+    assert query["ATTENTION_HEAD"]["worst"] == 0.0011 and query["OUT_NEURON"]["scalars"] < query["FACTORED"]["scalars"]
+
+
+def test_a_missing_run_is_named_before_rules_are_written(tmp_path: Path) -> None:
+    folder = _write_gaps(tmp_path, lambda cell, arm: 0.0)
+    cell = Cell(*FIT, 3e-3, 1)
+    document = runs.load_cell(folder, cell)
+    del document["runs"]["QUERY/FACTORED"]
+    runs.save_cell(folder, cell, document)
+    with pytest.raises(ValueError, match=r"llama-python-stdlib-0\.003-1 lacks the runs \['QUERY/FACTORED'\]"):
+        choose.choose(folder)
+
+
+def test_the_shipped_rules_are_those_that_the_stored_runs_choose() -> None:
+    chosen, shipped = choose.choose(Path(__file__).parents[2] / "results" / "role_study"), Rules("derived")
+    assert chosen == shipped and chosen.evidence == shipped.evidence

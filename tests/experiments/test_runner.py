@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import ablation, runner
-from experiments.ablation import ARMS, LEARNING_RATES, SEEDS, grid
 from experiments.configs import CONFIGS, TrainConfig, smoke
+from experiments.grids import ARMS, LEARNING_RATES, SEEDS, grid
 from experiments.interruption import Interruption
 from experiments.runner import Launch, run_many, run_one, seconds_per_run
 from experiments.train import run_folder
@@ -73,8 +73,8 @@ def test_impossible_sizes_are_named(config: TrainConfig, field: str, value: floa
 
 def test_grid_is_complete_and_balanced() -> None:
     runs = grid("cpu")
-    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 72
-    assert len({run.hash for run in runs}) == 72
+    assert len(runs) == len(ARMS) * len(LEARNING_RATES) * len(SEEDS) == 81
+    assert len({run.hash for run in runs}) == 81
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     same = {dataclasses.replace(run, arm="", lr=0.1, seed=0) for run in runs}
     assert len(same) == 1  # nothing else differs between arms
@@ -82,7 +82,7 @@ def test_grid_is_complete_and_balanced() -> None:
 
 def test_carry_over_is_another_model_and_corpus() -> None:
     runs = grid("cpu", study="carry_over")
-    assert len(runs) == 4 * 2 * 8 and {run.experiment for run in runs} == {"carry_over_cpu"}
+    assert len(runs) == 5 * 2 * 8 and {run.experiment for run in runs} == {"carry_over_cpu"}
     assert {(type(run.model).__name__, run.data) for run in runs} == {("GPTConfig", "enwik8")}
     results = Path(__file__).resolve().parents[2] / "results" / "carry_over_cpu"
     assert {run.with_rules_hash().hash for run in runs} == {path.name for path in results.iterdir()}
@@ -196,7 +196,10 @@ def test_time_is_estimated_from_finished_runs_or_from_a_few_steps(tmp_path: Path
         folder.mkdir(parents=True)
         status = {"state": "finished", "format_version": 1, "seconds": seconds}
         (folder / "status.json").write_text(json.dumps(status))
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
     assert seconds_per_run(config, tmp_path) == 5.0
+    longer = dataclasses.replace(config, steps=2000).with_rules_hash()
+    assert seconds_per_run(longer, tmp_path) != 5.0, "runs of another length tell nothing"
     broken = dataclasses.replace(config, experiment="other", data="no-such-corpus")
     with pytest.raises(RuntimeError, match="no-such-corpus"):
         seconds_per_run(broken.with_rules_hash(), tmp_path)
@@ -208,7 +211,7 @@ def test_runs_are_selected_by_name_and_planned_without_being_started(
     ablation.main(profile="smoke", results=tmp_path, only="factored|^adam_mini ", dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["  adam_mini 0.001 0", "  factored 0.001 0"]
-    assert re.fullmatch(r"2 runs, 2 left, \d+ s each: 0\.\d\d hours with 2 at a time", lines[2])
+    assert re.fullmatch(r"2 runs, 2 left: about 0\.\d\d hours with 2 at a time", lines[2])
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(
         ValueError, match=r"only='muon' is found in no run; their names are like 'elementwise 0\.001 0'"

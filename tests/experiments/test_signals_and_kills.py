@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from experiments.ablation import grid
 from experiments.configs import TrainConfig
+from experiments.grids import grid
 from experiments.runner import run_many
 from experiments.train import run_folder, train
 from tests.experiments import kills

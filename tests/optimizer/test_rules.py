@@ -22,6 +22,7 @@ EXPECTED = {
     "slim_adam",
     "elementwise",
     "derived",
+    "derived_blocks",
     "factored",
 }
 

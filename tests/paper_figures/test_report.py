@@ -167,12 +167,16 @@ def test_the_reproduction_table_is_that_of_its_page(site: Path) -> None:
 
 
 def test_rules_and_their_candidates_are_shown(site: Path) -> None:
-    document = json.loads((ROOT / "optimizer/partition/rules/derived.json").read_text())
-    choices = document["evidence"]["choices"]
-    measured = [choice for choice in choices.values() if choice.get("candidates")]
-    assert len(index_of(site, "rules")) == len(measured) > 5
-    body = re.search(r'id="evidence">.*?<tbody>(.*?)</tbody>', page_of(site), re.S)
-    assert body is not None and body[1].count("<tr>") == sum(len(c["candidates"]) for c in measured)
+    shown = 0
+    for rules, table in (("derived", "trained"), ("derived_blocks", "evidence")):
+        document = json.loads((ROOT / f"optimizer/partition/rules/{rules}.json").read_text())
+        measured = [choice for choice in document["evidence"]["choices"].values() if choice.get("candidates")]
+        assert len([entry for entry in index_of(site, "rules") if entry["choice"][0] == rules]) == len(measured) > 5
+        body = re.search(rf'id="{table}">.*?<tbody>(.*?)</tbody>', page_of(site), re.S)
+        assert body is not None and body[1].count("<tr>") == sum(len(c["candidates"]) for c in measured)
+        assert body[1].count(">yes</td>") == len(measured)
+        shown += len(measured)
+    assert shown == len(index_of(site, "rules"))
     for name in (path.stem for path in (ROOT / "optimizer/partition/rules").glob("*.json")):
         assert f">{name}</button>" in page_of(site)
 
@@ -248,10 +252,10 @@ def test_the_answer_follows_the_verdicts() -> None:
         return sentence(found)
 
     good, bad = ("not told apart", "better"), ("worse", "worse")
-    text = told(factored=good, derived=("not told apart", "worse"), adam_mini=bad)
-    assert "(factored) is not measurably worse" in text and "(derived), is worse in one" in text
+    text = told(derived=bad, factored=good, derived_blocks=("not told apart", "worse"), adam_mini=bad)
+    assert "(factored) is not measurably worse" in text and "(derived_blocks), is worse in one" in text
     assert "(adam_mini), is worse in both" in text
-    assert told(factored=bad, derived=bad, adam_mini=bad).startswith("More than these keep")
+    assert told(derived=bad, factored=bad, derived_blocks=bad, adam_mini=bad).startswith("More than these keep")
 
 
 def test_cells_without_a_value_have_no_key() -> None:

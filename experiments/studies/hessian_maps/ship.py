@@ -1,4 +1,6 @@
-"""``python -m experiments.studies.hessian_maps.ship out/hessian``: make a study's rules the shipped set ``derived``.
+"""Make a study's rules the shipped set ``derived_blocks``.
+
+    python -m experiments.studies.hessian_maps.ship out/hessian
 
 The shipped file contains the choices and their candidates, but not the raw table of evidence, which ``make hessian``
 computes again.
@@ -14,7 +16,7 @@ from experiments.commandline import refusals
 from experiments.storage import read_json
 from optimizer import Rules
 
-SHIPPED = Path(__file__).resolve().parents[3] / "optimizer" / "partition" / "rules" / "derived.json"
+SHIPPED = Path(__file__).resolve().parents[3] / "optimizer" / "partition" / "rules" / "derived_blocks.json"
 
 
 def ship(study: Path, target: Path = SHIPPED) -> Path:
@@ -35,11 +37,12 @@ def ship(study: Path, target: Path = SHIPPED) -> Path:
     if not isinstance(rules.evidence, dict):
         raise ValueError(f"study={study}: rules.json has no evidence; run `make hessian` to its end")
     rules.evidence = {key: value for key, value in rules.evidence.items() if key != "table"}
+    rules.name = target.stem
     return rules.save(target)
 
 
 def main(study: tyro.conf.Positional[Path]) -> None:
-    """Make the rules of a study the shipped set ``derived``.
+    """Make the rules of a study the shipped set ``derived_blocks``.
 
     Args:
         study: folder of a finished study.

@@ -14,6 +14,7 @@ from experiments import data
 from experiments.commandline import refusals
 from experiments.interruption import Interruption
 from experiments.storage import require_writable
+from experiments.studies.role_study import choose
 from experiments.studies.role_study import criteria as measured
 from experiments.studies.role_study.cells import ADAMW, MODELS, Cell, arms, cells
 from experiments.studies.role_study.runs import load_cell, load_moments, run, save_cell, save_moments
@@ -48,6 +49,7 @@ def main(
     cache: Path = Path("out/role_study"),
     dry_run: bool = False,
     criteria: bool = False,
+    rules: bool = False,
     minutes: float = float("inf"),
 ) -> None:
     """Train what has no results yet, one run at a time on one thread. SIGTERM and SIGINT stop after the present run.
@@ -57,9 +59,14 @@ def main(
         cache: folder of the averaged second moments, from which the criteria are computed; not committed.
         dry_run: print the number of runs and the estimated time, and train nothing but what the estimate needs.
         criteria: compute the criteria of the finished cells, write them to criteria.json, and train nothing.
+        rules: write the rules that the finished runs choose as the shipped set ``derived``, and train nothing.
         minutes: start no run after this time.
     """
     torch.set_num_threads(1)
+    if rules:
+        with refusals(ValueError, OSError):
+            print(choose.choose(out).save(choose.SHIPPED))
+        return
     if criteria:
         with refusals(ValueError, OSError):
             require_writable(out, "out")

@@ -23,12 +23,13 @@ MODELS: Mapping[str, GPTConfig | LlamaConfig] = {
 LEARNING_RATES = (3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 ADAMW, TWIN = "adamw", "twin"
-WHOLE_SETS = ("adam_mini", "derived", "factored")
+WHOLE_SETS = ("adam_mini", "derived_blocks", "factored")
 LATER = {
-    "derived_row": ("derived", {Role.QUERY: Unit.OUT_NEURON}),
+    "derived_row": ("derived_blocks", {Role.QUERY: Unit.OUT_NEURON}),
     "all_factored": ("factored", {Role.TOKEN_EMBEDDING: Unit.FACTORED, Role.HEAD: Unit.FACTORED}),
+    "bias_tensor": ("elementwise", {Role.BIAS: Unit.TENSOR}),
 }
-"""Whole rule sets that were added after the held-out outcome: a shipped set, and the units in which they differ."""
+"""Rule sets that were added after the held-out outcome: a shipped set, and the units in which they differ."""
 _TABLE = (Unit.TENSOR, Unit.TOKEN, Unit.IN_NEURON, Unit.FACTORED)
 _HEADS = (Unit.ATTENTION_HEAD, Unit.OUT_NEURON, Unit.IN_NEURON, Unit.FACTORED)
 _MATRIX = (Unit.TENSOR, Unit.OUT_NEURON, Unit.IN_NEURON, Unit.FACTORED)
@@ -44,7 +45,7 @@ UNITS: Mapping[Role, tuple[Unit, ...]] = {
     Role.HEAD: _TABLE,
     Role.NORM: (Unit.TENSOR,),
 }
-"""The units that are tried for each role. Biases keep one scalar per element in every arm but none is studied."""
+"""The units that are tried for each role. Biases keep one scalar per element in every arm but ``bias_tensor``."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,10 @@ def arms(model: str) -> dict[str, Rules]:
                 raise ValueError(f"arm={rules.name!r} is not what the model {model!r} would get: {notes}; leave it out")
             out[rules.name] = rules
     out |= {name: Rules(name) for name in WHOLE_SETS}
-    return out | {name: Rules(base).replace(name, units) for name, (base, units) in LATER.items()}
+    later = {name: Rules(base).replace(name, units) for name, (base, units) in LATER.items()}
+    if Role.BIAS not in present:
+        del later["bias_tensor"]
+    return out | later
 
 
 def shared(v: Tensor, layout: TensorLayout) -> Tensor:

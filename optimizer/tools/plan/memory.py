@@ -16,7 +16,7 @@ from .holdings import Holding, Tensor, elements, stepped
 from .sharding import DTYPES, Parameter, Setup
 from .states import FP32, Cost, State, adam_mini, adamw, adamw_8bit
 
-DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived", "factored")
+DEFAULT_RULES = ("adam_mini", "short_run", "pytorch_default", "slim_adam", "derived_blocks", "derived", "factored")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .model import parameters_of
 from .sharding import Parameter, Setup
 
 GB = 10**9
-_RULES = ("adam_mini", "short_run", "slim_adam", "pytorch_default", "derived", "factored")
+_RULES = ("adam_mini", "short_run", "slim_adam", "pytorch_default", "derived_blocks", "derived", "factored")
 _MOMENTS = ("fp32", "bf16", "int8", "int4")
 _HEADER = (
     "model",
