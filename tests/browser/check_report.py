@@ -184,7 +184,7 @@ def hover(found: Visit, pictures: str, x: float, y: float) -> str:
         ("pareto", ("n = ", "±", "bytes per parameter")),
         ("headline", ("n = ", "±", "second moments")),
         ("differences", ("n = ", "±", "learning rate")),
-        ("rules", ("n = ", "z = ", "gap")),
+        ("rules", ("gap", "nats")),
     ],
 )
 def check_hover_shows_numbers(opened: Visit, pictures: str, words: tuple[str, ...]) -> None:
