@@ -19,7 +19,7 @@ from paper_figures.report.training import subject, verdict_of
 NEEDED = ("ablation_cpu", "carry_over_cpu")
 SHOWN = ("derived", "factored", "derived_blocks", "adam_mini")
 WHAT = {
-    "derived": "for each role what training runs chose",
+    "derived": "units that training runs chose, role by role",
     "factored": "one number per row and one per column",
     "derived_blocks": "one number per block, blocks by Hessians",
     "adam_mini": "one number per block, blocks of the paper",
@@ -87,16 +87,23 @@ def sentence(found: Sequence[Answer]) -> str:
     if not holds:
         return f"More than these keep: each of {', '.join(SHOWN)} is worse than AdamW in at least one of two studies."
     best = min(holds, key=lambda arm: max(answer.share for answer in by[arm]))
-    share = max(answer.share for answer in by[best])
     parts = [
-        f"Less than {100 * share + 0.05:.1f} % on small models: {WHAT[best]} ({best}) is not measurably worse than "
-        "AdamW in either of two studies."
+        f"Less than {_share(by[best]) + 0.05:.1f} % on small models. With {WHAT[best]} ({best}), the loss is not "
+        "measurably worse than AdamW's in either of two studies."
     ]
+    others = [f"{WHAT[arm]} ({arm}, up to {_share(by[arm]):.1f} %)" for arm in holds if arm != best]
+    if others:
+        parts.append(f"Nor is it with {' or with '.join(others)}.")
     for arm in (arm for arm in SHOWN if arm not in holds):
         worse = [answer for answer in by[arm] if answer.verdict == "worse"]
         where = "both" if len(worse) == len(NEEDED) else "one"
-        parts.append(f"{WHAT[arm].capitalize()} ({arm}), is worse in {where}.")
+        parts.append(f"With {WHAT[arm]} ({arm}), it is worse in {where}.")
     return " ".join(parts)
+
+
+def _share(answers: Sequence[Answer]) -> float:
+    """Return the largest share of AdamW's second moments that an arm keeps, in percent."""
+    return 100 * max(answer.share for answer in answers)
 
 
 def picture(found: Sequence[Study], shown: Sequence[Answer]) -> Pictures:

@@ -253,8 +253,11 @@ def test_the_answer_follows_the_verdicts() -> None:
 
     good, bad = ("not told apart", "better"), ("worse", "worse")
     text = told(derived=bad, factored=good, derived_blocks=("not told apart", "worse"), adam_mini=bad)
-    assert "(factored) is not measurably worse" in text and "(derived_blocks), is worse in one" in text
-    assert "(adam_mini), is worse in both" in text
+    assert "(factored), the loss is not measurably worse" in text and "(derived_blocks), it is worse in one" in text
+    assert "(adam_mini), it is worse in both" in text and "Nor is it" not in text
+    assert "Nor is it with one number per row and one per column (factored" in told(
+        derived=good, factored=good, derived_blocks=bad, adam_mini=bad
+    )
     assert told(derived=bad, factored=bad, derived_blocks=bad, adam_mini=bad).startswith("More than these keep")
 
 
