@@ -214,11 +214,11 @@ report: $(READY)
 	$(PY) -m paper_figures.report --out $(REPORT)
 
 # Click through the site in a browser; screenshots go to out/report-shots. The browser is the system's Chromium.
-BROWSER ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser))
+CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser))
 report-check: $(READY)
-	@[ -n "$(BROWSER)" ] || { echo "make report-check needs Chromium: apt-get install chromium, or BROWSER=/path/to/chromium"; exit 1; }
+	@[ -n "$(CHROMIUM)" ] || { echo "make report-check needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/chromium"; exit 1; }
 	@$(PY) -c 'import playwright' 2>/dev/null || $(PIP) --constraint constraints.txt --editable ".[browser]"
-	BROWSER=$(BROWSER) $(PY) -m pytest -rs -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 tests/browser
+	CHROMIUM=$(CHROMIUM) $(PY) -m pytest -rs -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 tests/browser
 
 clean:
 	rm -rf $(VENV) out paper_figures/out build *.egg-info

@@ -47,10 +47,10 @@ class Visit:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Chromium, whose path is in the environment variable BROWSER or found by name."""
-    path = os.environ.get("BROWSER") or shutil.which("chromium") or shutil.which("chromium-browser")
+    """Chromium, whose path is in the environment variable CHROMIUM or found by name."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     if not path or not Path(path).is_file():
-        pytest.exit(f"BROWSER={path!r} is no browser: apt-get install chromium, or set BROWSER=/path/to/chromium", 1)
+        pytest.exit(f"CHROMIUM={path!r} is no browser: apt-get install chromium, or set CHROMIUM=/path/to/chromium", 1)
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
