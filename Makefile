@@ -32,7 +32,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers gpu-check gpu-dry-run clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian peers clean"
@@ -201,6 +201,15 @@ scaling: $(READY)
 # SWEEP has further options, for example SWEEP="--cluster slurm --partition night --time 120" (docs/training.md).
 ablation: $(READY)
 	$(PY) -m experiments.ablation --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS) $(SWEEP)
+
+# What a machine with a GPU runs first: every engine against the reference, times, and a training run, on one page
+# (out/gpu_check.md). Without a CUDA device it fails. Build the environment with make setup TORCH=cu128.
+gpu-check: $(READY)
+	$(PY) -m benchmarks.gpu_check
+
+# The plan of the paper's recipes: runs, tokens, memory per device. Nothing is started.
+gpu-dry-run: $(READY)
+	$(PY) -m experiments.ablation --profile gpu --dry-run $(SWEEP)
 
 # Kill a run of two FSDP2 ranks with SIGKILL twenty times. This takes some minutes.
 kills: $(READY)

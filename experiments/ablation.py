@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from experiments import gpu_plan
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig
 from experiments.grids import grid, names
-from experiments.runner import Launch, run_many, seconds_per_run, unfinished
+from experiments.runner import Launch, Outcome, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
@@ -50,7 +53,7 @@ def plan(configs: list[TrainConfig], results: Path, workers: int) -> str:
 
 
 def main(
-    profile: Literal["cpu", "smoke"] = "cpu",
+    profile: Literal["cpu", "smoke", "gpu"] = "cpu",
     workers: int = 2,
     results: Path = Path("results"),
     study: str = "ablation",
@@ -66,12 +69,12 @@ def main(
     """Run the grid and resume interrupted runs; on a cluster, submit the runs.
 
     Args:
-        profile: cpu (the committed results) or smoke.
+        profile: cpu (the committed results), smoke, or gpu (the paper's recipes on CUDA devices, docs/gpu.md).
         workers: number of runs at a time.
         results: root of the results folders.
         study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds), statistics (of
             blocks, other than their mean), rivals (optimizers of other authors), record (warm-up and clipping) or
-            length (sizes and numbers of tokens).
+            length (sizes and numbers of tokens). With profile gpu: a recipe, such as llama-39m, or all of them.
         arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.
@@ -80,32 +83,57 @@ def main(
         limit: minutes after its start at which a run on this machine is stopped and recorded as failed, while the
             others go on; on Slurm use --time.
         dry_run: print the runs that would be started and the hours they would take, and start none of them. If no run
-            is finished, ten steps are timed.
+            is finished, ten steps are timed; with profile gpu nothing is timed, and tokens and memory are printed.
         options: options of each run that do not change its results folder.
         slurm: resources of each run on Slurm.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Every run is a separate process, so an error in this process is about the arguments.
     with refusals(ValueError, OSError, RuntimeError):
-        configs, folder = selected(grid(profile, arms or None, study), only), results / f"{study}_{profile}"
-        each = Launch(processes, options, limit)
         if cluster == "slurm" and limit < math.inf:
             raise ValueError(f"limit={limit:g} is for runs on this machine; on Slurm use --time")
+        if profile == "gpu":
+            options = dataclasses.replace(options, device="cuda")
+            groups = {name: selected(runs, only) for name, runs in gpu_plan.chosen(study, arms).items()}
+        else:
+            groups = {f"{study}_{profile}": selected(grid(profile, arms or None, study), only)}
         if dry_run:
-            print(plan(configs, results, workers))
+            devices = slurm.gpus or processes
+            print(gpu_plan.text(groups, options, devices) if profile == "gpu" else _plans(groups, results, workers))
             return
         require_writable(results, "results")
-        if cluster == "slurm":
-            jobs = submit(configs, results, slurm=slurm, workers=workers, each=each)
-            print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{', ...' * (len(jobs) > 3)}); results in {folder}")
-            return
-        outcome = run_many(configs, results, workers=workers, each=each)
+        outcomes = []
+        for configs in groups.values():
+            each = Launch(processes, _fitted(options, configs, slurm.gpus or processes, profile), limit)
+            if cluster == "slurm":
+                jobs = submit(configs, results, slurm=slurm, workers=workers, each=each)
+                folder, more = results / configs[0].experiment, ", ..." * (len(jobs) > 3)
+                print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{more}); results in {folder}")
+                continue
+            outcomes.append(run_many(configs, results, workers=workers, each=each))
+            _report(outcomes[-1], results / configs[0].experiment)
+            if outcomes[-1].interrupted:
+                break
+    if any(outcome.failed or outcome.interrupted for outcome in outcomes):
+        raise SystemExit(1)
+
+
+def _plans(groups: Mapping[str, list[TrainConfig]], results: Path, workers: int) -> str:
+    return "\n".join(plan(configs, results, workers) for configs in groups.values())
+
+
+def _fitted(options: Options, configs: list[TrainConfig], processes: int, profile: str) -> Options:
+    """Return the options of a recipe's runs, with a micro-batch that is estimated to fit if none was given."""
+    if profile != "gpu" or options.micro_batch:
+        return options
+    return dataclasses.replace(options, micro_batch=gpu_plan.fitting_micro_batch(configs[0], processes))
+
+
+def _report(outcome: Outcome, folder: Path) -> None:
     print(
         f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted; "
         f"results in {folder}"
     )
-    if outcome.failed or outcome.interrupted:
-        raise SystemExit(1)
 
 
 def command() -> None:

@@ -9,18 +9,21 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
+from experiments.fields import ADDED, document_of, require_keys
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
-from experiments.optimizers import ADAMW, CONTROL, VARIANTS, load_rules
+from experiments.optimizers import ADAMW, CONTROL, EPS, VARIANTS, load_rules
 from experiments.rivals import RIVALS
 
 FORMAT_VERSION = 1
 """Version of the format of a results folder; it increases whenever the meaning of a file changes."""
 MOST_SEEDS = 2**63
 """Seeds must be below this value, which is the limit of torch's generators."""
+Precision = Literal["fp32", "bf16"]
+Decay = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TrainConfig:
         beta2: decay rate of the second moment, in [0, 1).
         weight_decay: decoupled weight decay.
         clip: limit of the gradient norm; 0 for no limit.
-        warmup: share of the steps over which the learning rate rises linearly; then it falls linearly to 0.
+        warmup: share of the steps over which the learning rate rises linearly; then it falls.
         batch: sequences per step, over all processes.
         seq_len: tokens per sequence.
         steps: number of optimizer steps.
@@ -47,6 +50,11 @@ class TrainConfig:
         eval_batches: number of fixed validation batches of ``batch`` sequences.
         checkpoint_every: steps between checkpoints; 0 for no checkpoints.
         seed: seed of the initial weights, the data order and the control's shuffle.
+        precision: ``bf16`` computes matrix products in bf16 (autocast; under FSDP2 its mixed precision). Parameters,
+            gradients that are reduced, and optimizer state are fp32 either way.
+        decay: how the learning rate falls after the warm-up: ``linear`` or ``cosine``.
+        lr_end: where it falls to, as a share of ``lr``, in [0, 1).
+        eps: added to the root of the second moment, for AdamW and rule sets.
     """
 
     experiment: str
@@ -68,6 +76,10 @@ class TrainConfig:
     checkpoint_every: int = 100
     seed: int = 0
     format_version: Annotated[int, tyro.conf.Suppress] = field(default=FORMAT_VERSION)
+    precision: Precision = field(default="fp32", metadata=ADDED)
+    decay: Decay = field(default="linear", metadata=ADDED)
+    lr_end: float = field(default=0.0, metadata=ADDED)
+    eps: float = field(default=EPS, metadata=ADDED)
 
     def __post_init__(self) -> None:
         if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
@@ -80,10 +92,13 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if self.seed >= MOST_SEEDS:
             raise ValueError(f"seed={self.seed} must be less than 2**63, the limit of torch's generators")
-        for name in ("warmup", "beta1", "beta2"):
+        for name, choices in (("precision", get_args(Precision)), ("decay", get_args(Decay))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {choices}")
+        for name in ("warmup", "beta1", "beta2", "lr_end"):
             if not 0 <= _number(name, getattr(self, name)) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("lr", "weight_decay", "clip"):
+        for name in ("lr", "weight_decay", "clip", "eps"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number, at least 0")
         self._require_sizes()
@@ -94,7 +109,7 @@ class TrainConfig:
             if isinstance(getattr(type(self.model), name), bool):
                 if not isinstance(size, bool):
                     raise ValueError(f"model.{name}={size!r} must be true or false")
-            else:
+            elif not isinstance(getattr(type(self.model), name), str):  # require_consistent checks words
                 check = _number if isinstance(getattr(type(self.model), name), float) else _whole
                 if not 0 < check(f"model.{name}", size) < math.inf:
                     raise ValueError(f"model.{name}={size} must be greater than 0")
@@ -114,7 +129,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a JSON-able dict that includes the name of the model's config class."""
-        return {**dataclasses.asdict(self), "model": {"kind": type(self.model).__name__, **vars(self.model)}}
+        return {**document_of(self), "model": {"kind": type(self.model).__name__, **document_of(self.model)}}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> TrainConfig:
@@ -130,13 +145,13 @@ class TrainConfig:
                 f"this config has format_version={document.get('format_version')}, this release writes "
                 f"{FORMAT_VERSION}; use the release that wrote it, or another results folder"
             )
-        _require_keys("config", document, {f.name for f in dataclasses.fields(cls)})
+        require_keys("config", document, cls)
         kinds = {kind.__name__: kind for kind in (GPTConfig, LlamaConfig, MLPConfig)}
         sizes = document["model"]
         if not isinstance(sizes, Mapping) or sizes.get("kind") not in kinds:
             raise ValueError(f"model={sizes!r} must be an object whose kind is one of {sorted(kinds)}")
         kind = kinds[sizes["kind"]]
-        _require_keys("model", sizes, {"kind", *(f.name for f in dataclasses.fields(kind))})
+        require_keys("model", sizes, kind, more=("kind",))
         return cls(**{**document, "model": kind(**{name: size for name, size in sizes.items() if name != "kind"})})
 
     @property
@@ -172,12 +187,6 @@ def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}={value!r} must be a number")
     return value
-
-
-def _require_keys(what: str, document: Mapping[str, Any], wanted: set[str]) -> None:
-    if document.keys() != wanted:
-        unknown, missing = sorted(document.keys() - wanted), sorted(wanted - document.keys())
-        raise ValueError(f"the {what} has the unknown keys {unknown} and lacks {missing}; write it with to_dict")
 
 
 def tiny_gpt() -> TrainConfig:

@@ -13,12 +13,21 @@ from optimizer.partition.rules import shipped
 
 CONTROL = "permuted"
 ADAMW = "torch_adamw"
+EPS = 1e-8
+"""AdamW's default eps."""
 VARIANTS = {f"adam_mini_{statistic}": statistic for statistic in STATISTICS if statistic != "mean"}
 """Arms with the blocks of ``adam_mini`` and another statistic than the mean."""
 
 
 def make_optimizer(
-    model: nn.Module, arm: str, *, lr: float, betas: tuple[float, float], weight_decay: float, seed: int
+    model: nn.Module,
+    arm: str,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    seed: int,
+    eps: float = EPS,
 ) -> torch.optim.Optimizer:
     """Create the optimizer of an arm. Every arm gets the same two parameter groups.
 
@@ -29,12 +38,15 @@ def make_optimizer(
         lr: learning rate.
         betas: decay rates of the first and second moment, each in [0, 1).
         weight_decay: decoupled weight decay.
+        eps: added to the root of the second moment.
         seed: seed that shuffles the blocks of ``permuted``, and of the random numbers of rivals.
 
     Raises:
         ValueError: the arm is unknown; it is ``permuted``, one of ``VARIANTS`` or a rival, and the model is sharded; or
-            a rival's library is not installed.
+            a rival's library is not installed; or eps is not the default, for any of these.
     """
+    if eps != EPS and (arm == CONTROL or arm in VARIANTS or arm in RIVALS):
+        raise ValueError(f"eps={eps:g} is for AdamW and rule sets; arm={arm!r} has its own, so leave it at {EPS:g}")
     if arm in RIVALS:
         return RIVALS[arm].make(model, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed)
     if arm == CONTROL or arm in VARIANTS:
@@ -44,9 +56,9 @@ def make_optimizer(
             return StatisticAdamMini(model, VARIANTS[arm], lr, betas, weight_decay=weight_decay)
         return PermutedAdamMini(model, lr, betas, weight_decay=weight_decay, seed=seed)
     rules = load_rules("elementwise" if arm == ADAMW else arm)
-    adam_mini = AdamMini(model, lr, betas, weight_decay=weight_decay, rules=rules)
+    adam_mini = AdamMini(model, lr, betas, eps=eps, weight_decay=weight_decay, rules=rules)
     if arm == ADAMW:
-        return torch.optim.AdamW(adam_mini.param_groups, lr=lr, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(adam_mini.param_groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return adam_mini
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,18 +88,35 @@ class Team:
             raise ValueError("device='cuda', but torch sees no GPU; use device='cpu', or install a CUDA build of torch")
         index = int(os.environ.get("LOCAL_RANK", "0"))
         local_device = torch.device("cpu") if device == "cpu" else torch.device("cuda", index)
+        if device == "cuda":
+            torch.cuda.set_device(local_device)  # NCCL, streams and pinned memory use the current device
         kind: Any = "fsdp2" if parallel == "fsdp2" else "ddp" if world > 1 else "alone"
         return cls(rank, world, kind, local_device)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the module to call instead of the model. Under FSDP2 the model itself is sharded, block by block."""
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move the model to this process's device. FSDP2 moves it block by block, so that no device has all of it."""
+        return model if self.kind == "fsdp2" else model.to(self.device)
+
+    def wrap(self, model: nn.Module, precision: str = "fp32") -> nn.Module:
+        """Return the module to call instead of the model. Under FSDP2 the model itself is sharded, block by block.
+
+        Args:
+            model: the model.
+            precision: with ``bf16``, FSDP2 gathers parameters in bf16 and reduces gradients in fp32. The shards that
+                the optimizer steps are fp32. It does not change DDP.
+        """
         if self.kind == "ddp":
             return DistributedDataParallel(model)
         if self.kind == "fsdp2":
+            policy = MixedPrecisionPolicy()
+            if precision == "bf16":
+                policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            # Without a mesh, FSDP2 takes the machine's accelerator, even for a run on the CPU.
+            mesh = init_device_mesh(self.device.type, (self.world,))
             for layers in [m for m in model.modules() if isinstance(m, nn.ModuleList)]:
                 for block in layers:
-                    fully_shard(block)
-            fully_shard(model)
+                    fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
         return model
 
     def local_rows(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -124,6 +142,13 @@ class Team:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+
+def peak_on_device(device: torch.device) -> dict[str, int]:
+    """Return the most memory that tensors of this process had on its GPU; an empty dict on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_device_mib": torch.cuda.max_memory_allocated(device) >> 20}
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -82,7 +82,7 @@ class Launch:
             f"--max-restarts={RESTARTS}",
             "-m",
         ]
-        options = [f"--{f.name}={getattr(self.options, f.name)}" for f in dataclasses.fields(self.options)]
+        options = [_flag(name, value) for name, value in vars(self.options).items()]
         several = self.processes > 1 or self.options.parallel == "fsdp2"
         return [
             sys.executable,
@@ -113,6 +113,14 @@ class Launch:
                 stderr=errors,
                 start_new_session=own_session,
             )
+
+
+def _flag(name: str, value: object) -> str:
+    """Write an option as tyro reads it."""
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 SINGLE = Launch()

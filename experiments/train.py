@@ -24,32 +24,30 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
-from experiments import data
+from experiments import data, passes
 from experiments.checkpoints import Checkpoints, State
 from experiments.commandline import refusals
 from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
 from experiments.interruption import Interruption, exit_code
-from experiments.models import MLPConfig, build, lm_loss
+from experiments.models import MLPConfig, build
 from experiments.optimizers import make_optimizer, require_coverage, second_moment_scalars
-from experiments.parallel import Device, Parallel, Team, process_group, weights_sha256
+from experiments.parallel import Device, Parallel, Team, peak_on_device, process_group, weights_sha256
+from experiments.recipes import RECIPES
 from experiments.rivals import state_size
 from experiments.storage import environment, locked, read_json, require_writable, write_atomic, write_json
+from experiments.trackers import TrackerName, make_tracker
 
 logger = logging.getLogger("experiments")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then linear decay to zero."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then decay to ``lr_end`` of the peak."""
     warm = max(1, round(config.warmup * config.steps))
-    return config.lr * min((step + 1) / warm, (config.steps - step) / max(1, config.steps - warm))
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
-    """Return the mean loss over fixed batches of equal size."""
-    return sum(lm_loss(model, batch).item() for batch in batches) / len(batches)
+    left = (config.steps - step) / max(1, config.steps - warm)
+    share = left if config.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * min(left, 1.0))
+    return config.lr * min((step + 1) / warm, config.lr_end + (1 - config.lr_end) * share)
 
 
 def run_folder(root: Path, config: TrainConfig) -> Path:
@@ -99,8 +97,18 @@ class Options:
     """Number of checkpoints that stay on disk during the run."""
     device: Device = "cpu"
     """Device to train on."""
+    micro_batch: int = 0
+    """Sequences of a forward and backward pass on one device; gradients are accumulated over them. 0 for all."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
+    recompute: bool = False
+    """Keep only the inputs of layers, and compute their activations again in the backward pass."""
+    track: TrackerName = "none"
+    """Where records also go, beside metrics.jsonl: none, tensorboard (events in the run's folder), wandb or trackio."""
 
     def __post_init__(self) -> None:
+        if self.micro_batch < 0:
+            raise ValueError(f"micro_batch={self.micro_batch} must be at least 0; 0 takes all sequences at once")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep} must be at least 1: how many checkpoints stay on disk")
 
@@ -153,21 +161,22 @@ class _Run:
 
     def __init__(self, config: TrainConfig, folder: Path, options: Options, interruption: Interruption) -> None:
         self.config, self.folder, self.interruption = config, folder, interruption
+        self.options = options
         self.team = team = Team.here(options.parallel, options.device, config.batch)
         if team.rank == 0:
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink()
-            processes = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
-            write_json(folder / "environment.json", {**environment(), **processes})
         self._seed()
-        self.model = build(config.model, config.seed).to(team.device)
-        self.parallel = team.wrap(self.model)
+        self.model = team.place(build(config.model, config.seed))
+        self.casting = passes.cast(team.device, config.precision, team.kind)
+        self.parallel = self._prepared()
         self.optimizer = make_optimizer(
             self.model,
             config.arm,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
+            eps=config.eps,
             seed=config.seed,
         )
         require_coverage(self.model, self.optimizer)
@@ -187,6 +196,24 @@ class _Run:
         self.step, self.seconds, self.stopping = 0, 0.0, False
         self.records: list[dict[str, float]] = []
         self._resume()
+        self.tracker = make_tracker("none" if team.rank else options.track, folder, config.to_dict(), self.step)
+
+    def _prepared(self) -> nn.Module:
+        """Apply the options to the model, wrap it, and record how the run is executed; return the module to call."""
+        team, options = self.team, self.options
+        if options.recompute:
+            if not hasattr(self.model, "recompute"):
+                raise ValueError(f"recompute=True: a {type(self.model).__name__} has no layers; use recompute=False")
+            self.model.recompute = True
+        if options.compile:
+            passes.compile_blocks(self.model)
+        module = team.wrap(self.model, self.config.precision)
+        if team.rank == 0:
+            how = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
+            how |= {name: getattr(options, name) for name in ("micro_batch", "compile", "recompute")}
+            how["parameters_on"] = str(next(self.model.parameters()).device)
+            write_json(self.folder / "environment.json", {**environment(), **how})
+        return module
 
     def go(self) -> dict[str, Any]:
         """Train to the end, a divergence or a signal, and return the status."""
@@ -212,6 +239,7 @@ class _Run:
                     return self._stop()
                 self.checkpoints.poll()
         finally:
+            self.tracker.close()
             self.checkpoints.wait()
         self._write_records()
         return self._status("finished")
@@ -220,8 +248,8 @@ class _Run:
         """Take one optimizer step on this process's rows of the global batch; return the global batch's loss."""
         config = self.config
         batch = self.sample(self.corpus.train, config.seed, self.step, config.batch, config.seq_len)
-        loss = lm_loss(self.parallel, self.team.local_rows(batch))
-        loss.backward()
+        rows = self.team.local_rows(batch)
+        loss = passes.backward(self.parallel, rows, rows=self.options.micro_batch, casting=self.casting)
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         for group in self.optimizer.param_groups:
@@ -229,7 +257,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        global_loss, self.stopping = self.team.agree(loss.detach(), bool(self.interruption.signal))
+        global_loss, self.stopping = self.team.agree(loss, bool(self.interruption.signal))
         return global_loss
 
     def _record(self, loss: float) -> None:
@@ -241,11 +269,14 @@ class _Run:
             "step": self.step,
             "tokens": self.step * self.config.batch * self.config.seq_len,
             "train_loss": loss,
-            "val_loss": validation_loss(self.model, self.validation),
+            "val_loss": passes.validation_loss(
+                self.model, self.validation, rows=self.options.micro_batch, casting=self.casting
+            ),
             "lr": learning_rate(self.config, self.step - 1),
             "seconds": round(self.seconds, 3),
         }
         self.records.append(record)
+        self.tracker.record(record)
         logger.info("step %(step)d train %(train_loss).4f val %(val_loss).4f lr %(lr).2e", record)
         try:
             self._write_records()
@@ -301,6 +332,7 @@ class _Run:
             "data_fingerprint": self.corpus.fingerprint[:16],
             "seconds": round(self.seconds, 2),
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            **peak_on_device(self.team.device),
             "weights_sha256": weights_sha256(self.model),
             "failed_checkpoints": self.checkpoints.failures,
         }
@@ -350,7 +382,8 @@ class Job:
 def main() -> None:
     """Run the command line: a config's name, followed by overrides of its fields."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in CONFIGS.items()}
+    named = CONFIGS | RECIPES
+    jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in named.items()}
     with refusals(ValueError, OSError):  # A value is out of range, an arm is no rule set, or a folder is damaged.
         job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
         config = job.config.with_rules_hash()

@@ -31,6 +31,12 @@ NOT_RUN = {
     # command lines, by their beginning
     "pip install .": "tests/test_wheel.py installs the wheel, without the registry",
     "pip wheel": "tests/test_wheel.py builds it, and compares the file's name",
+    "make setup TORCH=cu128": "builds another environment",
+    "make gpu-check": "needs a GPU; tests/benchmarks/test_gpu_check.py runs the checks that a CPU can",
+    "make gpu-dry-run": "tests/experiments/test_recipes.py",
+    "pip install '.[data]'": "changes the environment",
+    "python -m experiments.data.prepare": "needs the network; tests/experiments/test_prepare.py",
+    "torchrun --nproc-per-node 8 -m experiments.train": "needs GPUs; tests/experiments/test_recipes.py",
     "make hessian": "minutes; tests/experiments/test_hessian_study.py does it with tiny sizes",
     "make test": "it is this suite",
     "python -m experiments.train byte-llama": "minutes to hours; tests/experiments/test_train.py runs a smaller config",

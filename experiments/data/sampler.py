@@ -14,8 +14,8 @@ class Corpus:
     """Token ids in the order of the text.
 
     Attributes:
-        train: uint8 [n], training tokens.
-        validation: uint8 [m], held-out tokens.
+        train: uint8, uint16 or uint32 [n], training tokens; may be a file that is mapped into memory.
+        validation: likewise [m], held-out tokens.
         vocab: number of token ids.
         fingerprint: hash of the text, which identifies it in results.
     """
@@ -40,7 +40,7 @@ def batch_at(tokens: np.ndarray, seed: int, step: int, rows: int, length: int) -
     """Draw the batch of one step.
 
     Args:
-        tokens: uint8 [n], the training tokens.
+        tokens: unsigned integers [n], the training tokens.
         seed: seed of the data order.
         step: index of the step, from 0.
         rows: number of sequences.
@@ -70,7 +70,7 @@ def fixed_batches(tokens: np.ndarray, count: int, rows: int, length: int) -> lis
     The windows overlap only if the corpus is too short for all of them.
 
     Args:
-        tokens: uint8 [n], the held-out tokens.
+        tokens: unsigned integers [n], the held-out tokens.
         count: number of batches.
         rows: sequences per batch.
         length: tokens per sequence.

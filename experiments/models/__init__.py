@@ -33,4 +33,5 @@ def lm_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """
     inputs, targets = batch
     logits = model(inputs)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16-bit logits round the loss to 3 digits
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))

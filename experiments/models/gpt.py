@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.fields import ADDED
+
+from .initial import Init, initialise, require_init
+from .recomputing import through
+
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes of a GPT; the feed-forward width is four times ``n_embd``."""
+    """Sizes of a GPT; the feed-forward width is four times ``n_embd``.
+
+    ``bias`` is for all linear layers and norms, and ``init`` is explained in ``models.initial``.
+    """
 
     vocab: int = 256
     block_size: int = 128
@@ -19,13 +27,16 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 4
     tied: bool = False
+    bias: bool = field(default=True, metadata=ADDED)
+    init: Init = field(default="fan_in", metadata=ADDED)
 
     def require_consistent(self) -> None:
         """Check the sizes against each other.
 
         Raises:
-            ValueError: the number of heads does not divide the width.
+            ValueError: the number of heads does not divide the width, or ``init`` is unknown.
         """
+        require_init(self.init)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
@@ -36,8 +47,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.n_embd = config.n_head, config.n_embd
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, T, n_embd] to [B, T, n_embd]."""
@@ -52,8 +63,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, T, n_embd] to [B, T, n_embd]."""
@@ -65,8 +76,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
-        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd, bias=config.bias), CausalSelfAttention(config)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd, bias=config.bias), MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, T, n_embd] to [B, T, n_embd]."""
@@ -80,26 +91,24 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         config.require_consistent()
-        self.config = config
+        self.config, self.recompute = config, False
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith("c_proj.weight")
-                scale = (2 * config.n_layer) ** -0.5 if residual else 1.0
-                fan_in = (
-                    config.n_embd if name.startswith(("transformer.wte", "transformer.wpe")) else parameter.shape[1]
-                )
-                nn.init.normal_(parameter, std=scale * fan_in**-0.5)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        initialise(
+            self,
+            config.init,
+            width=config.n_embd,
+            layers=config.n_layer,
+            residual=("c_proj.weight",),
+            embeddings=("transformer.wte.weight", "transformer.wpe.weight"),
+        )
         if config.tied:
             self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
 
@@ -108,5 +117,5 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](positions)
         for block in self.transformer["h"]:
-            x = block(x)
+            x = through(block, x, recompute=self.recompute)
         return self.lm_head(self.transformer["ln_f"](x))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.fields import ADDED
+
+from .initial import Init, initialise, require_init
+from .recomputing import through
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama; ``hidden`` is the feed-forward width."""
+    """Sizes of a Llama; ``hidden`` is the feed-forward width, and ``init`` is explained in ``models.initial``."""
 
     vocab: int = 256
     dim: int = 128
@@ -20,14 +25,16 @@ class LlamaConfig:
     n_kv_heads: int = 2
     hidden: int = 384
     rope_base: float = 10_000.0
+    init: Init = field(default="fan_in", metadata=ADDED)
 
     def require_consistent(self) -> None:
         """Check the sizes against each other.
 
         Raises:
-            ValueError: n_heads does not divide dim, n_kv_heads does not divide n_heads, or a head has an odd width,
-                whose channels rotary positions cannot pair.
+            ValueError: n_heads does not divide dim, n_kv_heads does not divide n_heads, a head has an odd width, whose
+                channels rotary positions cannot pair, or ``init`` is unknown.
         """
+        require_init(self.init)
         if self.dim % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"dim={self.dim} must be a multiple of n_heads={self.n_heads}, and that a multiple of "
@@ -41,17 +48,21 @@ class LlamaConfig:
 
 
 def rotary(x: Tensor, base: float) -> Tensor:
-    """Rotate pairs (first half, second half) of head channels by position; x is [B, heads, T, head_dim]."""
+    """Rotate pairs (first half, second half) of head channels by position; x is [B, heads, T, head_dim].
+
+    16-bit channels are rotated in fp32, because 16 bits do not hold the cosine of an angle.
+    """
     length, half = x.shape[-2], x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device=x.device), frequency)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+    a, b = x[..., :half].to(wide), x[..., half:].to(wide)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation: x / rms(x) * weight."""
+    """Root mean square normalisation: x / rms(x) * weight; 16-bit inputs are normalised in fp32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -59,7 +70,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * self.weight
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * self.weight).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -120,21 +132,23 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         config.require_consistent()
-        self.config = config
+        self.config, self.recompute = config, False
         self.tok_embeddings = nn.Embedding(config.vocab, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim)
         self.output = nn.Linear(config.dim, config.vocab, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith(("wo.weight", "w2.weight"))
-                scale = (2 * config.n_layers) ** -0.5 if residual else 1.0
-                fan_in = config.dim if "embeddings" in name else parameter.shape[1]
-                nn.init.normal_(parameter, std=scale * fan_in**-0.5)
+        initialise(
+            self,
+            config.init,
+            width=config.dim,
+            layers=config.n_layers,
+            residual=("wo.weight", "w2.weight"),
+            embeddings=("tok_embeddings.weight",),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens, int64 [B, T], to logits [B, T, vocab]."""
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
-            x = layer(x)
+            x = through(layer, x, recompute=self.recompute)
         return self.output(self.norm(x))

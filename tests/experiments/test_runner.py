@@ -33,6 +33,7 @@ def test_config_survives_json(make: object) -> None:
 
 def test_every_field_moves_the_hash(config: TrainConfig) -> None:
     other = {"model": dataclasses.replace(config.model, dim=64), "data": "enwik8", "arm": "slim_adam"}
+    other |= {"precision": "bf16", "decay": "cosine", "lr_end": 0.1}
     variants = [config]
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import experiments.train as train_module
-from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
-from experiments.models import GPTConfig, LlamaConfig, MLPConfig
-from experiments.optimizers import require_coverage
+from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig, smoke
+from experiments.models import GPTConfig, LlamaConfig, MLPConfig, build
+from experiments.optimizers import make_optimizer, require_coverage
 from experiments.storage import write_json
 from experiments.train import Refused, learning_rate, main, run_folder, train
 from tests.experiments import processes
@@ -321,3 +321,13 @@ def test_an_error_in_the_work_keeps_its_traceback(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match="not a matter of arguments") as error:
         main()
     assert not isinstance(error.value, Refused)
+
+
+def test_eps_reaches_adamw_and_rule_sets_and_nothing_else() -> None:
+    model = build(smoke().model, 0)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "seed": 0}
+    for arm in ("torch_adamw", "adam_mini", "factored"):
+        assert {g["eps"] for g in make_optimizer(model, arm, eps=1e-4, **settings).param_groups} == {1e-4}
+    with pytest.raises(ValueError, match=r"eps=0\.0001 is for AdamW and rule sets; arm='lion'"):
+        make_optimizer(model, "lion", eps=1e-4, **settings)
+    assert dataclasses.replace(smoke(), eps=1e-8).hash == smoke().hash != dataclasses.replace(smoke(), eps=1e-4).hash

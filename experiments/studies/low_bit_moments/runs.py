@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from experiments import data
 from experiments.configs import TrainConfig
 from experiments.models import LlamaConfig, build, lm_loss
+from experiments.passes import validation_loss
 from experiments.studies.low_bit_moments.candidates import Candidate, QuantisedMoment
-from experiments.train import learning_rate, validation_loss
+from experiments.train import learning_rate
 from optimizer import AdamMini, partition
 from optimizer.step import moments
 from optimizer.step.update import block_mean_square

@@ -1,0 +1,135 @@
+"""Tables and figures of the suite: rivals, and the map of learning rate, warm-up and clipping.
+
+python -m paper_figures.suite --docs docs/suite.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from analysis import record
+from analysis.ablation import BASELINE
+from analysis.settings import Setting, compare, load_settings
+from paper_figures.commandline import refusals
+from paper_figures.pages import illustrate, replace
+from paper_figures.style import save, setup
+
+BEGIN, END = "<!-- tables begin: written by python -m paper_figures.suite -->", "<!-- tables end -->"
+
+
+def record_map(runs: pd.DataFrame, out: Path) -> Path:
+    """Draw the loss of every arm over learning rate, warm-up and clipping, with the number of runs that break."""
+    arms, rates, rows = list(dict.fromkeys(runs.arm)), sorted(runs.lr.unique()), record.rows(runs)
+    figure, grid = plt.subplots(1, len(arms), figsize=(3.1 * len(arms) + 0.9, 3.4), sharey=True, squeeze=False)
+    base = record.best(runs)
+    for axes, arm in zip(grid[0], arms, strict=True):
+        loss, broken, number = record.grid(runs, arm)
+        shown = np.where(np.isnan(loss) & (number > 0), base + 2, loss) - base
+        image = axes.imshow(shown, vmin=0, vmax=1, cmap="cividis_r", aspect="auto")
+        for i, j in np.ndindex(*loss.shape):
+            if number[i, j]:
+                worst = f"\n{broken[i, j]} of {number[i, j]} broke" if broken[i, j] else ""
+                text = (
+                    f"{loss[i, j] - base:+.2f}{worst}" if np.isfinite(loss[i, j]) else f"all {number[i, j]}\ndiverged"
+                )
+                axes.text(j, i, text, ha="center", va="center", fontsize=6.2, color="w" if shown[i, j] > 0.55 else "k")
+        axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set_yticks(range(len(rows)), [f"{100 * w:g} %, {'clip ' + f'{c:g}' if c else 'no clip'}" for w, c in rows])
+        axes.set_title("AdamW" if arm == BASELINE else arm)
+        axes.set_xlabel("learning rate")
+        axes.grid(False)
+    grid[0][0].set_ylabel("warm-up, clipping")
+    figure.colorbar(image, ax=grid[0], label="nats above AdamW's best", shrink=0.8)
+    return save(figure, out, "record_map")
+
+
+def rivals_table(setting: Setting) -> list[str]:
+    """Return the arms of a setting, each at its best rate, against AdamW."""
+    runs = setting.runs
+    lines = [
+        "| arm | best rate | at the edge of its grid | final loss | minus AdamW, paired | n | diverged | state, MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in compare(runs):
+        difference = f"{one.difference.mean:+.4f} ± {one.difference.half:.4f}" if one.difference and one.n > 1 else "–"
+        stored = runs[runs.arm == one.arm].state_bytes.dropna()
+        state = f"{stored.iloc[0] / 1e6:.2f}" if len(stored) else "–"
+        edge = "yes" if one.at_edge else "no"
+        cells = (
+            f"`{one.arm}`",
+            f"{one.lr:g}",
+            edge,
+            f"{one.loss:.4f}",
+            difference,
+            one.n,
+            one.diverged_anywhere,
+            state,
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def effect_table(runs: pd.DataFrame) -> list[str]:
+    """Return how often each arm breaks with and without clipping and warm-up."""
+    lines = [
+        "| arm | what | runs that break without | with | only without | only with | pairs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    largest = max(runs.warmup)
+    for what, field, value in (
+        ("clipping", "clip", max(runs["clip"])),
+        (f"{100 * largest:g} % warm-up", "warmup", largest),
+    ):
+        for one in record.effects(runs, field, 0.0, value):
+            counts = f"{one.without} | {one.with_it} | {one.only_without} | {one.only_with} | {one.pairs}"
+            lines.append(f"| `{one.arm}` | {what} | {counts} |")
+    return lines
+
+
+def rates_table(runs: pd.DataFrame) -> list[str]:
+    """Return how many runs of each arm break at each learning rate, over all settings of the map."""
+    rates = sorted(runs.lr.unique())
+    lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
+    for arm in dict.fromkeys(runs.arm):
+        cells = [runs[(runs.arm == arm) & (runs.lr == rate)].broken for rate in rates]
+        lines.append(f"| `{arm}` | " + " | ".join(f"{int(c.sum())} of {len(c)}" for c in cells) + " |")
+    return lines
+
+
+def tables(rivals: Setting, runs: pd.DataFrame) -> str:
+    """Return all tables as Markdown."""
+    parts = (
+        ("Rivals, each at its own best rate (Llama 0.85M, standard library, 400 steps):", rivals_table(rivals)),
+        (f"The map: {len(runs)} runs. Runs that break, by learning rate, over all settings:", rates_table(runs)),
+        ("The map, paired: the same rate, seed and other setting, with and without:", effect_table(runs)),
+    )
+    return "\n\n".join(f"{intro}\n\n" + "\n".join(lines) for intro, lines in parts)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw the figure and write the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("paper_figures/out"))
+    parser.add_argument("--docs", type=Path, help="page whose tables are replaced; without it, they go to --out")
+    arguments = parser.parse_args(argv)
+    with refusals(FileNotFoundError, ValueError, OSError):
+        (rivals,) = load_settings(arguments.results / "rivals_cpu", partial=True)
+        runs = record.table(load_settings(arguments.results / "record_cpu", partial=True))
+        setup()
+        figure, written = record_map(runs, arguments.out), tables(rivals, runs)
+        if arguments.docs is None:
+            (arguments.out / "suite.md").write_text(written + "\n", encoding="utf-8")
+        else:
+            replace(arguments.docs, written, BEGIN, END)
+            illustrate(arguments.docs, [figure])
+    print(f"{len(rivals.runs)} runs of rivals, {len(runs)} of the map; {figure}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The map of warm-up and clipping: what breaks is counted within a pair, and AdamW sets the bar."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import record
+from analysis.settings import load_settings
+from paper_figures import suite
+from tests.analysis.runs import write_run
+
+SETTINGS = [(w, c) for w in (0.0, 0.1) for c in (0.0, 1.0)]
+
+
+def write_map(folder: Path) -> Path:
+    """AdamW ends at 2.0 or 2.4; adam_mini breaks at the high rate without clipping, and diverges without warm-up."""
+    for warmup, clip in SETTINGS:
+        setting = {"warmup": warmup, "clip": clip}
+        for seed in (0, 1):
+            for lr in (0.01, 0.1):
+                write_run(folder, "elementwise", lr, seed, 2.0 if lr == 0.01 else 2.4, setting, state_bytes=8)
+                high = lr == 0.1 and not clip
+                state = "diverged" if lr == 0.1 and not warmup else "finished"
+                write_run(folder, "adam_mini", lr, seed, 2.6 if high else 2.1, setting, state=state)
+    return folder
+
+
+def test_a_run_breaks_if_it_diverges_or_ends_far_above_adamw(tmp_path: Path) -> None:
+    runs = record.table(load_settings(write_map(tmp_path)))
+    assert len(runs) == 32 and record.best(runs) == 2.0
+    broken = runs[runs.broken]
+    assert set(broken.arm) == {"adam_mini"} and set(broken.lr) == {0.1}
+    assert len(broken) == 6  # two settings without warm-up, and one with warm-up but no clipping, two seeds each
+    assert runs.diverged.sum() == 4
+
+
+def test_effects_are_counted_in_pairs(tmp_path: Path) -> None:
+    runs = record.table(load_settings(write_map(tmp_path)))
+    clipping = {one.arm: one for one in record.effects(runs, "clip", 0.0, 1.0)}
+    assert clipping["adam_mini"] == record.Effect("adam_mini", 4, 2, 2, 0, 8)
+    assert clipping["elementwise"] == record.Effect("elementwise", 0, 0, 0, 0, 8)
+    warmup = {one.arm: one for one in record.effects(runs, "warmup", 0.0, 0.1)}
+    assert (warmup["adam_mini"].without, warmup["adam_mini"].with_it, warmup["adam_mini"].only_without) == (4, 2, 2)
+    half = runs[~((runs.arm == "adam_mini") & (runs["clip"] == 1.0) & (runs.seed == 1))]
+    assert {e.arm: e.pairs for e in record.effects(half, "clip", 0.0, 1.0)}["adam_mini"] == 4
+
+
+def test_the_grid_has_a_row_for_each_setting(tmp_path: Path) -> None:
+    runs = record.table(load_settings(write_map(tmp_path)))
+    assert record.rows(runs) == SETTINGS
+    loss, broken, number = record.grid(runs, "adam_mini")
+    assert number.tolist() == [[2, 2]] * 4 and broken.tolist() == [[0, 2], [0, 2], [0, 2], [0, 0]]
+    assert math.isnan(loss[0, 1]) and loss[2, 1] == pytest.approx(2.6)
+    missing = record.grid(runs[runs.lr == 0.01], "adam_mini")
+    assert np.isfinite(missing[0]).all() and missing[2].shape == (4, 1)
+
+
+def test_without_adamw_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
+    settings = load_settings(write_map(tmp_path))
+    for setting in settings:
+        setting.runs.drop(setting.runs[setting.runs.arm == "elementwise"].index, inplace=True)
+    with pytest.raises(ValueError, match="has no runs of elementwise"):
+        record.table(settings)
+
+
+def test_the_page_s_tables_and_figure(tmp_path: Path) -> None:
+    write_map(tmp_path / "record_cpu")
+    for arm, seeds in (("elementwise", 3), ("lion", 3), ("sgd", 1)):
+        for seed in range(seeds):
+            write_run(
+                tmp_path / "rivals_cpu", arm, 0.01, seed, 1.5 + 0.1 * seed + (arm == "lion"), state_bytes=2_500_000
+            )
+    page = tmp_path / "suite.md"
+    page.write_text(f"before\n{suite.BEGIN}\nold\n{suite.END}\nafter\n")
+    suite.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--docs", str(page)])
+    text = page.read_text()
+    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert "| `lion` | 0.01 | yes | 2.6000 | +1.0000 ± 0.0000 | 3 | 0 | 2.50 |" in text
+    assert "| `sgd` | 0.01 | yes | 1.5000 | – | 1 | 0 | 2.50 |" in text, "a single pair has no interval"
+    assert "| `adam_mini` | 0 of 8 | 6 of 8 |" in text and "| `adam_mini` | clipping | 4 | 2 | 2 | 0 | 8 |" in text
+    assert (tmp_path / "figures" / "record_map.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="no results under"):
+        suite.main(["--results", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])

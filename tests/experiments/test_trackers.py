@@ -1,0 +1,97 @@
+"""Trackers: what TensorBoard's files hold after a real run, also a resumed one, and what a missing library says."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from experiments import trackers
+from experiments.configs import smoke
+from experiments.storage import read_json
+from experiments.train import Options, Refused, run_folder, train
+
+CONFIG = dataclasses.replace(smoke(), steps=8, eval_every=2, checkpoint_every=2, experiment="tracked")
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (step, value) of all event files, read as TFRecords: length, checksum, content, checksum."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted((folder / "events").glob("*")):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            (length,) = struct.unpack_from("<Q", content, place)
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            place += length + 16
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found
+
+
+def test_tensorboard_has_the_records_of_the_run(tmp_path: Path) -> None:
+    status = train(CONFIG, tmp_path, Options(track="tensorboard"))
+    folder = run_folder(tmp_path, CONFIG.with_rules_hash())
+    losses = points(folder)["val_loss"]
+    assert [step for step, _ in losses] == [2, 4, 6, 8]
+    assert losses[-1][1] == pytest.approx(status["final_val_loss"], rel=1e-6)
+    assert set(points(folder)) == {"tokens", "train_loss", "val_loss", "lr", "seconds"}
+
+
+def test_a_resumed_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = trackers.TensorBoard.record
+
+    def stopped_at_four(self: trackers.TensorBoard, values: dict[str, float]) -> None:
+        record(self, values)
+        if values["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trackers.TensorBoard, "record", stopped_at_four)
+        assert train(CONFIG, tmp_path, Options(track="tensorboard"))["state"] == "interrupted"
+    assert train(CONFIG, tmp_path, Options(track="tensorboard"))["state"] == "finished"
+    steps = [step for step, _ in points(run_folder(tmp_path, CONFIG.with_rules_hash()))["val_loss"]]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_nothing_is_tracked_unless_asked(tmp_path: Path) -> None:
+    train(CONFIG, tmp_path)
+    folder = run_folder(tmp_path, CONFIG.with_rules_hash())
+    assert not (folder / "events").exists() and read_json(folder / "status.json")["state"] == "finished"
+
+
+def test_a_missing_library_is_named_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "wandb":
+            raise ImportError("No module named 'wandb'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr("importlib.import_module", without)
+    with pytest.raises(Refused, match=r"track='wandb' needs wandb .* pip install wandb, or use track='none'"):
+        train(CONFIG, tmp_path, Options(track="wandb"))
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_hosted_trackers_get_name_group_config_and_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    """The interface that wandb and trackio share; both were also run for real, offline, outside the tests."""
+    calls: list[tuple[str, Any]] = []
+    run = SimpleNamespace(log=lambda values, step: calls.append(("log", step)), finish=lambda: calls.append(("end", 0)))
+    module = SimpleNamespace(init=lambda **options: calls.append(("init", options)) or run)
+    monkeypatch.setitem(sys.modules, library, module)
+    train(CONFIG, tmp_path, Options(track=library))
+    (_, options), *rest = calls
+    assert options["group"] == "tracked" and options["config"] == CONFIG.with_rules_hash().to_dict()
+    assert options["name"].startswith("adam_mini 0.003 0 ") and options["resume"] == "allow"
+    assert rest == [("log", 2), ("log", 4), ("log", 6), ("log", 8), ("end", 0)]
