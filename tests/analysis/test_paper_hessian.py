@@ -89,6 +89,17 @@ def test_error_rates_and_threshold_by_hand() -> None:
     assert math.isnan(quadratics.rates_of_error(values, np.zeros(4, dtype=bool), 2.5)[0])
 
 
+def test_resamples_at_once_are_the_resamples_one_by_one() -> None:
+    generator = np.random.default_rng(1)
+    x, y = generator.integers(5, size=20).astype(float), generator.standard_normal(20)
+    x[3], y[4] = math.inf, -math.inf
+    index = generator.integers(20, size=(50, 20))
+    index[0] = 3  # A constant resample.
+    weights = np.stack([np.bincount(row, minlength=20) for row in index]).astype(float)
+    expected = [quadratics.spearman(x[row], y[row]) for row in index]
+    assert quadratics.spearmans(x, y, weights) == pytest.approx(expected, abs=1e-12) and expected[0] == 0
+
+
 def test_spearman_with_infinite_values() -> None:
     assert quadratics.spearman(np.array([1.0, 2.0, 3.0]), np.array([-math.inf, 0.0, math.inf])) == pytest.approx(1)
     assert quadratics.spearman(np.array([1.0, 1.0]), np.array([0.0, 1.0])) == 0
