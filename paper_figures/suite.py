@@ -24,7 +24,7 @@ BEGIN, END = "<!-- tables begin: written by python -m paper_figures.suite -->", 
 
 def record_map(runs: pd.DataFrame, out: Path) -> Path:
     """Draw the loss of every arm over learning rate, warm-up and clipping, with the number of runs that break."""
-    arms, rates, rows = list(dict.fromkeys(runs.arm)), sorted(runs.lr.unique()), record.rows(runs)
+    arms, rates, rows = _arms(runs), sorted(runs.lr.unique()), record.rows(runs)
     figure, grid = plt.subplots(1, len(arms), figsize=(3.1 * len(arms) + 0.9, 3.4), sharey=True, squeeze=False)
     base = record.best(runs)
     for axes, arm in zip(grid[0], arms, strict=True):
@@ -46,6 +46,11 @@ def record_map(runs: pd.DataFrame, out: Path) -> Path:
     grid[0][0].set_ylabel("warm-up, clipping")
     figure.colorbar(image, ax=grid[0], label="nats above AdamW's best", shrink=0.8)
     return save(figure, out, "record_map")
+
+
+def _arms(runs: pd.DataFrame) -> list[str]:
+    """Return the arms, AdamW first."""
+    return sorted(runs.arm.unique(), key=lambda arm: (arm != BASELINE, arm))
 
 
 def rivals_table(setting: Setting) -> list[str]:
@@ -95,7 +100,7 @@ def rates_table(runs: pd.DataFrame) -> list[str]:
     """Return how many runs of each arm break at each learning rate, over all settings of the map."""
     rates = sorted(runs.lr.unique())
     lines = ["| arm | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---|" + "---|" * len(rates)]
-    for arm in dict.fromkeys(runs.arm):
+    for arm in _arms(runs):
         cells = [runs[(runs.arm == arm) & (runs.lr == rate)].broken for rate in rates]
         lines.append(f"| `{arm}` | " + " | ".join(f"{int(c.sum())} of {len(c)}" for c in cells) + " |")
     return lines
