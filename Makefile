@@ -1,5 +1,6 @@
 # Every target first builds .venv if it is missing or out of date, so each can be the first command in a fresh clone.
 #   make hessian     measure the structure, derive rules, write out/hessian/index.html
+#   make report      write out/report/index.html, a site of all committed results
 #   make test        run the test suite
 #   make interop     run every supported trainer and launcher in a separate environment; see docs/integrations.md
 # The default is a CPU build of torch. For a GPU, use make setup TORCH=cu128 (any tag of PyTorch's wheel index) or
@@ -12,6 +13,7 @@ WORKERS ?= 2
 RESULTS ?= results
 OUT     ?= out/hessian
 FIGURES ?= paper_figures/out
+REPORT  ?= out/report
 
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -30,10 +32,10 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures coverage scaling low-bit role-study real-model paper-hessian peers gpu-check gpu-dry-run clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers gpu-check gpu-dry-run clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures coverage scaling real-model paper-hessian peers clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian peers clean"
 
 setup: $(READY)
 
@@ -214,7 +216,18 @@ kills: $(READY)
 	$(PY) -m tests.experiments.kills --kills 20
 
 figures: $(READY)
-	$(PY) -m paper_figures.ablation --results results/ablation_cpu --out $(FIGURES) --prediction results/predicted_cost.json
+	$(PY) -m paper_figures --out $(FIGURES)
+
+# A site of the committed results. It reads results and computes nothing, so it takes seconds.
+report: $(READY)
+	$(PY) -m paper_figures.report --out $(REPORT)
+
+# Click through the site in a browser; screenshots go to out/report-shots. The browser is the system's Chromium.
+CHROMIUM ?= $(or $(shell command -v chromium),$(shell command -v chromium-browser))
+report-check: $(READY)
+	@[ -n "$(CHROMIUM)" ] || { echo "make report-check needs Chromium: apt-get install chromium, or CHROMIUM=/path/to/chromium"; exit 1; }
+	@$(PY) -c 'import playwright' 2>/dev/null || $(PIP) --constraint constraints.txt --editable ".[browser]"
+	CHROMIUM=$(CHROMIUM) $(PY) -m pytest -rs -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 tests/browser
 
 clean:
 	rm -rf $(VENV) out paper_figures/out build *.egg-info

@@ -10,14 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from analysis.hessian import HessianReport
-from analysis.stats import t_interval
+from analysis.hessian_maps import gather
+from analysis.stats import Interval, t_interval
 from paper_figures import curves, maps
 from paper_figures.commandline import refusals
 from paper_figures.maps import TITLES, Caption
+from paper_figures.report import maps as report_maps
+from paper_figures.report import site
+from paper_figures.report.site import Pictures
+from paper_figures.report.tables import Cell, Column, Table, interval, number, text
 from paper_figures.style import setup, webp
 
 VOTERS = ("gpt", "llama")
@@ -125,8 +129,15 @@ def headline(report: HessianReport) -> str:
     )
 
 
-def page(report: HessianReport, figures: list[Caption], folder: Path) -> str:
-    """Return the HTML page, which contains all pictures."""
+def page(report: HessianReport, figures: list[Caption], folder: Path, explorer: Pictures) -> str:
+    """Return the HTML page, which contains all pictures.
+
+    Args:
+        report: the study.
+        figures: captions of the pictures.
+        folder: where the pictures are.
+        explorer: the interactive maps.
+    """
 
     settings = report.report["settings"]
     tokens = settings["hessian_batches"] * settings["batch"] * settings["seq_len"]
@@ -142,27 +153,62 @@ def page(report: HessianReport, figures: list[Caption], folder: Path) -> str:
 
     models = report.report["subjects"]
     sizes = [model["parameters"] for model in models.values()]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("hessian.html").render(
-        subjects=[{"title": TITLES[name], **model} for name, model in models.items()],
+    return site.render(
+        "hessian.html.j2",
+        subjects=models,
         data=report.report["data"],
         settings=settings,
         environment=report.report["environment"],
-        models=[TITLES[m] for m in VOTERS],
-        table=role_table(report),
+        tables=page_tables(report),
         figures=figures,
         show=show,
-        choices=choices(report),
-        check=check_table(report),
+        maps=explorer,
         headline=headline(report),
         smallest=f"{min(sizes):,}",
         largest=f"{max(sizes):,}",
         asymmetry=max(model["asymmetry"] for model in models.values()),
     )
+
+
+def page_tables(report: HessianReport) -> dict[str, Table]:
+    """Return the tables of the page: subjects, roles, choices and check."""
+    numbers = {name: Column(name, numeric=True) for name in ("parameters", "held-out loss, first record", "last", "n")}
+    subjects = [
+        [text(TITLES[name]), number(s["parameters"]), number(s["loss"][0], ".3f"), number(s["loss"][-1], ".3f")]
+        for name, s in report.report["subjects"].items()
+    ]
+    models = [Column(f"{TITLES[m]}: {what}", numeric=True) for m in VOTERS for what in ("z", "lift")]
+    roles = [
+        [text(row["role"]), text(row["unit"]), *(cell for found in row["cells"] for cell in _cells(found))]
+        for row in role_table(report)
+    ]
+    chosen = [
+        [text(c["role"]), text(c["unit"]), text(c["paper"]), number(float(c["cost"]), ".3f"), text(c["why"])]
+        for c in choices(report)
+    ]
+    check = [
+        [text(c["model"]), text(c["arm"]), interval(Interval(c["mean"], c["half"], c["n"])), number(c["n"])]
+        for c in check_table(report)
+    ]
+    role, unit = Column("role", choose=True), Column("blocks are", choose=True)
+    why = [Column("derived unit"), Column("Adam-mini paper"), Column("predicted cost", numeric=True), Column("why")]
+    loss = Column("final loss ± 95 % t-interval", numeric=True)
+    return {
+        "subjects": Table(
+            "subjects", "Held-out loss in nats, one seed.", [Column("model"), *list(numbers.values())[:3]], subjects
+        ),
+        "roles": Table("roles", "End of training, medians over layers, one seed.", [role, unit, *models], roles),
+        "choices": Table("choices", "The predicted cost is in nats.", [role, *why], chosen),
+        "check": Table("check", "Mean over seeds.", [Column("model"), Column("rules"), loss, numbers["n"]], check),
+    }
+
+
+def _cells(found: dict[str, Any]) -> list[Cell]:
+    """Return the cells of z and lift; a z above 6 counts as structure."""
+    if found["z"] is None:
+        return [Cell("–", None)] * 2
+    z = Cell(f"{found['z']:.1f}", found["z"], "yes" if found["z"] > 6 else "no")
+    return [z, number(found["lift"], ".2f")]
 
 
 def summary(report: HessianReport) -> str:
@@ -194,10 +240,11 @@ def main() -> None:
             report.arrays(stage)  # Refuse missing or damaged files before drawing.
     setup()
     figures = draw(report, folder / "figures")
-    for name, text in (("summary.md", summary(report)), ("index.html", page(report, figures, folder / "figures"))):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    temporary = folder / f".summary.md.{os.getpid()}.tmp"
+    temporary.write_text(summary(report), encoding="utf-8")
+    os.replace(temporary, folder / "summary.md")
+    explorer = report_maps.pictures(gather(report))
+    site.write(folder, page(report, figures, folder / "figures", explorer), [explorer])
     print(f"{len(figures)} figures in {folder / 'figures'}; open {folder / 'index.html'}")
 
 

@@ -111,11 +111,9 @@ def maps(study: Study, out: Path) -> Path:
                 if found is None:
                     axes.set_axis_off()
                     continue
-                large = np.flatnonzero(found.sizes > 0.01 * np.median(found.sizes))  # without the last norm
-                labels = [short(found.layers[i]) for i in large]
-                mean, stderr = found.mean[np.ix_(large, large)], found.stderr[np.ix_(large, large)]
-                blocks = BlockMap(labels, mean, stderr, found.sizes[large])
-                _draw(axes, blocks, f"{matrix}: embedding and layers")
+                blocks = found.blocks()
+                named = BlockMap(list(map(short, blocks.labels)), blocks.mean, blocks.stderr, blocks.sizes)
+                _draw(axes, named, f"{matrix}: embedding and layers")
             else:
                 what = "embedding, by tokens" if kind == "tokens" else f"{kind} of {target}"
                 _draw(axes, real_model.block_map(document), f"{matrix}: {what}")

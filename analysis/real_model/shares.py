@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .maps import BlockMap
 from .numbers import Number, by_chance, ratio, relative_error, stratified
 from .study import CONTROL, PARTITIONS, WHOLE
 
@@ -93,6 +94,12 @@ class LayerMap:
     sizes: np.ndarray
     share: Number
     probes: int
+
+    def blocks(self) -> BlockMap:
+        """Return the map without layers that are much smaller than the others, such as the last norm."""
+        large = np.flatnonzero(self.sizes > 0.01 * np.median(self.sizes))
+        inner = np.ix_(large, large)
+        return BlockMap([self.layers[i] for i in large], self.mean[inner], self.stderr[inner], self.sizes[large])
 
     def chance(self, energies: Mapping[str, Any] | None) -> float:
         """Return the share by chance.
