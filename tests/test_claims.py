@@ -20,7 +20,7 @@ PAGE = ROOT / "docs" / "reproduction.md"
 HEADINGS = ["claim", "the paper", "ours", "verdict", "command"]
 VERDICTS = ("confirmed", "refuted", "in part", "undecided", "not testable here", "not measured yet", "not measured")
 WITHOUT_RUNS = VERDICTS[4:]
-LONGEST = 150
+LONGEST = 125
 """Characters of a cell: five lines on a phone."""
 
 
