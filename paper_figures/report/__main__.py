@@ -26,7 +26,7 @@ class Sources:
     Attributes:
         results: root of the results.
         rules: folder of the shipped rule sets.
-        reproduction: page with the table of commands.
+        reproduction: page with the tables of claims and commands.
     """
 
     results: Path = ROOT / "results"
@@ -48,7 +48,7 @@ def build(sources: Sources, out: Path) -> int:
     found = [studies.load(folder) for folder in folders]
     answers = headline.answers(found)
     sets = rules.load(sources.rules)
-    table = reproduction.table(sources.reproduction)
+    again = reproduction.load(sources.reproduction)
     tiny, real = hessian_maps.load(sources.results / "hessian_maps"), real_model.load(sources.results / "real_model")
     along = structure.pictures(sources.results / "paper_hessian")
     # Everything is read before the first figure is made, so that what is missing is known at once.
@@ -70,7 +70,7 @@ def build(sources: Sources, out: Path) -> int:
         units=rule_sets.units_table(sets),
         candidates=rule_sets.evidence_table(sets),
         trained=rule_sets.trained_table(sets),
-        reproduction=table,
+        reproduction=again,
         unmeasured=rule_sets.unmeasured(sets),
         structure_command=structure.COMMAND,
         others=[folder.name for folder in others if folder.name not in SHOWN],

@@ -12,6 +12,7 @@ import pytest
 
 from analysis import studies
 from analysis.ablation import load_runs, paired_difference, summary
+from paper_figures.report import reproduction
 from paper_figures.report.__main__ import MOST_BYTES, Sources, build, main
 from paper_figures.report.figures import looks
 from paper_figures.report.headline import NEEDED, SHOWN, Answer, sentence
@@ -157,13 +158,32 @@ def test_tables_of_the_studies_are_those_of_the_runs(site: Path) -> None:
     assert 'data-value="1.70' in page_of(site)
 
 
-def test_the_reproduction_table_is_that_of_its_page(site: Path) -> None:
-    page = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("|")][2:]
-    body = re.search(r'id="reproduction">.*?<tbody>(.*?)</tbody>', page_of(site), re.S)
-    assert body is not None and body[1].count("<tr>") == len(rows) > 5
-    for command in re.findall(r"`(make [\w-]+)", page):
-        assert f"<code>{command}" in body[1]
+def test_the_reproduction_tables_are_those_of_their_page(site: Path) -> None:
+    source, page = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8"), page_of(site)
+    assert page.index('id="claims"') < page.index('id="reproduction"')
+    for name, heading in (("claims", "| claim |"), ("reproduction", "| what |")):
+        rows = source[source.index(heading) :].split("\n\n")[0].splitlines()[2:]
+        body = re.search(rf'id="{name}">.*?<tbody>(.*?)</tbody>', page, re.S)
+        assert body is not None and body[1].count("<tr>") == len(rows) > 5
+        for command in re.findall(r"`((?:make|python) [^`]+)`", "\n".join(rows)):
+            assert f"<code>{command}" in body[1]
+    claims = re.search(r'id="claims">.*?<tbody>(.*?)</tbody>', page, re.S)
+    assert claims is not None
+    for first, kind in (("confirmed", "yes"), ("refuted", "no")):
+        cells = re.findall(rf'<td data-value="{first}[^"]*" class="(\w*)">', claims[1])
+        assert cells and set(cells) == {kind}
+    assert "](" not in claims[1]
+
+
+def test_a_damaged_page_of_claims_is_named(tmp_path: Path) -> None:
+    source = (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    for spoiled, words in (
+        (source.replace("| verdict |", "| outcome |"), "0 tables of claims and 2 of commands"),
+        (source.replace("| – | not measured | – |", "| not measured | – |", 1), "a row of 4 cells below 5 headings"),
+    ):
+        (tmp_path / "page.md").write_text(spoiled, encoding="utf-8")
+        with pytest.raises(ValueError, match=words):
+            reproduction.load(tmp_path / "page.md")
 
 
 def test_rules_and_their_candidates_are_shown(site: Path) -> None:
