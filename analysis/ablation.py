@@ -110,9 +110,21 @@ def require_complete(runs: pd.DataFrame, arms: Sequence[str] = ARMS) -> None:
 
 
 def best_rates(runs: pd.DataFrame) -> dict[str, float]:
-    """Return each arm's learning rate with the lowest mean final loss over seeds; a divergence counts as infinite."""
-    means = runs.groupby(["arm", "lr"]).final_val_loss.mean()
-    return {arm: float(means[arm].idxmin()) for arm in runs.arm.unique()}
+    """Return each arm's learning rate with the lowest mean final loss over seeds; a divergence counts as infinite.
+
+    Only seeds that ran at all rates of an arm count, because seeds differ more than rates do: an interrupted study has
+    fewer seeds at some rates, and a best rate may have been run on more seeds later. If the rates have no seed in
+    common, those with the fewest seeds are left out until the others have one.
+    """
+    return {str(arm): _best_rate(group) for arm, group in runs.groupby("arm", sort=False)}
+
+
+def _best_rate(runs: pd.DataFrame) -> float:
+    """Return the best learning rate of one arm's runs."""
+    losses = runs.pivot(index="seed", columns="lr", values="final_val_loss")
+    while losses.dropna().empty:
+        losses = losses.drop(columns=losses.count().idxmin())
+    return float(losses.dropna().mean().idxmin())
 
 
 def at_best(runs: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.ablation import BASELINE, best_rates, load_runs
+from analysis.runs import config_hash
 from analysis.stats import Interval, bootstrap_interval, holm, sign_flip_p
 
 WITHIN = ("arm", "lr", "seed", "rules_hash", "experiment")
@@ -45,7 +46,7 @@ def load_settings(*folders: Path, partial: bool = False) -> list[Setting]:
 
     Raises:
         FileNotFoundError: a folder has no runs.
-        ValueError: a run is damaged or unfinished.
+        ValueError: a run is damaged or unfinished, or an arm of a setting has runs of two versions of its rules.
     """
     tables = [load_runs(folder, partial=partial, several=True) for folder in folders]
     table = pd.concat(tables, ignore_index=True)
@@ -55,9 +56,19 @@ def load_settings(*folders: Path, partial: bool = False) -> list[Setting]:
         config = group.config.iloc[0]
         shared = {key: value for key, value in config.items() if key not in WITHIN}
         runs = group.drop(columns="shared")
+        _require_one_version(runs)
         once = runs.drop_duplicates(KEY).sort_values(KEY).reset_index(drop=True)
         settings.append(Setting(shared, once, _disagreement(runs)))
     return settings
+
+
+def _require_one_version(runs: pd.DataFrame) -> None:
+    """Check that all runs of an arm have the same rules, so that no run replaces one of other rules."""
+    for arm, group in runs.groupby("arm"):
+        first = {config.get("rules_hash"): config for config in reversed(group.config.tolist())}
+        if len(first) > 1:
+            found = ", ".join(config_hash(config) for config in first.values())
+            raise ValueError(f"arm={arm!r} has runs of {len(first)} versions of its rules: {found}; move one away")
 
 
 def _frozen(value: Any) -> Any:

@@ -175,7 +175,8 @@ def names(configs: Sequence[TrainConfig]) -> list[str]:
 
     Intervals between validations and checkpoints are left out.
     """
-    documents = [config.to_dict() for config in configs]
+    # All fields, also those that a document leaves out where they have their default.
+    documents = [{**vars(config), "model": config.to_dict()["model"]} for config in configs]
     varying = [
         key
         for key in documents[0]

@@ -1,17 +1,20 @@
 """Send a run's records to TensorBoard, Weights & Biases or trackio, beside ``metrics.jsonl``.
 
-A tracker is an option of a run: it changes neither its config nor its results. To add one, write a class with
-``record`` and ``close``, and one line in ``TRACKERS``.
+A tracker is an option of a run: it changes neither its config nor its results, and what fails in it after the start
+(a full disk, a lost connection) is logged and ends the tracking, not the run. To add one, write a class with ``record``
+and ``close``, and one line in ``TRACKERS``.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
+logger = logging.getLogger("experiments")
 TrackerName = Literal["none", "tensorboard", "wandb", "trackio"]
 PROJECT = "adam-mini-lab"
 
@@ -36,6 +39,34 @@ class Nothing:
         """Do nothing."""
 
 
+class Guarded:
+    """A tracker whose errors are logged. After an error in ``record`` no more records go to it.
+
+    Args:
+        tracker: the tracker.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self._failed = False
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Send one record, unless an earlier one failed."""
+        if not self._failed:
+            try:
+                self.tracker.record(values)
+            except Exception as error:
+                self._failed = True
+                logger.error("tracking ended at step %d, training goes on: %r", int(values["step"]), error)
+
+    def close(self) -> None:
+        """End the run's tracking."""
+        try:
+            self.tracker.close()
+        except Exception as error:
+            logger.error("the tracker was not closed, its last records may be missing: %r", error)
+
+
 class TensorBoard:
     """Event files in the folder ``events`` of the run, which ``tensorboard --logdir results`` shows.
 
@@ -47,10 +78,14 @@ class TensorBoard:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         library = _library("tensorboardX", "tensorboard")
-        self.writer = library.SummaryWriter(str(folder / "events"), purge_step=step + 1)
+        # A full disk ends the library's thread; then a queue with a limit would make every later record wait for ever.
+        # A file's name has a time in seconds; without the step, a run resumed within a second overwrites its file.
+        self.writer = library.SummaryWriter(
+            str(folder / "events"), purge_step=step + 1, max_queue=0, filename_suffix=f".{step}"
+        )
 
     def record(self, values: Mapping[str, float]) -> None:
-        """Write one point of every number, and flush, so that a killed run keeps it."""
+        """Write one point of every number, and flush; a run that is killed at once may lose its last points."""
         for name, value in values.items():
             if name != "step":
                 self.writer.add_scalar(name, value, int(values["step"]))
@@ -111,7 +146,7 @@ TRACKERS: Mapping[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
 
 
 def make_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any], step: int = 0) -> Tracker:
-    """Start a tracker.
+    """Start a tracker, whose errors from then on are logged and not raised.
 
     Args:
         name: key of ``TRACKERS``.
@@ -122,7 +157,7 @@ def make_tracker(name: TrackerName, folder: Path, config: Mapping[str, Any], ste
     Raises:
         ValueError: the tracker's library is not installed.
     """
-    return TRACKERS[name](folder, config, step)
+    return Guarded(TRACKERS[name](folder, config, step))
 
 
 def _library(module: str, tracker: str) -> ModuleType:

@@ -239,8 +239,8 @@ class _Run:
                     return self._stop()
                 self.checkpoints.poll()
         finally:
-            self.tracker.close()
             self.checkpoints.wait()
+            self.tracker.close()
         self._write_records()
         return self._status("finished")
 

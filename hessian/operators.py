@@ -119,8 +119,7 @@ class HessianOperator:
         self._batches = checks.usable_batches(batches)
         self._module = Call(model, loss)
         with torch.inference_mode(False):  # A graph cannot be built through tensors of inference mode.
-            # The first product, which takes most memory, reads the model's own weights; then they are copied.
-            self._theta = {n: t.detach().clone() if t.is_inference() else t.detach() for n, t in tensors.items()}
+            self._theta = {name: tensor.detach().clone() for name, tensor in tensors.items()}
             self._buffers = {f"model.{name}": buffer.detach().clone() for name, buffer in model.named_buffers()}
         self._sizes = [tensor.numel() for tensor in tensors.values()]
         self._chunk = chunk
@@ -134,6 +133,11 @@ class HessianOperator:
         with self._differentiable(), torch.inference_mode(False), torch.enable_grad():
             with torch.no_grad():
                 checks.mean_loss(lambda b: self._value(self._theta, b), self._batches, mean_check=mean_check)
+            # The first product, which takes most memory, reads the model's own weights; then they are copied. Not of a
+            # loss that writes to weights, as nn.Embedding(max_norm=...) does: the model is the caller's.
+            written = any(tensor._version for tensor in self._theta.values())
+            if not written and not any(tensor.is_inference() for tensor in tensors.values()):
+                self._theta = {name: tensor.detach() for name, tensor in tensors.items()}
             checks.gradients(self._reverse_gradients, list(tensors), self._batches)
         self._weights = self._weigh(model, count, mean_check)
         if not self._forward_mode:

@@ -20,7 +20,8 @@ _ALL = (
         "adafactor_zhai", zhai.adafactor_zhai, "here", "2106.04560",
         takes="beta1 and weight decay, decoupled; second moment: 1 - t^-0.8, at most 0.999",
         state="1 in bfloat16, and one per row and column",
-        differs="nothing known",
+        differs="updates are clipped to an RMS of 1, as in Adafactor's paper (authors' code: not); decay is multiplied "
+        "by the rate (authors' code: by the schedule alone)",
         rates=(1e-3, 3e-3, 1e-2), against_adam="the same",
     ),
     Rival(

@@ -18,6 +18,7 @@ CAP = 0.999
 class AdafactorZhai(Exact):
     """Rank-one second moments, an update clipped to an RMS of 1, then its momentum in bfloat16.
 
+    The clipping is that of Adafactor's paper; the authors' code (big_vision) can clip and by default does not.
     No relative step and no scaling by the parameter's RMS. Weight decay is decoupled. Momentum is that of the clipped
     update (not of the gradient, as in Adam and in the rules ``factored`` of Adam-mini), without correction of its bias.
     pytorch_optimizer's ``AdaFactor`` multiplies the update by the learning rate before it enters the momentum, so that

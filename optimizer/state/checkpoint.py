@@ -33,6 +33,8 @@ from .saved import Saved, Shapes, read
 from .specification import step_counter
 
 logger = logging.getLogger("optimizer")
+RENAMED = {"derived": "derived_blocks"}
+"""Name of a shipped set that once denoted other rules -> today's name of those rules."""
 
 
 @dataclass
@@ -224,6 +226,9 @@ def _of_another_partition(
         elif same_rules(named, rules):
             saved_under += ", but its parameters had other roles"
             advice = "from the model, as the optimizer of the checkpoint was"
+            if named in RENAMED:
+                saved_under = f"rules {named!r}, perhaps before these rules were renamed to {RENAMED[named]!r}"
+                advice = f"with rules={RENAMED[named]!r} (or, if the checkpoint is newer, {advice})"
         (slot, offence), more = offences[0], len(offences) - 1
         raise ValueError(
             f"the checkpoint was saved under {saved_under}, this optimizer has rules {identity(rules)!r}: "

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.ablation import best_rates
 from analysis.settings import compare, differing, load_settings
 from analysis.stats import bootstrap_interval, holm, sign_flip_p, t_interval
 from tests.analysis.runs import write_grid, write_run
@@ -40,6 +41,31 @@ def test_an_arm_is_compared_at_its_best_rate_within_a_seed(tmp_path: Path) -> No
     assert mine.at_edge and mine.lr == 0.01 and mine.p == 0.25 == mine.p_corrected
     with pytest.raises(ValueError, match=r"against='adamw' has no runs here; the arms are"):
         compare(setting.runs, "adamw")
+
+
+def test_the_best_rate_is_chosen_from_seeds_that_all_rates_have(tmp_path: Path) -> None:
+    """Seed 0 is easy for every rate. An interrupted study has it at the worse rate alone."""
+    losses = {0: 1.0, 1: 3.0, 2: 3.0}
+    for arm, good in (("elementwise", 0.01), ("lion", 0.1)):
+        for lr in (0.01, 0.1):
+            for seed, loss in losses.items():
+                if lr == good or seed == 0:
+                    write_run(tmp_path, arm, lr, seed, loss + (0.0 if lr == good else 0.5))
+    (setting,) = load_settings(tmp_path)
+    assert best_rates(setting.runs) == {"elementwise": 0.01, "lion": 0.1}
+    assert {one.arm: (one.lr, one.n) for one in compare(setting.runs)} == {"elementwise": (0.01, 3), "lion": (0.1, 3)}
+    # Rates without a common seed: the one with fewer seeds is left out.
+    apart = setting.runs[(setting.runs.arm == "lion") & ((setting.runs.lr == 0.01) | (setting.runs.seed > 0))]
+    assert best_rates(apart) == {"lion": 0.1}
+
+
+def test_runs_of_two_versions_of_rules_are_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "derived", 0.01, 0, 2.0, {"rules_hash": "old"})
+    write_run(tmp_path / "a", "derived", 0.1, 0, 3.0, {"rules_hash": "old"})
+    write_run(tmp_path / "b", "derived", 0.01, 0, 9.0, {"rules_hash": "new"})
+    assert len(load_settings(tmp_path / "a")[0].runs) == 2
+    with pytest.raises(ValueError, match=r"arm='derived' has runs of 2 versions of its rules: .*move one away"):
+        load_settings(tmp_path / "a", tmp_path / "b")
 
 
 def test_divergences_are_counted_and_leave_their_pair_out(tmp_path: Path) -> None:

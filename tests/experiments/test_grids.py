@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +47,13 @@ def test_the_best_rate_gets_more_seeds() -> None:
     study = Study(smoke, ("x", "y"), (1.0, 2.0), (0,), best={"": {"x": 2.0, "y": 1.0}}, more=(1, 2))
     assert study.runs(("x", "y"))[4:] == [(1, "", 2.0, "x"), (1, "", 1.0, "y"), (2, "", 2.0, "x"), (2, "", 1.0, "y")]
     assert study.runs(("y",))[2:] == [(1, "", 1.0, "y"), (2, "", 1.0, "y")]
+
+
+def test_names_have_fields_that_one_setting_leaves_at_their_default() -> None:
+    configs = [replace(smoke(), eps=eps, precision=how) for eps in (1e-8, 1e-6) for how in ("fp32", "bf16")]
+    wanted = [f"adam_mini 0.003 0 precision={how} eps={eps}" for eps in ("1e-08", "1e-06") for how in ("fp32", "bf16")]
+    assert names(configs) == wanted
+    assert set(names(configs[::-1])) == set(wanted)
 
 
 def test_lengths_are_in_tokens_per_parameter() -> None:

@@ -62,6 +62,65 @@ def test_a_resumed_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     assert steps == [2, 4, 6, 8]
 
 
+class Broken:
+    """A tracker that fails at its second record and at its end."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def record(self, values: dict[str, float]) -> None:
+        self.steps.append(int(values["step"]))
+        if len(self.steps) == 2:
+            raise OSError("No space left on device")
+
+    def close(self) -> None:
+        raise RuntimeError("connection lost")
+
+
+def test_a_run_outlives_its_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train(CONFIG, tmp_path / "plain")
+    broken = Broken()
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, config, step: broken)
+    status = train(CONFIG, tmp_path / "tracked", Options(track="tensorboard"))
+    assert status["state"] == "finished" and status["weights_sha256"] == plain["weights_sha256"]
+    assert broken.steps == [2, 4], "nothing is sent after an error"
+    assert "tracking ended at step 4, training goes on" in caplog.text and "connection lost" in caplog.text
+    folders = [run_folder(tmp_path / root, CONFIG.with_rules_hash()) for root in ("plain", "tracked")]
+    steps = [(folder / "metrics.jsonl").read_text().count('"step"') for folder in folders]
+    assert steps == [4, 4]
+
+
+def test_an_error_of_the_run_is_not_hidden_by_its_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda folder, config, step: Broken())
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise MemoryError("the run's own error")
+
+    monkeypatch.setattr("experiments.passes.backward", fails)
+    with pytest.raises(MemoryError, match="the run's own error"):
+        train(CONFIG, tmp_path, Options(track="tensorboard"))
+
+
+def test_a_run_resumed_within_a_second_keeps_its_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tensorboardX.event_file_writer.time.time", lambda: 1.8e9)
+    for start in (0, 2):
+        tracker = trackers.TensorBoard(tmp_path, {}, start)
+        tracker.record({"step": start + 1, "val_loss": 1.0})
+        tracker.close()
+    assert [step for step, _ in points(tmp_path)["val_loss"]] == [1, 3]
+
+
+def test_a_dead_event_thread_does_not_stop_the_run(tmp_path: Path) -> None:
+    """A full disk ends the library's thread. A queue with a limit would then fill, and the run would wait for ever."""
+    tracker = trackers.TensorBoard(tmp_path, {}, 0)
+    tracker.writer.file_writer.event_writer._worker.stop()
+    for step in range(1, 41):
+        tracker.record({"step": step, "val_loss": 1.0})
+    tracker.close()
+
+
 def test_nothing_is_tracked_unless_asked(tmp_path: Path) -> None:
     train(CONFIG, tmp_path)
     folder = run_folder(tmp_path, CONFIG.with_rules_hash())

@@ -49,6 +49,17 @@ def test_the_weights_are_those_at_construction() -> None:
     assert torch.equal(operator @ v, before)
 
 
+def test_construction_leaves_the_model_s_weights_as_they_are() -> None:
+    """A loss may write to weights: an embedding with a limit of its norm scales the rows that it looks up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=0.5), nn.Linear(4, 6)).double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch = torch.randint(6, (8,)), torch.randint(6, (8,))
+    operator = HessianOperator(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), None, [batch])
+    assert torch.isfinite(operator @ torch.ones(operator.shape[0], dtype=torch.float64)).all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_freed_memory_is_given_back_only_for_large_models(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 

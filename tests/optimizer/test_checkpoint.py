@@ -223,6 +223,20 @@ def test_parameters_are_matched_by_name_in_any_order_and_grouping() -> None:
     assert all(equal(state, by_name(opt)[name]) for name, state in by_name(back).items())
 
 
+def test_a_checkpoint_of_rules_that_were_renamed_names_their_new_name() -> None:
+    """Before ``derived`` was chosen by training runs, the name denoted what is ``derived_blocks`` today."""
+    _, opt = trained(rules="derived_blocks")
+    document = copy.deepcopy(opt.state_dict())
+    for group in document["param_groups"]:
+        group["rules"] = "derived"
+    refused(
+        AdamMini(Llama(), rules="derived"), document, "perhaps before .*Build the optimizer with rules='derived_blocks'"
+    )
+    other = AdamMini(Llama(), rules="derived_blocks")
+    other.load_state_dict(document)
+    assert all(equal(state, by_name(opt)[name]) for name, state in by_name(other).items())
+
+
 def test_names_of_wrappers_do_not_matter() -> None:
     _, opt = trained()
     document = copy.deepcopy(opt.state_dict())
