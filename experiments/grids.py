@@ -131,7 +131,12 @@ STUDIES: dict[str, Study] = {
         ("elementwise", "adam_mini", *VARIANTS),
         grown={"adam_mini_max": (3e-2,), "adam_mini_min": (3e-4,), "adam_mini_jensen": (3e-4,)},
     ),
-    "rivals": Study(byte_llama, ("elementwise", *RIVALS), own={arm: rival.rates for arm, rival in RIVALS.items()}),
+    "rivals": Study(
+        byte_llama,
+        ("elementwise", *RIVALS),
+        own={arm: rival.rates for arm, rival in RIVALS.items()},
+        grown={"soap": (3e-2,)},
+    ),
     "record": Study(
         small_llama,
         OURS,

@@ -364,8 +364,8 @@ def test_rates_are_a_factor_of_three_apart_and_the_study_takes_them() -> None:
     for rival in RIVALS.values():
         steps = [b / a for a, b in zip(rival.rates, rival.rates[1:], strict=False)]
         assert 3 <= len(rival.rates) <= 4 and all(2.9 < step < 3.5 for step in steps), rival.name
-    runs = grid("cpu", ("soap", "elementwise"), "rivals")
-    assert {run.lr for run in runs if run.arm == "soap"} == set(RIVALS["soap"].rates)
+    runs = grid("cpu", ("came", "elementwise"), "rivals")
+    assert {run.lr for run in runs if run.arm == "came"} == set(RIVALS["came"].rates)
     assert {run.lr for run in runs if run.arm == "elementwise"} == set(STUDIES["rivals"].rates)
     assert {run.arm for run in grid("smoke", None, "rivals")} == {"elementwise", *RIVALS}
 
