@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis import hessian_maps, paper_hessian, studies
-from paper_figures import ablation, kept_maps, real_model, role_study, study
+from paper_figures import ablation, kept_maps, real_model, role_study, study, suite
 from paper_figures.commandline import refusals
 from paper_figures.paper_hessian import __main__ as paper_hessian_figures
 from paper_figures.style import setup
@@ -39,6 +39,10 @@ def _studies(results: Path, out: Path) -> None:
         print(study.write(studies.load(folder), out))
 
 
+def _suite(results: Path, out: Path) -> None:
+    suite.main(["--results", str(results), "--out", str(out)])
+
+
 def _maps(results: Path, out: Path) -> None:
     setup()
     print(*kept_maps.write(hessian_maps.load(results / "hessian_maps"), out))
@@ -62,6 +66,7 @@ STEPS: dict[str, Step] = {
     "ablation": _ablation,
     "carry over": _carry_over,
     "every study": _studies,
+    "suite": _suite,
     "Hessian maps": _maps,
     "role study": _role_study,
     "real model": _real_model,

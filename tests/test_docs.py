@@ -45,6 +45,7 @@ NOT_RUN = {
     "python -m pytest tests/experiments": "it is a part of this suite",
     "python -m tests.experiments.kills": "minutes; tests/experiments/test_signals_and_kills.py kills runs",
     "python -m tests.sharding.matrix": "minutes; tests/sharding/test_training.py trains on 2 and 3 ranks",
+    "python -m paper_figures.suite": "writes into the page; tests/analysis/test_record.py writes into another",
     "python -m benchmarks.scaling": "minutes; tests/benchmarks/test_scaling.py checks 2 and 3 ranks",
     "pip uninstall adam-mini": "changes the environment; make interop does it in one of its own",
     "llamafactory-cli train": "LLaMA-Factory is installed by make interop; tests/interop/check_llamafactory.py",

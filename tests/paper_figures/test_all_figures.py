@@ -24,6 +24,7 @@ def test_missing_results_end_the_command(tmp_path: Path, capsys: pytest.CaptureF
         ("ablation", "make ablation"),
         ("carry over", "make ablation"),
         ("every study", "make ablation"),
+        ("suite", "make ablation"),
         ("Hessian maps", "run `make hessian`"),
         ("role study", "experiments.studies.role_study"),
         ("real model", "make real-model"),
