@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.data import Corpus, batch_at, fixed_batches
+from experiments.fields import document_of
 from experiments.models import lm_loss
 from experiments.storage import environment, read_json, write_atomic, write_json
 from experiments.studies.role_study.cells import ADAMW, LENGTH, MODELS, ROWS, STEPS, TWIN, Cell, make_model
@@ -34,7 +35,7 @@ def settings(model: str) -> dict[str, Any]:
         model: key of ``MODELS``.
     """
     return {
-        "model": dataclasses.asdict(MODELS[model]),
+        "model": document_of(MODELS[model]),
         "steps": STEPS,
         "rows": ROWS,
         "length": LENGTH,
