@@ -66,7 +66,7 @@ hessian: $(READY)
 
 # Tests of one group share processes that are expensive to start, so they run in one worker. A single file needs no
 # workers: .venv/bin/python -m pytest tests/optimizer/test_update.py
-test: $(READY)
+test: $(READY) $(PEERS)
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 # DeepSpeed is built from source against the installed torch, so torch and the build tools are installed first.

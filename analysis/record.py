@@ -37,9 +37,16 @@ def table(settings: Sequence[Setting]) -> pd.DataFrame:
 
 
 def best(runs: pd.DataFrame) -> float:
-    """Return AdamW's lowest mean loss in the map, over seeds."""
+    """Return AdamW's lowest mean loss in the map, over seeds.
+
+    Raises:
+        ValueError: every cell of AdamW has a diverged run.
+    """
     base = runs[runs.arm == BASELINE]
-    return float(base.groupby(["warmup", "clip", "lr"]).final_val_loss.mean().min())
+    lowest = float(base.groupby(["warmup", "clip", "lr"]).final_val_loss.mean().min())
+    if not np.isfinite(lowest):
+        raise ValueError(f"{BASELINE} has a diverged run in every cell of the map, so there is no loss to compare with")
+    return lowest
 
 
 @dataclass(frozen=True)

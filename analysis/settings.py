@@ -115,8 +115,9 @@ class Comparison:
         diverged: number of its runs at that rate that diverged.
         diverged_anywhere: the same at any of its rates.
         loss: mean final loss over the finished runs at that rate, in nats.
-        difference: arm minus baseline, paired by seed, with a 95 % bootstrap interval; None without pairs.
-        p: p-value of a sign-flip test of the paired differences; NaN without pairs.
+        difference: arm minus baseline, paired by seed, with a 95 % bootstrap interval; None without pairs, or if a run
+            of either arm diverged at its best rate, because the mean of the others would leave the divergence out.
+        p: p-value of a sign-flip test of the paired differences; NaN where there is no difference.
         p_corrected: the same, corrected for the number of arms by Holm's method.
         scalars: second-moment scalars, or values of state besides the first moment.
     """
@@ -150,8 +151,9 @@ def compare(runs: pd.DataFrame, against: str = BASELINE) -> list[Comparison]:
     base = _losses(runs, against, rates[against])
     for arm in runs.arm.unique():
         losses, mine = _losses(runs, arm, rates[arm]), runs[runs.arm == arm]
-        paired = [losses[seed] - base[seed] for seed in losses if seed in base]
-        paired = [value for value in paired if np.isfinite(value)]
+        shared = [seed for seed in losses if seed in base]
+        paired = [losses[seed] - base[seed] for seed in shared if np.isfinite(losses[seed]) and np.isfinite(base[seed])]
+        complete = bool(paired) and len(paired) == len(shared)
         finite = [value for value in losses.values() if np.isfinite(value)]
         grid = sorted(mine.lr.unique())
         baseline = arm == against
@@ -164,8 +166,8 @@ def compare(runs: pd.DataFrame, against: str = BASELINE) -> list[Comparison]:
                 sum(not np.isfinite(value) for value in losses.values()),
                 int((mine.state == "diverged").sum()),
                 float(np.mean(finite)) if finite else float("inf"),
-                bootstrap_interval(paired) if paired and not baseline else None,
-                sign_flip_p(paired) if paired and not baseline else float("nan"),
+                bootstrap_interval(paired) if complete and not baseline else None,
+                sign_flip_p(paired) if complete and not baseline else float("nan"),
                 float("nan"),
                 int(mine.second_moment_scalars.iloc[0]),
             )

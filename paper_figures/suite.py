@@ -57,7 +57,8 @@ def rivals_table(setting: Setting) -> list[str]:
     """Return the arms of a setting, each at its best rate, against AdamW."""
     runs = setting.runs
     lines = [
-        "| arm | best rate | at the edge of its grid | final loss | minus AdamW, paired | n | diverged | state, MB |",
+        "| arm | best rate | at the edge of its grid | final loss | minus AdamW, paired | n | diverged there, anywhere "
+        "| state, MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in compare(runs):
@@ -72,7 +73,7 @@ def rivals_table(setting: Setting) -> list[str]:
             f"{one.loss:.4f}",
             difference,
             one.n,
-            one.diverged_anywhere,
+            f"{one.diverged}, {one.diverged_anywhere}",
             state,
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")

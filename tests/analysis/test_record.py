@@ -79,8 +79,8 @@ def test_the_page_s_tables_and_figure(tmp_path: Path) -> None:
     suite.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--docs", str(page)])
     text = page.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
-    assert "| `lion` | 0.01 | yes | 2.6000 | +1.0000 ± 0.0000 | 3 | 0 | 2.50 |" in text
-    assert "| `sgd` | 0.01 | yes | 1.5000 | – | 1 | 0 | 2.50 |" in text, "a single pair has no interval"
+    assert "| `lion` | 0.01 | yes | 2.6000 | +1.0000 ± 0.0000 | 3 | 0, 0 | 2.50 |" in text
+    assert "| `sgd` | 0.01 | yes | 1.5000 | – | 1 | 0, 0 | 2.50 |" in text, "a single pair has no interval"
     assert "| `adam_mini` | 0 of 8 | 6 of 8 |" in text and "| `adam_mini` | clipping | 4 | 2 | 2 | 0 | 8 |" in text
     assert (tmp_path / "figures" / "record_map.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="no results under"):

@@ -68,7 +68,7 @@ def test_runs_of_two_versions_of_rules_are_refused(tmp_path: Path) -> None:
         load_settings(tmp_path / "a", tmp_path / "b")
 
 
-def test_divergences_are_counted_and_leave_their_pair_out(tmp_path: Path) -> None:
+def test_divergences_are_counted_and_leave_no_difference(tmp_path: Path) -> None:
     folder = write_grid(tmp_path)
     for seed in range(3):
         write_run(folder, "third", 0.01, seed, 1.0, state="diverged" if seed == 1 else "finished")
@@ -76,6 +76,7 @@ def test_divergences_are_counted_and_leave_their_pair_out(tmp_path: Path) -> Non
     (setting,) = load_settings(folder)
     third = next(one for one in compare(setting.runs) if one.arm == "third")
     assert (third.n, third.diverged, third.diverged_anywhere, third.lr) == (2, 1, 4, 0.01)
+    assert third.difference is None and math.isnan(third.p) and math.isnan(third.p_corrected)
 
 
 def test_a_bootstrap_interval_covers_what_it_says() -> None:

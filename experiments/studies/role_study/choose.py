@@ -107,7 +107,9 @@ def choose(folder: Path) -> Rules:
         description=(
             "Chosen by training runs that change one role at a time: of the units that cost at most 0.001 nats against "
             "AdamW on two architectures and two corpora, the one with the fewest scalars. Experts are treated like "
-            "the MLP. Convolutions, adapters and unrecognised matrices are factored; they were not measured."
+            "the MLP. Convolutions, adapters and unrecognised matrices are factored; they were not measured. Biases "
+            "were measured on one small GPT; constants of other layers that count as biases, as in state-space models, "
+            "were not."
         ),
         evidence={"rule": {"tolerance": TOLERANCE, "lr": RATE, "seeds": list(SEEDS)}, "choices": chosen},
         provenance={"made_by": "experiments.studies.role_study", "pairs": [list(pair) for pair in PAIRS]},
