@@ -20,7 +20,6 @@ from experiments.parallel import Team, process_group
 from experiments.train import Options, launch
 from tests import forking
 
-
 ATTEMPTS, PATIENCE = 3, 40
 """Groups that are started one after the other, and seconds that each gets: on busy cores a group of forked ranks
 sometimes waits for ever, for a reason not found."""
