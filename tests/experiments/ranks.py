@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,35 +20,18 @@ from experiments.parallel import Team, process_group
 from experiments.train import Options, launch
 from tests import forking
 
-ATTEMPTS, PATIENCE = 3, 40
-"""Groups that are started one after the other, and seconds that each gets: on busy cores a group of forked ranks
-sometimes waits for ever, for a reason not found."""
-
 
 def start(function: Callable[..., None], *arguments: Any, log: Path, ranks: int = 2) -> None:
-    """Call a function in every rank of a group, with its rank in the environment, and wait for all.
-
-    Raises:
-        AssertionError: a rank failed, or every attempt hung.
-    """
-    for _ in range(ATTEMPTS):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        running = [
-            forking.start(_ranked, rank, ranks, port, function, arguments, output=log.with_suffix(f".{rank}"))
-            for rank in range(ranks)
-        ]
-        try:
-            codes = [process.wait(timeout=PATIENCE) for process in running]
-        except subprocess.TimeoutExpired:
-            for process in running:
-                process.kill()
-            continue
-        logs = "\n".join(log.with_suffix(f".{rank}").read_text()[-2000:] for rank in range(ranks))
-        assert codes == [0] * ranks, logs
-        return
-    raise AssertionError(f"{ATTEMPTS} groups of {ranks} ranks hung for {PATIENCE} s each")
+    """Call a function in every rank of a group, with its rank in the environment, and wait for all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [
+        forking.start(_ranked, rank, ranks, port, function, arguments, output=log.with_suffix(f".{rank}"))
+        for rank in range(ranks)
+    ]
+    codes = [process.wait(timeout=120) for process in running]
+    assert codes == [0] * ranks, "\n".join(log.with_suffix(f".{rank}").read_text()[-2000:] for rank in range(ranks))
 
 
 def _ranked(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -63,27 +46,34 @@ def whole_run(config: TrainConfig, root: Path, options: Options) -> None:
 
 
 def gradients(config: TrainConfig, rows: int, recompute: bool, kind: str, out: Path) -> None:
-    """Store the loss, the whole gradients, and how often DDP reduced, after a backward pass of one batch."""
+    """Store the loss, the whole gradients, and how often DDP reduced, after a backward pass of one batch.
+
+    DDP's reducer is gone before the process group is destroyed. Otherwise the reducer is what destroys the group, and
+    it waits with Python's lock held for gloo's thread, which needs that lock to free what the hook's all-reduce saved.
+    """
     with process_group("cpu"):
-        team = Team.here(kind, "cpu", config.batch)  # type: ignore[arg-type]
-        model = team.place(build(config.model, 0))
-        model.recompute = recompute
-        module, reductions = team.wrap(model), [0]
-        if kind == "ddp":
+        _gradients(config, rows, recompute, kind, out)
+        gc.collect()
 
-            def counting(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
-                reductions[0] += 1
-                dist.all_reduce(bucket.buffer().div_(team.world))
-                done = torch.futures.Future()  # A Python callback on gloo's thread once hung here.
-                done.set_result(bucket.buffer())
-                return done
 
-            module.register_comm_hook(None, counting)  # type: ignore[operator]
-        batch = team.local_rows(batch_at(load(config.data).train, 0, 0, config.batch, config.seq_len))
-        loss, _ = team.agree(passes.backward(module, batch, rows=rows), False)
-        whole = {
-            name: (p.grad.full_tensor() if kind == "fsdp2" else p.grad)  # type: ignore[union-attr]
-            for name, p in model.named_parameters()
-        }
-        if team.rank == 0:
-            torch.save({"loss": loss, "gradients": whole, "reductions": reductions[0]}, out)
+def _gradients(config: TrainConfig, rows: int, recompute: bool, kind: str, out: Path) -> None:
+    team = Team.here(kind, "cpu", config.batch)  # type: ignore[arg-type]
+    model = team.place(build(config.model, 0))
+    model.recompute = recompute
+    module, reductions = team.wrap(model), [0]
+    if kind == "ddp":
+
+        def counting(_, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+            reductions[0] += 1
+            work = dist.all_reduce(bucket.buffer().div_(team.world), async_op=True)
+            return work.get_future().then(lambda done: done.value()[0])
+
+        module.register_comm_hook(None, counting)  # type: ignore[operator]
+    batch = team.local_rows(batch_at(load(config.data).train, 0, 0, config.batch, config.seq_len))
+    loss, _ = team.agree(passes.backward(module, batch, rows=rows), False)
+    whole = {
+        name: (p.grad.full_tensor() if kind == "fsdp2" else p.grad)  # type: ignore[union-attr]
+        for name, p in model.named_parameters()
+    }
+    if team.rank == 0:
+        torch.save({"loss": loss, "gradients": whole, "reductions": reductions[0]}, out)
