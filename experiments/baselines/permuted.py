@@ -6,16 +6,16 @@ runs along an axis, so it gathers and scatters by element. It is too slow for an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.stepping import Stepping
 from optimizer import AdamMini, Rules, partition
 
 
-class PermutedAdamMini(torch.optim.Optimizer):
+class PermutedAdamMini(Stepping):
     """Adam-mini's update with the block ids of ``rules`` shuffled over the elements of each tensor.
 
     Args:
@@ -52,18 +52,12 @@ class PermutedAdamMini(torch.optim.Optimizer):
                     ids = ids[torch.randperm(len(ids), generator=generator)]
                 self._ids[-1].append(ids)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update all parameters that have a gradient; return the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self) -> None:
+        """Update all parameters that have a gradient."""
         for group, group_ids in zip(self.param_groups, self._ids, strict=True):
             for parameter, ids in zip(group["params"], group_ids, strict=True):
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, ids, group)
-        return loss
 
     def _update(self, parameter: Tensor, grad: Tensor, ids: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +40,8 @@ class HiFT(Exact):
         """Number of the layer that the next step updates."""
         return int(self.param_groups[0]["turn"]) % self._layers
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the active layer; return the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self) -> None:
+        """Update the active layer."""
         active = self.active
         for group in self.param_groups:
             group["turn"] += 1
@@ -59,7 +52,6 @@ class HiFT(Exact):
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 if layer == active and parameter.grad is not None:
                     _adamw(parameter, parameter.grad, state, group)
-        return loss
 
 
 def _adamw(parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: Group) -> None:

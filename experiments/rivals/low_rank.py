@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,20 +90,14 @@ class ApolloMini(Exact):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0, "scale": scale, "gap": gap})
         self._seed = seed
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update all matrices that have a gradient; return the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self) -> None:
+        """Update all matrices that have a gradient."""
         place = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group, place)
                 place += 1
-        return loss
 
     def vector(self, like: Tensor, place: int, renewal: int) -> Tensor:
         """Return a random vector for one side of a matrix, [shorter side]."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,22 +51,9 @@ class MicroAdam(Exact):
         options = {"window": window, "density": density, "block": block, "bucket": bucket}
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, **options})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update all parameters that have a gradient; return the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.flatten(), group)
-        return loss
-
-    def _update(self, parameter: Tensor, grad: Tensor, group: Group) -> None:
-        """Update one parameter; ``grad`` is its gradient, [n]."""
-        state = self.state[parameter]
+    def update(self, parameter: Tensor, grad: Tensor, group: Group) -> None:
+        """Update one parameter; all that is kept of its gradient is flat."""
+        grad, state = grad.flatten(), self.state[parameter]
         size, bucket = grad.numel(), group["bucket"]
         if not state:
             kept = sum(math.ceil(group["density"] * part) for part in _lengths(size, group["block"]))

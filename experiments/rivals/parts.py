@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.stepping import Stepping
+
 from .rival import Group
 
 State = dict[str, Any]
 
 
-class Exact(torch.optim.Optimizer):
+class Exact(Stepping):
     """An optimizer whose state is loaded in the dtype in which it was saved.
 
     ``torch.optim.Optimizer`` casts state to the dtype of the parameter, which loses integers and doubles the bytes of
@@ -82,13 +84,8 @@ class Parts(Exact):
                 groups += [{**group, "lr": lr, "rate_scale": scale} for group in inner.param_groups]
         super().__init__(groups, {"lr": lr})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Step every part; return the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self) -> None:
+        """Step every part."""
         for inner, place in self._inner:
             # Loading a state dict replaces state and groups, so the parts are given them at every step.
             groups = self.param_groups[place]
@@ -102,7 +99,6 @@ class Parts(Exact):
             finally:
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
-        return loss
 
 
 def adamw(betas: tuple[float, float]) -> Callable[[list[Group]], torch.optim.Optimizer]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,20 +26,8 @@ class Scale(Exact):
     def __init__(self, groups: list[Group], lr: float = 1e-3) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "embedding": False, "momentum": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update all matrices that have a gradient; return the closure's loss, if there is a closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
-
-    def _update(self, parameter: Tensor, grad: Tensor, group: Group) -> None:
+    def update(self, parameter: Tensor, grad: Tensor, group: Group) -> None:
+        """Update one matrix."""
         # Every parameter has a state, or torch.distributed.checkpoint refuses to load the optimizer.
         state = self.state[parameter]
         if not state:

@@ -8,32 +8,39 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments import trackers
 from experiments.configs import smoke
 from experiments.storage import read_json
 from experiments.train import Options, Refused, run_folder, train
 
+START = SessionLog.START
 CONFIG = dataclasses.replace(smoke(), steps=8, eval_every=2, checkpoint_every=2, experiment="tracked")
 
 
-def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name -> (step, value) of all event files, read as TFRecords: length, checksum, content, checksum."""
-    found: dict[str, list[tuple[int, float]]] = {}
+def events(folder: Path) -> Iterator[Event]:
+    """All events of a run's files, read as TFRecords: length, checksum, content, checksum."""
     for path in sorted((folder / "events").glob("*")):
         content, place = path.read_bytes(), 0
         while place < len(content):
             (length,) = struct.unpack_from("<Q", content, place)
-            event = Event.FromString(content[place + 12 : place + 12 + length])
+            yield Event.FromString(content[place + 12 : place + 12 + length])
             place += length + 16
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Name -> (step, value) of all events."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for event in events(folder):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
 
 
@@ -60,6 +67,10 @@ def test_a_resumed_run_goes_on_in_its_folder(tmp_path: Path, monkeypatch: pytest
     assert train(CONFIG, tmp_path, Options(track="tensorboard"))["state"] == "finished"
     steps = [step for step, _ in points(run_folder(tmp_path, CONFIG.with_rules_hash()))["val_loss"]]
     assert steps == [2, 4, 6, 8]
+    started = [e.step for e in events(run_folder(tmp_path, CONFIG.with_rules_hash())) if e.session_log.status == START]
+    assert started == [1, 6], (
+        "the run stopped after step 5; TensorBoard hides what a killed process wrote from there on"
+    )
 
 
 class Broken:

@@ -331,3 +331,11 @@ def test_eps_reaches_adamw_and_rule_sets_and_nothing_else() -> None:
     with pytest.raises(ValueError, match=r"eps=0\.0001 is for AdamW and rule sets; arm='lion'"):
         make_optimizer(model, "lion", eps=1e-4, **settings)
     assert dataclasses.replace(smoke(), eps=1e-8).hash == smoke().hash != dataclasses.replace(smoke(), eps=1e-4).hash
+
+
+def test_eps_reaches_the_run(tmp_path: Path) -> None:
+    """With a large eps the steps are tiny, so the loss hardly moves."""
+    config = dataclasses.replace(smoke(), steps=10)
+    moved, still = (train(dataclasses.replace(config, eps=eps), tmp_path)["final_val_loss"] for eps in (1e-8, 1e3))
+    first = train(dataclasses.replace(config, lr=0.0), tmp_path)["final_val_loss"]
+    assert abs(still - first) < 5e-3 < 0.1 < abs(moved - first)  # weight decay alone moves it by 0.0015
