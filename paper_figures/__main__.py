@@ -16,7 +16,7 @@ from paper_figures.commandline import refusals
 from paper_figures.paper_hessian import __main__ as paper_hessian_figures
 from paper_figures.style import setup
 
-CARRY_OVER = ("elementwise", "adam_mini", "derived", "factored")
+CARRY_OVER = ("elementwise", "adam_mini", "derived_blocks", "derived", "factored")
 Step = Callable[[Path, Path], None]
 """Draws from a root of results into a folder."""
 READ = ("hessian_maps", "paper_hessian", "real_model", "role_study")

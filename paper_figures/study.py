@@ -33,7 +33,8 @@ def draw(study: Study) -> Figure:
         _differences(left, chosen)
         _memory(right, chosen)
         n = sorted(set(chosen.n))
-        left.set_title(f"{condition or study.name}: 95 % intervals, paired, n = {' or '.join(map(str, n))}")
+        interval = "no intervals" if n == [1] else "95 % intervals"
+        left.set_title(f"{condition or study.name}: paired, n = {' or '.join(map(str, n))}, {interval}")
         right.set_title("each arm at its best rate; ringed: Pareto-optimal by means")
     handles = {
         label: handle for axes in grid[:, 1] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -63,10 +64,10 @@ def _differences(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _memory(axes: Axes, rows: pd.DataFrame) -> None:
-    """Plot the final loss of every arm at its best rate against its second moments per parameter."""
+    """Plot the final loss of every arm at its best rate against the bytes of its state per parameter."""
     rows = rows[rows.best & rows.loss.notna()]
     drawn = looks(sorted(rows.arm.unique()))
-    values = (rows.scalars / rows.parameters).to_numpy()
+    values = (rows.state_bytes / rows.parameters).to_numpy()
     best = studies.optimal(values, np.array([loss.mean for loss in rows.loss]))
     for row, value, ringed in zip(rows.itertuples(), values, best, strict=True):
         look, half = drawn[str(row.arm)], row.loss.half if np.isfinite(row.loss.half) else 0.0
@@ -76,7 +77,7 @@ def _memory(axes: Axes, rows: pd.DataFrame) -> None:
             value, row.loss.mean, yerr=half, fmt=marker, color=look.colour, label=label(str(row.arm)), **style
         )
     axes.set_xscale("log")
-    axes.set_xlabel("second moments per parameter")
+    axes.set_xlabel("bytes of optimizer state per parameter")
     axes.set_ylabel("final validation loss (nats)")
 
 

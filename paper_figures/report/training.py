@@ -21,6 +21,8 @@ TITLES = {
     "ablation_cpu": "Which parameters share a scalar",
     "carry_over_cpu": "Another architecture and corpus",
     "statistics_cpu": "Other numbers of a block than its mean",
+    "rivals_cpu": "Optimizers of other authors",
+    "record_cpu": "Learning rate, warm-up and clipping",
 }
 """Headings of the studies that have a page; any other folder is named by its own name."""
 BEST, EVERY = "each arm at its best rate", "every learning rate"
@@ -185,6 +187,8 @@ def differences(found: Sequence[Study]) -> Pictures:
     pictures = Pictures("differences", ("study", "shown"))
     for study in (study for study in found if study.baseline is not None):
         rows = studies.table(study)
+        if not study.varied:
+            pictures.add((title(study.name), BEST), _file(study), _each_at_best(study, rows[rows.best]))
         for condition in study.conditions:
             shown = f"by learning rate: {condition}" if condition else "by learning rate"
             pictures.add((title(study.name), shown), _file(study), _by_rate(study, rows[rows.condition == condition]))
@@ -197,11 +201,26 @@ def _file(study: Study) -> str:
     return file_name("study", study.name)
 
 
+def _interval_of(seeds: Sequence[int]) -> str:
+    """Return in words what the error bars are; a single seed has none."""
+    if list(seeds) == [1]:
+        return "paired by seed, n = 1 seed, so without an interval"
+    return f"{PAIRED}, n = {' or '.join(map(str, seeds))} seeds"
+
+
 def _by_rate(study: Study, rows: pd.DataFrame) -> Figure:
     """Plot the paired difference at each learning rate."""
     rates = sorted(rows.lr.unique())
     axis = log_axis("learning rate") | {"tickvals": rates, "ticktext": [f"{lr:g}" for lr in rates]}
     return _difference_plot(rows, "lr", "difference", axis, "at the same learning rate")
+
+
+def _each_at_best(study: Study, rows: pd.DataFrame) -> Figure:
+    """Plot the paired difference of every arm at its best rate, lowest first."""
+    paired = rows[[value is not None for value in rows.at_best]]
+    order = sorted(paired.arm, key=lambda arm: paired.set_index("arm").at_best[arm].mean)
+    axis = {"title": {"text": "arm"}, "type": "category", "categoryorder": "array", "categoryarray": order}
+    return _difference_plot(rows, "arm", "at_best", axis, "each at its best rate")
 
 
 def _across(study: Study, rows: pd.DataFrame) -> Figure:
@@ -243,8 +262,8 @@ def _difference_plot(rows: pd.DataFrame, x: str, column: str, axis: dict[str, An
     return Figure(
         plot(traces, xaxis=axis, **layout, height=480),
         f"Final loss of every arm minus AdamW's, {how}.",
-        f"Final validation loss minus AdamW's {how}, {PAIRED}, n = {' or '.join(map(str, seeds))} seeds. AdamW is the "
-        "line at 0. Arms without a pair, or with a diverged run, have no point.",
+        f"Final validation loss minus AdamW's {how}, {_interval_of(seeds)}. AdamW is the line at "
+        "0. Arms without a pair, or with a diverged run, have no point.",
     )
 
 
@@ -255,7 +274,8 @@ def pareto(found: Sequence[Study]) -> Pictures:
         rows = studies.table(study)
         for condition in study.conditions:
             chosen = rows[(rows.condition == condition) & rows.best & rows.loss.notna()]
-            for memory in (SECOND, ALL):
+            # Some arms keep no second moment, for which a logarithmic axis has no place.
+            for memory in (ALL,) if (chosen.scalars == 0).any() else (SECOND, ALL):
                 pictures.add((title(study.name), condition or "one", memory), _file(study), _front(chosen, memory))
     return pictures
 
@@ -306,10 +326,9 @@ def _front(rows: pd.DataFrame, memory: str) -> Figure:
     return Figure(
         plot(traces, xaxis=axis, yaxis={"title": {"text": "final validation loss (nats)"}}, height=520),
         f"Final loss against {memory}. Pareto-optimal: {names}.",
-        f"Each arm at its best rate, mean and 95 % t-interval, n = {_n(rows)} seeds. Stars and ringed points are "
-        f"Pareto-optimal by their means: no arm has both less memory and a lower loss. They are {names}. Arms differ "
-        f"by "
-        "the paired intervals of the tables, which are narrower than the intervals here.",
+        f"Each arm at its best rate, mean and 95 % t-interval (none for a single seed), n = {_n(rows)}. Stars and "
+        "ringed points are Pareto-optimal by their means: no arm has both less memory and a lower loss. They are "
+        f"{names}. Arms differ by the paired intervals of the tables, which are narrower than the intervals here.",
     )
 
 
