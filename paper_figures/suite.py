@@ -33,11 +33,12 @@ def record_map(runs: pd.DataFrame, out: Path) -> Path:
         image = axes.imshow(shown, vmin=0, vmax=1, cmap="cividis_r", aspect="auto")
         for i, j in np.ndindex(*loss.shape):
             if number[i, j]:
-                worst = f"\n{broken[i, j]} of {number[i, j]} broke" if broken[i, j] else ""
+                count = "broke" if number[i, j] == 1 else f"{broken[i, j]} of {number[i, j]} broke"
+                worst = f"\n{count}" if broken[i, j] else ""
                 text = (
                     f"{loss[i, j] - base:+.2f}{worst}" if np.isfinite(loss[i, j]) else f"all {number[i, j]}\ndiverged"
                 )
-                axes.text(j, i, text, ha="center", va="center", fontsize=6.2, color="w" if shown[i, j] > 0.55 else "k")
+                axes.text(j, i, text, ha="center", va="center", fontsize=6.2, color="w" if shown[i, j] > 0.45 else "k")
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(rows)), [f"{100 * w:g} %, {'clip ' + f'{c:g}' if c else 'no clip'}" for w, c in rows])
         axes.set_title("AdamW" if arm == BASELINE else arm)
