@@ -23,16 +23,18 @@ HESSIAN_PEERS := $(VENV)/peers-hessian
 INTEROP := $(VENV)/interop
 FACTORY := $(VENV)/llamafactory
 REAL := $(VENV)/real-model
+WORKLOADS := $(VENV)/workloads
 PIP   := $(PY) -m pip install --quiet --disable-pip-version-check
 HESSIAN_PEERS_PIP := $(HESSIAN_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check
 INTEROP_PIP := $(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check
+WORKLOADS_PIP := $(WORKLOADS)/bin/python -m pip install --quiet --disable-pip-version-check
 REAL_PIP := $(REAL)/bin/python -m pip install --quiet --disable-pip-version-check
 FACTORY_PIP := $(FACTORY)/bin/python -m pip --quiet --disable-pip-version-check
 TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers gpu-check gpu-dry-run clean
+.PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers setup-workloads workloads check-workloads gpu-check gpu-dry-run clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian peers clean"
@@ -155,6 +157,31 @@ $(REAL)/.ready: pyproject.toml constraints.txt
 real-model: $(READY) $(REAL)/.ready
 	$(REAL)/bin/python -m experiments.studies.real_model
 	$(PY) -m paper_figures.real_model --docs docs/real_model.md
+
+# The libraries of the workloads, in an environment of their own. timm requires torchvision, and torchvision of the
+# package registry a CUDA build of torch of several GB, so both are installed without dependencies.
+$(WORKLOADS)/.ready: experiments/workloads/requirements.txt constraints.txt pyproject.toml
+	@echo "building $(WORKLOADS) (once, some minutes)"
+	@rm -rf $(WORKLOADS) && $(PYTHON) -m venv $(WORKLOADS)
+	@$(WORKLOADS_PIP) --no-index --no-deps torch==$(TORCH_VERSION) 2>/dev/null || \
+		$(WORKLOADS_PIP) --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH_VERSION)
+	@$(WORKLOADS_PIP) --constraint constraints.txt --editable ".[experiments,tracking,real-model]" \
+		-r experiments/workloads/requirements.txt peft pytest pytest-timeout
+	@$(WORKLOADS_PIP) --no-deps timm==1.0.31 torchvision==0.28.0
+	@touch $@
+
+setup-workloads: $(WORKLOADS)/.ready
+
+# Tasks beyond small language models, one study each: make workloads PROFILE=smoke, or ONLY="resnet vit". What needs
+# Debian's packages says so: apt-get install dataset-fashion-mnist wordnet-base.
+ONLY ?=
+workloads: $(WORKLOADS)/.ready
+	$(WORKLOADS)/bin/python -m experiments.workloads --profile $(PROFILE) --workers $(WORKERS) --results $(RESULTS) \
+		$(if $(ONLY),--only $(ONLY))
+
+# Checks of the workloads that need their libraries.
+check-workloads: $(WORKLOADS)/.ready
+	$(WORKLOADS)/bin/python -m pytest -o python_files='check_*.py' -o python_functions='check_*' -o timeout=900 tests/workloads
 
 # The paper's Hessian experiments. This takes about an hour; finished cells are kept. STUDY="--dry-run" prints the plan. For
 # the CNN's images: apt-get install dataset-fashion-mnist.

@@ -8,7 +8,6 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,8 +16,9 @@ import tyro
 from experiments import gpu_plan
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig
-from experiments.grids import grid, names
-from experiments.runner import Launch, Outcome, run_many, seconds_per_run, unfinished
+from experiments.grids import STUDIES, Study, grid, names
+from experiments.growing import here_only, so_far
+from experiments.runner import SINGLE, Launch, Outcome, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
 from experiments.train import DEFAULTS, Options
@@ -39,9 +39,9 @@ def selected(configs: list[TrainConfig], only: str) -> list[TrainConfig]:
     return list(itertools.compress(configs, found))
 
 
-def plan(configs: list[TrainConfig], results: Path, workers: int) -> str:
-    """Return in words which runs are left and how long they take."""
-    waiting, total = unfinished(configs, results)
+def plan(configs: list[TrainConfig], results: Path, workers: int, study: Study | None = None) -> str:
+    """Return in words which runs are left and how long they take; later stages of a study are not known yet."""
+    waiting, total = unfinished(here_only(configs, results, study)[0], results)
     if not waiting:
         return f"{total} runs, all finished"
     alike = Counter((config.model, config.steps, config.batch, config.seq_len) for config in waiting)
@@ -49,7 +49,8 @@ def plan(configs: list[TrainConfig], results: Path, workers: int) -> str:
     seconds = sum(count * seconds_per_run(first[size], results) for size, count in alike.items())
     hours = seconds / 3600 / workers
     listed = "\n".join(f"  {name}" for name in names(waiting))
-    return f"{listed}\n{total} runs, {len(waiting)} left: about {hours:.2f} hours with {workers} at a time"
+    later = "; its results will call for more" if study and (study.more or study.grows) else ""
+    return f"{listed}\n{total} runs, {len(waiting)} left: about {hours:.2f} hours with {workers} at a time{later}"
 
 
 def main(
@@ -93,33 +94,62 @@ def main(
         if cluster == "slurm" and limit < math.inf:
             raise ValueError(f"limit={limit:g} is for runs on this machine; on Slurm use --time")
         if profile == "gpu":
-            options = dataclasses.replace(options, device="cuda")
+            options, stages = dataclasses.replace(options, device="cuda"), None
             groups = {name: selected(runs, only) for name, runs in gpu_plan.chosen(study, arms).items()}
         else:
-            groups = {f"{study}_{profile}": selected(grid(profile, arms or None, study), only)}
+            groups = {study: grid(profile, arms or None, study)}
+            stages = STUDIES[study] if profile == "cpu" else None
+        wanted = [c for configs in groups.values() for c in selected(so_far(stages, configs, results), only)]
         if dry_run:
             devices = slurm.gpus or processes
-            print(gpu_plan.text(groups, options, devices) if profile == "gpu" else _plans(groups, results, workers))
+            gpu = profile == "gpu"
+            print(gpu_plan.text(groups, options, devices) if gpu else plan(wanted, results, workers, stages))
             return
         require_writable(results, "results")
         outcomes = []
         for configs in groups.values():
             each = Launch(processes, _fitted(options, configs, slurm.gpus or processes, profile), limit)
             if cluster == "slurm":
-                jobs = submit(configs, results, slurm=slurm, workers=workers, each=each)
+                jobs = submit(selected(configs, only), results, slurm=slurm, workers=workers, each=each)
                 folder, more = results / configs[0].experiment, ", ..." * (len(jobs) > 3)
                 print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{more}); results in {folder}")
                 continue
-            outcomes.append(run_many(configs, results, workers=workers, each=each))
-            _report(outcomes[-1], results / configs[0].experiment)
+            outcomes.append(run_stages(configs, results, stages, only=only, workers=workers, each=each))
             if outcomes[-1].interrupted:
                 break
     if any(outcome.failed or outcome.interrupted for outcome in outcomes):
         raise SystemExit(1)
 
 
-def _plans(groups: Mapping[str, list[TrainConfig]], results: Path, workers: int) -> str:
-    return "\n".join(plan(configs, results, workers) for configs in groups.values())
+def run_stages(
+    configs: list[TrainConfig],
+    results: Path,
+    study: Study | None = None,
+    *,
+    only: str = "",
+    workers: int = 2,
+    each: Launch = SINGLE,
+) -> Outcome:
+    """Run a grid, and then what its results call for, until nothing is left or a run has no results.
+
+    Args:
+        configs: the grid.
+        results: root of the results folders.
+        study: the study that the grid belongs to; None for the grid alone.
+        only: a regular expression; only runs in whose names it is found.
+        workers: number of runs at a time.
+        each: how to start the processes of one run.
+    """
+    before: list[TrainConfig] = []
+    outcome = Outcome(0, ())
+    while (wanted := selected(so_far(study, configs, results), only)) != before:
+        left, taken = here_only(wanted, results, study)
+        outcome = run_many(left, results, workers=workers, each=each)
+        _report(outcome, results / configs[0].experiment, taken)
+        if outcome.failed or outcome.interrupted:
+            break
+        before = wanted
+    return outcome
 
 
 def _fitted(options: Options, configs: list[TrainConfig], processes: int, profile: str) -> Options:
@@ -129,9 +159,10 @@ def _fitted(options: Options, configs: list[TrainConfig], processes: int, profil
     return dataclasses.replace(options, micro_batch=gpu_plan.fitting_micro_batch(configs[0], processes))
 
 
-def _report(outcome: Outcome, folder: Path) -> None:
+def _report(outcome: Outcome, folder: Path, elsewhere: int = 0) -> None:
+    taken = f", {elsewhere} taken from other studies" if elsewhere else ""
     print(
-        f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted; "
+        f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted{taken}; "
         f"results in {folder}"
     )
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args
 
 import tyro
 
@@ -17,11 +17,14 @@ from experiments.fields import ADDED, document_of, require_keys
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
 from experiments.optimizers import ADAMW, CONTROL, EPS, VARIANTS, load_rules
 from experiments.rivals import RIVALS
+from experiments.workloads import KINDS
 
 FORMAT_VERSION = 1
 """Version of the format of a results folder; it increases whenever the meaning of a file changes."""
 MOST_SEEDS = 2**63
 """Seeds must be below this value, which is the limit of torch's generators."""
+Trained: TypeAlias = Union[(ModelConfig, *KINDS)]
+"""Sizes of a language model of this project, or the config of what a workload trains."""
 Precision = Literal["fp32", "bf16"]
 Decay = Literal["linear", "cosine"]
 
@@ -32,8 +35,8 @@ class TrainConfig:
 
     Attributes:
         experiment: name of the run's folder below the results root.
-        model: sizes of the model; the type of this config determines the model's class.
-        data: name of the corpus, as in ``experiments.data.load``.
+        model: sizes of the model; the type of this config determines the model's class, and what is trained.
+        data: name of the corpus, as in ``experiments.data.load``, or of a workload's data.
         arm: a rule set (name or path), ``permuted``, ``torch_adamw``, ``adam_mini_`` with a statistic of blocks, or a
             rival (docs/rivals.md).
         rules_hash: hash of the arm's rules at the time of the run; ``with_rules_hash`` fills it in.
@@ -43,8 +46,8 @@ class TrainConfig:
         weight_decay: decoupled weight decay.
         clip: limit of the gradient norm; 0 for no limit.
         warmup: share of the steps over which the learning rate rises linearly; then it falls.
-        batch: sequences per step, over all processes.
-        seq_len: tokens per sequence.
+        batch: sequences or other examples per step, over all processes.
+        seq_len: tokens per sequence; 1 if examples are no sequences.
         steps: number of optimizer steps.
         eval_every: steps between validation losses; the last step always has one.
         eval_batches: number of fixed validation batches of ``batch`` sequences.
@@ -58,7 +61,7 @@ class TrainConfig:
     """
 
     experiment: str
-    model: ModelConfig
+    model: Trained
     data: str = "python-stdlib"
     arm: str = "adam_mini"
     rules_hash: Annotated[str, tyro.conf.Suppress] = ""
@@ -105,7 +108,7 @@ class TrainConfig:
 
     def _require_sizes(self) -> None:
         """Check the model's sizes one by one, against each other, and against the length of a sequence."""
-        for name, size in vars(self.model).items():
+        for name, size in () if isinstance(self.model, KINDS) else vars(self.model).items():
             if isinstance(getattr(type(self.model), name), bool):
                 if not isinstance(size, bool):
                     raise ValueError(f"model.{name}={size!r} must be true or false")
@@ -146,7 +149,7 @@ class TrainConfig:
                 f"{FORMAT_VERSION}; use the release that wrote it, or another results folder"
             )
         require_keys("config", document, cls)
-        kinds = {kind.__name__: kind for kind in (GPTConfig, LlamaConfig, MLPConfig)}
+        kinds = {kind.__name__: kind for kind in (GPTConfig, LlamaConfig, MLPConfig, *KINDS)}
         sizes = document["model"]
         if not isinstance(sizes, Mapping) or sizes.get("kind") not in kinds:
             raise ValueError(f"model={sizes!r} must be an object whose kind is one of {sorted(kinds)}")

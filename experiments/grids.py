@@ -6,6 +6,7 @@ A new study is one line in ``STUDIES``. Its results are in ``results/<study>_<pr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from experiments.configs import TrainConfig, byte_gpt, byte_llama, smoke
 from experiments.models import GPTConfig, Llama, LlamaConfig
 from experiments.optimizers import VARIANTS
 from experiments.rivals import RIVALS
+from experiments.workloads import WORKLOADS, Workload
 
 ARMS = (
     "elementwise",
@@ -48,8 +50,10 @@ class Study:
         own: arm -> learning rates in place of ``rates``, for arms whose rates are of another size.
         grown: arm -> rates by which its grid grew, because its best rate was the last one in that direction.
         settings: name -> fields of the config that differ from the base. Every arm runs in every setting.
-        best: setting -> arm -> the rate that runs on ``more`` seeds as well, once the grid has told which is best.
-        more: seeds of the best rate alone.
+        more: seeds of each arm's best rate alone, once the grid has told which it is (``experiments.growing``).
+        grows: whether a grid grows until its best rate lies inside.
+        shares: studies whose results count as this one's where the runs are equal.
+        small: function that returns the config of the profile ``smoke``.
     """
 
     base: Callable[[], TrainConfig]
@@ -59,8 +63,10 @@ class Study:
     own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     grown: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: PLAIN)
-    best: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     more: tuple[int, ...] = ()
+    grows: bool = False
+    shares: tuple[str, ...] = ()
+    small: Callable[[], TrainConfig] = smoke
 
     def runs(self, arms: Sequence[str]) -> list[tuple[int, str, float, str]]:
         """Return (seed, setting, learning rate, arm) of every run, seed by seed.
@@ -72,8 +78,6 @@ class Study:
         grown = [(lr, arm) for arm in arms for lr in self.grown.get(arm, ())]
         wanted = [(seed, name, lr, arm) for seed in self.seeds for name in self.settings for lr, arm in pairs]
         wanted += [(seed, name, lr, arm) for seed in self.seeds for name in self.settings for lr, arm in grown]
-        for seed in self.more:
-            wanted += [(seed, s, lr, arm) for s, of in self.best.items() for arm, lr in of.items() if arm in arms]
         return wanted
 
 
@@ -120,6 +124,21 @@ def _lengths() -> dict[str, dict[str, Any]]:
     return settings
 
 
+def of_workload(name: str, workload: Workload) -> Study:
+    """Return the study of a workload: its grid on seed 0, and the best rate of every arm on seeds 1 and 2."""
+    base = functools.partial(TrainConfig, name, **workload.run)
+    return Study(
+        base,
+        workload.arms,
+        workload.rates,
+        (0,),
+        own=workload.own,
+        more=(1, 2),
+        grows=True,
+        small=lambda: dataclasses.replace(base(), **workload.smoke),
+    )
+
+
 OURS = ("elementwise", "adam_mini", "derived", "factored")
 STUDIES: dict[str, Study] = {
     "ablation": Study(byte_llama),
@@ -147,11 +166,12 @@ STUDIES: dict[str, Study] = {
         },
     ),
     "length": Study(byte_llama, OURS, settings=_lengths()),
+    **{name: of_workload(name, workload) for name, workload in WORKLOADS.items()},
 }
 
 
 def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablation") -> list[TrainConfig]:
-    """Return the configs of a study, seed by seed.
+    """Return the configs of a study's grid, seed by seed; ``experiments.growing`` has those that follow from results.
 
     Args:
         profile: ``cpu`` for the committed results, or ``smoke`` for runs of some seconds with the same code.
@@ -170,7 +190,7 @@ def grid(profile: str, arms: tuple[str, ...] | None = None, study: str = "ablati
     runs, settings, base = chosen.runs(arms or chosen.arms), chosen.settings, chosen.base()
     if profile == "smoke":
         first = {arm: (seed, "", lr, arm) for seed, _, lr, arm in reversed(runs)}
-        runs, settings, base = list(first.values())[::-1], PLAIN, smoke()
+        runs, settings, base = list(first.values())[::-1], PLAIN, chosen.small()
     base = dataclasses.replace(base, experiment=f"{study}_{profile}")
     return [dataclasses.replace(base, **settings[s], arm=arm, lr=lr, seed=seed) for seed, s, lr, arm in runs]
 

@@ -119,10 +119,9 @@ class Team:
             fully_shard(model, mesh=mesh, mp_policy=policy)
         return model
 
-    def local_rows(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def local_rows(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return this process's rows of a global batch."""
-        inputs, targets = (part[self.rank :: self.world].to(self.device) for part in batch)
-        return inputs, targets
+        return tuple(part[self.rank :: self.world].to(self.device) for part in batch)
 
     def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
         """Return the global batch's loss, and whether any process wants to stop.

@@ -16,24 +16,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from experiments.models import lm_loss
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[Batch, float]]:
     """Cut a batch into pieces of at most ``rows`` rows; 0 for one piece.
 
     Args:
-        batch: (inputs, targets) with equal numbers of rows.
+        batch: tensors with equal numbers of rows, such as (inputs, targets).
         rows: rows per piece; the last piece may have fewer.
 
     Yields:
         (piece, its share of the rows); the shares add up to 1.
     """
-    inputs, targets = batch
-    size = rows or len(inputs)
-    for start in range(0, len(inputs), size):
-        piece = inputs[start : start + size], targets[start : start + size]
-        yield piece, len(piece[0]) / len(inputs)
+    total = len(batch[0])
+    size = rows or total
+    for start in range(0, total, size):
+        piece = tuple(part[start : start + size] for part in batch)
+        yield piece, len(piece[0]) / total
 
 
 def cast(device: torch.device, precision: str, parallel: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -50,7 +50,12 @@ def cast(device: torch.device, precision: str, parallel: str) -> Callable[[], Ab
 
 
 def backward(
-    model: nn.Module, batch: Batch, *, rows: int = 0, casting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    model: nn.Module,
+    batch: Batch,
+    *,
+    rows: int = 0,
+    casting: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = lm_loss,
 ) -> Tensor:
     """Add the gradient of a batch's mean loss to the parameters, micro-batch by micro-batch.
 
@@ -62,6 +67,7 @@ def backward(
         batch: this process's rows of the batch.
         rows: rows per micro-batch; 0 for all at once.
         casting: returns the context of a forward pass.
+        loss_of: (module, rows of a batch) -> their mean loss.
 
     Returns:
         The loss, without its graph.
@@ -72,7 +78,7 @@ def backward(
         waits = isinstance(model, DistributedDataParallel) and i + 1 < len(pieces)
         with model.no_sync() if waits else nullcontext():
             with casting():
-                loss = lm_loss(model, piece)
+                loss = loss_of(model, piece)
             loss = loss if len(pieces) == 1 else share * loss
             loss.backward()
         total = loss.detach() if total is None else total + loss.detach()

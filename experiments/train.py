@@ -13,10 +13,10 @@ import hashlib
 import json
 import logging
 import math
-import resource
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,13 +31,14 @@ from experiments.checkpoints import Checkpoints, State
 from experiments.commandline import refusals
 from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
 from experiments.interruption import Interruption, exit_code
-from experiments.models import MLPConfig, build
-from experiments.optimizers import make_optimizer, require_coverage, second_moment_scalars
-from experiments.parallel import Device, Parallel, Team, peak_on_device, process_group, weights_sha256
+from experiments.optimizers import make_optimizer, require_coverage
+from experiments.parallel import Device, Parallel, Team, process_group
 from experiments.recipes import RECIPES
-from experiments.rivals import state_size
-from experiments.storage import environment, locked, read_json, require_writable, write_atomic, write_json
+from experiments.records import Records, status
+from experiments.storage import environment, locked, read_json, require_writable, write_json
+from experiments.tasks import LanguageModelling, Loop, Task
 from experiments.trackers import TrackerName, make_tracker
+from experiments.workloads import KINDS
 
 logger = logging.getLogger("experiments")
 
@@ -140,24 +141,54 @@ def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[
     try:
         with Interruption() as interruption, torch.random.fork_rng(devices=[]):
             try:
-                run = _Run(config, folder, options, interruption)
+                run = _loop(config)(config, folder, options, interruption)
             except ValueError as error:
                 raise Refused(str(error)) from error
-            status = run.go()
+            ending = run.go()
     except Exception:
         if rank == 0:
             failure = {"state": "failed", "format_version": FORMAT_VERSION, "error": traceback.format_exc()}
             write_json(folder / "status.json", failure)
         raise
     if rank == 0:
-        write_json(folder / "status.json", status)
-        if status["state"] != "interrupted":
-            run.checkpoints.clear()
-    return status
+        write_json(folder / "status.json", ending)
+        if ending["state"] != "interrupted":
+            run.clear()
+    return ending
+
+
+def make_task(config: TrainConfig, device: torch.device) -> Task:
+    """Return what a config trains and how it is judged.
+
+    Raises:
+        ValueError: the data does not fit the model.
+    """
+    if isinstance(config.model, KINDS):
+        return config.model.task(config, device)
+    return LanguageModelling(config, device)
+
+
+def fetch(config: TrainConfig) -> None:
+    """Check that a run's libraries and data are there, and download what is not.
+
+    Raises:
+        ValueError: the data is unknown.
+        OSError: a package or file is missing.
+        RuntimeError: a library is missing, or something cannot be downloaded.
+    """
+    if isinstance(config.model, KINDS):
+        config.model.fetch(config)
+    else:
+        data.load(config.data)
+
+
+def _loop(config: TrainConfig) -> Callable[[TrainConfig, Path, Options, Interruption], Loop]:
+    """Return what makes the loop of a run: this module's, or that of a library that trains by itself."""
+    return getattr(type(config.model), "loop", None) or _Run
 
 
 class _Run:
-    """The state of one run: model, optimizer, data, and the records so far."""
+    """The state of one run: task, optimizer, and the records so far."""
 
     def __init__(self, config: TrainConfig, folder: Path, options: Options, interruption: Interruption) -> None:
         self.config, self.folder, self.interruption = config, folder, interruption
@@ -167,7 +198,8 @@ class _Run:
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink()
         self._seed()
-        self.model = team.place(build(config.model, config.seed))
+        self.task = make_task(config, team.device)
+        self.model = team.place(self.task.model)
         self.casting = passes.cast(team.device, config.precision, team.kind)
         self.parallel = self._prepared()
         self.optimizer = make_optimizer(
@@ -180,23 +212,12 @@ class _Run:
             seed=config.seed,
         )
         require_coverage(self.model, self.optimizer)
-        self.corpus = data.load(config.data)
-        if self.corpus.vocab > config.model.vocab:
-            raise ValueError(
-                f"model.vocab={config.model.vocab} must be at least {self.corpus.vocab}, the tokens of "
-                f"data={config.data!r}; increase it, or choose other data"
-            )
-        batches = data.fixed_batches(self.corpus.validation, config.eval_batches, config.batch, config.seq_len)
-        is_mlp = isinstance(config.model, MLPConfig)
-        batches = [(x, y[:, -1].contiguous()) for x, y in batches] if is_mlp else batches
-        self.validation = [(x.to(team.device), y.to(team.device)) for x, y in batches]
-        self.sample = data.context_batch_at if is_mlp else data.batch_at
-        identity = {"config": config.hash, "data": self.corpus.fingerprint[:16]}
+        identity = {"config": config.hash, "data": self.task.fingerprint[:16]}
         self.checkpoints = Checkpoints(folder / "checkpoints", identity, team, options.keep)
         self.step, self.seconds, self.stopping = 0, 0.0, False
-        self.records: list[dict[str, float]] = []
-        self._resume()
+        earlier = self._resume()
         self.tracker = make_tracker("none" if team.rank else options.track, folder, config.to_dict(), self.step)
+        self.records = Records(folder, self.tracker, writes=team.rank == 0, earlier=earlier)
 
     def _prepared(self) -> nn.Module:
         """Apply the options to the model, wrap it, and record how the run is executed; return the module to call."""
@@ -228,12 +249,12 @@ class _Run:
                     return self._status("diverged")
                 if self.step % config.eval_every == 0 or self.step == config.steps:
                     self._record(loss)
-                    if not math.isfinite(self.records[-1]["val_loss"]):  # The last update can make the weights NaN.
+                    if not math.isfinite(self.records.all[-1]["val_loss"]):  # The last update can make the weights NaN.
                         return self._status("diverged")
                 if self.step == config.steps:
                     break
                 if self.stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
-                    progress = {"seconds": self.seconds, "records": self.records}
+                    progress = {"seconds": self.seconds, "records": self.records.all}
                     self.checkpoints.save(State(self.model, self.optimizer), self.step, progress)
                 if self.stopping:
                     return self._stop()
@@ -241,15 +262,16 @@ class _Run:
         finally:
             self.checkpoints.wait()
             self.tracker.close()
-        self._write_records()
+        self.records.write()
         return self._status("finished")
 
     def _one_step(self) -> float:
         """Take one optimizer step on this process's rows of the global batch; return the global batch's loss."""
         config = self.config
-        batch = self.sample(self.corpus.train, config.seed, self.step, config.batch, config.seq_len)
-        rows = self.team.local_rows(batch)
-        loss = passes.backward(self.parallel, rows, rows=self.options.micro_batch, casting=self.casting)
+        rows = self.team.local_rows(self.task.batch(self.step))
+        loss = passes.backward(
+            self.parallel, rows, rows=self.options.micro_batch, casting=self.casting, loss_of=self.task.loss
+        )
         if config.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         for group in self.optimizer.param_groups:
@@ -261,7 +283,7 @@ class _Run:
         return global_loss
 
     def _record(self, loss: float) -> None:
-        """Compute the validation loss and store a record.
+        """Compute the numbers on held-out data and store a record.
 
         Every process has to call this method, because under FSDP2 no process has the whole model.
         """
@@ -269,24 +291,11 @@ class _Run:
             "step": self.step,
             "tokens": self.step * self.config.batch * self.config.seq_len,
             "train_loss": loss,
-            "val_loss": passes.validation_loss(
-                self.model, self.validation, rows=self.options.micro_batch, casting=self.casting
-            ),
+            **self.task.evaluate(rows=self.options.micro_batch, casting=self.casting),
             "lr": learning_rate(self.config, self.step - 1),
             "seconds": round(self.seconds, 3),
         }
-        self.records.append(record)
-        self.tracker.record(record)
-        logger.info("step %(step)d train %(train_loss).4f val %(val_loss).4f lr %(lr).2e", record)
-        try:
-            self._write_records()
-        except OSError as error:  # The disk may be full for a moment. The next record writes all records again.
-            logger.error("the records up to step %d were not written, training goes on: %s", self.step, error)
-
-    def _write_records(self) -> None:
-        if self.team.rank == 0:
-            lines = "".join(json.dumps(r) + "\n" for r in self.records)
-            write_atomic(self.folder / "metrics.jsonl", lines.encode())
+        self.records.add(record)
 
     def _stop(self) -> dict[str, Any]:
         number = self.interruption.signal or signal.SIGTERM  # 0 here means that another process received the signal.
@@ -299,16 +308,18 @@ class _Run:
         )
         return {**self._status("interrupted"), "signal": int(number)}
 
-    def _resume(self) -> None:
+    def _resume(self) -> list[dict[str, float]]:
+        """Load the newest checkpoint if there is one, and return the records before it."""
         checkpoint = self.checkpoints.newest()
         if checkpoint is None:
-            return
+            return []
         self.checkpoints.load(checkpoint, State(self.model, self.optimizer))
         progress = checkpoint.manifest["progress"]
-        self.step, self.seconds, self.records = checkpoint.step, progress["seconds"], progress["records"]
+        self.step, self.seconds = checkpoint.step, progress["seconds"]
         if checkpoint.manifest["processes"] != self.team.world:
             self._seed()
         logger.info("resumed %s at step %d", self.folder, self.step)
+        return list(progress["records"])
 
     def _seed(self) -> None:
         """Seed torch's generators from (seed, rank, step), at the start and if the number of processes changed."""
@@ -316,26 +327,21 @@ class _Run:
         torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
 
     def _status(self, how: str) -> dict[str, Any]:
-        last = self.records[-1]["val_loss"] if self.records and how == "finished" else None
-        parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        state = state_size(self.optimizer)
-        return {
-            "state": how,
-            "format_version": FORMAT_VERSION,
-            "steps": self.step,
-            "final_val_loss": last,
-            "parameters": parameters,
-            "second_moment_scalars": second_moment_scalars(self.model, self.config.arm, self.optimizer),
-            "state_values": state.values,
-            "state_bytes": state.bytes,
-            "first_moment_values": state.first,
-            "data_fingerprint": self.corpus.fingerprint[:16],
-            "seconds": round(self.seconds, 2),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            **peak_on_device(self.team.device),
-            "weights_sha256": weights_sha256(self.model),
-            "failed_checkpoints": self.checkpoints.failures,
-        }
+        return status(
+            how,
+            self.config,
+            self.model,
+            self.optimizer,
+            self.records,
+            step=self.step,
+            seconds=self.seconds,
+            fingerprint=self.task.fingerprint,
+            failed_checkpoints=self.checkpoints.failures,
+        )
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a run that has ended."""
+        self.checkpoints.clear()
 
 
 def launch(config: TrainConfig, root: Path, options: Options, threads: int = 0) -> int:
@@ -361,8 +367,8 @@ def launch(config: TrainConfig, root: Path, options: Options, threads: int = 0) 
     with process_group(options.device):
         first = not dist.is_initialized() or dist.get_rank() == 0
         with locked(run_folder(root, config.with_rules_hash())) if first else nullcontext():
-            status = train(config, root, options)
-    return exit_code(status["signal"]) if status["state"] == "interrupted" else 0
+            ending = train(config, root, options)
+    return exit_code(ending["signal"]) if ending["state"] == "interrupted" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +397,7 @@ def main() -> None:
         done = finished(run_folder(job.results, config))
     if not done:
         with refusals(ValueError, OSError, RuntimeError):  # The data is unknown or cannot be downloaded.
-            data.load(config.data)
+            fetch(config)
     with refusals(Refused, OSError):
         code = launch(job.config, job.results, job.options, job.threads)
     raise SystemExit(code)

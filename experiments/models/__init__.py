@@ -24,7 +24,7 @@ def build(config: ModelConfig, seed: int) -> nn.Module:
         return GPT(config) if isinstance(config, GPTConfig) else MLPClassifier(config)
 
 
-def lm_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+def lm_loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     """Return the mean cross entropy in nats over all positions.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
 import struct
@@ -332,9 +333,15 @@ def test_fashion_mnist_is_read_from_the_packages_files(tmp_path: Path, monkeypat
     fashion.fashion_mnist.cache_clear()
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         fashion.fashion_mnist()
+    hashes = {}
     for name, array in (("train-images-idx3", images), ("train-labels-idx1", np.array([7, 1], dtype=np.uint8))):
         header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-        (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+        content = gzip.compress(header + array.tobytes())
+        (folder / f"{name}-ubyte.gz").write_bytes(content)
+        hashes[name.removesuffix("-idx3").removesuffix("-idx1")] = hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match="is pinned; unpack the package dataset-fashion-mnist again"):
+        fashion.fashion_mnist()
+    monkeypatch.setattr(fashion, "SHA256", hashes)
     found = fashion.fashion_mnist()
     assert np.array_equal(found[0], images) and found[1].tolist() == [7, 1]
     fashion.fashion_mnist.cache_clear()

@@ -1,0 +1,27 @@
+"""Training tasks beyond this project's small language models: real data, and models and trainers of kept libraries.
+
+A workload is one file: the config of what it trains, and the task or the loop that the config makes. To add one, write
+such a file, a line in ``KINDS`` and one in ``WORKLOADS``. A config is a frozen dataclass with these methods:
+
+    require_consistent()          raises a ValueError if a field is wrong
+    fetch(config)                 checks libraries and data, and downloads what is missing; raises if that fails
+    task(config, device) -> Task  what ``experiments.train`` runs, or
+    loop(config, folder, options, interruption) -> Loop   where a library trains by itself
+
+The libraries are in an environment of their own (``make setup-workloads``) and are imported only when a run needs them.
+"""
+
+from __future__ import annotations
+
+from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
+from .workload import Workload
+
+KINDS: tuple[type, ...] = (Classifier,)
+"""The configs of what workloads train."""
+WORKLOADS: dict[str, Workload] = {
+    "resnet": RESNET,
+    "resnet_batchnorm": RESNET_BATCHNORM,
+    "vit": VIT,
+}
+
+__all__ = ["KINDS", "WORKLOADS", "Workload"]
