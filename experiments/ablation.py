@@ -17,7 +17,7 @@ from experiments import gpu_plan
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig
 from experiments.grids import STUDIES, Study, grid, names
-from experiments.growing import here_only, so_far
+from experiments.growing import equal_run, so_far, take_over
 from experiments.runner import SINGLE, Launch, Outcome, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
@@ -41,7 +41,8 @@ def selected(configs: list[TrainConfig], only: str) -> list[TrainConfig]:
 
 def plan(configs: list[TrainConfig], results: Path, workers: int, study: Study | None = None) -> str:
     """Return in words which runs are left and how long they take; later stages of a study are not known yet."""
-    waiting, total = unfinished(here_only(configs, results, study)[0], results)
+    waiting, total = unfinished(configs, results)
+    waiting = [config for config in waiting if not equal_run(config, results, study.shares if study else ())]
     if not waiting:
         return f"{total} runs, all finished"
     alike = Counter((config.model, config.steps, config.batch, config.seq_len) for config in waiting)
@@ -143,9 +144,10 @@ def run_stages(
     before: list[TrainConfig] = []
     outcome = Outcome(0, ())
     while (wanted := selected(so_far(study, configs, results), only)) != before:
-        left, taken = here_only(wanted, results, study)
-        outcome = run_many(left, results, workers=workers, each=each)
-        _report(outcome, results / configs[0].experiment, taken)
+        if study and (taken := take_over(wanted, results, study.shares)):
+            print(f"{taken} runs taken from {', '.join(study.shares)}")
+        outcome = run_many(wanted, results, workers=workers, each=each)
+        _report(outcome, results / configs[0].experiment)
         if outcome.failed or outcome.interrupted:
             break
         before = wanted
@@ -159,10 +161,9 @@ def _fitted(options: Options, configs: list[TrainConfig], processes: int, profil
     return dataclasses.replace(options, micro_batch=gpu_plan.fitting_micro_batch(configs[0], processes))
 
 
-def _report(outcome: Outcome, folder: Path, elsewhere: int = 0) -> None:
-    taken = f", {elsewhere} taken from other studies" if elsewhere else ""
+def _report(outcome: Outcome, folder: Path) -> None:
     print(
-        f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted{taken}; "
+        f"{outcome.done} runs done, {len(outcome.failed)} failed, {len(outcome.interrupted)} interrupted; "
         f"results in {folder}"
     )
 

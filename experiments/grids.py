@@ -52,7 +52,7 @@ class Study:
         settings: name -> fields of the config that differ from the base. Every arm runs in every setting.
         more: seeds of each arm's best rate alone, once the grid has told which it is (``experiments.growing``).
         grows: whether a grid grows until its best rate lies inside.
-        shares: studies whose results count as this one's where the runs are equal.
+        shares: studies from which the results of equal runs are taken over.
         small: function that returns the config of the profile ``smoke``.
     """
 
@@ -140,6 +140,8 @@ def of_workload(name: str, workload: Workload) -> Study:
 
 
 OURS = ("elementwise", "adam_mini", "derived", "factored")
+BEST_RIVALS = ("adamuon", "soap", "normuon", "muon")
+"""The four rivals with the lowest mean loss in the study ``rivals``."""
 STUDIES: dict[str, Study] = {
     "ablation": Study(byte_llama),
     "carry_over": Study(
@@ -165,7 +167,17 @@ STUDIES: dict[str, Study] = {
             for warmup, clip in itertools.product((0.0, 0.02, 0.1), (1.0, 0.0))
         },
     ),
-    "length": Study(byte_llama, OURS, settings=_lengths()),
+    "headline": Study(
+        byte_llama,
+        (*OURS, "slim_adam", "permuted", *BEST_RIVALS),
+        seeds=(0,),
+        own={arm: RIVALS[arm].rates for arm in BEST_RIVALS},
+        settings=_places(),
+        more=tuple(range(1, 10)),
+        grows=True,
+        shares=("ablation", "carry_over", "rivals"),
+    ),
+    "length": Study(byte_llama, OURS, seeds=(0,), settings=_lengths(), more=(1, 2), grows=True),
     **{name: of_workload(name, workload) for name, workload in WORKLOADS.items()},
 }
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.configs import TrainConfig
 from experiments.grids import Study
+from experiments.storage import write_atomic, write_json
 from experiments.train import read_status, run_folder
 
 MOST_GROWN = 3
@@ -26,21 +27,43 @@ def neighbour(lr: float, up: bool) -> float:
     return float(f"{'3' if place % 2 else '1'}e{place // 2}")
 
 
-def elsewhere(config: TrainConfig, shares: Sequence[str]) -> Iterator[TrainConfig]:
-    """Yield a config, and the equal configs of the studies whose results it shares."""
-    yield config
+def equal_run(config: TrainConfig, results: Path, shares: Sequence[str]) -> Path | None:
+    """Return the folder of an equal run of another study that has ended; None if there is none, or none is needed.
+
+    Args:
+        config: a run.
+        results: root of the results folders.
+        shares: the other studies.
+    """
+    config = config.with_rules_hash()
+    if _ended(read_status(run_folder(results, config))):
+        return None
     profile = config.experiment.rpartition("_")[2]
-    for study in shares:
-        yield dataclasses.replace(config, experiment=f"{study}_{profile}")
+    others = (run_folder(results, dataclasses.replace(config, experiment=f"{name}_{profile}")) for name in shares)
+    return next((folder for folder in others if _ended(read_status(folder))), None)
 
 
-def here_only(configs: Sequence[TrainConfig], results: Path, study: Study | None) -> tuple[list[TrainConfig], int]:
-    """Return the configs that no other study has results for, and the number of the others."""
-    shares = study.shares if study else ()
-    left = [
-        c for c in configs if not shares or not _ended(status_of(c, results, shares)) or _ended(status_of(c, results))
-    ]
-    return left, len(configs) - len(left)
+def take_over(configs: Sequence[TrainConfig], results: Path, shares: Sequence[str]) -> int:
+    """Copy the results of equal runs of other studies, so that they are not run again, and return their number.
+
+    The copy's ``status.json`` has the original's folder under ``taken_from``.
+
+    Args:
+        configs: runs of a study.
+        results: root of the results folders.
+        shares: studies whose results count as this one's.
+    """
+    taken = 0
+    for config in configs:
+        if original := equal_run(config, results, shares):
+            folder = run_folder(results, config.with_rules_hash())
+            write_json(folder / "config.json", config.with_rules_hash().to_dict())
+            for name in ("environment.json", "metrics.jsonl"):
+                write_atomic(folder / name, (original / name).read_bytes())
+            origin = original.relative_to(results).as_posix()
+            write_json(folder / "status.json", {**read_status(original), "taken_from": origin})
+            taken += 1
+    return taken
 
 
 def so_far(study: Study | None, configs: Sequence[TrainConfig], results: Path) -> list[TrainConfig]:
@@ -53,21 +76,6 @@ def so_far(study: Study | None, configs: Sequence[TrainConfig], results: Path) -
 
 def _ended(status: Mapping[str, Any]) -> bool:
     return status.get("state") in ("finished", "diverged")
-
-
-def status_of(config: TrainConfig, results: Path, shares: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the status of a run, or of an equal run of another study if it has ended; empty if there is none.
-
-    Raises:
-        ValueError: a folder has another format version, or is damaged.
-    """
-    found: dict[str, Any] = {}
-    for equal in elsewhere(config.with_rules_hash(), shares):
-        status = read_status(run_folder(results, equal))
-        if _ended(status):
-            return status
-        found = found or status
-    return found
 
 
 def following(study: Study, configs: Sequence[TrainConfig], results: Path) -> list[TrainConfig]:
@@ -87,7 +95,7 @@ def following(study: Study, configs: Sequence[TrainConfig], results: Path) -> li
             groups.setdefault(dataclasses.replace(config, lr=0.0, seed=0), []).append(config)
     found: list[TrainConfig] = []
     for first, group in groups.items():
-        losses = _losses(group, results, study.shares)
+        losses = _losses(group, results)
         if losses is None or math.isinf(min(losses.values())):
             continue
         grid = sorted(losses)
@@ -101,11 +109,11 @@ def following(study: Study, configs: Sequence[TrainConfig], results: Path) -> li
     return sorted((config for config in found if config not in known), key=lambda config: config.seed)
 
 
-def _losses(group: Sequence[TrainConfig], results: Path, shares: Sequence[str]) -> dict[float, float] | None:
+def _losses(group: Sequence[TrainConfig], results: Path) -> dict[float, float] | None:
     """Return rate -> mean final loss over the seeds, infinite if a run diverged; None if a run has not ended."""
     of: dict[float, list[float]] = {}
     for config in group:
-        status = status_of(config, results, shares)
+        status = read_status(run_folder(results, config.with_rules_hash()))
         if not _ended(status):
             return None
         loss = status["final_val_loss"]
