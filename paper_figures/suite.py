@@ -6,15 +6,18 @@ python -m paper_figures.suite --docs docs/suite.md
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from analysis import length as measured
 from analysis import record
 from analysis.ablation import BASELINE
-from analysis.settings import Setting, compare, load_settings
+from analysis.settings import Comparison, Setting, compare, load_settings
+from paper_figures import length
 from paper_figures.commandline import refusals
 from paper_figures.pages import illustrate, replace
 from paper_figures.style import save, setup
@@ -81,6 +84,46 @@ def rivals_table(setting: Setting) -> list[str]:
     return lines
 
 
+ALPHA = 0.05
+"""Corrected p-value below which an arm differs from AdamW."""
+
+
+def place(setting: Setting) -> str:
+    """Return a setting's architecture and corpus in words."""
+    return f"{setting.shared['model']['kind'].removesuffix('Config')}, {setting.shared['data']}"
+
+
+def headline_table(settings: Sequence[Setting]) -> list[str]:
+    """Return every arm's difference to AdamW in every setting, each at its best rate; the lowest mean comes first.
+
+    Bold differences have a corrected p-value below ``ALPHA``.
+    """
+    found = {place(setting): {one.arm: one for one in compare(setting.runs)} for setting in sorted(settings, key=place)}
+    order: dict[str, list[float]] = {}
+    for arms in found.values():
+        for arm, one in arms.items():
+            order.setdefault(arm, []).append(one.loss - arms[BASELINE].loss)
+    lines = ["| arm | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    for arm in sorted(order, key=lambda arm: sum(order[arm]) / len(order[arm])):
+        cells = [_headline_cell(arms[arm]) if arm in arms else "–" for arms in found.values()]
+        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _headline_cell(one: Comparison) -> str:
+    where = f"at {one.lr:g}" + (" (edge)" if one.at_edge else "")
+    if one.diverged:
+        return f"{one.diverged} diverged, {where}"
+    if one.arm == BASELINE:
+        return f"{one.loss:.4f}, {where}"
+    if one.difference is None:
+        return "no pair"
+    if one.n == 1:
+        return f"{one.difference.mean:+.4f}, n = 1, {where}"
+    text = f"{one.difference.mean:+.4f} ± {one.difference.half:.4f}"
+    return (f"**{text}**" if one.p_corrected < ALPHA else text) + f", n = {one.n}, {where}"
+
+
 def effect_table(runs: pd.DataFrame) -> list[str]:
     """Return how often each arm breaks with and without clipping and warm-up."""
     lines = [
@@ -108,14 +151,40 @@ def rates_table(runs: pd.DataFrame) -> list[str]:
     return lines
 
 
-def tables(rivals: Setting, runs: pd.DataFrame) -> str:
-    """Return all tables as Markdown."""
+def tables(rivals: Setting, runs: pd.DataFrame, headline: Sequence[Setting], gaps: pd.DataFrame | None) -> str:
+    """Return all tables as Markdown.
+
+    Args:
+        rivals: the runs of the study ``rivals``.
+        runs: the map's, as ``record.table`` returns them.
+        headline: the settings of the study ``headline``; empty if it has no runs.
+        gaps: what ``length.gaps`` returns; None without runs.
+    """
     parts = (
+        (
+            "Headline: minus AdamW in nats, paired by seed, each at its best rate; AdamW's row is its loss. Bold: "
+            f"differs, p < {ALPHA:g} after Holm's correction over the arms of a column:",
+            headline_table(headline)
+            if headline
+            else ["Not run yet: `python -m experiments.ablation --study headline`."],
+        ),
+        (
+            "Size and length: minus AdamW in nats, both at their best rates, with 95 % t-intervals over seeds:",
+            [_not_run("length")] if gaps is None else length.lines(gaps),
+        ),
         ("Rivals, each at its own best rate (Llama 0.85M, standard library, 400 steps):", rivals_table(rivals)),
         (f"The map: {len(runs)} runs. Runs that break, by learning rate, over all settings:", rates_table(runs)),
         ("The map, paired: the same rate, seed and other setting, with and without:", effect_table(runs)),
     )
     return "\n\n".join(f"{intro}\n\n" + "\n".join(lines) for intro, lines in parts)
+
+
+def _not_run(study: str) -> str:
+    return f"Not run yet: `python -m experiments.ablation --study {study}`."
+
+
+def _runs_if_any(folder: Path) -> list[Setting]:
+    return load_settings(folder, partial=True) if folder.is_dir() else []
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,14 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     with refusals(FileNotFoundError, ValueError, OSError):
         (rivals,) = load_settings(arguments.results / "rivals_cpu", partial=True)
         runs = record.table(load_settings(arguments.results / "record_cpu", partial=True))
+        headline, lengths = (_runs_if_any(arguments.results / f"{name}_cpu") for name in ("headline", "length"))
+        gaps = measured.gaps(lengths) if lengths else None
         setup()
-        figure, written = record_map(runs, arguments.out), tables(rivals, runs)
+        figures = [record_map(runs, arguments.out)] + ([] if gaps is None else [length.draw(gaps, arguments.out)])
+        written = tables(rivals, runs, headline, gaps)
         if arguments.docs is None:
             (arguments.out / "suite.md").write_text(written + "\n", encoding="utf-8")
         else:
             replace(arguments.docs, written, BEGIN, END)
-            illustrate(arguments.docs, [figure])
-    print(f"{len(rivals.runs)} runs of rivals, {len(runs)} of the map; {figure}")
+            illustrate(arguments.docs, figures)
+    print(f"{len(rivals.runs)} runs of rivals, {len(runs)} of the map; {', '.join(map(str, figures))}")
 
 
 if __name__ == "__main__":

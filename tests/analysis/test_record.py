@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from analysis import record
 from analysis.settings import load_settings
 from paper_figures import suite
 from tests.analysis.runs import write_run
+from tests.analysis.test_length import write_cells
 
 SETTINGS = [(w, c) for w in (0.0, 0.1) for c in (0.0, 1.0)]
 
@@ -75,13 +77,36 @@ def test_the_page_s_tables_and_figure(tmp_path: Path) -> None:
                 tmp_path / "rivals_cpu", arm, 0.01, seed, 1.5 + 0.1 * seed + (arm == "lion"), state_bytes=2_500_000
             )
     page = tmp_path / "suite.md"
-    page.write_text(f"before\n{suite.BEGIN}\nold\n{suite.END}\nafter\n")
+    page.write_text(f"before\n{suite.BEGIN}\nSTALE\n{suite.END}\nafter\n")
     suite.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--docs", str(page)])
     text = page.read_text()
-    assert "old" not in text and text.startswith("before") and text.endswith("after\n")
+    assert "STALE" not in text and text.startswith("before") and text.endswith("after\n")
     assert "| `lion` | 0.01 | yes | 2.6000 | +1.0000 ± 0.0000 | 3 | 0, 0 | 2.50 |" in text
     assert "| `sgd` | 0.01 | yes | 1.5000 | – | 1 | 0, 0 | 2.50 |" in text, "a single pair has no interval"
     assert "| `adam_mini` | 0 of 8 | 6 of 8 |" in text and "| `adam_mini` | clipping | 4 | 2 | 2 | 0 | 8 |" in text
     assert (tmp_path / "figures" / "record_map.png").stat().st_size > 1000
+    assert text.count("Not run yet: ") == 2, "the headline and the lengths"
+    write_cells(tmp_path / "length_cpu")
+    suite.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--docs", str(page)])
+    assert page.read_text().count("Not run yet: ") == 1 and "| 0.10M | 160 | 0.01 | +0.0045" in page.read_text()
+    assert (tmp_path / "figures" / "length.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="no results under"):
         suite.main(["--results", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
+
+
+def test_the_headline_has_a_column_per_place_and_marks_what_differs(tmp_path: Path) -> None:
+    for kind, data in (("GPTConfig", "enwik8"), ("LlamaConfig", "stdlib")):
+        setting = {"model": {"kind": kind}, "data": data}
+        for seed in range(10):
+            write_run(tmp_path, "elementwise", 0.01, seed, 2.0 + 0.1 * seed, setting)
+            sign = 1 if kind == "GPTConfig" or seed % 2 else -1
+            write_run(tmp_path, "lion", 0.01, seed, 2.0 + 0.1 * seed + sign * 0.01 * (1 + seed % 3), setting)
+        state = "diverged" if kind == "GPTConfig" else "finished"
+        write_run(tmp_path, "sgd", 0.01, 0, 2.5, setting, state=state)
+    lines = suite.headline_table(load_settings(tmp_path))
+    assert lines[0] == "| arm | GPT, enwik8 | Llama, stdlib |"
+    rows = {line.split("`")[1]: line for line in lines[2:]}
+    assert list(rows) == ["elementwise", "lion", "sgd"]
+    assert "2.4500, at 0.01 (edge)" in rows["elementwise"]
+    assert re.search(r"\| \*\*\+0\.0190 ± [0-9.]+\*\*, n = 10.*\| -0\.0010 ± ", rows["lion"]), rows["lion"]
+    assert "1 diverged" in rows["sgd"] and "n = 1" in rows["sgd"]
