@@ -88,7 +88,7 @@ def test_the_page_s_tables_and_figure(tmp_path: Path) -> None:
     assert text.count("Not run yet: ") == 2, "the headline and the lengths"
     write_cells(tmp_path / "length_cpu")
     suite.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--docs", str(page)])
-    assert page.read_text().count("Not run yet: ") == 1 and "| 0.10M | 160 | 0.01 | +0.0045" in page.read_text()
+    assert page.read_text().count("Not run yet: ") == 1 and "| 0.10M | 160 | 0.01 | +0.0048" in page.read_text()
     assert (tmp_path / "figures" / "length.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="no results under"):
         suite.main(["--results", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")])
