@@ -1,4 +1,4 @@
-"""Size and length: the gap to AdamW in cells of parameters and tokens per parameter, and a fit. See docs/protocol.md."""
+"""Size and length: the gap to AdamW by parameters and by tokens per parameter, and a fit. See docs/protocol.md."""
 
 from __future__ import annotations
 
