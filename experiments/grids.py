@@ -124,6 +124,20 @@ def _lengths() -> dict[str, dict[str, Any]]:
     return settings
 
 
+SENSITIVITY: dict[str, tuple[float, ...]] = {
+    "beta1": (0.8, 0.95),
+    "beta2": (0.9, 0.99, 0.999),
+    "eps": (1e-10, 1e-6, 1e-4),
+    "weight_decay": (0.0, 0.01, 0.3, 1.0),
+}
+"""Hyper-parameter -> values besides its default. One is changed at a time."""
+
+
+def _one_changed() -> dict[str, dict[str, Any]]:
+    changed = {f"{name} {value:g}": {name: value} for name, values in SENSITIVITY.items() for value in values}
+    return {"defaults": {}, **changed}
+
+
 def of_workload(name: str, workload: Workload) -> Study:
     """Return the study of a workload: its grid on seed 0, and the best rate of every arm on seeds 1 and 2."""
     base = functools.partial(TrainConfig, name, **workload.run)
@@ -177,6 +191,7 @@ STUDIES: dict[str, Study] = {
         grows=True,
         shares=("ablation", "carry_over", "rivals"),
     ),
+    "sensitivity": Study(small_llama, OURS, (1e-3, 3e-3, 1e-2, 3e-2), settings=_one_changed()),
     "length": Study(byte_llama, OURS, seeds=(0,), settings=_lengths(), more=(1, 2), grows=True),
     **{name: of_workload(name, workload) for name, workload in WORKLOADS.items()},
 }
