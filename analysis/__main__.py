@@ -17,8 +17,9 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.ablation import load_runs
+from analysis import studies
 from analysis.runs import state_of
+from analysis.studies import Study
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -49,9 +50,14 @@ def overview(runs: pd.DataFrame) -> str:
         cells = [_cell(runs[(runs.arm == arm) & (runs.lr == rate)], best[arm].idxmin() == rate) for rate in rates]
         scalars = runs[runs.arm == arm].second_moment_scalars.iloc[0]
         lines.append(arm.ljust(width) + "".join(cells) + f"{scalars:>12,}")
-    return "\n".join(
-        [*lines, "", "final validation loss in nats, mean ± standard deviation (seeds); * best rate of an arm"]
-    )
+    return "\n".join(lines)
+
+
+def by_condition(study: Study) -> str:
+    """Return a table of final validation losses for each condition of a study."""
+    parts = [f"{condition}\n{overview(study.of(condition))}".lstrip("\n") for condition in study.conditions]
+    unit = "final validation loss in nats, mean ± standard deviation (seeds); * best rate of an arm"
+    return "\n\n".join([*parts, unit])
 
 
 def _cell(runs: pd.DataFrame, best: bool) -> str:
@@ -67,19 +73,23 @@ def _cell(runs: pd.DataFrame, best: bool) -> str:
 
 
 def curves(runs: pd.DataFrame, wanted: str) -> str:
-    """Return every run whose name (arm, learning rate, seed) contains the text, with its curve as a line of bars.
+    """Return every run whose name contains the text, with its curve as a line of bars, its final loss and its hash.
+
+    A name is arm, learning rate, seed and condition.
 
     Raises:
         ValueError: there is none.
     """
-    names = [f"{run.arm} {run.lr:g} {run.seed}" for run in runs.itertuples()]
+    names = [f"{run.arm} {run.lr:g} {run.seed} {run.condition}".rstrip() for run in runs.itertuples()]
     chosen = [(name, run) for name, run in zip(names, runs.itertuples(), strict=True) if wanted in name]
     if not chosen:
         raise ValueError(f"runs={wanted!r} is in no name of a run; names are like {names[0]!r}")
     losses = [loss for _, run in chosen for loss in _losses(run.curve) if math.isfinite(loss)]
     low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
-    lines = [f"{name:32s} {_bars(run.curve, low, high)}  {_end(run)}" for name, run in chosen]
-    return "\n".join([*lines, "", f"validation loss over the run, bars from {low:.4f} to {high:.4f} nats"])
+    width = max(32, *(len(name) for name, _ in chosen))
+    lines = [f"{name:{width}s} {_bars(run.curve, low, high)}  {_end(run)}  {run.hash}" for name, run in chosen]
+    unit = f"validation loss over the run, bars from {low:.4f} to {high:.4f} nats, and the run's hash"
+    return "\n".join([*lines, "", unit, "to run one again and compare: python -m experiments.rerun HASH"])
 
 
 def _losses(curve: Sequence[Any]) -> list[float]:
@@ -109,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m analysis", description=(__doc__ or "").splitlines()[0])
     show = parser.add_subparsers(required=True).add_parser("show", help="show stored results")
     show.add_argument("experiment", nargs="?", help="name of an experiment; without it, all are listed")
-    show.add_argument("runs", nargs="?", help="part of a run's name: arm, learning rate and seed")
+    show.add_argument("runs", nargs="?", help="part of a run's name: arm, learning rate, seed and condition")
     show.add_argument("--results", type=Path, default=Path("results"), help="root of the results folders (results)")
     arguments = parser.parse_args(argv)
     try:
@@ -117,10 +127,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = [f"{name:28s} {_counted(states)}" for name, states in experiments(arguments.results)]
             text = "\n".join(rows)
         else:
-            table = load_runs(arguments.results / arguments.experiment, partial=True)
-            text = overview(table) if arguments.runs is None else curves(table, arguments.runs)
-            if left_out := table.attrs["left_out"]:
-                text += f"\nleft out: {_counted(left_out)}"
+            study = studies.load(arguments.results / arguments.experiment)
+            text = by_condition(study) if arguments.runs is None else curves(study.runs, arguments.runs)
+            if study.left_out:
+                text += f"\nleft out: {_counted(study.left_out)}"
         sys.stdout.write(text + "\n")
     except (ValueError, OSError) as error:
         sys.stderr.write(f"python -m analysis: error: {error}\n")

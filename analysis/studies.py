@@ -30,7 +30,7 @@ class Study:
 
     Attributes:
         name: name of the folder.
-        runs: one row per run; besides the columns of ``read_run`` without ``config``, its ``condition`` in words.
+        runs: one row per run; the columns of ``read_run`` without ``config``, ``hash``, and ``condition`` in words.
         varied: field -> its values, for the fields that make up a condition; empty if there is one condition.
         shared: field -> value, for the fields that all runs share.
         left_out: number of runs that are neither finished nor diverged, by state.
@@ -90,6 +90,7 @@ def load(folder: Path) -> Study:
     table = load_runs(folder, partial=True, several=True)
     configs = [_flat(config) for config in table.config]
     varied, shared = _varied(configs, table.arm.tolist())
+    table["hash"] = [config_hash(config) for config in table.config]
     table["condition"] = [_in_words({key: config.get(key) for key in varied}) for config in configs]
     table["place"] = [tuple(varied[key].index(config.get(key)) for key in varied) for config in configs]
     keys = ["arm", "lr", "seed", "condition"]

@@ -46,7 +46,7 @@ def test_one_experiment_is_a_table_of_arms_and_rates(results: Path, capsys: pyte
 def test_curves_of_runs_by_name(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, "grid", "adam_mini 0.01", "--results", str(results))
     assert [line.split()[:3] for line in lines[:3]] == [["adam_mini", "0.01", str(seed)] for seed in range(3)]
-    assert "█" in "".join(lines[:3]) and "▁" in "".join(lines[:3]) and lines[3:][-1].startswith("validation loss")
+    assert "█" in "".join(lines[:3]) and "▁" in "".join(lines[:3]) and lines[-2].startswith("validation loss")
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,14 @@ def test_a_diverged_run_may_lack_losses(tmp_path: Path, capsys: pytest.CaptureFi
     run = write_run(tmp_path / "grid", "adam_mini", 0.1, 0, 1.0, state="diverged")
     (run / "metrics.jsonl").write_text('{"step": 10, "val_loss": 2.0}\n{"step": 20, "val_loss": null}\n{"step": 30}\n')
     lines = shown(capsys, "grid", "adam_mini", "--results", str(tmp_path))
-    assert lines[0].split() == ["adam_mini", "0.1", "0", "▁xx", "diverged"]
+    assert lines[0].split() == ["adam_mini", "0.1", "0", "▁xx", "diverged", run.name]
+
+
+def test_conditions_have_a_table_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for clip in (0.0, 1.0):
+        write_run(tmp_path / "map", "adam_mini", 0.1, 0, 2.0 + clip, {"clip": clip})
+    lines = shown(capsys, "map", "--results", str(tmp_path))
+    assert [line for line in lines if line.startswith("clip")] == ["clip 0", "clip 1"]
+    assert sum("2.0000 (1)*" in line for line in lines) == sum("3.0000 (1)*" in line for line in lines) == 1
+    (one, *_) = shown(capsys, "map", "clip 1", "--results", str(tmp_path))
+    assert one.startswith("adam_mini 0.1 0 clip 1 ") and "3.0000" in one
