@@ -1,4 +1,4 @@
-"""Tables and figures of the suite: rivals, and the map of learning rate, warm-up and clipping.
+"""Tables and figures of the suite: headline, size and length, rivals, the map, sensitivity, trajectories.
 
 python -m paper_figures.suite --docs docs/suite.md
 """
@@ -15,9 +15,11 @@ import pandas as pd
 
 from analysis import length as measured
 from analysis import record
+from analysis import sensitivity as sensitive_to
+from analysis import trajectories as of_ways
 from analysis.ablation import BASELINE
 from analysis.settings import Comparison, Setting, compare, load_settings
-from paper_figures import length
+from paper_figures import length, sensitivity, trajectories
 from paper_figures.commandline import refusals
 from paper_figures.pages import illustrate, replace
 from paper_figures.style import save, setup
@@ -151,39 +153,58 @@ def rates_table(runs: pd.DataFrame) -> list[str]:
     return lines
 
 
-def tables(rivals: Setting, runs: pd.DataFrame, headline: Sequence[Setting], gaps: pd.DataFrame | None) -> str:
-    """Return all tables as Markdown.
+def tables(root: Path, out: Path) -> tuple[str, list[Path]]:
+    """Return all tables as Markdown, and draw the figures. A study without results is named.
 
     Args:
-        rivals: the runs of the study ``rivals``.
-        runs: the map's, as ``record.table`` returns them.
-        headline: the settings of the study ``headline``; empty if it has no runs.
-        gaps: what ``length.gaps`` returns; None without runs.
+        root: root of the results folders.
+        out: folder of the figures.
+
+    Raises:
+        FileNotFoundError: the rivals or the map have no runs.
+        ValueError: a run is damaged.
     """
+    (rivals,) = load_settings(root / "rivals_cpu", partial=True)
+    runs = record.table(load_settings(root / "record_cpu", partial=True))
+    headline, lengths, sensitive = (_any(root / f"{name}_cpu") for name in ("headline", "length", "sensitivity"))
+    ways = root / "trajectories" / "distances.json"
+    gaps = measured.gaps(lengths) if lengths else None
+    paths = of_ways.load(ways) if ways.is_file() else None
+    figures = [record_map(runs, out)]
+    figures += [] if gaps is None else [length.draw(gaps, out)]
+    figures += [] if paths is None else [trajectories.draw(paths, out)]
     parts = (
         (
             "Headline: minus AdamW in nats, paired by seed, each at its best rate; AdamW's row is its loss. Bold: "
             f"differs, p < {ALPHA:g} after Holm's correction over the arms of a column:",
-            headline_table(headline)
-            if headline
-            else ["Not run yet: `python -m experiments.ablation --study headline`."],
+            headline_table(headline) if headline else _not_run("headline"),
         ),
         (
             "Size and length: minus AdamW in nats, both at their best rates, with 95 % t-intervals over seeds:",
-            [_not_run("length")] if gaps is None else length.lines(gaps),
+            _not_run("length") if gaps is None else length.lines(gaps),
         ),
         ("Rivals, each at its own best rate (Llama 0.85M, standard library, 400 steps):", rivals_table(rivals)),
         (f"The map: {len(runs)} runs. Runs that break, by learning rate, over all settings:", rates_table(runs)),
         ("The map, paired: the same rate, seed and other setting, with and without:", effect_table(runs)),
+        (
+            "Sensitivity: largest minus smallest loss over the values, in nats; in brackets minus AdamW's, paired:",
+            sensitivity.lines(sensitive_to.table(sensitive)) if sensitive else _not_run("sensitivity"),
+        ),
+        (
+            "Trajectories: distance from AdamW's weights after the last step, divided by the way that AdamW went:",
+            ["Not run yet: `python -m experiments.studies.trajectories`."]
+            if paths is None
+            else trajectories.lines(paths),
+        ),
     )
-    return "\n\n".join(f"{intro}\n\n" + "\n".join(lines) for intro, lines in parts)
+    return "\n\n".join(f"{intro}\n\n" + "\n".join(lines) for intro, lines in parts), figures
 
 
-def _not_run(study: str) -> str:
-    return f"Not run yet: `python -m experiments.ablation --study {study}`."
+def _not_run(study: str) -> list[str]:
+    return [f"Not run yet: `python -m experiments.ablation --study {study}`."]
 
 
-def _runs_if_any(folder: Path) -> list[Setting]:
+def _any(folder: Path) -> list[Setting]:
     return load_settings(folder, partial=True) if folder.is_dir() else []
 
 
@@ -195,19 +216,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, help="page whose tables are replaced; without it, they go to --out")
     arguments = parser.parse_args(argv)
     with refusals(FileNotFoundError, ValueError, OSError):
-        (rivals,) = load_settings(arguments.results / "rivals_cpu", partial=True)
-        runs = record.table(load_settings(arguments.results / "record_cpu", partial=True))
-        headline, lengths = (_runs_if_any(arguments.results / f"{name}_cpu") for name in ("headline", "length"))
-        gaps = measured.gaps(lengths) if lengths else None
         setup()
-        figures = [record_map(runs, arguments.out)] + ([] if gaps is None else [length.draw(gaps, arguments.out)])
-        written = tables(rivals, runs, headline, gaps)
+        written, figures = tables(arguments.results, arguments.out)
         if arguments.docs is None:
             (arguments.out / "suite.md").write_text(written + "\n", encoding="utf-8")
         else:
             replace(arguments.docs, written, BEGIN, END)
             illustrate(arguments.docs, figures)
-    print(f"{len(rivals.runs)} runs of rivals, {len(runs)} of the map; {', '.join(map(str, figures))}")
+    print(", ".join(map(str, figures)))
 
 
 if __name__ == "__main__":

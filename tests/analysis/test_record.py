@@ -14,6 +14,8 @@ from analysis.settings import load_settings
 from paper_figures import suite
 from tests.analysis.runs import write_run
 from tests.analysis.test_length import write_cells
+from tests.analysis.test_sensitivity import write_study
+from tests.analysis.test_trajectories import write_ways
 
 SETTINGS = [(w, c) for w in (0.0, 0.1) for c in (0.0, 1.0)]
 
@@ -85,9 +87,16 @@ def test_the_page_s_tables_and_figure(tmp_path: Path) -> None:
     assert "| `sgd` | 0.01 | yes | 1.5000 | – | 1 | 0, 0 | 2.50 |" in text, "a single pair has no interval"
     assert "| `adam_mini` | 0 of 8 | 6 of 8 |" in text and "| `adam_mini` | clipping | 4 | 2 | 2 | 0 | 8 |" in text
     assert (tmp_path / "figures" / "record_map.png").stat().st_size > 1000
-    assert text.count("Not run yet: ") == 2, "the headline and the lengths"
+    assert text.count("Not run yet: ") == 4, "headline, length, sensitivity, trajectories"
     write_cells(tmp_path / "length_cpu")
+    write_study(tmp_path / "sensitivity_cpu")
+    write_ways(tmp_path / "trajectories" / "distances.json")
     suite.main(["--results", str(tmp_path), "--out", str(tmp_path / "out"), "--docs", str(page)])
+    assert (
+        "| beta2 | 0.95, 0.99 | 0.120, worst at 0.99 | 0.330 (**+0.210 ± 0.025**), worst at 0.99 |" in page.read_text()
+    )
+    assert "| `lion` | 2.000 ± 0.000 | +1.000 ± 0.000 | 0.500 ± 0.000 | 3 |" in page.read_text()
+    assert (tmp_path / "figures" / "trajectories.png").stat().st_size > 1000
     assert page.read_text().count("Not run yet: ") == 1 and "| 0.10M | 160 | 0.01 | +0.0048" in page.read_text()
     assert (tmp_path / "figures" / "length.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="no results under"):
