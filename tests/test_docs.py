@@ -41,6 +41,7 @@ NOT_RUN = {
     "make test": "it is this suite",
     "python -m experiments.train byte-llama": "minutes to hours; tests/experiments/test_train.py runs a smaller config",
     "torchrun --nproc-per-node 2 --max-restarts 3 -m experiments.train": "tests/experiments/test_signals_and_kills.py",
+    "python -m analysis show rivals_cpu": "reads the repository's results; tests/analysis/test_show.py reads others",
     "python -m experiments.rerun": "a minute; tests/experiments/test_rerun.py runs a smaller one again",
     "python -m experiments.studies.trajectories": "minutes; tests/experiments/test_trajectories.py takes a few steps",
     "python -m experiments.ablation": "hours, or a cluster; tests/experiments/test_signals_and_kills.py, test_slurm.py",
