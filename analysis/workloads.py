@@ -71,15 +71,16 @@ class Workload:
         return list(dict.fromkeys(name for row in self.rows for name in row.metrics))
 
 
-def load(root: Path, profile: str = "cpu") -> list[Workload]:
+def load(root: Path, profile: str = "cpu", *, required: bool = True) -> list[Workload]:
     """Load every workload that has results. Runs that are neither finished nor diverged are left out.
 
     Args:
         root: root of the results folders.
         profile: profile of the runs.
+        required: whether it is an error if no workload has results.
 
     Raises:
-        FileNotFoundError: no workload has results.
+        FileNotFoundError: no workload has results, and one is required.
         ValueError: a run is damaged, a workload mixes settings, or it has no runs of AdamW.
     """
     found = []
@@ -92,7 +93,7 @@ def load(root: Path, profile: str = "cpu") -> list[Workload]:
             raise ValueError(f"{folder} mixes {len(settings)} settings; move all but one to another folder")
         (setting,) = settings
         found.append(Workload(name, folder, setting, rows(setting.runs)))
-    if not found:
+    if not found and required:
         raise FileNotFoundError(f"no workload has results under {root}; run `make workloads PROFILE={profile}`")
     return found
 

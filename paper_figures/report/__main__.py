@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis import hessian_maps, real_model, rules, studies
+from analysis import workloads as measured
 from paper_figures.commandline import refusals
-from paper_figures.report import headline, maps, reproduction, site, structure, training
+from paper_figures.report import headline, maps, reproduction, site, structure, training, workloads
 from paper_figures.report import rules as rule_sets
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ def build(sources: Sources, out: Path) -> int:
     again = reproduction.load(sources.reproduction)
     tiny, real = hessian_maps.load(sources.results / "hessian_maps"), real_model.load(sources.results / "real_model")
     along = structure.pictures(sources.results / "paper_hessian")
+    tasks = measured.load(sources.results, required=False)
     # Everything is read before the first figure is made, so that what is missing is known at once.
     pictures = {
         "headline": headline.picture(found, answers),
@@ -60,6 +62,7 @@ def build(sources: Sources, out: Path) -> int:
         "maps": maps.pictures(tiny, real),
         "structure": along,
         "evidence": rule_sets.evidence(sets),
+        "samples": workloads.images(tasks),
     }
     page = site.render(
         "report.html.j2",
@@ -73,6 +76,9 @@ def build(sources: Sources, out: Path) -> int:
         reproduction=again,
         unmeasured=rule_sets.unmeasured(sets),
         structure_command=structure.COMMAND,
+        tasks=workloads.table(tasks),
+        answers=workloads.answers_table(workloads.answers(tasks)),
+        workloads_command=workloads.COMMAND,
         others=[folder.name for folder in others if folder.name not in SHOWN],
         count=sum(len(study.runs) for study in found),
         **pictures,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from analysis import studies
 from analysis.ablation import load_runs, paired_difference, summary
-from paper_figures.report import reproduction
+from paper_figures.report import reproduction, workloads
 from paper_figures.report.__main__ import MOST_BYTES, Sources, build, main
 from paper_figures.report.figures import looks
 from paper_figures.report.headline import NEEDED, SHOWN, Answer, sentence
 from paper_figures.report.tables import Cell, interval
 from paper_figures.report.training import sections
 from tests.analysis.runs import write_grid
+from tests.analysis.test_workloads import write_workload
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -86,7 +89,7 @@ def test_every_section_has_content_and_every_picture_exists(site: Path) -> None:
     page = page_of(site)
     targets = re.findall(r'<a href="#([\w-]+)">', page.split("</nav>")[0])
     ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)) and set(targets) <= set(ids) and len(targets) == 7
+    assert len(ids) == len(set(ids)) and set(targets) <= set(ids) and len(targets) == 8
     named = set(re.findall(r'class="pictures" id="([\w-]+)"', page))
     assert {"headline", "differences", "pareto", "curves", "maps", "rules"} <= named
     for pictures in named:
@@ -291,3 +294,31 @@ def test_arms_that_have_no_colour_get_one_that_no_other_has() -> None:
     assert len({look.colour for look in found.values()}) == 4
     many = looks([f"arm {i}" for i in range(10)])
     assert len({(look.colour, look.symbol) for look in many.values()}) == 10
+
+
+# ------------------------------------------------------------------------------------------------- workloads
+
+
+def test_workloads_have_a_table_images_and_answers(copies: Path, tmp_path: Path) -> None:
+    build(Sources(results=copies), tmp_path / "without")
+    assert "make workloads PROFILE=cpu" in page_of(tmp_path / "without")
+    for name in ("diffusion", "sft"):
+        for run in write_workload(copies, name).iterdir():
+            images = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3)
+            answer = {"question": "Why <b>?", "written": "w", "before": "blue", "after": "green"}
+            left = {"shape": [10, 2, 3], "base64": base64.b64encode(images.tobytes()).decode()}
+            left = left if name == "diffusion" else {"answers": [answer]}
+            (run / "samples.json").write_text(json.dumps(left))
+    build(Sources(results=copies), tmp_path / "site")
+    page = page_of(tmp_path / "site")
+    assert "Why &lt;b&gt;?" in page and ">green<" in page and "accuracy 0.8900 ± " in page
+    entries = index_of(tmp_path / "site", "samples")
+    assert entries[0]["choice"] == ["diffusion", "AdamW (elementwise)"] and len(entries) == 3
+    (trace,) = data_of(tmp_path / "site", "samples")["figures"][entries[0]["figure"]]["data"]
+    assert trace["z"][-1][:4] == [0, 1, 2, 6] and len(trace["z"]) == 4 and len(trace["z"][0]) == 24
+    with pytest.raises(ValueError, match="have 60 bytes"):
+        workloads.decoded({**left_images(), "shape": [9, 2, 3]})
+
+
+def left_images() -> dict[str, Any]:
+    return {"shape": [10, 2, 3], "base64": base64.b64encode(bytes(60)).decode()}
