@@ -22,10 +22,10 @@ def draw(found: Sequence[Trajectory], out: Path) -> Path:
     for one in found:
         look = drawn.get(one.arm)
         style = {"color": look.colour, "ls": LINES[look.dash]} if look else {"color": "#999999", "lw": 2.2}
-        control = f"AdamW, {'other weights' if one.arm == CONTROLS[0] else one.arm}"
+        control = f"AdamW, {'weights changed by 1e-6' if one.arm == CONTROLS[0] else one.arm}"
         axes.plot(one.steps, one.distance, label=one.arm if look else control, **style)
     n = found[0].last.n
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=-0.02)
     axes.set_xlabel("step")
     axes.set_ylabel(f"distance from AdamW's weights,\nas a share of their way (mean, n = {n})")
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))

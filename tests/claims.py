@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from analysis import ablation, hessian_maps, real_model, record
+from analysis import ablation, hessian_maps, real_model, record, trajectories
 from analysis.paper_hessian import load, models, quadratics
 from analysis.settings import load_settings
 from analysis.stats import Interval, t_interval
@@ -313,6 +313,20 @@ def _rates() -> Expected:
     verdict = "in part: refuted on Llama, undecided on GPT" if llama.low > 0 > gpt.low else "?"
     numbers = ["3e-3", "1e-2", pm(llama, "+.3f"), n_of(llama), pm(gpt, "+.3f"), n_of(gpt)]
     return verdict, [*numbers, *setting("ablation_cpu", "carry_over_cpu")]
+
+
+@row("stays closest")
+def _trajectory() -> Expected:
+    ways = {one.arm: one for one in trajectories.load(RESULTS / "trajectories" / "distances.json")}
+    farther, closer = ("sm3", "came", "lion", "adafactor"), ("adafactor_zhai", "other batches")
+    signs = [(ways[arm].difference, sign) for arms, sign in ((farther, 1), (closer, -1)) for arm in arms]
+    holds = all(one is not None and one.excludes_zero and one.mean * sign > 0 for one, sign in signs)
+    numbers = [
+        pm(ways["adam_mini"].last, ".3f"),
+        *(f"{of(ways[a].last.mean for a in farther):.3f}" for of in (min, max)),
+    ]
+    numbers += [f"{ways[arm].last.mean:.3f}" for arm in closer]
+    return "in part" if holds else "?", [*numbers, n_of(ways["adam_mini"].last), "0.13M", "300"]
 
 
 @row("Adafactor, CAME")
