@@ -228,7 +228,7 @@ _RUN: dict[str, Any] = {
     "data": "wordnet-nouns",
     "batch": 24_448,
     "seq_len": 1,
-    "steps": 200,
+    "steps": 150,
     "eval_every": 25,
     "eval_batches": 1,
     "checkpoint_every": 50,
@@ -258,7 +258,7 @@ GCN = Workload(
     },
 )  # fmt: skip
 GAT = Workload(
-    {**_RUN, "model": NodeClassifier("gat", width=16, heads=4)},
+    {**_RUN, "model": NodeClassifier("gat", width=16, heads=4), "steps": 100},
     {**_SMOKE, "model": NodeClassifier("gat", heads=2, **_TINY)},
     _RATES,
     full={

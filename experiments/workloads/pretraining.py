@@ -13,11 +13,11 @@ from experiments.models import GPTConfig, LlamaConfig
 from .workload import Workload
 
 _RUN: dict[str, Any] = {
-    "batch": 8,
+    "batch": 4,
     "seq_len": 128,
-    "steps": 300,
-    "eval_every": 50,
-    "eval_batches": 8,
+    "steps": 400,
+    "eval_every": 100,
+    "eval_batches": 16,
     "warmup": 0.1,
 }
 _SMOKE: dict[str, Any] = {
