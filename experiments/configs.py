@@ -17,7 +17,7 @@ from experiments.fields import ADDED, document_of, require_keys
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, ModelConfig
 from experiments.optimizers import ADAMW, CONTROL, EPS, VARIANTS, load_rules
 from experiments.rivals import RIVALS
-from experiments.workloads import KINDS
+from experiments.workloads import KINDS, WORKLOADS
 
 FORMAT_VERSION = 1
 """Version of the format of a results folder; it increases whenever the meaning of a file changes."""
@@ -229,3 +229,13 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {
     "byte-gpt": byte_gpt,
     "smoke": smoke,
 }
+
+
+def of_workloads() -> dict[str, TrainConfig]:
+    """Return the configs of workloads: ``gcn`` as in its study, ``gcn-smoke``, and ``gcn-ogbn-arxiv`` at full size."""
+    found = {}
+    for name, workload in WORKLOADS.items():
+        sizes = {"smoke": workload.smoke, **workload.full}
+        named = {name: {}, **{f"{name}-{size}": fields for size, fields in sizes.items()}}
+        found |= {key: TrainConfig(key.replace("-", "_"), **{**workload.run, **named[key]}) for key in named}
+    return found

@@ -29,7 +29,8 @@ from torch import nn
 from experiments import data, passes
 from experiments.checkpoints import Checkpoints, State
 from experiments.commandline import refusals
-from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig
+from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig, of_workloads
+from experiments.data.samples import SAMPLES, prepare_sample
 from experiments.interruption import Interruption, exit_code
 from experiments.optimizers import make_optimizer, require_coverage
 from experiments.parallel import Device, Parallel, Team, process_group
@@ -178,6 +179,8 @@ def fetch(config: TrainConfig) -> None:
     """
     if isinstance(config.model, KINDS):
         config.model.fetch(config)
+    elif config.data in SAMPLES:
+        prepare_sample(config.data)
     else:
         data.load(config.data)
 
@@ -390,6 +393,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     named = CONFIGS | RECIPES
     jobs = {name: ((make.__doc__ or "").strip(), Job(make())) for name, make in named.items()}
+    jobs |= {name: (f"Workload {name} (docs/workloads.md).", Job(config)) for name, config in of_workloads().items()}
     with refusals(ValueError, OSError):  # A value is out of range, an arm is no rule set, or a folder is damaged.
         job = tyro.extras.overridable_config_cli(jobs, config=(tyro.conf.AvoidSubcommands,))
         config = job.config.with_rules_hash()

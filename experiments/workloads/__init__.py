@@ -13,12 +13,18 @@ The libraries are in an environment of their own (``make setup-workloads``) and 
 
 from __future__ import annotations
 
+from .graphs import GAT, GCN, NodeClassifier
+from .pretraining import GPT2, LLAMA
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier,)
+KINDS: tuple[type, ...] = (Classifier, NodeClassifier)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
+    "gcn": GCN,
+    "gat": GAT,
+    "gpt2": GPT2,
+    "llama": LLAMA,
     "resnet": RESNET,
     "resnet_batchnorm": RESNET_BATCHNORM,
     "vit": VIT,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizer import AdamMini, Role
+from optimizer import AdamMini, Role, partition
 from optimizer.partition import discover
 from optimizer.partition.names import by_name
 
@@ -107,3 +107,13 @@ def test_bare_projections_have_axes_that_nobody_knows(names: tuple[str, ...], sh
 def test_a_projection_of_tokens_is_no_table_of_them(name: str) -> None:
     assert discover(holder(name, (6, 4)))[name].role is Role.OTHER
     assert discover(holder("query_tokens", (6, 4)))["query_tokens"].role is Role.POSITION_EMBEDDING
+
+
+@pytest.mark.parametrize(("kind", "name"), [("GATConv", "att_src"), ("GATConv", "attn_r"), ("GATv2Conv", "att")])
+def test_attention_vectors_of_a_graph_have_a_unit_per_head(kind: str, name: str) -> None:
+    """The layer's scores are ``(x * att).sum(-1)``: index h of axis 1 makes the score of head h alone."""
+    model = holder(name, (1, 4, 16), kind)
+    assert discover(model)[name].role is Role.MLP_IN
+    assert partition(model)[name].n_blocks == 4
+    assert partition(model, "elementwise")[name].n_blocks == 64
+    AdamMini(model, strict=True)

@@ -1,4 +1,4 @@
-"""Sequence mixers other than attention: state spaces, gated recurrences, short convolutions."""
+"""Mixers other than attention between tokens: state spaces, gated recurrences, short convolutions, graph attention."""
 
 from __future__ import annotations
 
@@ -68,5 +68,12 @@ MIXERS: tuple[Family, ...] = (
         children=("mm_input_projection_weight",),
         why="projection, used as x @ W: (in, out)",
         params={"mm_input_projection_weight": transposed(Role.MLP_IN)},
+    ),
+    Family(
+        classes=("GATConv", "GATv2Conv"),  # of PyTorch Geometric and DGL: (1, head, channel)
+        why="graph attention: a dense layer from each head's channels to its score; one unit per head",
+        params={
+            name: rows(Role.MLP_IN) for name in ("att_src", "att_dst", "att_edge", "att", "attn_l", "attn_r", "attn")
+        },
     ),
 )
