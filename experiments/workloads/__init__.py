@@ -13,11 +13,12 @@ The libraries are in an environment of their own (``make setup-workloads``) and 
 
 from __future__ import annotations
 
+from .reward import REWARD, RewardModel
 from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier, FineTuning)
+KINDS: tuple[type, ...] = (Classifier, FineTuning, RewardModel)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "resnet": RESNET,
@@ -25,6 +26,7 @@ WORKLOADS: dict[str, Workload] = {
     "vit": VIT,
     "sft": SFT,
     "sft_lora": SFT_LORA,
+    "reward": REWARD,
 }
 
 __all__ = ["KINDS", "WORKLOADS", "Workload"]
