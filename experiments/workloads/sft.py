@@ -272,7 +272,8 @@ _SMOKE: dict[str, Any] = {"batch": 2, "steps": 2, "eval_every": 1, "eval_batches
 # after 10 steps of warm-up, 20 sequences of 1,024 tokens per GPU, bf16; LoRA has rank 128, two accumulated batches, and
 # a product multiplied by 1/128 (dschat/utils/module/lora.py). Betas (0.9, 0.95) are in step1_supervised_finetuning/
 # main.py, the clipping at 1 in dschat/utils/ds_utils.py, two GPUs in README.md, and 40 % of the rows of UltraFeedback
-# in --data_split 4,6,0. Assumed: 61,135 rows (the public binarised version), and no packing changes the steps.
+# in --data_split 4,6,0. Assumed: 61,135 rows (the public binarised version), and as many steps as rows without
+# packing take, though rows are packed here.
 _FULL: dict[str, Any] = {
     "data": "ultrafeedback",
     "batch": 40,
