@@ -15,19 +15,24 @@ from __future__ import annotations
 
 from .graphs import GAT, GCN, NodeClassifier
 from .pretraining import GPT2, LLAMA
+from .reward import REWARD, RewardModel
+from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier, NodeClassifier)
+KINDS: tuple[type, ...] = (FineTuning, RewardModel, Classifier, NodeClassifier)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
-    "gcn": GCN,
-    "gat": GAT,
     "gpt2": GPT2,
     "llama": LLAMA,
+    "sft": SFT,
+    "sft_lora": SFT_LORA,
+    "reward": REWARD,
     "resnet": RESNET,
     "resnet_batchnorm": RESNET_BATCHNORM,
     "vit": VIT,
+    "gcn": GCN,
+    "gat": GAT,
 }
 
 __all__ = ["KINDS", "WORKLOADS", "Workload"]
