@@ -34,8 +34,8 @@ SHA256 = {
     "t10k-images": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-"""Pinned hashes of the files' contents, unpacked. The authors' files have the same contents and another gzip header, from
-which the Debian package leaves out name and time."""
+"""Pinned hashes of the files' contents, unpacked. The authors' files have the same contents; the Debian package leaves
+out the name and the time in the gzip header."""
 Part = Literal["train", "t10k"]
 """The files' names of the training images and of the test images."""
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Network = Literal["resnet18", "vit"]
 Norm = Literal["group", "batch"]
+Stem = Literal["patches", "convolutions"]
 SIZES = {"fashion-mnist": (SIDE, 1, KINDS_OF_CLOTHES), "imagenet": (224, 3, 1000)}
 """Height and width of an image, channels and classes. Of ImageNet only the sizes are known here, for models."""
 READ = ("fashion-mnist",)
@@ -45,6 +46,8 @@ class Classifier:
         width: channels of the ResNet's first stage, or width of the ViT.
         depth: blocks of the ViT.
         patch: side of the ViT's patches, in pixels.
+        stem: what makes the ViT's tokens of an image: ``patches``, or ``convolutions`` of stride 2 (Xiao et al., arXiv
+            2106.14881), with which it learns in fewer steps; then ``patch`` is the pixels between tokens, a power of 2.
         augment: whether training images are moved by up to two pixels and half of them mirrored.
         smoothing: share of a training label that is spread over all classes.
         drop_path: how often the ViT's last block is skipped in training; earlier blocks are skipped less.
@@ -55,6 +58,7 @@ class Classifier:
     width: int = 64
     depth: int = 6
     patch: int = 7
+    stem: Stem = "patches"
     augment: bool = False
     smoothing: float = 0.0
     drop_path: float = 0.0
@@ -65,7 +69,8 @@ class Classifier:
         Raises:
             ValueError: a word is unknown, or a size is out of range.
         """
-        for name, choices in (("network", get_args(Network)), ("norm", get_args(Norm)), ("augment", (True, False))):
+        words = {"network": get_args(Network), "norm": get_args(Norm), "stem": get_args(Stem), "augment": (True, False)}
+        for name, choices in words.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {choices}")
         for name in ("width", "depth", "patch"):
@@ -74,6 +79,8 @@ class Classifier:
         for name in ("smoothing", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+        if self.stem == "convolutions" and self.patch not in (2, 4, 8, 16):
+            raise ValueError(f"patch={self.patch} must be 2, 4, 8 or 16 with stem='convolutions', each of which halves")
         if self.network == "vit" and self.width % HEAD:
             raise ValueError(f"width={self.width} must be a multiple of {HEAD}, the width of a head")
         if self.network == "resnet18" and self.norm == "group" and self.width % GROUPS:
@@ -104,7 +111,7 @@ def require_fit(kind: Classifier, data: str) -> None:
         ValueError: the ViT's patches do not.
     """
     side = SIZES[data][0]
-    if kind.network == "vit" and side % kind.patch:
+    if kind.network == "vit" and kind.stem == "patches" and side % kind.patch:
         raise ValueError(f"model.patch={kind.patch} must divide {side}, the side of an image of {data}")
 
 
@@ -138,7 +145,34 @@ def _vit(kind: Classifier, data: str) -> nn.Module:
         depth=kind.depth,
         num_heads=kind.width // HEAD,
         drop_path_rate=kind.drop_path,
+        **({"embed_layer": Convolutions} if kind.stem == "convolutions" else {}),
     )
+
+
+class Convolutions(nn.Module):
+    """Tokens by convolutions of 3 x 3 and stride 2, each with twice the channels of the one before.
+
+    Args:
+        img_size: height and width of an image.
+        patch_size: pixels between tokens, a power of 2; one convolution for each halving.
+        in_chans: channels of an image.
+        embed_dim: width of a token.
+    """
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any) -> None:
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        self.num_patches = (-(-img_size // patch_size)) ** 2
+        layers: list[nn.Module] = []
+        for left in range(halvings - 1, -1, -1):
+            channels = embed_dim >> left
+            layers += [nn.Conv2d(in_chans, channels, 3, stride=2, padding=1), nn.GroupNorm(8, channels), nn.ReLU()]
+            in_chans = channels
+        self.layers = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return tokens [n, tokens, width] of images [n, channels, height, width]."""
+        return self.layers(images).flatten(2).transpose(1, 2)
 
 
 def _resnet18(kind: Classifier, data: str) -> nn.Module:
@@ -264,8 +298,8 @@ def _resnet(norm: Norm, **full: Mapping[str, Any]) -> Workload:
 RESNET = _resnet("group")
 RESNET_BATCHNORM = _resnet("batch", resnet18_imagenet=RESNET18_IMAGENET)
 VIT = Workload(
-    {**_RUN, "model": Classifier("vit", width=192), "precision": "bf16"},
-    {**_SMOKE, "model": Classifier("vit", width=64, depth=1)},
+    {**_RUN, "model": Classifier("vit", width=128, depth=4, patch=8, stem="convolutions"), "batch": 64, "steps": 1500},
+    {**_SMOKE, "model": Classifier("vit", width=64, depth=1, patch=8, stem="convolutions")},
     _RATES,
     full={"deit_tiny": _deit(192), "deit_small": _deit(384)},
 )

@@ -93,6 +93,8 @@ def test_unknown_pixelsare_refused_by_name() -> None:
         ({"network": "vit", "width": 96}, "width=96 must be a multiple of 64"),
         ({"depth": 0}, "depth=0 must be a whole number"),
         ({"patch": 3.5}, "patch=3.5 must be a whole number"),
+        ({"network": "vit", "stem": "pool"}, "stem='pool' is unknown"),
+        ({"network": "vit", "stem": "convolutions", "patch": 7}, "patch=7 must be 2, 4, 8 or 16"),
         ({"smoothing": 1.0}, r"smoothing=1.0 must be in \[0, 1\)"),
     ],
 )
@@ -119,6 +121,12 @@ def test_the_full_runs_have_the_lengths_of_their_papers() -> None:
     assert resnet["steps"] * 256 == pytest.approx(90 * 1_281_167, rel=1e-3)
     assert deit["steps"] * 1024 == pytest.approx(300 * 1_281_167, rel=1e-3)
     assert deit["lr"] == 1e-3 and deit["lr"] * deit["lr_end"] == pytest.approx(1e-5)
+
+
+def test_convolutions_give_one_token_for_each_patch() -> None:
+    for side, patch, tokens in ((28, 8, 16), (28, 4, 49), (32, 16, 4)):
+        stem = vision.Convolutions(img_size=side, patch_size=patch, in_chans=1, embed_dim=64)
+        assert stem(torch.zeros(2, 1, side, side)).shape == (2, tokens, 64) and stem.num_patches == tokens
 
 
 class _Linear(torch.nn.Module):

@@ -13,7 +13,7 @@ import experiments.train as train_module
 from experiments.configs import TrainConfig
 from experiments.train import run_folder, train
 from experiments.workloads import WORKLOADS
-from optimizer import explain
+from optimizer.tools.explain import explanation
 from tests.experiments import processes
 
 
@@ -63,7 +63,7 @@ def reduced(name: str, full: str, **fields: Any) -> TrainConfig:
 
 def require_recognised(model: nn.Module) -> None:
     """Check that no weight falls to the default rule, and that a convolution has one scalar per output channel."""
-    rows = explain(model).rows
+    rows = explanation(model).rows
     assert rows and not [row.name for row in rows if not row.recognised]
     for row in rows:
         if len(row.shape) == 4:
