@@ -124,7 +124,7 @@ def test_the_loss_is_the_squared_error_of_the_noise(monkeypatch: pytest.MonkeyPa
         assert task.evaluate(rows=rows, casting=nullcontext) == {"val_loss": pytest.approx(wanted, rel=1e-5)}
     with torch.no_grad():
         task.model.scale.zero_()
-    assert task.evaluate(casting=nullcontext)["val_loss"] == pytest.approx(1, abs=0.03)
+    assert task.evaluate(casting=nullcontext)["val_loss"] == pytest.approx(noise.square().mean().item())
 
 
 def test_only_seed_0_leaves_samples(monkeypatch: pytest.MonkeyPatch) -> None:
