@@ -297,7 +297,7 @@ DIFFUSION = Workload(
     full={"ddpm_cifar10": DDPM_CIFAR10},
 )
 DIT = Workload(
-    {**_RUN, "model": Diffusion("dit", width=128)},
+    {**_RUN, "steps": 800, "model": Diffusion("dit", width=128)},
     {**_SMOKE, "model": Diffusion("dit", width=64, depth=1)},
     _RATES,
 )
