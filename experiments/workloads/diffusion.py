@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.data import fashion_mnist
+from experiments.data import cifar, fashion_mnist
 from experiments.data.fashion import KINDS_OF_CLOTHES, SHA256, SIDE
 
 from .images import epoch_rows, mirrored, pieces, require_data, to_labels
@@ -96,19 +96,32 @@ class Diffusion:
 
         Raises:
             FileNotFoundError: the images are not there.
-            RuntimeError: diffusers is not installed.
+            RuntimeError: diffusers is not installed, or an archive is not the pinned one.
             ValueError: the data is unknown, or a file is damaged.
         """
         require_data(config.data, DATA)
         library("diffusers", "a diffusion model")
-        fashion_mnist()
+        load(config.data)
 
     def task(self, config: TrainConfig, device: torch.device) -> Denoising:
         """Return the task that trains it."""
         return Denoising(config, self, device)
 
 
-DATA = ("fashion-mnist",)
+def load(data: str, *, held_out: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Load training images or held-out ones.
+
+    Returns:
+        (images with a black margin where they are smaller, uint8 [n, 32, 32, channels]; their classes, uint8 [n]).
+    """
+    if data == "cifar10":
+        return cifar.cifar10("test" if held_out else "train")
+    images, labels = fashion_mnist("t10k" if held_out else "train")
+    return np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN)))[..., None], labels
+
+
+DATA = {"fashion-mnist": SHA256["train-images"], "cifar10": cifar.SHA256}
+"""Name -> hash of the data."""
 
 
 def build(kind: Diffusion, seed: int, channels: int = 1) -> nn.Module:
@@ -176,20 +189,19 @@ class Denoising:
     def __init__(self, config: TrainConfig, kind: Diffusion, device: torch.device) -> None:
         require_data(config.data, DATA)
         self.config, self.kind, self.device = config, kind, device
-        self.model = build(kind, config.seed)
+        self.images, self.labels = load(config.data)
+        self.model = build(kind, config.seed, self.images.shape[-1])
         self.schedule = library("diffusers", "a diffusion model").DDPMScheduler(**SCHEDULE)
-        self.images, self.labels = fashion_mnist()
-        self.fingerprint = SHA256["train-images"]
-        images, labels = (part[: config.eval_batches * config.batch] for part in fashion_mnist("t10k"))
-        noise = np.random.Generator(np.random.Philox(key=FIXED)).standard_normal(
-            (len(images), 1, CANVAS, CANVAS), dtype=np.float32
-        )
+        self.fingerprint = DATA[config.data]
+        pixels, labels = (part[: config.eval_batches * config.batch] for part in load(config.data, held_out=True))
+        images = to_canvas(pixels)
+        noise = np.random.Generator(np.random.Philox(key=FIXED)).standard_normal(images.shape, dtype=np.float32)
         timesteps = (2 * np.arange(len(images)) + 1) * TIMESTEPS // (2 * len(images))
-        batch = to_canvas(images), to_labels(labels), torch.from_numpy(noise), to_labels(timesteps)
+        batch = images, to_labels(labels), torch.from_numpy(noise), to_labels(timesteps)
         self.held_out = tuple(part.to(device) for part in batch)
 
     def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Return (images [batch, 1, 32, 32], their classes, noise like images, timesteps) of a step."""
+        """Return (images [batch, channels, 32, 32], their classes, noise like images, timesteps) of a step."""
         rows, draw = epoch_rows(len(self.images), self.config.seed, step, self.config.batch)
         images = to_canvas(mirrored(self.images[rows], draw))
         noise = draw.standard_normal(tuple(images.shape), dtype=np.float32)
@@ -221,14 +233,14 @@ class Denoising:
     def artefacts(self, *, casting: Casting) -> dict[str, Any]:
         """Return sixteen samples of a run of seed 0, the i-th from the same noise and of the same class in every run.
 
-        ``base64`` decodes to uint8 [count, 28, 28].
+        ``base64`` decodes to uint8 [count, 28, 28], or [count, 32, 32, 3] in colour.
         """
         if self.config.seed:
             return {}
         self.model.eval()
         schedule = library("diffusers", "a diffusion model").DDIMScheduler(**SCHEDULE)
         schedule.set_timesteps(SAMPLING_STEPS)
-        shape = (SAMPLES, 1, CANVAS, CANVAS)
+        shape = (SAMPLES, self.images.shape[-1], CANVAS, CANVAS)
         noise = np.random.Generator(np.random.Philox(key=FIXED + 1)).standard_normal(shape, dtype=np.float32)
         images, labels = torch.from_numpy(noise).to(self.device), torch.arange(SAMPLES, device=self.device)
         for timestep in schedule.timesteps:
@@ -241,15 +253,18 @@ class Denoising:
 
 
 def to_canvas(images: np.ndarray) -> Tensor:
-    """Return bytes [n, 28, 28] as floats in [-1, 1], [n, 1, 32, 32], with a black margin."""
-    padded = np.pad(images, ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN))).astype(np.float32)
-    return torch.from_numpy(padded)[:, None] / 127.5 - 1
+    """Return bytes [n, 32, 32, channels] as floats in [-1, 1], [n, channels, 32, 32]."""
+    return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def to_bytes(canvas: Tensor) -> np.ndarray:
-    """Return floats [n, 1, 32, 32] as bytes [n, 28, 28]: the margin is cut off, and values beyond black and white."""
-    inside = canvas[:, 0, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    return ((inside.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    """Return floats as bytes, values beyond black and white cut off.
+
+    Returns:
+        uint8 [n, 28, 28] of [n, 1, 32, 32], without the margin; uint8 [n, 32, 32, channels] of several channels.
+    """
+    pixels = ((canvas.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels if pixels.shape[-1] > 1 else pixels[:, MARGIN:-MARGIN, MARGIN:-MARGIN, 0]
 
 
 def as_document(images: np.ndarray) -> dict[str, Any]:

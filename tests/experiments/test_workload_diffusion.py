@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import io
+import tarfile
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +17,48 @@ import torch
 from torch import Tensor, nn
 
 from experiments.configs import TrainConfig
+from experiments.data import cifar
 from experiments.workloads import diffusion
 from experiments.workloads.diffusion import Denoising, Diffusion, as_document, to_bytes, to_canvas
 
 
-def test_bytes_come_back_from_the_canvas() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28)).astype(np.uint8)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_come_back_from_the_canvas(channels: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, channels)).astype(np.uint8)
     canvas = to_canvas(images)
-    assert canvas.shape == (3, 1, 32, 32) and canvas.min() == -1 and canvas.max() <= 1
-    assert np.array_equal(to_bytes(canvas), images)
-    assert np.array_equal(to_bytes(3 * canvas)[images == 255], images[images == 255])  # beyond white is white
+    assert canvas.shape == (3, channels, 32, 32) and canvas.min() == -1 and canvas.max() == 1
+    wanted = images if channels > 1 else images[:, 2:-2, 2:-2, 0]
+    assert np.array_equal(to_bytes(canvas), wanted)
+    assert np.array_equal(to_bytes(3 * canvas)[wanted == 255], wanted[wanted == 255])  # beyond white is white
+
+
+def test_images_of_clothes_get_a_black_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.random.default_rng(0).integers(1, 256, (2, 28, 28)).astype(np.uint8)
+    monkeypatch.setattr(diffusion, "fashion_mnist", lambda part: (images, np.array([1, 2])))
+    padded, _ = diffusion.load("fashion-mnist")
+    assert padded.shape == (2, 32, 32, 1) and np.array_equal(padded[:, 2:-2, 2:-2, 0], images)
+    assert padded.sum() == images.sum()
+
+
+def test_cifar_is_read_from_its_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAM_MINI_LAB_CACHE", str(tmp_path))
+    read = cifar.cifar10.__wrapped__
+    with pytest.raises(FileNotFoundError, match=r"cifar-10-binary\.tar\.gz; download it from https://www\.cs\.toronto"):
+        read()
+    colours = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32)).astype(np.uint8)
+    with tarfile.open(tmp_path / cifar.ARCHIVE, "w:gz") as archive:
+        for i, name in enumerate([*cifar.FILES["train"], *cifar.FILES["test"]]):
+            member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            content = bytes([i]) + colours[i].tobytes()
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(RuntimeError, match="is pinned"):
+        read()
+    monkeypatch.setattr(cifar, "SHA256", hashlib.sha256((tmp_path / cifar.ARCHIVE).read_bytes()).hexdigest())
+    images, labels = read()
+    assert images.shape == (5, 32, 32, 3) and labels.tolist() == [0, 1, 2, 3, 4]
+    assert np.array_equal(images[3, 7, 9], colours[3, :, 7, 9])
+    assert read("test")[1].tolist() == [5]
 
 
 def test_a_document_of_images_can_be_decoded() -> None:
