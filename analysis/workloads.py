@@ -30,6 +30,7 @@ NAMES = (
     "gcn",
     "gat",
     "diffusion",
+    "dit",
 )
 """The workloads, in the order in which they are shown."""
 _EVERY_RECORD = ("step", "tokens", "train_loss", "val_loss", "lr", "seconds")
