@@ -9,8 +9,8 @@ the reward minus beta times the Kullback-Leibler divergence to a frozen referenc
     sum_t G_t * grad log pi(y_t),    G_t = r(y) - b - beta * sum_{u >= t} log(pi(y_u) / ref(y_u)),
 
 to the estimated gradient, where b is the reward of the greedy answer to the same prompt. b does not depend on y, and
-the terms before t do not depend on y_t, so subtracting b and leaving those terms out changes no expectation. There is no
-value network.
+the terms before t do not depend on y_t, so neither subtracting b nor leaving those terms out changes the expectation.
+There is no value network.
 
 The divergence is part of the reward, as in the paper. Two choices differ from the authors' program
 (github.com/liziniu/ReMax, ``compute_returns`` of step 3): it counts only the term of token t itself, which is not the
