@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from experiments.configs import FORMAT_VERSION, TrainConfig
 from experiments.optimizers import second_moment_scalars
 from experiments.parallel import peak_on_device, weights_sha256
 from experiments.rivals import state_size
-from experiments.storage import write_atomic
+from experiments.storage import write_atomic, write_json
 from experiments.trackers import Tracker
 
 logger = logging.getLogger("experiments")
@@ -64,6 +65,27 @@ class Records:
         if self.writes:
             lines = "".join(json.dumps(record) + "\n" for record in self.all)
             write_atomic(self.folder / "metrics.jsonl", lines.encode())
+
+
+OWN_FILES = ("config", "environment", "metrics", "status")
+"""Names, without endings, of the files that every run has."""
+
+
+def leave(folder: Path, artefacts: Mapping[str, Any]) -> None:
+    """Write what a task leaves at the end of a run, one file each (``experiments.tasks.Shows``).
+
+    Args:
+        folder: the run's folder.
+        artefacts: file name without ending -> JSON document.
+
+    Raises:
+        ValueError: a name is not one word of lower-case letters and underscores, or every run has a file of that name.
+    """
+    for name in artefacts:
+        if not re.fullmatch("[a-z_]+", name) or name in OWN_FILES:
+            raise ValueError(f"the artefact {name!r} needs another name: lower-case letters, and none of {OWN_FILES}")
+    for name, document in artefacts.items():
+        write_json(folder / f"{name}.json", document)
 
 
 def status(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    """What a run trains and how it is judged.
+    """What a run trains and how it is judged. A task may have the method of ``Shows`` too.
 
     Attributes:
         model: the model, whose first weights are a function of the seed alone.
@@ -50,6 +50,21 @@ class Task(Protocol):
 
         Args:
             rows: examples per forward pass; 0 for the task's own number.
+            casting: returns the context of a forward pass.
+        """
+
+
+@runtime_checkable
+class Shows(Protocol):
+    """What a task has besides, if a run of it leaves more than numbers, such as samples of a generative model."""
+
+    def artefacts(self, *, casting: Casting) -> dict[str, Any]:
+        """Return what a finished run leaves: file name without ending -> JSON document of some kilobytes.
+
+        It is called once, after the last record, by every process; the first one writes the files. It is a function of
+        the weights alone, so it draws from generators of its own, and it leaves the weights as they are.
+
+        Args:
             casting: returns the context of a forward pass.
         """
 

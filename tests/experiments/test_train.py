@@ -18,7 +18,9 @@ import experiments.train as train_module
 from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig, smoke
 from experiments.models import GPTConfig, LlamaConfig, MLPConfig, build
 from experiments.optimizers import make_optimizer, require_coverage
+from experiments.parallel import weights_sha256
 from experiments.storage import write_json
+from experiments.tasks import LanguageModelling
 from experiments.train import Refused, learning_rate, main, run_folder, train
 from tests.experiments import processes
 
@@ -152,6 +154,45 @@ def test_failed_run_is_recorded_and_tried_again(
             train(config, tmp_path)
     status = json.loads((run_folder(tmp_path, config.with_rules_hash()) / "status.json").read_text())
     assert status["state"] == "failed" and "disk on fire" in status["error"]
+    assert train(config, tmp_path)["state"] == "finished"
+
+
+def showing(monkeypatch: pytest.MonkeyPatch, **documents: Any) -> None:
+    """Give the task of language models artefacts; a document that is a function is called with the task."""
+
+    def artefacts(task: Any, *, casting: Any) -> dict[str, Any]:
+        with casting():
+            return {name: made(task) if callable(made) else made for name, made in documents.items()}
+
+    monkeypatch.setattr(LanguageModelling, "artefacts", artefacts, raising=False)
+
+
+def test_a_finished_run_leaves_what_its_task_shows(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Artefacts are of the last weights, and an interrupted run or one that diverged has none."""
+    showing(monkeypatch, samples=lambda task: {"hash": weights_sha256(task.model)})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 13)
+        with pytest.raises(_Interrupted):
+            train(config, tmp_path)
+    folder = run_folder(tmp_path, config.with_rules_hash())
+    assert not (folder / "samples.json").exists()
+    status = train(config, tmp_path)
+    assert json.loads((folder / "samples.json").read_text()) == {"hash": status["weights_sha256"]}
+    wild = dataclasses.replace(config, lr=1e30, clip=0.0)
+    assert train(wild, tmp_path)["state"] == "diverged"
+    assert not (run_folder(tmp_path, wild.with_rules_hash()) / "samples.json").exists()
+
+
+@pytest.mark.parametrize("name", ["status", "../samples", "samples.json", ""])
+def test_an_artefact_takes_no_name_of_a_runs_own_files(
+    tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    showing(monkeypatch, **{name: 1})
+    with pytest.raises(ValueError, match="needs another name"):
+        train(config, tmp_path)
+    showing(monkeypatch, samples=1)
     assert train(config, tmp_path)["state"] == "finished"
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data import Corpus, enwik8
-from experiments.studies.real_model import weights
+from experiments.workloads import smollm
 from hessian import GGNOperator, HessianOperator
 from optimizer import Role
 from optimizer.partition import discover
@@ -22,6 +22,7 @@ Batch = tuple[Tensor, Tensor]
 HELD_OUT_STEP = 1_000_000
 """Bytes of held-out text between the beginnings of two texts."""
 TRAINING_BYTES = 2_000_000
+INSTALL = "run `make real-model`, which installs it into an environment of its own"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def smollm2() -> Subject:
         RuntimeError: a package is missing or cannot be downloaded, or a hash is wrong.
     """
     corpus: Corpus = enwik8()
-    model, tokenizer = weights.load()
+    model, tokenizer = smollm.load("eager", install=INSTALL)
 
     def tokens_of(data: np.ndarray) -> np.ndarray:
         text = data.tobytes().decode("utf-8", errors="ignore")
@@ -139,7 +140,7 @@ def smollm2() -> Subject:
         return row[:, :-1].contiguous(), row[:, 1:].contiguous()
 
     training = tokens_of(corpus.train[:TRAINING_BYTES])
-    facts = weights.FACTS | {
+    facts = smollm.FACTS | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "enwik8 in the model's tokens",
         "fingerprint": corpus.fingerprint,
