@@ -152,7 +152,7 @@ def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[
         raise
     if rank == 0:
         write_json(folder / "status.json", ending)
-        if ending["state"] != "interrupted":
+        if ending["state"] != "interrupted" and not ending.get("reason"):
             run.clear()
     return ending
 
@@ -246,7 +246,8 @@ class _Run:
                 loss = self._one_step()
                 self.seconds = time.perf_counter() - started
                 if not math.isfinite(loss):
-                    return self._status("diverged")
+                    reason = getattr(self.task, "stopped", "")
+                    return {**self._status("diverged"), **({"reason": reason} if reason else {})}
                 if self.step % config.eval_every == 0 or self.step == config.steps:
                     self._record(loss)
                     if not math.isfinite(self.records.all[-1]["val_loss"]):  # The last update can make the weights NaN.

@@ -13,15 +13,17 @@ The libraries are in an environment of their own (``make setup-workloads``) and 
 
 from __future__ import annotations
 
+from .remax import REMAX, ReMax
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier,)
+KINDS: tuple[type, ...] = (Classifier, ReMax)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "resnet": RESNET,
     "resnet_batchnorm": RESNET_BATCHNORM,
     "vit": VIT,
+    "remax": REMAX,
 }
 
 __all__ = ["KINDS", "WORKLOADS", "Workload"]

@@ -1,0 +1,330 @@
+"""RLHF with ReMax: SmolLM2-135M-Instruct answers short requests, and a reward model judges its answers.
+
+The policy begins as the reference, whose weights are frozen. A step draws answers to a batch of requests, and takes the
+greedy answers to the same requests for the baseline. ``policy_gradient`` is the estimator, ``rollouts`` draws.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import opinions, smollm
+from .policies import HEAD, SIZES, Policy, llama_folder, load_policy
+from .policy_gradient import divergence, log_probs_of, remax_losses
+from .rollouts import GREEDY, Answers, answer_logits, generate, padded
+from .vision import epoch_rows
+from .workload import ARMS, Workload
+
+if TYPE_CHECKING:
+    from experiments.configs import TrainConfig
+    from experiments.tasks import Casting
+
+logger = logging.getLogger("experiments")
+Score = Callable[[Sequence[str], Sequence[str]], Tensor]
+"""(requests, answers) -> rewards, fp32 [n]."""
+FEW = 8
+"""Rewards of at least so many answers must not all be equal."""
+DATA = "opinions"
+
+
+@dataclass(frozen=True)
+class ReMax:
+    """A policy that is trained by ReMax.
+
+    Attributes:
+        policy: the model that is trained: a key of ``policies.SIZES``.
+        width: 0 for the policy's own weights, or the width of a policy of its architecture with random weights.
+        rollouts: drawn answers per request and step.
+        new_tokens: tokens of an answer at most.
+        beta: coefficient of the divergence to the reference.
+        kl_limit: a run whose drawn answers diverge further than this from the reference is stopped, in nats per answer.
+    """
+
+    policy: str = "smollm2-135m"
+    width: int = 0
+    rollouts: int = 2
+    new_tokens: int = 16
+    beta: float = 0.1
+    kl_limit: float = 40.0
+
+    def require_consistent(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: the policy is unknown, or a number is out of range.
+        """
+        if self.policy not in SIZES:
+            raise ValueError(f"policy={self.policy!r} is unknown; choose from {sorted(SIZES)}")
+        for name, least in (("width", 0), ("rollouts", 1), ("new_tokens", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        for name in ("beta", "kl_limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a finite number, at least 0")
+        if self.width % HEAD:
+            raise ValueError(
+                f"width={self.width} must be a multiple of {HEAD}, the width of a head; 0 for its own weights"
+            )
+
+    def fetch(self, config: TrainConfig) -> None:
+        """Check that libraries, weights and the reward model are there, and make what is missing.
+
+        Raises:
+            ValueError: the data is unknown.
+            RuntimeError: a library or weights are missing.
+        """
+        require_data(config.data)
+        if self.width == 0 and self.policy == "llama-2-7b":
+            llama_folder()
+        else:
+            smollm.unquantised()
+        trained_score()
+
+    def task(self, config: TrainConfig, device: torch.device) -> Rewarded:
+        """Return the task that trains it."""
+        return Rewarded(config, self, load_policy(self.policy, self.width, config.seed), *trained_score(), device)
+
+
+def require_data(name: str) -> None:
+    """Check the name of the requests.
+
+    Raises:
+        ValueError: it is not ``opinions``.
+    """
+    if name != DATA:
+        raise ValueError(f"data={name!r} is no set of requests; use {DATA!r}")
+
+
+def trained_score() -> tuple[Score, str]:
+    """Return the rewards of the trained reward model, and its fingerprint."""
+    raise NotImplementedError
+
+
+def require_rewards(rewards: Tensor) -> None:
+    """Check rewards.
+
+    Raises:
+        RuntimeError: a reward is not finite, or all rewards are equal, so that nothing can be learnt.
+    """
+    if not bool(torch.isfinite(rewards).all()):
+        raise RuntimeError(
+            f"{int((~torch.isfinite(rewards)).sum())} of {rewards.numel()} rewards are not finite; check the reward "
+            "model"
+        )
+    if rewards.numel() >= FEW and bool((rewards == rewards.flatten()[0]).all()):
+        raise RuntimeError(
+            f"all {rewards.numel()} rewards are {float(rewards.flatten()[0]):g}, so nothing can be learnt; check the "
+            "reward model"
+        )
+
+
+class Rewarded:
+    """Rewards of a policy's answers, less the baseline, and what the policy's divergence costs.
+
+    Held-out numbers are those of one drawn answer to each held-out request, whose random numbers are the same at every
+    evaluation, for every arm and seed: ``reward`` and its difference to that of the reference (``gain``), ``kl`` (nats
+    per answer, from whole distributions), ``length`` in tokens. ``val_loss`` is ``beta * kl - reward``.
+
+    Args:
+        config: the run.
+        kind: what it trains.
+        policy: model and tokenizer.
+        score: the reward model.
+        fingerprint: hash of the reward model.
+        device: where held-out requests are kept.
+
+    Raises:
+        ValueError: requests and answers are longer than ``seq_len``, or that is longer than the model's context; or a
+            batch has more requests than there are.
+    """
+
+    def __init__(
+        self, config: TrainConfig, kind: ReMax, policy: Policy, score: Score, fingerprint: str, device: torch.device
+    ) -> None:
+        require_data(config.data)
+        self.config, self.kind, self.tokenizer, self.score = config, kind, policy.tokenizer, score
+        self.model = policy.model
+        self.reference = copy.deepcopy(policy.model).requires_grad_(False).eval().to(device)
+        self.fingerprint = opinions.fingerprint()[:8] + policy.fingerprint[:8] + fingerprint[:8]
+        self.stopped = ""
+        self.ends = (policy.tokenizer.eos_token_id,)
+        chosen = opinions.VALIDATION[: config.eval_batches * config.batch]
+        rows = [opinions.prompts(things, policy.tokenizer) for things in (opinions.TRAINING, chosen)]
+        self._asked = {
+            tuple(row): text
+            for part, things in zip(rows, (opinions.TRAINING, chosen), strict=True)
+            for row, text in zip(part, opinions.requests(things), strict=True)
+        }
+        self._require_length(max(len(row) for part in rows for row in part))
+        pad = policy.tokenizer.pad_token_id
+        self.training, held_out = padded(rows[0], pad), padded(rows[1], pad)
+        draws = np.random.Generator(np.random.Philox(key=0, counter=[0, 0, 3, 0])).random(
+            (len(chosen), kind.new_tokens)
+        )
+        self.held_out = tuple(x.to(device) for x in (*held_out, torch.from_numpy(draws)))
+        self._of_reference: dict[str, float] = {}
+
+    def _require_length(self, longest: int) -> None:
+        total, context = longest + self.kind.new_tokens, self.model.config.max_position_embeddings
+        if total > self.config.seq_len:
+            raise ValueError(
+                f"seq_len={self.config.seq_len} must be at least {total}: the longest request has {longest} tokens, "
+                f"and an answer up to new_tokens={self.kind.new_tokens}"
+            )
+        if self.config.seq_len > context:
+            raise ValueError(f"seq_len={self.config.seq_len} must be at most {context}, the model's context")
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Return (requests, int64 [batch, L]; their mask; random numbers, float64 [batch, rollouts, T]) of a step."""
+        tokens, mask = self.training
+        rows, generator = epoch_rows(len(tokens), self.config.seed, step, self.config.batch)
+        draws = generator.random((self.config.batch, self.kind.rollouts, self.kind.new_tokens))
+        return tokens[rows], mask[rows], torch.from_numpy(draws)
+
+    def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        """Draw answers, and return the mean of ReMax's losses, whose gradient is minus the policy gradient.
+
+        If the policy diverges too far from the reference, the loss is not a number and ``stopped`` says so.
+
+        Raises:
+            RuntimeError: rewards are not finite, or all equal.
+        """
+        requests, mask, uniforms = batch
+        n, k = len(requests), self.kind.rollouts
+        # The greedy answers are drawn in the same passes as the others, as the last n rows.
+        drawn = generate(
+            self.model,
+            torch.cat([requests.repeat_interleave(k, 0), requests]),
+            torch.cat([mask.repeat_interleave(k, 0), mask]),
+            torch.cat([uniforms.flatten(0, 1), torch.full_like(uniforms[:, 0], GREEDY)]),
+            self.ends,
+        )
+        rewards = self.rewards(drawn)
+        require_rewards(rewards)
+        answers = drawn.rows(slice(0, n * k))
+        logits = answer_logits(module, answers)
+        with torch.no_grad():
+            reference = answer_logits(self.reference, answers)
+            kl = float((divergence(logits, reference) * answers.mask).sum(1).mean())
+        if not kl <= self.kind.kl_limit:
+            self.stopped = f"the policy's answers diverge by {kl:.1f} nats, over kl_limit={self.kind.kl_limit:g}"
+            logger.error("%s; use a lower learning rate or a larger beta", self.stopped)
+            return logits.sum() * float("nan")
+        return remax_losses(
+            log_probs_of(logits, answers.tokens),
+            log_probs_of(reference, answers.tokens),
+            answers.mask.float(),
+            rewards[: n * k],
+            rewards[n * k :].repeat_interleave(k),
+            beta=self.kind.beta,
+        ).mean()
+
+    def rewards(self, answers: Answers) -> Tensor:
+        """Return the reward of each answer, fp32 [n]."""
+        asked, said = self.texts(answers)
+        return self.score(asked, said).to(answers.tokens.device, torch.float32)
+
+    def texts(self, answers: Answers) -> tuple[list[str], list[str]]:
+        """Return the requests and the answers as text, without the tokens that end them."""
+        asked = [
+            self._asked[tuple(row[m.bool()].tolist())]
+            for row, m in zip(answers.prompts, answers.prompt_mask, strict=True)
+        ]
+        said = [
+            self.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip()
+            for row, m in zip(answers.tokens, answers.mask, strict=True)
+        ]
+        return asked, said
+
+    @torch.no_grad()
+    def evaluate(self, *, rows: int = 0, casting: Casting) -> dict[str, float]:
+        """Return ``val_loss``, ``reward``, ``gain``, ``kl`` and ``length`` of answers to the held-out requests."""
+        if not self._of_reference:
+            self._of_reference = self._judge(self.reference, rows, casting)
+        found = self._judge(self.model, rows, casting)
+        loss = self.kind.beta * found["kl"] - found["reward"]
+        return {"val_loss": loss, **found, "gain": found["reward"] - self._of_reference["reward"]}
+
+    def _judge(self, model: nn.Module, rows: int, casting: Casting) -> dict[str, float]:
+        """Return means over held-out requests, of which ``rows`` are answered at a time."""
+        rewards, kls, lengths = [], [], []
+        size = rows or len(self.held_out[0])
+        for start in range(0, len(self.held_out[0]), size):
+            requests, mask, uniforms = (part[start : start + size] for part in self.held_out)
+            with casting():
+                answers = generate(model, requests, mask, uniforms, self.ends)
+                ours, theirs = answer_logits(model, answers), answer_logits(self.reference, answers)
+            kls.append((divergence(ours, theirs) * answers.mask).sum(1))
+            rewards.append(self.rewards(answers))
+            lengths.append(answers.mask.sum(1).float())
+        return {
+            "reward": float(torch.cat(rewards).mean()),
+            "kl": float(torch.cat(kls).mean()),
+            "length": float(torch.cat(lengths).mean()),
+        }
+
+    @torch.no_grad()
+    def artefacts(self, *, casting: Casting) -> dict[str, Any]:
+        """Return the greedy answers of policy and reference to the first held-out requests, with their rewards."""
+        requests, mask, uniforms = (part[:8] for part in self.held_out)
+        found: dict[str, Any] = {}
+        for name, model in (("policy", self.model), ("reference", self.reference)):
+            with casting():
+                answers = generate(model, requests, mask, torch.full_like(uniforms, GREEDY), self.ends)
+            said, rewards = self.texts(answers)[1], self.rewards(answers).tolist()
+            found[name] = [{"answer": a, "reward": round(r, 4)} for a, r in zip(said, rewards, strict=True)]
+        asked = opinions.requests(opinions.VALIDATION[: len(requests)])
+        return {"answers": [{"request": q, **{n: found[n][i] for n in found}} for i, q in enumerate(asked)]}
+
+
+_RUN: dict[str, Any] = {
+    "model": ReMax(),
+    "data": DATA,
+    "batch": 8,
+    "seq_len": 64,
+    "steps": 30,
+    "eval_every": 10,
+    "eval_batches": 4,
+    "checkpoint_every": 15,
+    "weight_decay": 0.0,
+    "precision": "bf16",
+}
+_SMOKE: dict[str, Any] = {
+    "model": ReMax(width=64, new_tokens=4),
+    "batch": 4,
+    "steps": 4,
+    "eval_every": 2,
+    "eval_batches": 1,
+    "checkpoint_every": 2,
+}
+_FULL: dict[str, Any] = {
+    # Zhang et al. (Adam-mini, arXiv 2406.16793): ReMax of Llama 2-7B with a learning rate of 2e-7 and a coefficient of
+    # 0.1. One drawn answer per request: Li et al., arXiv 2310.10505, Algorithm 1.
+    "lr": 2e-7,
+    "model": ReMax("llama-2-7b", rollouts=1, new_tokens=256, beta=0.1),
+    # The rest is from the authors' run of this model (github.com/liziniu/ReMax, step3_rlhf_finetuning,
+    # training_scripts/llama2/run_llama2_7b.sh): 256 tokens of prompt and of answer, bf16, cosine decay, no warm-up,
+    # weight decay. Their clipping of rewards at 5, gamma = 0.99 and top-p = 0.9 are not taken over.
+    "seq_len": 512,
+    "precision": "bf16",
+    "decay": "cosine",
+    "warmup": 0.0,
+    "weight_decay": 0.1,
+    # Not in these sources, chosen here: betas as in all of this project's Llama runs, and the size of the run.
+    "batch": 32,
+    "steps": 1000,
+    "eval_every": 100,
+    "eval_batches": 1,
+    "checkpoint_every": 100,
+}
+REMAX = Workload(_RUN, _SMOKE, (3e-6, 1e-5, 3e-5), ARMS, full={"llama-2-7b": _FULL})
