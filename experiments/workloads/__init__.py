@@ -14,15 +14,18 @@ The libraries are in an environment of their own (``make setup-workloads``) and 
 from __future__ import annotations
 
 from .remax import REMAX, ReMax
+from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier, ReMax)
+KINDS: tuple[type, ...] = (Classifier, FineTuning, ReMax)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "resnet": RESNET,
     "resnet_batchnorm": RESNET_BATCHNORM,
     "vit": VIT,
+    "sft": SFT,
+    "sft_lora": SFT_LORA,
     "remax": REMAX,
 }
 

@@ -12,10 +12,10 @@ to the estimated gradient, where b is the reward of the greedy answer to the sam
 the terms before t do not depend on y_t, so neither subtracting b nor leaving those terms out changes the expectation.
 There is no value network.
 
-The divergence is part of the reward, as in the paper. Two choices differ from the authors' program
-(github.com/liziniu/ReMax, ``compute_returns`` of step 3): it counts only the term of token t itself, which is not the
-gradient of J, and it divides by the number of tokens of the batch. Here G_t has all later terms, and the loss is a mean
-over answers, so that the estimate's expectation is the gradient of J.
+The divergence is part of the reward, as in the paper. The programs of ReMax's and of Adam-mini's authors
+(github.com/liziniu/ReMax and github.com/zyushun/Adam-mini, ``compute_returns``) count only the term u = t of it
+(``kl_onestep``), which is not the gradient of J; ``one_step`` does so too. They divide by the tokens of a batch.
+Here the loss is a mean over answers, so that the estimate's expectation is the gradient of J.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def divergence(logits: Tensor, reference: Tensor) -> Tensor:
     return (ours.exp() * (ours - theirs)).sum(-1).clamp_min(0)
 
 
-def returns(advantage: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> Tensor:
+def returns(advantage: Tensor, log_ratio: Tensor, mask: Tensor, beta: float, *, one_step: bool = False) -> Tensor:
     """Return G_t of every token, [n, T]: the advantage minus beta times the log ratios from t on.
 
     Args:
@@ -57,13 +57,21 @@ def returns(advantage: Tensor, log_ratio: Tensor, mask: Tensor, beta: float) -> 
         log_ratio: [n, T], log probability of each token minus the reference's.
         mask: [n, T], 1 for tokens of the answer, its end included, and 0 after it.
         beta: coefficient of the divergence, at least 0.
+        one_step: whether only the log ratio of token t counts.
     """
-    later = (log_ratio * mask).flip(-1).cumsum(-1).flip(-1)
+    later = log_ratio if one_step else (log_ratio * mask).flip(-1).cumsum(-1).flip(-1)
     return (advantage[:, None] - beta * later) * mask
 
 
 def remax_losses(
-    log_probs: Tensor, reference: Tensor, mask: Tensor, rewards: Tensor, baseline: Tensor, *, beta: float
+    log_probs: Tensor,
+    reference: Tensor,
+    mask: Tensor,
+    rewards: Tensor,
+    baseline: Tensor,
+    *,
+    beta: float,
+    one_step: bool = False,
 ) -> Tensor:
     """Return one loss per answer, [n], whose mean's gradient is minus ReMax's estimate of the policy gradient.
 
@@ -76,6 +84,7 @@ def remax_losses(
         rewards: [n], of the drawn answers.
         baseline: [n], rewards of the greedy answers to the same prompts.
         beta: coefficient of the divergence.
+        one_step: whether only a token's own log ratio counts, as in the authors' programs.
 
     Raises:
         ValueError: shapes differ, or beta is negative.
@@ -89,7 +98,7 @@ def remax_losses(
     if beta < 0:
         raise ValueError(f"beta={beta} must be at least 0; 0 leaves out the divergence")
     with torch.no_grad():
-        weights = returns(rewards - baseline, log_probs - reference, mask, beta)
+        weights = returns(rewards - baseline, log_probs - reference, mask, beta, one_step=one_step)
     return -(weights * log_probs).sum(-1)
 
 

@@ -89,8 +89,6 @@ def generate(model: nn.Module, prompts: Tensor, mask: Tensor, uniforms: Tensor, 
         going = going * ~torch.isin(token, torch.tensor(ends, device=token.device))
         inputs, places = token[:, None], places[:, -1:] + 1
         seen = torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
-    # Inside autocast, casts of the weights are cached without a graph; a later pass with gradients must not get them.
-    torch.clear_autocast_cache()
     return Answers(prompts, mask, torch.stack(tokens, 1), torch.stack(alive, 1))
 
 

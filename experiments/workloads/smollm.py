@@ -6,7 +6,9 @@ weight is one of 16 levels. What is used is the model that these weights make in
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -89,9 +91,29 @@ def load(attention: str = "sdpa", *, install: str = INSTALL) -> tuple[nn.Module,
     options = {"dtype": "float32", "attn_implementation": attention, "local_files_only": True}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.use_cache = False
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), load_tokenizer()
 
 
+def load_tokenizer() -> Any:
+    """Return the tokenizer with its chat template.
+
+    Raises:
+        RuntimeError: as for ``load``.
+    """
+    return library("transformers", "SmolLM2").AutoTokenizer.from_pretrained(unquantised(), local_files_only=True)
+
+
+def configuration() -> dict[str, Any]:
+    """Return the model's sizes, by transformers' names.
+
+    Raises:
+        RuntimeError: as for ``load``.
+    """
+    sizes: dict[str, Any] = json.loads((unquantised() / "config.json").read_text())
+    return sizes
+
+
+@functools.cache
 def unquantised() -> Path:
     """Return the folder of the fp32 weights and the tokenizer, which are made from the GGUF file once.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -74,9 +75,7 @@ FAULTS: dict[str, Callable[..., Tensor]] = {
     "sign of the divergence": lambda p, q, m, r, b, beta: pg.remax_losses(p, 2 * p.detach() - q, m, r, b, beta=beta),
     "no divergence": lambda *a, beta: pg.remax_losses(*a, beta=0.0),
     "half the divergence": lambda *a, beta: pg.remax_losses(*a, beta=beta / 2),
-    "only the token's own log ratio": lambda p, q, m, r, b, beta: (
-        -(((r - b)[:, None] - beta * (p - q).detach()) * m * p).sum(-1)
-    ),
+    "only the token's own log ratio": partial(pg.remax_losses, one_step=True),
     "tokens after the end": lambda p, q, m, r, b, beta: pg.remax_losses(p, q, torch.ones_like(m), r, b, beta=beta),
     "divided by the number of tokens": lambda p, q, m, r, b, beta: pg.remax_losses(p, q, m, r, b, beta=beta) / m.sum(1),
 }
@@ -86,6 +85,13 @@ FAULTS: dict[str, Callable[..., Tensor]] = {
 def test_the_comparison_sees_faults(policy: tuple[Tensor, Tensor, Tensor], fault: str) -> None:
     difference = (expected(*policy, 0.4, FAULTS[fault]) - exact(*policy)).abs().max()
     assert difference > 0.01
+
+
+def test_one_step_counts_the_log_ratio_of_the_token_alone() -> None:
+    ours, theirs = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    each = pg.remax_losses(ours, theirs, mask, torch.ones(3), torch.zeros(3), beta=BETA, one_step=True)
+    torch.testing.assert_close(each, -((1 - BETA * (ours - theirs)) * mask * ours).sum(1))
 
 
 def test_a_bandit_learns_the_tilted_reference(policy: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments import passes
 from experiments.configs import TrainConfig
@@ -19,7 +19,7 @@ from experiments.parallel import weights_sha256
 from experiments.tasks import Task
 from experiments.train import Refused, make_task, run_folder, train
 from experiments.workloads import WORKLOADS, remax
-from experiments.workloads.policies import load_policy, small
+from experiments.workloads.bases import Base, load_base
 from experiments.workloads.remax import ReMax, Rewarded, require_rewards
 from experiments.workloads.rollouts import GREEDY, answer_logits, generate, padded
 from optimizer import AdamMini, explain
@@ -105,8 +105,18 @@ def check_drawing_in_autocast_leaves_the_gradient_whole(config: TrainConfig) -> 
     assert not missing
 
 
+def small(base: Base, width: int, seed: int, loud: float = 1.0) -> nn.Module:
+    """A policy with random weights; ``loud`` weights make its answers depend on all tokens before."""
+    model = load_base(base, width, seed=seed).model
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and "embed" not in name:
+                p.mul_(loud)
+    return model
+
+
 def check_greedy_answers_are_those_of_transformers_and_padding_changes_nothing() -> None:
-    model = small("smollm2-135m", 192, 300, seed=1)
+    model = small("smollm2", 96, seed=1, loud=8.0)
     rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
     tokens, mask = padded(rows, 0)
     answers = generate(model, tokens, mask, torch.full((2, 6), GREEDY), (299,))
@@ -117,11 +127,13 @@ def check_greedy_answers_are_those_of_transformers_and_padding_changes_nothing()
         )  # fmt: skip
         assert got.tolist() == wanted[0, len(row) :].tolist()
     alone = generate(model, *padded(rows[1:], 0), torch.full((1, 6), GREEDY), (299,))
-    torch.testing.assert_close(answer_logits(model, answers)[1:], answer_logits(model, alone), rtol=1e-4, atol=1e-5)
+    logits = answer_logits(model, answers)
+    torch.testing.assert_close(logits[1:], answer_logits(model, alone), rtol=1e-3, atol=1e-3)
+    assert bool((logits.argmax(-1) == answers.tokens)[answers.mask.bool()].all())
 
 
-def check_an_answer_ends_at_its_end(config: TrainConfig) -> None:
-    model = small("smollm2-135m", 64, 50, seed=0)
+def check_an_answer_ends_at_its_end() -> None:
+    model = small("smollm2", 64, seed=0)
     prompts, mask = padded([[1, 2]], 0)
     first = generate(model, prompts, mask, torch.full((1, 5), GREEDY), (49,)).tokens[0, 0]
     assert generate(model, prompts, mask, torch.full((1, 5), GREEDY), (int(first),)).mask.tolist() == [[1, 0, 0, 0, 0]]
@@ -165,14 +177,14 @@ def check_bad_input_is_refused_by_name(config: TrainConfig, tmp_path: Path) -> N
     for change, words in (
         ({"data": "fashion-mnist"}, "is no set of requests"),
         ({"seq_len": 40}, "seq_len=40 must be at least 4"),
-        ({"seq_len": 4096}, "at most 2048, the model's context"),
+        ({"seq_len": 10**6}, "the model's context"),
         ({"batch": 1000}, "batch=1000 must be at most"),
     ):
         with pytest.raises((Refused, ValueError), match=words):
             train(dataclasses.replace(config, **change), tmp_path)
-    with pytest.raises(RuntimeError, match="accept Meta's licence"):
+    with pytest.raises(FileNotFoundError, match="accept Meta's licence"):
         dataclasses.replace(config, model=ReMax("llama-2-7b")).model.fetch(config)
-    policy = load_policy("smollm2-135m", 64, 0)
+    policy = load_base("smollm2", 64, seed=0)
     policy.tokenizer.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         Rewarded(config, config.model, policy, letters, "0" * 8, CPU)
@@ -191,7 +203,7 @@ def check_the_full_configuration_takes_two_steps_at_reduced_width(name: str, tmp
 
 
 def check_every_weight_of_the_policies_is_recognised() -> None:
-    for policy in (small("smollm2-135m", 192, 300, 0), small("llama-2-7b", 128, 300, 0)):
+    for policy in (small("smollm2", 96, 0), small("llama-2-7b", 128, 0)):
         text = str(explain(policy))
         assert "OTHER" not in text, text
         AdamMini(policy, strict=True)
