@@ -169,15 +169,15 @@ def main() -> None:
         replace(arguments.docs, page(json.loads((RESULTS / "sft_memory.json").read_text())))
         return
     if arguments.one:
-        print(json.dumps(measured(arguments.one, arguments.how)))
+        sys.stdout.write(json.dumps(measured(arguments.one, arguments.how)) + "\n")
         return
     rows = {}
     for name in CONTESTANTS:
         rows[name] = {**in_own_process(name, "resident"), **in_own_process(name, "kinds")}
         logger.info("%s: %s", name, json.dumps(rows[name]))
     torch.set_num_threads(1)
-    document = {"rows_of_batch": ROWS, "length": LENGTH, "rows": rows, "plan": planned(),
-                "plan_options": {"micro_batch": MICRO_BATCH, "sequence": SEQUENCE, "vocabulary": VOCABULARY}}  # fmt: skip
+    options = {"micro_batch": MICRO_BATCH, "sequence": SEQUENCE, "vocabulary": VOCABULARY}
+    document = {"rows_of_batch": ROWS, "length": LENGTH, "rows": rows, "plan": planned(), "plan_options": options}
     logger.info("written to %s", write("sft_memory", document))
 
 

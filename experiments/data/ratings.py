@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from .instructions import BY_HAND, by_hand
 from .registry import member
 from .splits import held_out_tenth
 
@@ -40,6 +42,41 @@ class Snippet:
 
 Pair: TypeAlias = tuple[Snippet, Snippet]
 """The sentence that people found more positive, and the other one."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to a request, and which one people found better. An empty request is the reward model's own."""
+
+    better: str
+    worse: str
+    request: str = ""
+
+
+@functools.cache
+def comparisons(name: str = NAME) -> tuple[tuple[Comparison, ...], tuple[Comparison, ...]]:
+    """Return (training pairs, held-out pairs).
+
+    Args:
+        name: ``vader-ratings``, whose pairs are split by sentence, or ``ultrafeedback``, which has to be put into the
+            cache folder as ``ultrafeedback/pairs.json``: a list of {"request", "better", "worse"}, split by pair.
+
+    Raises:
+        FileNotFoundError: UltraFeedback is not there.
+        RuntimeError: a package cannot be downloaded, or a hash is not the pinned one.
+        ValueError: the name is unknown, or a split is empty.
+    """
+    if name not in (NAME, BY_HAND):
+        raise ValueError(f"data={name!r} is no set of ratings; use {NAME!r} or {BY_HAND!r}")
+    if name == BY_HAND:
+        rows = json.loads(by_hand("pairs.json").read_bytes())
+        parts = held_out_tenth([Comparison(row["better"], row["worse"], row["request"]) for row in rows])
+    else:
+        first, second = ([Comparison(b.text, w.text) for b, w in pairs(part)] for part in snippets())
+        parts = tuple(first), tuple(second)
+    if not all(parts):
+        raise ValueError(f"data={name!r} has {len(parts[0])} training and {len(parts[1])} held-out pairs; add pairs")
+    return parts
 
 
 @functools.cache

@@ -14,11 +14,12 @@ The libraries are in an environment of their own (``make setup-workloads``) and 
 from __future__ import annotations
 
 from .remax import REMAX, ReMax
+from .reward import REWARD, RewardModel
 from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier, FineTuning, ReMax)
+KINDS: tuple[type, ...] = (Classifier, FineTuning, RewardModel, ReMax)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "resnet": RESNET,
@@ -26,6 +27,7 @@ WORKLOADS: dict[str, Workload] = {
     "vit": VIT,
     "sft": SFT,
     "sft_lora": SFT_LORA,
+    "reward": REWARD,
     "remax": REMAX,
 }
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from experiments.tasks import Casting
 
 logger = logging.getLogger("experiments")
-Score = Callable[[Sequence[str], Sequence[str]], Tensor]
-"""(requests, answers) -> rewards, fp32 [n]."""
+Score = Callable[[Sequence[str]], Tensor]
+"""Answers -> rewards, fp32 [n]."""
 FEW = 8
 """Rewards of at least so many answers must not all be equal."""
 DATA = "opinions"
@@ -104,8 +104,15 @@ def require_data(name: str) -> None:
 
 
 def trained_score() -> tuple[Score, str]:
-    """Return the rewards of the trained reward model, and its fingerprint."""
-    raise NotImplementedError
+    """Return the rewards of the trained reward model, and its fingerprint.
+
+    Raises:
+        RuntimeError: a library is missing, or the model cannot be trained.
+    """
+    from .trained_reward import trained_reward_model
+
+    judge = trained_reward_model()
+    return judge.score, judge.fingerprint
 
 
 def require_rewards(rewards: Tensor) -> None:
@@ -159,11 +166,6 @@ class Rewarded:
         self.ends = (policy.tokenizer.eos_token_id,)
         chosen = opinions.VALIDATION[: config.eval_batches * config.batch]
         rows = [opinions.prompts(things, policy.tokenizer) for things in (opinions.TRAINING, chosen)]
-        self._asked = {
-            tuple(row): text
-            for part, things in zip(rows, (opinions.TRAINING, chosen), strict=True)
-            for row, text in zip(part, opinions.requests(things), strict=True)
-        }
         self._require_length(max(len(row) for part in rows for row in part), policy.context)
         pad = policy.tokenizer.pad_token_id
         self.training, held_out = padded(rows[0], pad), padded(rows[1], pad)
@@ -231,20 +233,14 @@ class Rewarded:
 
     def rewards(self, answers: Answers) -> Tensor:
         """Return the reward of each answer, fp32 [n]."""
-        asked, said = self.texts(answers)
-        return self.score(asked, said).to(answers.tokens.device, torch.float32)
+        return self.score(self.texts(answers)).to(answers.tokens.device, torch.float32)
 
-    def texts(self, answers: Answers) -> tuple[list[str], list[str]]:
-        """Return the requests and the answers as text, without the tokens that end them."""
-        asked = [
-            self._asked[tuple(row[m.bool()].tolist())]
-            for row, m in zip(answers.prompts, answers.prompt_mask, strict=True)
-        ]
-        said = [
+    def texts(self, answers: Answers) -> list[str]:
+        """Return the answers as text, without the tokens that end them."""
+        return [
             self.tokenizer.decode(row[m.bool()], skip_special_tokens=True).strip()
             for row, m in zip(answers.tokens, answers.mask, strict=True)
         ]
-        return asked, said
 
     @torch.no_grad()
     def evaluate(self, *, rows: int = 0, casting: Casting) -> dict[str, float]:
@@ -264,8 +260,8 @@ class Rewarded:
             with casting():
                 answers = generate(model, requests, mask, uniforms, self.ends)
                 ours, theirs = answer_logits(model, answers), answer_logits(self.reference, answers)
+                rewards.append(self.rewards(answers))
             kls.append((divergence(ours, theirs) * answers.mask).sum(1))
-            rewards.append(self.rewards(answers))
             lengths.append(answers.mask.sum(1).float())
         return {
             "reward": float(torch.cat(rewards).mean()),
@@ -281,8 +277,9 @@ class Rewarded:
         for name, model in (("policy", self.model), ("reference", self.reference)):
             with casting():
                 answers = generate(model, requests, mask, torch.full_like(uniforms, GREEDY), self.ends)
-            said, rewards = self.texts(answers)[1], self.rewards(answers).tolist()
-            found[name] = [{"answer": a, "reward": round(r, 4)} for a, r in zip(said, rewards, strict=True)]
+                rewards = self.rewards(answers).tolist()
+            pairs = zip(self.texts(answers), rewards, strict=True)
+            found[name] = [{"answer": text, "reward": round(reward, 4)} for text, reward in pairs]
         asked = opinions.requests(opinions.VALIDATION[: len(requests)])
         return {"answers": [{"request": q, **{n: found[n][i] for n in found}} for i, q in enumerate(asked)]}
 
