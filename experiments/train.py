@@ -246,12 +246,11 @@ class _Run:
                 loss = self._one_step()
                 self.seconds = time.perf_counter() - started
                 if not math.isfinite(loss):
-                    reason = getattr(self.task, "stopped", "")
-                    return {**self._status("diverged"), **({"reason": reason} if reason else {})}
+                    return self._diverged()
                 if self.step % config.eval_every == 0 or self.step == config.steps:
                     self._record(loss)
                     if not math.isfinite(self.records.all[-1]["val_loss"]):  # The last update can make the weights NaN.
-                        return self._status("diverged")
+                        return self._diverged()
                 if self.step == config.steps:
                     break
                 if self.stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
@@ -344,6 +343,11 @@ class _Run:
             fingerprint=self.task.fingerprint,
             failed_checkpoints=self.checkpoints.failures,
         )
+
+    def _diverged(self) -> dict[str, Any]:
+        """Return the status of a run that has diverged, with the task's reason if it has one."""
+        reason = getattr(self.task, "stopped", "")
+        return {**self._status("diverged"), **({"reason": reason} if reason else {})}
 
     def clear(self) -> None:
         """Remove the checkpoints of a run that has ended."""

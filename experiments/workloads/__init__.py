@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from .remax import REMAX, ReMax
 from .reward import REWARD, RewardModel
+from .rloo import RLOO, LeaveOneOut
 from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (Classifier, FineTuning, RewardModel, ReMax)
+KINDS: tuple[type, ...] = (Classifier, FineTuning, RewardModel, ReMax, LeaveOneOut)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "resnet": RESNET,
@@ -29,6 +30,7 @@ WORKLOADS: dict[str, Workload] = {
     "sft_lora": SFT_LORA,
     "reward": REWARD,
     "remax": REMAX,
+    "rloo": RLOO,
 }
 
 __all__ = ["KINDS", "WORKLOADS", "Workload"]

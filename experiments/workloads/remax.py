@@ -162,7 +162,7 @@ class Rewarded:
         self.reference = copy.deepcopy(policy.model).requires_grad_(False).eval().to(device)
         words = [opinions.fingerprint(), policy.fingerprint, fingerprint]
         self.fingerprint = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-        self.stopped = ""
+        self.stopped = ""  # why the run has gone too far, as experiments.tasks.Task says
         self.ends = (policy.tokenizer.eos_token_id,)
         chosen = opinions.VALIDATION[: config.eval_batches * config.batch]
         rows = [opinions.prompts(things, policy.tokenizer) for things in (opinions.TRAINING, chosen)]
@@ -218,9 +218,7 @@ class Rewarded:
             reference = answer_logits(self.reference, answers)
             kl = float((divergence(logits, reference) * answers.mask).sum(1).mean())
         if not kl <= self.kind.kl_limit:
-            self.stopped = f"the policy's answers diverge by {kl:.1f} nats, over kl_limit={self.kind.kl_limit:g}"
-            logger.error("%s; use a lower learning rate or a larger beta", self.stopped)
-            return logits.sum() * float("nan")
+            return logits.sum() * self._too_far(kl)
         return remax_losses(
             log_probs_of(logits, answers.tokens),
             log_probs_of(reference, answers.tokens),
@@ -230,6 +228,12 @@ class Rewarded:
             beta=self.kind.beta,
             one_step=self.kind.one_step,
         ).mean()
+
+    def _too_far(self, kl: float) -> float:
+        """Say that the policy has left the reference, and return what is no number."""
+        self.stopped = f"the policy's answers diverge by {kl:.1f} nats, over kl_limit={self.kind.kl_limit:g}"
+        logger.error("%s; use a lower learning rate or a larger beta", self.stopped)
+        return float("nan")
 
     def rewards(self, answers: Answers) -> Tensor:
         """Return the reward of each answer, fp32 [n]."""
@@ -249,6 +253,8 @@ class Rewarded:
             self._of_reference = self._judge(self.reference, rows, casting)
         found = self._judge(self.model, rows, casting)
         loss = self.kind.beta * found["kl"] - found["reward"]
+        if not found["kl"] <= self.kind.kl_limit:
+            loss = self._too_far(found["kl"])
         return {"val_loss": loss, **found, "gain": found["reward"] - self._of_reference["reward"]}
 
     def _judge(self, model: nn.Module, rows: int, casting: Casting) -> dict[str, float]:
@@ -284,7 +290,7 @@ class Rewarded:
         return {"answers": [{"request": q, **{n: found[n][i] for n in found}} for i, q in enumerate(asked)]}
 
 
-_RUN: dict[str, Any] = {
+RUN: dict[str, Any] = {
     "model": ReMax(),
     "data": DATA,
     "batch": 8,
@@ -296,7 +302,7 @@ _RUN: dict[str, Any] = {
     "weight_decay": 0.0,
     "precision": "bf16",
 }
-_SMOKE: dict[str, Any] = {
+SMOKE: dict[str, Any] = {
     "model": ReMax(width=64, new_tokens=4),
     "batch": 4,
     "steps": 4,
@@ -326,4 +332,5 @@ _FULL: dict[str, Any] = {
     "decay": "cosine",
     "precision": "bf16",
 }
-REMAX = Workload(_RUN, _SMOKE, (3e-6, 1e-5, 3e-5), ARMS, full={"llama-2-7b": _FULL})
+RATES = (3e-6, 1e-5, 3e-5)
+REMAX = Workload(RUN, SMOKE, RATES, ARMS, full={"llama-2-7b": _FULL})

@@ -148,6 +148,8 @@ class TrainerLoop:
             seconds=self.seconds,
             fingerprint=self.lesson.fingerprint,
         )
+        if self.how == "diverged" and getattr(self.lesson, "stopped", ""):
+            return {**ending, "reason": getattr(self.lesson, "stopped", "")}
         if self.how == "interrupted":
             return {**ending, "signal": int(self.interruption.signal or signal.SIGTERM)}
         if self.how == "finished" and isinstance(self.lesson, Shows):

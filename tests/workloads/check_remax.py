@@ -40,6 +40,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config() -> TrainConfig:
+    """A smoke run of ReMax."""
     return next(c for c in grid("smoke", ("adam_mini",), "remax"))
 
 
