@@ -4,7 +4,7 @@
     .venv/workloads/bin/python -m benchmarks.sft_memory
     .venv/workloads/bin/python -m benchmarks.sft_memory --docs docs/sft_memory.md
 
-Every optimizer is measured in two processes of its own: in one the resident memory, in the other every allocation
+Every optimizer is measured in a process of its own: its resident memory in one step, and every allocation in the next
 (``benchmarks.allocations``). ``--docs`` writes the page from the results and measures nothing.
 """
 
@@ -28,7 +28,6 @@ from benchmarks.sft_memory_page import page
 from optimizer import AdamMini
 from optimizer.memory import gradient_release
 from optimizer.tools.plan import Setup, make_plan, parameters_of
-from optimizer.tools.plan.activations import estimate
 from optimizer.tools.targets import load_target
 
 logger = logging.getLogger("benchmarks")
@@ -38,10 +37,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0.0
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 CONTESTANTS: dict[str, Make] = {
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), **OPTIONS),
-    "AdamW fused": lambda model: torch.optim.AdamW(model.parameters(), fused=True, **OPTIONS),
     "adam_mini": lambda model: AdamMini(model, **OPTIONS),
-    "factored, int8 moment": lambda model: AdamMini(model, rules="factored", exp_avg_dtype="int8", **OPTIONS),
-    "adam_mini, gradient release": lambda model: gradient_release(AdamMini(model, **OPTIONS)).optimizer,
     "factored, int8 moment, gradient release": lambda model: (
         gradient_release(AdamMini(model, rules="factored", exp_avg_dtype="int8", **OPTIONS)).optimizer
     ),
@@ -89,12 +85,17 @@ class Step:
         self.optimizer.step()
 
 
-def measured(name: str, how: str) -> dict[str, Any]:
-    """Take two steps, and return what the second one needs.
+def measured(name: str) -> dict[str, Any]:
+    """Take a first step, measure the resident memory of a second one, and follow the allocations of a third.
 
     Args:
         name: a contestant.
-        how: ``resident`` for the process's resident memory, ``kinds`` for allocations by kind.
+
+    Returns:
+        Bytes. ``baseline`` and ``resident``: resident memory before the model is there, and at most in the second step;
+        ``files``: by how much its part from files has grown. ``held``: parameters and state between steps.
+        ``allocated``: what torch has allocated at most in the third step; ``followed`` and ``kinds``: what was followed
+        of it, at its peak in the phase ``phase``.
     """
     import transformers  # noqa: F401  (its code is part of the baseline)
 
@@ -102,29 +103,26 @@ def measured(name: str, how: str) -> dict[str, Any]:
     baseline, files = resident(), resident("RssFile")
     step = Step(CONTESTANTS[name])
     step.run()
-    if how == "resident":
-        with peak_resident() as peak:
-            step.run()
-        return {"baseline": baseline, "resident": peak(), "files": resident("RssFile") - files}
+    with peak_resident() as peak:
+        step.run()
+    found: dict[str, Any] = {"baseline": baseline, "resident": peak(), "files": resident("RssFile") - files}
     step.optimizer.zero_grad(set_to_none=True)
     held = {"parameters": sum(p.nbytes for p in step.model.parameters()), **moments_of(step.optimizer)}
-    extra = allocator_peak(step.run)
-    step.optimizer.zero_grad(set_to_none=True)
     with Allocations(step.model, step.optimizer, ROWS * LENGTH, 49_152) as allocations:
-        step.run(allocations.begin)
-    return {"held": held, "allocated": sum(held.values()) + extra, **allocations.result()}
+        extra = allocator_peak(lambda: step.run(allocations.begin))
+    return {**found, "held": held, "allocated": sum(held.values()) + extra, **allocations.result()}
 
 
-def in_own_process(name: str, how: str) -> dict[str, Any]:
+def in_own_process(name: str) -> dict[str, Any]:
     """Measure in a new process.
 
     Raises:
         RuntimeError: the process failed; the message has its last words.
     """
-    command = [sys.executable, "-m", "benchmarks.sft_memory", "--one", name, "--how", how]
+    command = [sys.executable, "-m", "benchmarks.sft_memory", "--one", name]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"measuring {name!r} ({how}) failed:\n{result.stderr[-2000:]}")
+        raise RuntimeError(f"measuring {name!r} failed:\n{result.stderr[-2000:]}")
     document: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return document
 
@@ -134,7 +132,9 @@ def planned() -> list[dict[str, Any]]:
     with torch.device("meta"):
         model = load_target("llama-2-7b")
     parameters, rows = parameters_of(model), []
-    activations = estimate(model.config, batch=MICRO_BATCH, seq=SEQUENCE)
+    config: Any = model.config
+    # Korthikanti et al., arXiv 2205.05198, section 5: with full recomputation, a layer keeps its input alone, 2sbh bytes.
+    inputs = 2 * SEQUENCE * MICRO_BATCH * config.hidden_size * config.num_hidden_layers
     for world in DEVICES:
         for label, moment, rules in PLANNED:
             setup = Setup(world, sharding="zero2", dtype="bf16", exp_avg_dtype=moment, master=True)
@@ -150,7 +150,7 @@ def planned() -> list[dict[str, Any]]:
                     "master": row.master,
                     "first moment": first,
                     "second moment": row.state.total - first,
-                    "activations": activations.selective,
+                    "inputs of layers": inputs,
                     "logits": MICRO_BATCH * SEQUENCE * VOCABULARY * 4,
                 }
             )
@@ -162,22 +162,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, help="write this page from the results and measure nothing")
     parser.add_argument("--one", choices=tuple(CONTESTANTS), help="measure one optimizer in this process, print JSON")
-    parser.add_argument("--how", choices=("resident", "kinds"), default="resident", help="what --one measures")
+    parser.add_argument("--only", nargs="+", choices=tuple(CONTESTANTS), help="measure these optimizers alone")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.docs:
         replace(arguments.docs, page(json.loads((RESULTS / "sft_memory.json").read_text())))
         return
     if arguments.one:
-        sys.stdout.write(json.dumps(measured(arguments.one, arguments.how)) + "\n")
+        sys.stdout.write(json.dumps(measured(arguments.one)) + "\n")
         return
-    rows = {}
-    for name in CONTESTANTS:
-        rows[name] = {**in_own_process(name, "resident"), **in_own_process(name, "kinds")}
-        logger.info("%s: %s", name, json.dumps(rows[name]))
     torch.set_num_threads(1)
+    plan, rows = planned(), {}
+    for name in arguments.only or CONTESTANTS:
+        rows[name] = in_own_process(name)
+        logger.info("%s: %s", name, json.dumps(rows[name]))
     options = {"micro_batch": MICRO_BATCH, "sequence": SEQUENCE, "vocabulary": VOCABULARY}
-    document = {"rows_of_batch": ROWS, "length": LENGTH, "rows": rows, "plan": planned(), "plan_options": options}
+    document = {"rows_of_batch": ROWS, "length": LENGTH, "rows": rows, "plan": plan, "plan_options": options}
     logger.info("written to %s", write("sft_memory", document))
 
 
