@@ -133,7 +133,7 @@ def planned() -> list[dict[str, Any]]:
         model = load_target("llama-2-7b")
     parameters, rows = parameters_of(model), []
     config: Any = model.config
-    # Korthikanti et al., arXiv 2205.05198, section 5: with full recomputation, a layer keeps its input alone, 2sbh bytes.
+    # Korthikanti et al., arXiv 2205.05198, section 5: fully recomputed layers keep their inputs alone, 2sbh bytes each.
     inputs = 2 * SEQUENCE * MICRO_BATCH * config.hidden_size * config.num_hidden_layers
     for world in DEVICES:
         for label, moment, rules in PLANNED:

@@ -102,8 +102,8 @@ def sentence(rows: Mapping[str, Any]) -> str:
     rest = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1]))
     return (
         f"Adam-mini frees {mb(less)} MB of AdamW's {mb(adamw['allocated'])} MB: half of the moments, "
-        f"{saved(mini['allocated'], adamw['allocated'])} of all that torch has allocated. "
-        f"AdamW's peak consists of {rest}. Only the second moment is Adam-mini's to remove. The more tokens a step has, the smaller its share."
+        f"{saved(mini['allocated'], adamw['allocated'])} of all that torch has allocated. AdamW's peak consists of "
+        f"{rest}. Only the second moment is Adam-mini's to remove. The more tokens a step has, the smaller its share."
     )
 
 
