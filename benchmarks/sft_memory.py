@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.allocations import Allocations, allocator_peak, moments_of, peak_resident, resident
 from benchmarks.common import RESULTS, replace, write
 from benchmarks.sft_memory_page import page
+from experiments.workloads.libraries import library
 from optimizer import AdamMini
 from optimizer.memory import gradient_release
 from optimizer.tools.plan import Setup, make_plan, parameters_of
@@ -97,8 +98,7 @@ def measured(name: str) -> dict[str, Any]:
         ``allocated``: what torch has allocated at most in the third step; ``followed`` and ``kinds``: what was followed
         of it, at its peak in the phase ``phase``.
     """
-    import transformers  # noqa: F401  (its code is part of the baseline)
-
+    library("transformers", "fine-tuning")  # its code is part of the baseline
     torch.set_num_threads(1)
     baseline, files = resident(), resident("RssFile")
     step = Step(CONTESTANTS[name])
@@ -129,6 +129,7 @@ def in_own_process(name: str) -> dict[str, Any]:
 
 def planned() -> list[dict[str, Any]]:
     """Return bytes per device of fine-tuning Llama 2-7B under ZeRO-2: bf16 weights, fp32 master copy and moments."""
+    library("transformers", "the plan")
     with torch.device("meta"):
         model = load_target("llama-2-7b")
     parameters, rows = parameters_of(model), []
