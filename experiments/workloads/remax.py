@@ -57,7 +57,7 @@ class ReMax:
     new_tokens: int = 16
     beta: float = 0.1
     one_step: bool = False
-    kl_limit: float = 40.0
+    kl_limit: float = 20.0
 
     def require_consistent(self) -> None:
         """Check the fields.
@@ -317,7 +317,7 @@ SMOKE: dict[str, Any] = {
 # version). Not taken over: top-p 0.9, rewards clipped at 5, and the division by tokens. One answer per request is Li et
 # al., arXiv 2310.10505, Algorithm 1.
 _FULL: dict[str, Any] = {
-    "model": ReMax("llama-2-7b", rollouts=1, new_tokens=512, beta=0.1, one_step=True),
+    "model": ReMax("llama-2-7b", rollouts=1, new_tokens=512, beta=0.1, one_step=True, kl_limit=200.0),
     "batch": 24,
     "seq_len": 1024,
     "steps": 36_681 // 24,
