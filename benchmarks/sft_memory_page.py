@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,8 +34,8 @@ PLAN_INTRO = """
 
 `python -m optimizer plan llama-2-7b` for ZeRO-2 with bf16 weights and gradients, an fp32 copy of the weights and fp32
 moments, GB (10^9 bytes) on one device. {micro_batch} sequences of {sequence} tokens per device, as in Adam-mini's
-fine-tuning of this model, with layers recomputed in the backward pass: only their inputs are kept (2sbh bytes a layer,
-arXiv 2205.05198). Logits are one fp32 tensor of {vocabulary:,} tokens. Neither depends on the optimizer. `int8 moment`
+fine-tuning of this model, with layers recomputed in the backward pass, which is assumed: only their inputs are kept (2sbh
+bytes a layer, arXiv 2205.05198). Logits are one fp32 tensor of {vocabulary:,} tokens. Neither depends on the optimizer. `int8 moment`
 quantises the first moment. Nothing here was run.
 
 """
@@ -42,7 +43,7 @@ quantises the first moment. Nothing here was run.
 
 def mb(value: float) -> str:
     """Return bytes as MB."""
-    return f"{value / 1e6:,.0f}"
+    return f"{round(value / 1e6):,}"
 
 
 def gb(value: float) -> str:
@@ -98,13 +99,20 @@ def sentence(rows: Mapping[str, Any]) -> str:
     """Return what the saving consists of."""
     adamw, mini = rows["AdamW"], rows["adam_mini"]
     less = adamw["allocated"] - mini["allocated"]
-    kinds = {kind: size / adamw["allocated"] for kind, size in adamw["kinds"].items() if size}
-    rest = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1]))
-    return (
+    kinds = {kind: size / adamw["allocated"] for kind, size in adamw["kinds"].items()}
+    rest = ", ".join(
+        f"{kind} {100 * share:.0f} %"
+        for kind, share in sorted(kinds.items(), key=lambda pair: -pair[1])
+        if share > 0.005
+    )
+    text = (
         f"Adam-mini frees {mb(less)} MB of AdamW's {mb(adamw['allocated'])} MB: half of the moments, "
         f"{saved(mini['allocated'], adamw['allocated'])} of all that torch has allocated. AdamW's peak consists of "
-        f"{rest}. Only the second moment is Adam-mini's to remove. The more tokens a step has, the smaller its share."
+        f"{rest}. Only the second moment is Adam-mini's to remove. The more tokens a step has, the smaller its share. "
+        f"At AdamW's peak, in the {adamw['phase']} pass, there are {mb(adamw['kinds']['gradients'])} MB of gradients: where "
+        "that is nothing, activations are freed faster than gradients arrive, and gradient release cannot lower the peak."
     )
+    return textwrap.fill(text, 120)
 
 
 def planned(plan: list[dict[str, Any]]) -> list[str]:
