@@ -34,9 +34,9 @@ PLAN_INTRO = """
 
 `python -m optimizer plan llama-2-7b` for ZeRO-2 with bf16 weights and gradients, an fp32 copy of the weights and fp32
 moments, GB (10^9 bytes) on one device. {micro_batch} sequences of {sequence} tokens per device, as in Adam-mini's
-fine-tuning of this model, with layers recomputed in the backward pass, which is assumed: only their inputs are kept (2sbh
-bytes a layer, arXiv 2205.05198). Logits are one fp32 tensor of {vocabulary:,} tokens. Neither depends on the optimizer. `int8 moment`
-quantises the first moment. Nothing here was run.
+fine-tuning of this model. Layers are assumed to be recomputed in the backward pass, so that only their inputs are kept
+(2sbh bytes a layer, arXiv 2205.05198). Logits are one fp32 tensor of {vocabulary:,} tokens. Neither depends on the
+optimizer. `int8 moment` quantises the first moment. Nothing here was run.
 
 """
 
@@ -109,8 +109,8 @@ def sentence(rows: Mapping[str, Any]) -> str:
         f"Adam-mini frees {mb(less)} MB of AdamW's {mb(adamw['allocated'])} MB: half of the moments, "
         f"{saved(mini['allocated'], adamw['allocated'])} of all that torch has allocated. AdamW's peak consists of "
         f"{rest}. Only the second moment is Adam-mini's to remove. The more tokens a step has, the smaller its share. "
-        f"At AdamW's peak, in the {adamw['phase']} pass, there are {mb(adamw['kinds']['gradients'])} MB of gradients: where "
-        "that is nothing, activations are freed faster than gradients arrive, and gradient release cannot lower the peak."
+        f"AdamW's peak is in the {adamw['phase']} pass, when {mb(adamw['kinds']['gradients'])} MB of gradients are there. A "
+        "peak before the gradients cannot be lowered by gradient release."
     )
     return textwrap.fill(text, 120)
 
