@@ -109,8 +109,8 @@ def sentence(rows: Mapping[str, Any]) -> str:
         f"Adam-mini frees {mb(less)} MB of AdamW's {mb(adamw['allocated'])} MB: half of the moments, "
         f"{saved(mini['allocated'], adamw['allocated'])} of all that torch has allocated. AdamW's peak consists of "
         f"{rest}. Only the second moment is Adam-mini's to remove. The more tokens a step has, the smaller its share. "
-        f"AdamW's peak is in the {adamw['phase']} pass, when {mb(adamw['kinds']['gradients'])} MB of gradients are there. A "
-        "peak before the gradients cannot be lowered by gradient release."
+        f"AdamW's peak is in the {adamw['phase']} pass, when {mb(adamw['kinds']['gradients'])} MB of gradients are "
+        "there. A peak before the gradients cannot be lowered by gradient release."
     )
     return textwrap.fill(text, 120)
 

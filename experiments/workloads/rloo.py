@@ -100,12 +100,12 @@ class LeavingOut(Rewarded):
         with tempfile.TemporaryDirectory() as folder:
             if kind.width:  # TRL loads the reference from where the policy came from, and this one comes from nowhere
                 self.model.save_pretrained(folder)
-                self.model.config._name_or_path = folder
+                self.model.config.name_or_path = folder
             return trl.RLOOTrainer(
-                self.model, self._judged, args, train_dataset=data, processing_class=self.tokenizer, **options
+                self.model, self.judged, args, train_dataset=data, processing_class=self.tokenizer, **options
             )
 
-    def _judged(self, completions: Sequence[Any], **_: Any) -> list[float]:
+    def judged(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Return the rewards of TRL's answers, which are conversations of one message.
 
         Raises:

@@ -44,16 +44,16 @@ def check_a_run_that_is_killed_resumes_to_the_same_weights(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(config, tmp_path / "whole")
-    judged, calls = LeavingOut._judged, []
+    plain, calls = LeavingOut.judged, []
 
     def killed(self: LeavingOut, completions: Any, **more: Any) -> list[float]:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return judged(self, completions, **more)
+        return plain(self, completions, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(LeavingOut, "_judged", killed)
+        patch.setattr(LeavingOut, "judged", killed)
         train(config, tmp_path / "cut")
     again = train(config, tmp_path / "cut")
     assert again["weights_sha256"] == whole["weights_sha256"]
