@@ -26,6 +26,9 @@ Batch = tuple[Tensor, ...]
 class Task(Protocol):
     """What a run trains and how it is judged. A task may have the method of ``Shows`` too.
 
+    A task that finds out that training has gone too far to mean anything returns a loss that is not a number, and says
+    why in an attribute ``stopped``. The run has then diverged, its status has the reason, and its checkpoints stay.
+
     Attributes:
         model: the model, whose first weights are a function of the seed alone.
         fingerprint: hash of the data, sixteen hexadecimal digits or more.

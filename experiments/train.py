@@ -153,7 +153,7 @@ def train(config: TrainConfig, root: Path, options: Options = DEFAULTS) -> dict[
         raise
     if rank == 0:
         write_json(folder / "status.json", ending)
-        if ending["state"] != "interrupted":
+        if ending["state"] != "interrupted" and not ending.get("reason"):
             run.clear()
     return ending
 
@@ -249,11 +249,11 @@ class _Run:
                 loss = self._one_step()
                 self.seconds = time.perf_counter() - started
                 if not math.isfinite(loss):
-                    return self._status("diverged")
+                    return self._diverged()
                 if self.step % config.eval_every == 0 or self.step == config.steps:
                     self._record(loss)
                     if not math.isfinite(self.records.all[-1]["val_loss"]):  # The last update can make the weights NaN.
-                        return self._status("diverged")
+                        return self._diverged()
                 if self.step == config.steps:
                     break
                 if self.stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
@@ -346,6 +346,11 @@ class _Run:
             fingerprint=self.task.fingerprint,
             failed_checkpoints=self.checkpoints.failures,
         )
+
+    def _diverged(self) -> dict[str, Any]:
+        """Return the status of a run that has diverged, with the task's reason if it has one."""
+        reason = getattr(self.task, "stopped", "")
+        return {**self._status("diverged"), **({"reason": reason} if reason else {})}
 
     def clear(self) -> None:
         """Remove the checkpoints of a run that has ended."""

@@ -16,12 +16,14 @@ from __future__ import annotations
 from .diffusion import DIFFUSION, DIT, Diffusion
 from .graphs import GAT, GCN, NodeClassifier
 from .pretraining import GPT2, LLAMA
+from .remax import REMAX, ReMax
 from .reward import REWARD, RewardModel
+from .rloo import RLOO, LeaveOneOut
 from .sft import SFT, SFT_LORA, FineTuning
 from .vision import RESNET, RESNET_BATCHNORM, VIT, Classifier
 from .workload import Workload
 
-KINDS: tuple[type, ...] = (FineTuning, RewardModel, Classifier, NodeClassifier, Diffusion)
+KINDS: tuple[type, ...] = (FineTuning, RewardModel, ReMax, LeaveOneOut, Classifier, NodeClassifier, Diffusion)
 """The configs of what workloads train."""
 WORKLOADS: dict[str, Workload] = {
     "gpt2": GPT2,
@@ -29,6 +31,8 @@ WORKLOADS: dict[str, Workload] = {
     "sft": SFT,
     "sft_lora": SFT_LORA,
     "reward": REWARD,
+    "remax": REMAX,
+    "rloo": RLOO,
     "resnet": RESNET,
     "resnet_batchnorm": RESNET_BATCHNORM,
     "vit": VIT,

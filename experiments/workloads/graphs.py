@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from experiments.data.arxiv import ogbn_arxiv
 from experiments.data.wordnet import Graph, wordnet
 
+from .images import epoch_rows
 from .libraries import library
-from .vision import epoch_rows
 from .workload import Workload
 
 if TYPE_CHECKING:

@@ -34,8 +34,8 @@ from experiments.tasks import Casting, Shows
 from experiments.trackers import make_tracker
 from experiments.train import learning_rate
 
+from .images import epoch_rows
 from .libraries import library
-from .vision import epoch_rows
 
 if TYPE_CHECKING:
     from experiments.configs import TrainConfig
@@ -148,6 +148,8 @@ class TrainerLoop:
             seconds=self.seconds,
             fingerprint=self.lesson.fingerprint,
         )
+        if self.how == "diverged" and getattr(self.lesson, "stopped", ""):
+            return {**ending, "reason": getattr(self.lesson, "stopped", "")}
         if self.how == "interrupted":
             return {**ending, "signal": int(self.interruption.signal or signal.SIGTERM)}
         if self.how == "finished" and isinstance(self.lesson, Shows):
