@@ -34,6 +34,8 @@ NOT_RUN = {
     "make setup TORCH=cu128": "builds another environment",
     "make setup-workloads": "builds another environment",
     "make workloads": "minutes to hours in that environment; tests/experiments/test_growing.py runs a study's stages",
+    "torchrun --nproc-per-node 2 -m experiments.train": "tests/workloads/check_pretraining.py runs both",
+    "python -m experiments.train gcn-ogbn-arxiv": "needs data of a connected machine; tests/workloads/check_graphs.py",
     "make check-workloads": "needs that environment",
     "python -m paper_figures.workloads": "writes into the page; tests/paper_figures/test_workloads.py",
     "make gpu-check": "needs a GPU; tests/benchmarks/test_gpu_check.py runs the checks that a CPU can",
