@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.allocations import Allocations, allocator_peak, moments_of, peak_resident, resident
 from benchmarks.common import RESULTS, replace, write
-from benchmarks.sft_memory_page import page
+from benchmarks.sft_memory_page import largest_batch, page
 from experiments.workloads.libraries import library
 from optimizer import AdamMini
 from optimizer.memory import gradient_release
@@ -63,16 +63,17 @@ class Step:
 
     Args:
         make: makes the optimizer.
+        rows: sequences of a step.
     """
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, rows: int = ROWS) -> None:
         from experiments.workloads.bases import load_base
 
         model = load_base("smollm2", 0, seed=0).model
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # its own memory, not a file's that is mapped into it
         self.model, self.optimizer = model, make(model)
-        self.tokens = torch.randint(0, 49_000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+        self.tokens = torch.randint(0, 49_000, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
 
     def run(self, phase: Callable[[str], None] = lambda name: None) -> None:
         """Take one step; ``phase`` is told what begins."""
@@ -167,7 +168,9 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if arguments.docs:
-        replace(arguments.docs, page(json.loads((RESULTS / "sft_memory.json").read_text())))
+        batches = RESULTS / "largest_batch.json"
+        more = "\n" + largest_batch(json.loads(batches.read_text())) if batches.is_file() else ""
+        replace(arguments.docs, page(json.loads((RESULTS / "sft_memory.json").read_text())) + more)
         return
     if arguments.one:
         sys.stdout.write(json.dumps(measured(arguments.one)) + "\n")

@@ -129,3 +129,29 @@ def planned(plan: list[dict[str, Any]]) -> list[str]:
              saved(total, firsts[row["devices"]])]
         )  # fmt: skip
     return table(["devices, optimizer", *columns, "sum", "saved"], rows)
+
+
+def fitting(tried: Mapping[int, int], cap: int) -> int:
+    """Return the largest number of rows that fits under a cap; 0 if none does.
+
+    Args:
+        tried: rows -> bytes.
+        cap: bytes.
+    """
+    return max((rows for rows, size in tried.items() if size <= cap), default=0)
+
+
+def largest_batch(document: Mapping[str, Any]) -> str:
+    """Return the section on the largest batch under a cap, from what ``benchmarks.largest_batch`` stored."""
+    cap = document["cap"]
+    lines = ["| optimizer | largest batch | MB there | MB with one row more |", "|:--|--:|--:|--:|"]
+    for name, found in document["rows"].items():
+        tried = {int(rows): size for rows, size in found.items()}
+        rows = fitting(tried, cap)
+        here, more = (f"{tried[n] / 1e6:,.0f}" if n in tried else "–" for n in (rows, rows + 1))
+        lines.append(f"| {name} | {rows} x {document['length']} tokens | {here} | {more} |")
+    intro = f"""## The largest batch under a cap
+
+The largest batch whose resident memory stays under a cap of {cap / 1e6:,.0f} MB beyond the imports. Every size is a process of its
+own (`python -m benchmarks.largest_batch`)."""
+    return f"{intro}\n\n" + "\n".join(lines) + "\n"
