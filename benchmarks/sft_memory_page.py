@@ -152,6 +152,6 @@ def largest_batch(document: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {rows} x {document['length']} tokens | {here} | {more} |")
     intro = f"""## The largest batch under a cap
 
-The largest batch whose resident memory stays under a cap of {cap / 1e6:,.0f} MB beyond the imports. Every size is a process of its
-own (`python -m benchmarks.largest_batch`)."""
+The largest batch whose resident memory stays under a cap of {cap / 1e6:,.0f} MB beyond the imports. Every size is a
+process of its own (`python -m benchmarks.largest_batch`)."""
     return f"{intro}\n\n" + "\n".join(lines) + "\n"
