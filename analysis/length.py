@@ -125,4 +125,4 @@ def fit(table: pd.DataFrame, arm: str) -> Fit:
     found, *_ = np.linalg.lstsq(design, used.to_numpy(), rcond=None)
     residual = float(np.sqrt(np.mean((used.to_numpy() - design @ found) ** 2)))
     a, b, c = (t_interval(values.tolist()) for values in found)
-    return Fit(a, b, c, found.shape[1], len(wide) - len(used), residual)
+    return Fit(a, b, c, found.shape[1], int(np.isinf(wide).any(axis=1).sum()), residual)

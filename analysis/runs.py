@@ -42,7 +42,8 @@ def read_run(run: Path) -> dict[str, Any]:
 
     Returns:
         arm, lr, seed, state, final_val_loss (infinite for a diverged run), second_moment_scalars, state_bytes (None for
-        runs from before it was recorded), parameters, steps, curve, and ``config``, the content of ``config.json``.
+        runs from before it was recorded), parameters, steps, fingerprint (of the data; may be None), curve, and
+        ``config``, the content of ``config.json``.
 
     Raises:
         ValueError: the run is damaged: a file is missing or truncated, or two files contradict each other.
@@ -74,6 +75,7 @@ def read_run(run: Path) -> dict[str, Any]:
         "state_bytes": status.get("state_bytes"),
         "parameters": status["parameters"],
         "steps": config["steps"],
+        "fingerprint": status.get("data_fingerprint"),
         "curve": curve,
         "config": config,
     }

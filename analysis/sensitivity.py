@@ -30,24 +30,45 @@ def table(settings: Sequence[Setting]) -> pd.DataFrame:
     for setting in settings:
         values = {name: setting.shared.get(name, DEFAULTS.get(name)) for name in VARIED}
         parts.append(setting.runs[["arm", "lr", "seed", "final_val_loss"]].assign(**values))
-    runs = pd.concat(parts, ignore_index=True)
+    runs = _complete(pd.concat(parts, ignore_index=True))
     if BASELINE not in set(runs.arm):
         raise ValueError(f"no runs of {BASELINE}, with which all others are compared; run `--study sensitivity`")
     usual(runs)
     return runs
 
 
+def _complete(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of the seeds that every arm has at every rate in every setting.
+
+    Raises:
+        ValueError: there is no such seed.
+    """
+    groups = runs.groupby(["arm", "lr", *VARIED])
+    seeds = set.intersection(*(set(group.seed) for _, group in groups))
+    largest = runs.groupby("arm").apply(
+        lambda group: len(group[["lr", *VARIED]].drop_duplicates()), include_groups=False
+    )
+    if not seeds or largest.nunique() > 1:
+        raise ValueError(
+            "no seed is complete: arms have different values or rates; run `--study sensitivity` to its end"
+        )
+    return runs[runs.seed.isin(seeds)].reset_index(drop=True)
+
+
 def usual(runs: pd.DataFrame) -> dict[str, float]:
     """Return the values of the setting from which all others differ in one hyper-parameter at most.
 
     Raises:
-        ValueError: there is no such setting.
+        ValueError: there is no such setting, or more than one.
     """
     kinds = runs[list(VARIED)].drop_duplicates()
-    for _, one in kinds.iterrows():
-        if ((kinds != one).sum(axis=1) <= 1).all():
-            return {name: float(one[name]) for name in VARIED}
-    raise ValueError("no setting has the usual values, from which the others differ in one; run `--study sensitivity`")
+    found = [one for _, one in kinds.iterrows() if ((kinds != one).sum(axis=1) <= 1).all()]
+    if len(found) != 1:
+        raise ValueError(
+            f"{len(found)} settings may have the usual values, from which the others differ in one; run `--study "
+            "sensitivity` to its end"
+        )
+    return {name: float(found[0][name]) for name in VARIED}
 
 
 @dataclass(frozen=True)
@@ -77,9 +98,9 @@ def sensitivities(runs: pd.DataFrame) -> list[Sensitivity]:
     Args:
         runs: what ``table`` returned.
     """
-    found = []
+    found, at = [], usual(runs)
     for name in ("lr", *VARIED):
-        losses = {str(arm): _losses(group, name) for arm, group in runs.groupby("arm")}
+        losses = {str(arm): _losses(group, name, at) for arm, group in runs.groupby("arm")}
         base = _spread(losses[BASELINE])
         for arm, wide in losses.items():
             mine = _spread(wide)
@@ -92,9 +113,8 @@ def sensitivities(runs: pd.DataFrame) -> list[Sensitivity]:
     return found
 
 
-def _losses(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+def _losses(runs: pd.DataFrame, name: str, at: Mapping[str, float]) -> pd.DataFrame:
     """Return value x seed -> loss of one arm, at the best rate of each value; every rate for ``lr``."""
-    at = usual(runs)
     others = [other for other in VARIED if other != name]
     chosen = runs[np.logical_and.reduce([runs[other] == at[other] for other in others])]
     if name == "lr":
@@ -114,9 +134,8 @@ def good_decades(runs: pd.DataFrame, arm: str) -> tuple[float, bool]:
     Returns:
         (decades, whether the good region reaches an end of the grid, so that it may be wider)
     """
-    mean = _losses(runs[runs.arm == arm], "lr").mean(axis=1)
+    mean = _losses(runs[runs.arm == arm], "lr", usual(runs)).mean(axis=1)
     place, loss = np.log10(mean.index.to_numpy(float)), np.minimum(mean.to_numpy(), 1e3)
     fine = np.linspace(place[0], place[-1], 20_001)
     good = np.interp(fine, place, loss) <= loss.min() + GOOD
-    first, last = int(np.argmax(good)), len(good) - 1 - int(np.argmax(good[::-1]))
-    return float(fine[last] - fine[first]), first == 0 or last == len(good) - 1
+    return float(good.mean() * (place[-1] - place[0])), bool(good[0] or good[-1])

@@ -46,7 +46,8 @@ def load_settings(*folders: Path, partial: bool = False) -> list[Setting]:
 
     Raises:
         FileNotFoundError: a folder has no runs.
-        ValueError: a run is damaged or unfinished, or an arm of a setting has runs of two versions of its rules.
+        ValueError: a run is damaged or unfinished, an arm of a setting has runs of two versions of its rules, or the
+            runs of a setting saw different data.
     """
     tables = [load_runs(folder, partial=partial, several=True) for folder in folders]
     table = pd.concat(tables, ignore_index=True)
@@ -57,6 +58,7 @@ def load_settings(*folders: Path, partial: bool = False) -> list[Setting]:
         shared = {key: value for key, value in config.items() if key not in WITHIN}
         runs = group.drop(columns="shared")
         _require_one_version(runs)
+        _require_one_data(runs)
         once = runs.drop_duplicates(KEY).sort_values(KEY).reset_index(drop=True)
         settings.append(Setting(shared, once, _disagreement(runs)))
     return settings
@@ -69,6 +71,18 @@ def _require_one_version(runs: pd.DataFrame) -> None:
         if len(first) > 1:
             found = ", ".join(config_hash(config) for config in first.values())
             raise ValueError(f"arm={arm!r} has runs of {len(first)} versions of its rules: {found}; move one away")
+
+
+def _require_one_data(runs: pd.DataFrame) -> None:
+    """Check that all runs of a setting saw the same data, or were judged by the same reward model."""
+    known = runs[runs.fingerprint.notna()]
+    if known.fingerprint.nunique() > 1:
+        first = known.drop_duplicates("fingerprint")
+        found = ", ".join(f"{config_hash(run.config)} has {run.fingerprint}" for run in first.itertuples())
+        raise ValueError(
+            f"runs of one setting have different data (data_fingerprint in status.json): {found}; run them again on "
+            "one machine, or move one away"
+        )
 
 
 def _frozen(value: Any) -> Any:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.ablation import BASELINE, at_best
 from analysis.documents import read_object
-from analysis.runs import config_hash
+from analysis.runs import RESULTS, config_hash, state_of
 from analysis.settings import Comparison, Setting, compare, load_settings
 from analysis.stats import Interval, t_interval
 
@@ -89,6 +89,8 @@ def load(root: Path, profile: str = "cpu", *, required: bool = True) -> list[Wor
         folder = root / f"{name}_{profile}"
         if not folder.is_dir():
             continue
+        if not any(state_of(run) in RESULTS for run in folder.glob("*") if (run / "config.json").is_file()):
+            continue  # begun, and nothing has ended yet
         settings = load_settings(folder, partial=True)
         if len(settings) > 1:
             raise ValueError(f"{folder} mixes {len(settings)} settings; move all but one to another folder")

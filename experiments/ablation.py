@@ -21,7 +21,7 @@ from experiments.growing import equal_run, so_far, take_over
 from experiments.runner import SINGLE, Launch, Outcome, run_many, seconds_per_run, unfinished
 from experiments.slurm import Slurm, submit
 from experiments.storage import require_writable
-from experiments.train import DEFAULTS, Options
+from experiments.train import DEFAULTS, Options, run_folder
 
 
 def selected(configs: list[TrainConfig], only: str) -> list[TrainConfig]:
@@ -111,7 +111,11 @@ def main(
         for configs in groups.values():
             each = Launch(processes, _fitted(options, configs, slurm.gpus or processes, profile), limit)
             if cluster == "slurm":
-                jobs = submit(selected(configs, only), results, slurm=slurm, workers=workers, each=each)
+                if stages:
+                    take_over(configs, results, stages.shares)
+                jobs = submit(
+                    selected(so_far(stages, configs, results), only), results, slurm=slurm, workers=workers, each=each
+                )
                 folder, more = results / configs[0].experiment, ", ..." * (len(jobs) > 3)
                 print(f"{len(jobs)} runs submitted ({', '.join(jobs[:3])}{more}); results in {folder}")
                 continue
@@ -131,7 +135,7 @@ def run_stages(
     workers: int = 2,
     each: Launch = SINGLE,
 ) -> Outcome:
-    """Run a grid, and then what its results call for, until nothing is left or a run has no results.
+    """Run a grid, and then what its results call for, until nothing is left or a signal stops it.
 
     Args:
         configs: the grid.
@@ -142,16 +146,19 @@ def run_stages(
         each: how to start the processes of one run.
     """
     before: list[TrainConfig] = []
-    outcome = Outcome(0, ())
+    outcome, failed = Outcome(0, ()), set[Path]()
     while (wanted := selected(so_far(study, configs, results), only)) != before:
         if study and (taken := take_over(wanted, results, study.shares)):
             print(f"{taken} runs taken from {', '.join(study.shares)}")
-        outcome = run_many(wanted, results, workers=workers, each=each)
+        # What failed in this call is not tried again in it; its arm calls for no more runs, and the others go on.
+        tried = [config for config in wanted if run_folder(results, config.with_rules_hash()) not in failed]
+        outcome = run_many(tried, results, workers=workers, each=each)
         _report(outcome, results / configs[0].experiment)
-        if outcome.failed or outcome.interrupted:
+        failed |= set(outcome.failed)
+        if outcome.interrupted:
             break
         before = wanted
-    return outcome
+    return dataclasses.replace(outcome, failed=tuple(sorted(failed)))
 
 
 def _fitted(options: Options, configs: list[TrainConfig], processes: int, profile: str) -> Options:

@@ -237,5 +237,9 @@ def of_workloads() -> dict[str, TrainConfig]:
     for name, workload in WORKLOADS.items():
         sizes = {"smoke": workload.smoke, **workload.full}
         named = {name: {}, **{f"{name}-{size}": fields for size, fields in sizes.items()}}
-        found |= {key: TrainConfig(key.replace("-", "_"), **{**workload.run, **named[key]}) for key in named}
+        middle = {"lr": workload.rates[len(workload.rates) // 2]}
+        found |= {
+            key: TrainConfig(f"single_{key.replace('-', '_')}", **{**middle, **workload.run, **named[key]})
+            for key in named
+        }
     return found

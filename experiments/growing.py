@@ -58,8 +58,9 @@ def take_over(configs: Sequence[TrainConfig], results: Path, shares: Sequence[st
         if original := equal_run(config, results, shares):
             folder = run_folder(results, config.with_rules_hash())
             write_json(folder / "config.json", config.with_rules_hash().to_dict())
-            for name in ("environment.json", "metrics.jsonl"):
-                write_atomic(folder / name, (original / name).read_bytes())
+            for name in ("environment.json", "metrics.jsonl"):  # A run that diverges early has no metrics.
+                if (original / name).is_file():
+                    write_atomic(folder / name, (original / name).read_bytes())
             origin = original.relative_to(results).as_posix()
             write_json(folder / "status.json", {**read_status(original), "taken_from": origin})
             taken += 1

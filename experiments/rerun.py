@@ -7,6 +7,7 @@ allowed here is 0.002.
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import tyro
@@ -84,10 +85,13 @@ def main(
         config = again(folder)
         require_writable(out, "out")
         fetch(config)
+        shutil.rmtree(run_folder(out, config), ignore_errors=True)  # an earlier repetition would be taken as finished
         code = launch(config, out, DEFAULTS, threads)
     if code:
         raise SystemExit(code)
     before, after = read_status(folder), read_status(run_folder(out, config))
+    if before.get("data_fingerprint") != after.get("data_fingerprint"):
+        print("the data differs from that of the stored run (data_fingerprint in status.json), so the losses may, too")
     distance = difference(before, after)
     print(
         f"{config.experiment} {config.arm} lr {config.lr:g} seed {config.seed}: stored {_loss(before)}, again "

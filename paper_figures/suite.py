@@ -18,6 +18,7 @@ from analysis import record
 from analysis import sensitivity as sensitive_to
 from analysis import trajectories as of_ways
 from analysis.ablation import BASELINE
+from analysis.runs import RESULTS, state_of
 from analysis.settings import Comparison, Setting, compare, load_settings
 from paper_figures import length, sensitivity, trajectories
 from paper_figures.commandline import refusals
@@ -205,7 +206,8 @@ def _not_run(study: str) -> list[str]:
 
 
 def _any(folder: Path) -> list[Setting]:
-    return load_settings(folder, partial=True) if folder.is_dir() else []
+    ended = any(state_of(run) in RESULTS for run in folder.glob("*") if (run / "config.json").is_file())
+    return load_settings(folder, partial=True) if ended else []
 
 
 def main(argv: list[str] | None = None) -> None:

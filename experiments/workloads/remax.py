@@ -211,7 +211,6 @@ class Rewarded:
             self.ends,
         )
         rewards = self.rewards(drawn)
-        require_rewards(rewards)
         answers = drawn.rows(slice(0, n * k))
         logits = answer_logits(module, answers)
         with torch.no_grad():
@@ -219,6 +218,7 @@ class Rewarded:
             kl = float((divergence(logits, reference) * answers.mask).sum(1).mean())
         if not kl <= self.kind.kl_limit:
             return logits.sum() * self._too_far(kl)
+        require_rewards(rewards)  # a policy that went too far often gives one answer to everything
         return remax_losses(
             log_probs_of(logits, answers.tokens),
             log_probs_of(reference, answers.tokens),

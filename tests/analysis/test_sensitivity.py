@@ -62,5 +62,17 @@ def test_a_diverged_value_has_no_spread(tmp_path: Path) -> None:
 
 
 def test_without_the_usual_values_nothing_can_be_compared(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no setting has the usual values"):
+    with pytest.raises(ValueError, match="0 settings may have the usual values"):
         sensitivity.table(load_settings(write_study(tmp_path, usual=False)))
+
+
+def test_seeds_that_some_value_lacks_do_not_count(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    whole = {(one.arm, one.name): one for one in sensitivity.sensitivities(sensitivity.table(load_settings(tmp_path)))}
+    for arm in ("elementwise", "adam_mini"):
+        write_run(tmp_path, arm, 0.01, 3, 1.0, USUAL)  # a seed that has begun
+    part = {(one.arm, one.name): one for one in sensitivity.sensitivities(sensitivity.table(load_settings(tmp_path)))}
+    assert part == whole
+    write_run(tmp_path, "adam_mini", 0.02, 0, 1.0, USUAL)
+    with pytest.raises(ValueError, match="no seed is complete"):
+        sensitivity.table(load_settings(tmp_path))

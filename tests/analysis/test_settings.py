@@ -108,3 +108,12 @@ def test_sign_flips_by_hand() -> None:
 def test_holm_by_hand() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_runs_on_different_data_are_no_setting(tmp_path: Path) -> None:
+    folder = write_grid(tmp_path)
+    write_run(folder, "sgd", 0.01, 0, 3.0, data_fingerprint="a" * 16)
+    assert len(load_settings(folder)) == 1, "runs from before it was recorded do not count"
+    run = write_run(folder, "lion", 0.01, 0, 3.0, data_fingerprint="b" * 16)
+    with pytest.raises(ValueError, match=f"{run.name} has bbbb"):
+        load_settings(folder)

@@ -63,3 +63,9 @@ def test_two_settings_are_refused(tmp_path: Path) -> None:
     write_run(folder, "elementwise", 0.01, 7, 1.0, {"batch": 7})
     with pytest.raises(ValueError, match="mixes 2 settings"):
         workloads.load(tmp_path)
+
+
+def test_a_workload_that_has_only_begun_is_left_out(tmp_path: Path) -> None:
+    write_workload(tmp_path)
+    write_run(tmp_path / "vit_cpu", "elementwise", 0.01, 0, 1.0, state="failed")
+    assert [one.name for one in workloads.load(tmp_path)] == ["resnet"]

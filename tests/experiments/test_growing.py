@@ -12,6 +12,7 @@ from experiments.ablation import plan, run_stages
 from experiments.configs import TrainConfig, smoke
 from experiments.grids import Study
 from experiments.growing import MOST_GROWN, equal_run, following, neighbour, so_far, take_over
+from experiments.runner import Outcome
 from experiments.storage import read_json, write_json
 from experiments.train import run_folder
 
@@ -120,3 +121,27 @@ def test_a_study_runs_all_of_its_stages(tmp_path: Path) -> None:
     assert sorted(c["seed"] for c in (read_json(p) for p in (tmp_path / "s_cpu").glob("*/config.json"))) == [0, 0, 1]
     only = run_stages([replace(c, steps=4) for c in grid(study)], tmp_path / "b", study, only="elementwise 0.001 0")
     assert only.done == 1
+
+
+def test_an_arm_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def run_many(configs: list[TrainConfig], root: Path, **_: object) -> Outcome:
+        calls.append([config.arm for config in configs])
+        good = [config for config in configs if config.arm == "elementwise"]
+        end_all(good, root, {"elementwise": 3e-3})
+        bad = [run_folder(root, config.with_rules_hash()) for config in configs if config not in good]
+        return Outcome(len(good), tuple(bad))
+
+    monkeypatch.setattr("experiments.ablation.run_many", run_many)
+    outcome = run_stages(grid(), tmp_path, STUDY)
+    assert calls[0].count("adam_mini") == 3 and calls[1].count("elementwise") == 5 and "adam_mini" not in calls[1]
+    assert len(outcome.failed) == 3
+
+
+def test_an_equal_run_that_diverged_at_once_is_taken_over(tmp_path: Path) -> None:
+    configs = grid()
+    other = replace(configs[0], experiment="other_cpu")
+    end(other, tmp_path, None)
+    (run_folder(tmp_path, other.with_rules_hash()) / "metrics.jsonl").unlink()
+    assert take_over(configs, tmp_path, ("other",)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def test_a_run_gives_the_same_number_again(folder: Path, tmp_path: Path, capsys:
     assert "difference 0.000000 (allowed: 0.002)" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert (tmp_path / "again" / "smoke" / folder.name / "status.json").is_file()
+
+
+def test_an_earlier_repetition_is_no_result(folder: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "again" / "smoke" / folder.name
+    shutil.copytree(folder, earlier)
+    change(earlier, "status.json", final_val_loss=99.0)
+    main(folder.name, folder.parents[1], tmp_path / "again")
+    assert read_json(earlier / "status.json")["final_val_loss"] != 99.0
 
 
 def test_another_number_or_end_is_no_reproduction(folder: Path, tmp_path: Path) -> None:
