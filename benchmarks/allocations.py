@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,18 +54,6 @@ def peak_resident() -> Iterator[Callable[[], int]]:
     yield lambda: resident("VmHWM")
 
 
-def allocator_peak(run: Callable[[], Any]) -> int:
-    """Return the most bytes that torch has allocated at one time in ``run``, beyond what it had before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    live = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most
-
-
 def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Return the bytes of an optimizer's first and second moments; counters of steps count as second moments.
 
@@ -89,7 +76,7 @@ def _moment(name: str) -> str:
     raise RuntimeError(f"the optimizer's state has {name!r}, which is neither of {FIRST} nor of {SECOND}")
 
 
-class Allocations(TorchDispatchMode):
+class AllocationsByKind(TorchDispatchMode):
     """Follow all storages that live during a step, in a ``with`` statement around it.
 
     Args:
@@ -117,7 +104,7 @@ class Allocations(TorchDispatchMode):
                     self._kinds[self._follow(value)] = _moment(name)
         self._outside = ExitStack()
 
-    def __enter__(self) -> Allocations:
+    def __enter__(self) -> AllocationsByKind:
         for parameter in self._model.parameters():
             hook = parameter.register_post_accumulate_grad_hook(self._gradient)
             self._outside.callback(hook.remove)

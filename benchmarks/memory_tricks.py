@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import write
+from benchmarks.memory import allocations
 from experiments.models import build, lm_loss
 from experiments.models.llama import LlamaConfig
 from optimizer import AdamMini
@@ -53,18 +53,6 @@ def iteration(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[]
     return run
 
 
-def peak(run: Callable[[], None]) -> int:
-    """Return the largest number of bytes allocated at one time in ``run``, not counting memory allocated before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    live = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            most = max(most, live)
-    return most
-
-
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Return the bytes in use between two iterations, by kind; the next ``zero_grad`` frees the gradients."""
     state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
@@ -89,7 +77,7 @@ def main() -> None:
         run = iteration(model, optimizer)
         run()
         optimizer.zero_grad()
-        most = peak(run)
+        most = allocations(run).peak
         rows[name] = {**held(model, optimizer), "peak": most}
         logger.info("%-30s MB: %s", name, "  ".join(f"{k} {v / 1e6:7.2f}" for k, v in rows[name].items()))
     numel = sum(p.numel() for p in build(MODEL, 0).parameters())

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.allocations import Allocations, allocator_peak, moments_of, peak_resident, resident
+from benchmarks.allocations import AllocationsByKind, moments_of, peak_resident, resident
 from benchmarks.common import RESULTS, replace, write
+from benchmarks.memory import allocations
 from benchmarks.sft_memory_page import largest_batch, page
 from experiments.workloads.libraries import library
 from optimizer import AdamMini
@@ -109,9 +110,9 @@ def measured(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"baseline": baseline, "resident": peak(), "files": resident("RssFile") - files}
     step.optimizer.zero_grad(set_to_none=True)
     held = {"parameters": sum(p.nbytes for p in step.model.parameters()), **moments_of(step.optimizer)}
-    with Allocations(step.model, step.optimizer, ROWS * LENGTH, 49_152) as allocations:
-        extra = allocator_peak(lambda: step.run(allocations.begin))
-    return {**found, "held": held, "allocated": sum(held.values()) + extra, **allocations.result()}
+    with AllocationsByKind(step.model, step.optimizer, ROWS * LENGTH, 49_152) as kinds:
+        extra = allocations(lambda: step.run(kinds.begin)).peak
+    return {**found, "held": held, "allocated": sum(held.values()) + extra, **kinds.result()}
 
 
 def in_own_process(name: str) -> dict[str, Any]:

@@ -75,8 +75,9 @@ def main(
         workers: number of runs at a time.
         results: root of the results folders.
         study: ablation (partitions of a Llama), carry_over (a GPT on another corpus, eight seeds), statistics (of
-            blocks, other than their mean), rivals (optimizers of other authors), record (warm-up and clipping) or
-            length (sizes and numbers of tokens). With profile gpu: a recipe, such as llama-39m, or all of them.
+            blocks, other than their mean), rivals (optimizers of other authors), headline (the best of all, ten seeds),
+            record (warm-up and clipping), sensitivity (betas, eps, decay), length (sizes and numbers of tokens), or a
+            workload (docs/workloads.md). With profile gpu: a recipe, such as llama-39m, or all of them.
         arms: a subset of the study's arms; by default all of them.
         cluster: local (processes on this machine) or slurm (a job array; returns once it is submitted).
         processes: number of processes of each run.

@@ -146,7 +146,6 @@ def of_workload(name: str, workload: Workload) -> Study:
         workload.arms,
         workload.rates,
         (0,),
-        own=workload.own,
         more=(1, 2),
         grows=True,
         small=lambda: dataclasses.replace(base(), **workload.smoke),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -10,6 +12,9 @@ from experiments.baselines import STATISTICS, PermutedAdamMini, StatisticAdamMin
 from experiments.rivals import RIVALS, state_size
 from optimizer import AdamMini, Rules, partition
 from optimizer.partition.rules import shipped
+
+if TYPE_CHECKING:
+    from experiments.configs import TrainConfig
 
 CONTROL = "permuted"
 ADAMW = "torch_adamw"
@@ -60,6 +65,26 @@ def make_optimizer(
     if arm == ADAMW:
         return torch.optim.AdamW(adam_mini.param_groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     return adam_mini
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Create the optimizer of a run.
+
+    Raises:
+        ValueError: as for ``make_optimizer``.
+        RuntimeError: it does not have every trainable parameter once.
+    """
+    optimizer = make_optimizer(
+        model,
+        config.arm,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        eps=config.eps,
+        seed=config.seed,
+    )
+    require_coverage(model, optimizer)
+    return optimizer
 
 
 def load_rules(arm: str) -> Rules:

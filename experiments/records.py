@@ -8,17 +8,20 @@ import re
 import resource
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from experiments.configs import FORMAT_VERSION, TrainConfig
 from experiments.optimizers import second_moment_scalars
-from experiments.parallel import peak_on_device, weights_sha256
+from experiments.parallel import Team, peak_on_device, weights_sha256
 from experiments.rivals import state_size
-from experiments.storage import write_atomic, write_json
+from experiments.storage import environment, write_atomic, write_json
 from experiments.trackers import Tracker
+
+if TYPE_CHECKING:
+    from experiments.train import Options
 
 logger = logging.getLogger("experiments")
 
@@ -65,6 +68,13 @@ class Records:
         if self.writes:
             lines = "".join(json.dumps(record) + "\n" for record in self.all)
             write_atomic(self.folder / "metrics.jsonl", lines.encode())
+
+
+def execution(team: Team, options: Options, model: nn.Module) -> dict[str, Any]:
+    """Return the content of ``environment.json``: versions, machine, processes and options."""
+    how = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
+    how |= {name: getattr(options, name) for name in ("micro_batch", "compile", "recompute")}
+    return {**environment(), **how, "parameters_on": str(next(model.parameters()).device)}
 
 
 OWN_FILES = ("config", "environment", "metrics", "status")

@@ -32,11 +32,11 @@ from experiments.commandline import refusals
 from experiments.configs import CONFIGS, FORMAT_VERSION, TrainConfig, of_workloads
 from experiments.data.samples import SAMPLES, prepare_sample
 from experiments.interruption import Interruption, exit_code
-from experiments.optimizers import make_optimizer, require_coverage
+from experiments.optimizers import optimizer_of
 from experiments.parallel import Device, Parallel, Team, process_group
 from experiments.recipes import RECIPES
-from experiments.records import Records, leave, status
-from experiments.storage import environment, locked, read_json, require_writable, write_json
+from experiments.records import Records, execution, leave, status
+from experiments.storage import locked, read_json, require_writable, write_json
 from experiments.tasks import LanguageModelling, Loop, Shows, Task
 from experiments.trackers import TrackerName, make_tracker
 from experiments.workloads import KINDS
@@ -205,16 +205,7 @@ class _Run:
         self.model = team.place(self.task.model)
         self.casting = passes.cast(team.device, config.precision, team.kind)
         self.parallel = self._prepared()
-        self.optimizer = make_optimizer(
-            self.model,
-            config.arm,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            seed=config.seed,
-        )
-        require_coverage(self.model, self.optimizer)
+        self.optimizer = optimizer_of(self.model, config)
         identity = {"config": config.hash, "data": self.task.fingerprint[:16]}
         self.checkpoints = Checkpoints(folder / "checkpoints", identity, team, options.keep)
         self.step, self.seconds, self.stopping = 0, 0.0, False
@@ -233,10 +224,7 @@ class _Run:
             passes.compile_blocks(self.model)
         module = team.wrap(self.model, self.config.precision)
         if team.rank == 0:
-            how = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
-            how |= {name: getattr(options, name) for name in ("micro_batch", "compile", "recompute")}
-            how["parameters_on"] = str(next(self.model.parameters()).device)
-            write_json(self.folder / "environment.json", {**environment(), **how})
+            write_json(self.folder / "environment.json", execution(team, options, self.model))
         return module
 
     def go(self) -> dict[str, Any]:

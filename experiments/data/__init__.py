@@ -3,7 +3,7 @@
 from .enwik8 import enwik8
 from .fashion import fashion_mnist
 from .prepared import is_prepared, prepared
-from .sampler import Corpus, batch_at, context_batch_at, fixed_batches
+from .sampler import Corpus, batch_at, context_batch_at, epoch_rows, fixed_batches
 from .stdlib import CLASSES, python_stdlib, reduced
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "batch_at",
     "context_batch_at",
     "enwik8",
+    "epoch_rows",
     "fashion_mnist",
     "fixed_batches",
     "load",

@@ -82,3 +82,26 @@ def fixed_batches(tokens: np.ndarray, count: int, rows: int, length: int) -> lis
     starts = np.linspace(0, len(tokens) - length - 1, count * rows).astype(np.int64)
     windows = _windows(tokens, starts, length + 1)
     return [(w[:, :-1].contiguous(), w[:, 1:].contiguous()) for w in windows.split(rows)]
+
+
+def epoch_rows(count: int, seed: int, step: int, rows: int) -> tuple[np.ndarray, np.random.Generator]:
+    """Draw the examples of a step: epochs of shuffled examples, of which an incomplete last batch is left out.
+
+    Args:
+        count: number of examples.
+        seed: seed of the order.
+        step: index of the step, from 0.
+        rows: examples per step.
+
+    Returns:
+        (their indices, int64 [rows]; a generator for further draws of this step)
+
+    Raises:
+        ValueError: there are fewer examples than rows.
+    """
+    if rows > count:
+        raise ValueError(f"batch={rows} must be at most {count}, the number of training examples")
+    epoch, place = divmod(step, count // rows)
+    order = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, epoch])).permutation(count)
+    draw = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 2, step]))
+    return order[place * rows : (place + 1) * rows], draw

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from experiments.commandline import refusals
 from experiments.configs import TrainConfig
 from experiments.grids import small_llama
-from experiments.optimizers import make_optimizer
+from experiments.optimizers import optimizer_of
 from experiments.passes import backward
 from experiments.storage import environment, read_json, require_writable, write_json
 from experiments.tasks import LanguageModelling
@@ -91,10 +91,7 @@ class Way:
                 for p in self.model.parameters():
                     spread = p.std() if p.numel() > 1 else p.abs().mean()
                     p += perturbation * spread * torch.randn(p.shape, generator=generator)
-        betas = config.beta1, config.beta2
-        self.optimizer = make_optimizer(
-            self.model, arm, lr=config.lr, betas=betas, weight_decay=config.weight_decay, seed=config.seed
-        )
+        self.optimizer = optimizer_of(self.model, dataclasses.replace(config, arm=arm))
 
     def advance(self) -> None:
         """Take one step."""

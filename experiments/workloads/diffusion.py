@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.data import cifar, fashion_mnist
+from experiments.data import cifar, epoch_rows, fashion_mnist
 from experiments.data.fashion import KINDS_OF_CLOTHES, SHA256, SIDE
 
-from .images import epoch_rows, mirrored, pieces, require_data, to_labels
+from .images import mirrored, pieces, require_data, to_labels
 from .libraries import library
 from .workload import CONVOLUTION_ARMS, Workload
 

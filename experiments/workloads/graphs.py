@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.data import epoch_rows
 from experiments.data.arxiv import ogbn_arxiv
 from experiments.data.wordnet import Graph, wordnet
 
-from .images import epoch_rows
 from .libraries import library
 from .workload import Workload
 

@@ -1,4 +1,4 @@
-"""Batches of images as functions of (seed, step): epochs, shifts and mirror images."""
+"""Batches of images: pieces, shifts and mirror images."""
 
 from __future__ import annotations
 
@@ -26,29 +26,6 @@ def pieces(batch: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]
     """Yield a batch in pieces of at most ``rows`` rows."""
     for start in range(0, len(batch[0]), rows):
         yield tuple(part[start : start + rows] for part in batch)
-
-
-def epoch_rows(count: int, seed: int, step: int, rows: int) -> tuple[np.ndarray, np.random.Generator]:
-    """Draw the examples of a step: epochs of shuffled examples, of which an incomplete last batch is left out.
-
-    Args:
-        count: number of examples.
-        seed: seed of the order.
-        step: index of the step, from 0.
-        rows: examples per step.
-
-    Returns:
-        (their indices, int64 [rows]; a generator for further draws of this step)
-
-    Raises:
-        ValueError: there are fewer examples than rows.
-    """
-    if rows > count:
-        raise ValueError(f"batch={rows} must be at most {count}, the number of training examples")
-    epoch, place = divmod(step, count // rows)
-    order = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 1, epoch])).permutation(count)
-    draw = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 2, step]))
-    return order[place * rows : (place + 1) * rows], draw
 
 
 def mirrored(images: np.ndarray, draw: np.random.Generator) -> np.ndarray:

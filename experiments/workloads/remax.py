@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.data import epoch_rows
+
 from . import opinions
 from .bases import Base, Pretrained, load_base, require_base
 from .policy_gradient import divergence, log_probs_of, remax_losses
 from .rollouts import GREEDY, Answers, answer_logits, generate, padded
-from .vision import epoch_rows
 from .workload import ARMS, Workload
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ Score = Callable[[Sequence[str]], Tensor]
 FEW = 8
 """Rewards of at least so many answers must not all be equal."""
 DATA = "opinions"
+SHOWN = 8
+"""Answers that a run leaves."""
 
 
 @dataclass(frozen=True)
@@ -277,17 +280,19 @@ class Rewarded:
 
     @torch.no_grad()
     def artefacts(self, *, casting: Casting) -> dict[str, Any]:
-        """Return the greedy answers of policy and reference to the first held-out requests, with their rewards."""
-        requests, mask, uniforms = (part[:8] for part in self.held_out)
-        found: dict[str, Any] = {}
-        for name, model in (("policy", self.model), ("reference", self.reference)):
+        """Return greedy answers of reference and policy to the first held-out requests, with rewards, for seed 0."""
+        if self.config.seed:
+            return {}
+        requests, mask, uniforms = (part[:SHOWN] for part in self.held_out)
+        found = {}
+        for when, model in (("before", self.reference), ("after", self.model)):
             with casting():
                 answers = generate(model, requests, mask, torch.full_like(uniforms, GREEDY), self.ends)
-                rewards = self.rewards(answers).tolist()
-            pairs = zip(self.texts(answers), rewards, strict=True)
-            found[name] = [{"answer": text, "reward": round(reward, 4)} for text, reward in pairs]
+                found[f"{when}_reward"] = [round(reward, 4) for reward in self.rewards(answers).tolist()]
+            found[when] = self.texts(answers)
         asked = opinions.requests(opinions.VALIDATION[: len(requests)])
-        return {"answers": [{"request": q, **{n: found[n][i] for n in found}} for i, q in enumerate(asked)]}
+        rows = [{"question": q, **{key: found[key][i] for key in found}} for i, q in enumerate(asked)]
+        return {"samples": {"answers": rows}}
 
 
 RUN: dict[str, Any] = {

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from experiments.parallel import Team
+
 from . import opinions
 from .bases import load_base
 from .libraries import library
@@ -61,7 +63,8 @@ class LeaveOneOut(ReMax):
         """Return the loop that trains it."""
         from .trl_loop import TrainerLoop
 
-        return TrainerLoop(config, folder, options, interruption, LeavingOut(config, config.model))
+        device = Team.here(options.parallel, options.device, config.batch).device
+        return TrainerLoop(config, folder, options, interruption, LeavingOut(config, config.model, device))
 
 
 class LeavingOut(Rewarded):
@@ -70,14 +73,15 @@ class LeavingOut(Rewarded):
     Args:
         config: the run.
         kind: what it trains.
+        device: where the reference and held-out requests are kept.
 
     Raises:
         ValueError: as for ``Rewarded``.
     """
 
-    def __init__(self, config: TrainConfig, kind: Any) -> None:
+    def __init__(self, config: TrainConfig, kind: Any, device: torch.device) -> None:
         policy = load_base(kind.base, kind.width, seed=config.seed)
-        super().__init__(config, kind, policy, *trained_score(), torch.device("cpu"))
+        super().__init__(config, kind, policy, *trained_score(), device)
         self.examples = len(opinions.TRAINING)
 
     def trainer(self, rows: list[int], arguments: dict[str, Any], **options: Any) -> Any:

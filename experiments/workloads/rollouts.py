@@ -73,6 +73,9 @@ def generate(model: nn.Module, prompts: Tensor, mask: Tensor, uniforms: Tensor, 
         mask: int64 [n, L], 1 for tokens of the prompt.
         uniforms: [n, T], numbers in [0, 1) that decide the draws; ``GREEDY`` takes the most probable token.
         ends: tokens that end an answer.
+
+    Raises:
+        RuntimeError: the model keeps no keys and values, so that it would see the last token alone.
     """
     going = torch.ones_like(prompts[:, 0])
     seen, cache, inputs, places = mask, None, prompts, positions(mask)
@@ -83,6 +86,8 @@ def generate(model: nn.Module, prompts: Tensor, mask: Tensor, uniforms: Tensor, 
             logits_to_keep=1,
         )  # fmt: skip
         cache = out.past_key_values
+        if cache is None:
+            raise RuntimeError("the model keeps no keys and values while layers are recomputed; use recompute=False")
         token = draw(out.logits[:, -1], uniforms[:, t])
         tokens.append(token)
         alive.append(going)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +107,17 @@ def trained_reward_model(config: TrainConfig | None = None) -> Judge:
     return Judge(model, base.tokenizer, digest, config.seq_len)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as runs of studies do, so that the weights do not depend on who trains them first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _train(config: TrainConfig, folder: Path) -> None:
     """Train a config and keep its weights; the digest is written last."""
     from experiments.interruption import Interruption
@@ -114,7 +125,7 @@ def _train(config: TrainConfig, folder: Path) -> None:
     from experiments.train import DEFAULTS
 
     kind: Any = config.model
-    with locked(folder), Interruption() as interruption, torch.random.fork_rng(devices=[]):
+    with locked(folder), Interruption() as interruption, torch.random.fork_rng(devices=[]), one_thread():
         write_json(folder / "config.json", config.to_dict())
         run = kind.loop(config, folder, DEFAULTS, interruption)
         ending = run.go()

@@ -26,15 +26,15 @@ import torch
 from torch import nn
 
 from experiments import passes
-from experiments.optimizers import make_optimizer, require_coverage
+from experiments.data import epoch_rows
+from experiments.optimizers import optimizer_of
 from experiments.parallel import Team
-from experiments.records import Records, leave, status
-from experiments.storage import environment, read_json, write_json
+from experiments.records import Records, execution, leave, status
+from experiments.storage import read_json, write_json
 from experiments.tasks import Casting, Shows
 from experiments.trackers import make_tracker
 from experiments.train import learning_rate
 
-from .images import epoch_rows
 from .libraries import library
 
 if TYPE_CHECKING:
@@ -96,16 +96,7 @@ class TrainerLoop:
         self.options = options
         self.team = team = Team.here(options.parallel, options.device, config.batch)
         self.model = team.place(lesson.model)
-        self.optimizer = make_optimizer(
-            self.model,
-            config.arm,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            eps=config.eps,
-            seed=config.seed,
-        )
-        require_coverage(self.model, self.optimizer)
+        self.optimizer = optimizer_of(self.model, config)
         steps = range(config.steps)
         self.rows = [int(i) for s in steps for i in epoch_rows(lesson.examples, config.seed, s, config.batch)[0]]
         self.casting = passes.cast(team.device, config.precision, team.kind)
@@ -117,15 +108,8 @@ class TrainerLoop:
         tracker = make_tracker("none" if team.rank else options.track, folder, config.to_dict(), self.step)
         self.records = Records(folder, tracker, writes=team.rank == 0, earlier=progress.get("records"))
         if team.rank == 0:
-            write_json(folder / "environment.json", self._environment())
-
-    def _environment(self) -> dict[str, Any]:
-        """Return how and where the run is executed."""
-        team, options = self.team, self.options
-        how = {"processes": team.world, "parallel": team.kind, "device": team.device.type}
-        how |= {name: getattr(options, name) for name in ("micro_batch", "compile", "recompute")}
-        how["parameters_on"] = str(next(self.model.parameters()).device)
-        return {**environment(), **how, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+            versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+            write_json(folder / "environment.json", {**execution(team, options, self.model), **versions})
 
     def go(self) -> dict[str, Any]:
         """Train to the end, a divergence or a signal, and return the status."""

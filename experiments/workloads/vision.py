@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.data import fashion_mnist
+from experiments.data import epoch_rows, fashion_mnist
 from experiments.data.fashion import KINDS_OF_CLOTHES, SHA256, SIDE
 
-from .images import epoch_rows, pieces, require_data, shifted, to_labels
+from .images import pieces, require_data, shifted, to_labels
 from .libraries import library
 from .workload import CONVOLUTION_ARMS, Workload
 

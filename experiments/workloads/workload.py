@@ -21,7 +21,6 @@ class Workload:
         smoke: fields that differ in the profile ``smoke``, whose run takes some seconds.
         rates: learning rates of every arm.
         arms: its arms.
-        own: arm -> learning rates in place of ``rates``.
         full: name -> fields that differ from ``run`` at full size; docs/workloads.md gives their sources.
     """
 
@@ -29,5 +28,4 @@ class Workload:
     smoke: Mapping[str, Any]
     rates: tuple[float, ...]
     arms: tuple[str, ...] = ARMS
-    own: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     full: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -151,12 +151,11 @@ def picture(found: Sequence[Study], shown: Sequence[Answer]) -> Pictures:
             "range": [len(SHOWN) - 0.5, -0.5],
         },
         "height": 340,
-        "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
     }  # fmt: skip
     seeds = " and ".join(str(next(a.difference.n for a in shown if a.study == name)) for name in NEEDED)
     figure = Figure(
         plot(traces, **layout),
-        "Final loss minus AdamW's of three ways to share second moments, in two studies.",
+        f"Final loss minus AdamW's of {len(SHOWN)} ways to share second moments, in {len(NEEDED)} studies.",
         f"Mean and 95 % t-interval, paired by seed, n = {seeds}; left of the line is better than AdamW. Short runs of "
         "models with less than a million parameters: they say nothing about the paper's sizes.",
     )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.allocations import KINDS, Allocations, allocator_peak, moments_of, peak_resident, resident
+from benchmarks.allocations import KINDS, AllocationsByKind, moments_of, peak_resident, resident
+from benchmarks.memory import allocations as allocated
 from benchmarks.sft_memory_page import page
 from optimizer import AdamMini
 
@@ -37,8 +38,8 @@ def test_kinds_add_up_to_what_torch_has_allocated(optimizer: type) -> None:
     adam.zero_grad(set_to_none=True)
     weights = sum(p.nbytes for p in net.parameters())
     held = weights + sum(moments_of(adam).values())
-    with Allocations(net, adam, ROWS, VOCABULARY) as allocations:
-        extra = allocator_peak(lambda: step(allocations.begin))
+    with AllocationsByKind(net, adam, ROWS, VOCABULARY) as allocations:
+        extra = allocated(lambda: step(allocations.begin)).peak
     found = allocations.result()
     kinds = found["kinds"]
     assert sum(kinds.values()) == found["followed"]
@@ -53,7 +54,7 @@ def test_kinds_add_up_to_what_torch_has_allocated(optimizer: type) -> None:
 
 def test_logits_and_activations_are_told_apart() -> None:
     net = model()
-    with Allocations(net, AdamMini(net), ROWS, VOCABULARY) as allocations:
+    with AllocationsByKind(net, AdamMini(net), ROWS, VOCABULARY) as allocations:
         allocations.begin("forward")
         logits = net(torch.randn(ROWS, WIDTH))
     kinds = allocations.result()["kinds"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from experiments.workloads import policy_gradient as pg
+from experiments.workloads import rollouts
 
 TOKENS, LENGTH, END, BETA = 3, 4, 0, 0.7
 """Token 0 ends an answer; longer answers are cut."""
@@ -151,3 +153,15 @@ def test_wrong_shapes_and_a_negative_beta_are_named() -> None:
         pg.remax_losses(x, x, x, torch.zeros(2, 1), row, beta=0.1)
     with pytest.raises(ValueError, match="beta=-1"):
         pg.remax_losses(x, x, x, row, row, beta=-1)
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    """Each further token would be drawn from the last one alone."""
+
+    class Recomputing(torch.nn.Module):
+        def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, TOKENS), past_key_values=None)
+
+    prompts = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="use recompute=False"):
+        rollouts.generate(Recomputing(), prompts, prompts, torch.full((2, 2), 0.5), (END,))

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from experiments.configs import TrainConfig
-from experiments.data import fashion
+from experiments.data import epoch_rows, fashion
 from experiments.tasks import Task
 from experiments.workloads import WORKLOADS, vision
-from experiments.workloads.images import epoch_rows, mirrored, pieces, require_data, shifted
+from experiments.workloads.images import mirrored, pieces, require_data, shifted
 from experiments.workloads.vision import Classifier
 
 

@@ -58,7 +58,8 @@ def check_a_smoke_run_of_each_arm_finishes(tmp_path: Path) -> None:
         assert {"val_loss", "reward", "gain", "kl", "length"} <= records[-1].keys()
         kl, reward = records[-1]["kl"], records[-1]["reward"]
         assert records[-1]["val_loss"] == pytest.approx(config.model.beta * kl - reward)
-        assert len(json.loads((folder / "answers.json").read_text())) == 4
+        answers = json.loads((folder / "samples.json").read_text())["answers"]
+        assert len(answers) == 4 and {"question", "before", "after", "after_reward"} <= answers[0].keys()
 
 
 def check_a_run_that_is_killed_resumes_to_the_same_weights(
