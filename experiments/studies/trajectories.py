@@ -110,6 +110,11 @@ class Way:
         return torch.cat([p.detach().double().flatten() for p in self.model.parameters()])
 
 
+def compared(way: Tensor, base: Tensor) -> tuple[float, float]:
+    """Return the distance of the ends of two ways from one start, divided by the base's length, and their cosine."""
+    return ((way - base).norm() / base.norm()).item(), (way @ base / way.norm() / base.norm()).item()
+
+
 def distances(settings: Settings, seed: int) -> dict[str, Any]:
     """Return the distances of one seed.
 
@@ -137,9 +142,9 @@ def distances(settings: Settings, seed: int) -> dict[str, Any]:
             found["steps"].append(step)
             found["moved"].append(moved.norm().item())
             for arm, path in others.items():
-                displaced = path.weights() - first
-                arms[arm]["distance"].append(((displaced - moved).norm() / moved.norm()).item())
-                arms[arm]["cosine"].append((displaced @ moved / displaced.norm() / moved.norm()).item())
+                distance, cosine = compared(path.weights() - first, moved)
+                arms[arm]["distance"].append(distance)
+                arms[arm]["cosine"].append(cosine)
     return {**found, "arms": arms}
 
 

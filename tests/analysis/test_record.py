@@ -119,3 +119,16 @@ def test_the_headline_has_a_column_per_place_and_marks_what_differs(tmp_path: Pa
     assert "2.4500, at 0.01 (edge)" in rows["elementwise"]
     assert re.search(r"\| \*\*\+0\.0190 ± [0-9.]+\*\*, n = 10.*\| -0\.0010 ± ", rows["lion"]), rows["lion"]
     assert "1 diverged" in rows["sgd"] and "n = 1" in rows["sgd"]
+
+
+def test_what_differs_is_corrected_for_the_number_of_arms(tmp_path: Path) -> None:
+    """Seven equal signs have p = 0.016; four arms make that 0.06."""
+    setting = {"model": {"kind": "GPTConfig"}, "data": "enwik8"}
+    for number, arms in enumerate((("lion",), ("lion", "sgd", "muon", "came"))):
+        folder = tmp_path / str(number)
+        for seed in range(7):
+            for arm in ("elementwise", *arms):
+                worse = 0.01 * (1 + seed % 3) * (arm != "elementwise")
+                write_run(folder, arm, 0.01, seed, 2.0 + 0.1 * seed + worse, setting)
+        lines = suite.headline_table(load_settings(folder))
+        assert ("**" in "".join(lines)) == (len(arms) == 1)

@@ -20,7 +20,7 @@ def write_workload(root: Path, name: str = "resnet", worse: float = 0.1) -> Path
                 loss = 1.0 + 0.1 * seed + worse * shift + (lr == 0.001)
                 run = write_run(folder, arm, lr, seed, loss, state_bytes=8)
                 points = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-                lines = [{**point, "accuracy": 1 - loss / 10} for point in points]
+                lines = [{**point, "accuracy": 1 - loss / 10 - (20 - point["step"])} for point in points]
                 (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
                 (run / "samples.json").write_text(json.dumps({"of": [arm, lr, seed]}))
     return folder

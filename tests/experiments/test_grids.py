@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.configs import smoke
+from experiments.configs import of_workloads, smoke
 from experiments.grids import EIGHT, MODELS_BY_SIZE, STUDIES, Study, grid, names
 from experiments.models import build
+from experiments.workloads import WORKLOADS
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -64,3 +65,9 @@ def test_the_record_varies_warm_up_and_clipping() -> None:
     configs = grid("cpu", study="record")
     assert {(c.warmup, c.clip) for c in configs} == {(w, c) for w in (0.0, 0.02, 0.1) for c in (0.0, 1.0)}
     assert len(configs) == 360 and tuple(range(8)) == EIGHT
+
+
+def test_a_workload_by_its_name_has_a_rate_of_its_grid() -> None:
+    for name, workload in WORKLOADS.items():
+        config = of_workloads()[name]
+        assert config.lr in workload.rates and config.experiment == f"single_{name}"

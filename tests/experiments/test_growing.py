@@ -76,6 +76,12 @@ def test_a_grid_grows_until_its_best_rate_is_inside(tmp_path: Path) -> None:
     assert {(lr, seed) for arm, lr, seed in found(everything) if arm == "adam_mini" and seed} == {(0.1, 1), (0.1, 2)}
 
 
+def test_a_grid_grows_downwards_too(tmp_path: Path) -> None:
+    configs = grid()
+    end_all(configs, tmp_path, {"elementwise": 3e-3, "adam_mini": 1e-4})
+    assert ("adam_mini", 3e-4, 0) in found(following(STUDY, configs, tmp_path))
+
+
 def test_growth_ends(tmp_path: Path) -> None:
     configs = grid()
     for _ in range(10):
