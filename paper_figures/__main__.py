@@ -19,7 +19,7 @@ from paper_figures.style import setup
 CARRY_OVER = ("elementwise", "adam_mini", "derived_blocks", "derived", "factored")
 Step = Callable[[Path, Path], None]
 """Draws from a root of results into a folder."""
-READ = ("hessian_maps", "paper_hessian", "real_model", "role_study")
+READ = ("hessian_maps", "paper_hessian", "real_model", "role_study", "trajectories")
 """Folders of results other than training runs that a step reads."""
 
 

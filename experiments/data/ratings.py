@@ -7,6 +7,7 @@ film reviews, product reviews and newspaper editorials. They are in the sdist of
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
 import tarfile
@@ -79,11 +80,17 @@ def comparisons(name: str = NAME) -> tuple[tuple[Comparison, ...], tuple[Compari
     return parts
 
 
+def fingerprint(name: str = NAME) -> str:
+    """Return the sha256 of all pairs, in order; the argument and errors are those of ``comparisons``."""
+    documents = [[vars(pair) for pair in part] for part in comparisons(name)]
+    return hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
+
+
 @functools.cache
 def snippets() -> tuple[tuple[Snippet, ...], tuple[Snippet, ...]]:
     """Return (training sentences, held-out sentences): a fixed tenth of each source is held out.
 
-    Of equal sentences the first one is kept, whatever its source, so no sentence is in both parts.
+    Of sentences that are equal but for case the first one is kept, whatever its source, so none is in both parts.
 
     Raises:
         RuntimeError: the package cannot be downloaded, or a hash is not the pinned one.
@@ -95,7 +102,7 @@ def snippets() -> tuple[tuple[Snippet, ...], tuple[Snippet, ...]]:
             file = tar.extractfile(f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
             for line in (file.read() if file else b"").decode().splitlines():
                 _, rating, text = line.split("\t")
-                unique.setdefault(text.strip(), Snippet(source, text.strip(), float(rating)))
+                unique.setdefault(text.strip().casefold(), Snippet(source, text.strip(), float(rating)))
     parts = [
         held_out_tenth([row for row in unique.values() if row.source == source], stream)
         for stream, source in enumerate(SOURCES)

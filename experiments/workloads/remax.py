@@ -118,22 +118,25 @@ def trained_score() -> tuple[Score, str]:
     return judge.score, judge.fingerprint
 
 
-def require_rewards(rewards: Tensor) -> None:
-    """Check rewards.
+def nothing_to_learn(rewards: Tensor) -> str:
+    """Return why nothing can be learnt from rewards: all of at least ``FEW`` are equal. Otherwise "".
+
+    A policy that has gone too far often gives one answer to everything. So this is how a run ends, not an error.
 
     Raises:
-        RuntimeError: a reward is not finite, or all rewards are equal, so that nothing can be learnt.
+        RuntimeError: a reward is not finite.
     """
     if not bool(torch.isfinite(rewards).all()):
         raise RuntimeError(
             f"{int((~torch.isfinite(rewards)).sum())} of {rewards.numel()} rewards are not finite; check the reward "
             "model"
         )
-    if rewards.numel() >= FEW and bool((rewards == rewards.flatten()[0]).all()):
-        raise RuntimeError(
-            f"all {rewards.numel()} rewards are {float(rewards.flatten()[0]):g}, so nothing can be learnt; check the "
-            "reward model"
-        )
+    if rewards.numel() < FEW or not bool((rewards == rewards.flatten()[0]).all()):
+        return ""
+    return (
+        f"all {rewards.numel()} rewards are {float(rewards.flatten()[0]):g}, so nothing can be learnt; use a lower "
+        "learning rate, or check the reward model"
+    )
 
 
 class Rewarded:
@@ -198,10 +201,11 @@ class Rewarded:
     def loss(self, module: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Draw answers, and return the mean of ReMax's losses, whose gradient is minus the policy gradient.
 
-        If the policy diverges too far from the reference, the loss is not a number and ``stopped`` says so.
+        If the policy diverges too far from the reference, or all rewards are equal, the loss is not a number and
+        ``stopped`` says so.
 
         Raises:
-            RuntimeError: rewards are not finite, or all equal.
+            RuntimeError: a reward is not finite.
         """
         requests, mask, uniforms = batch
         n, k = len(requests), self.kind.rollouts
@@ -221,7 +225,8 @@ class Rewarded:
             kl = float((divergence(logits, reference) * answers.mask).sum(1).mean())
         if not kl <= self.kind.kl_limit:
             return logits.sum() * self._too_far(kl)
-        require_rewards(rewards)  # a policy that went too far often gives one answer to everything
+        if reason := nothing_to_learn(rewards):
+            return logits.sum() * self.stop(reason)
         return remax_losses(
             log_probs_of(logits, answers.tokens),
             log_probs_of(reference, answers.tokens),
@@ -234,8 +239,15 @@ class Rewarded:
 
     def _too_far(self, kl: float) -> float:
         """Say that the policy has left the reference, and return what is no number."""
-        self.stopped = f"the policy's answers diverge by {kl:.1f} nats, over kl_limit={self.kind.kl_limit:g}"
-        logger.error("%s; use a lower learning rate or a larger beta", self.stopped)
+        return self.stop(
+            f"the policy's answers diverge by {kl:.1f} nats, over kl_limit={self.kind.kl_limit:g}; use a lower "
+            "learning rate or a larger beta"
+        )
+
+    def stop(self, reason: str) -> float:
+        """Say why the run has gone too far, and return what is no number."""
+        self.stopped = reason
+        logger.error("%s", reason)
         return float("nan")
 
     def rewards(self, answers: Answers) -> Tensor:

@@ -20,7 +20,7 @@ from experiments.parallel import Team
 from . import opinions
 from .bases import load_base
 from .libraries import library
-from .remax import RATES, RUN, SMOKE, ReMax, Rewarded, require_rewards, trained_score
+from .remax import RATES, RUN, SMOKE, ReMax, Rewarded, nothing_to_learn, trained_score
 from .workload import Workload
 
 if TYPE_CHECKING:
@@ -112,11 +112,14 @@ class LeavingOut(Rewarded):
     def judged(self, completions: Sequence[Any], **_: Any) -> list[float]:
         """Return the rewards of TRL's answers, which are conversations of one message.
 
+        If all are equal, ``stopped`` says so, and the run ends after the step.
+
         Raises:
-            RuntimeError: rewards are not finite, or all equal.
+            RuntimeError: a reward is not finite.
         """
         found = self.score([answer[0]["content"].strip() for answer in completions]).float()
-        require_rewards(found)
+        if reason := nothing_to_learn(found):
+            self.stop(reason)
         return [float(reward) for reward in found]
 
 

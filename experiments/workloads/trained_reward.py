@@ -1,13 +1,14 @@
 """The trained reward model, for workloads that train a policy by its rewards.
 
 Its weights are too large to be kept with the results. It is trained once, by a fixed config, and kept in the cache
-folder under the config's hash.
+folder under the hashes of the config and of the pairs.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from experiments.data import ratings
 from experiments.data.registry import cache_folder
 
 from .bases import load_base
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from experiments.configs import TrainConfig
     from experiments.tasks import Casting
 
+logger = logging.getLogger("experiments")
 RATE = 3e-5
 """Learning rate: the middle one of the grid. After the study it should be AdamW's best one."""
 WEIGHTS, DIGEST = "model.safetensors", "model.sha256"
@@ -84,12 +87,11 @@ def trained_reward_model(config: TrainConfig | None = None) -> Judge:
         config: a run of a ``RewardModel``; by default ``judge_config()``.
 
     Raises:
-        RuntimeError: a library or package is missing, the training was interrupted (the next call resumes it) or
-            diverged, or the weights were changed.
-        SystemExit: another process trains it.
+        RuntimeError: a library or package is missing, the training diverged, or the weights were changed.
+        SystemExit: another process trains it, or a signal stopped the training, which the next call resumes.
     """
     config = config or judge_config()
-    folder = cache_folder() / "trained-reward" / config.hash
+    folder = cache_folder() / "trained-reward" / f"{config.hash}-{ratings.fingerprint(config.data)[:8]}"
     if not (folder / DIGEST).is_file():
         _train(config, folder)
     digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
@@ -120,7 +122,7 @@ def one_thread() -> Iterator[None]:
 
 def _train(config: TrainConfig, folder: Path) -> None:
     """Train a config and keep its weights; the digest is written last."""
-    from experiments.interruption import Interruption
+    from experiments.interruption import Interruption, exit_code
     from experiments.storage import locked, write_atomic, write_json
     from experiments.train import DEFAULTS
 
@@ -130,6 +132,9 @@ def _train(config: TrainConfig, folder: Path) -> None:
         run = kind.loop(config, folder, DEFAULTS, interruption)
         ending = run.go()
         write_json(folder / "status.json", ending)
+        if ending["state"] == "interrupted":
+            logger.warning("the reward model's training was stopped; the same command resumes it")
+            raise SystemExit(exit_code(ending["signal"]))
         if ending["state"] != "finished":
             raise RuntimeError(f"the reward model's training is {ending['state']}, see {folder}; run it again")
         weights = {name: tensor.detach().contiguous() for name, tensor in run.model.state_dict().items()}

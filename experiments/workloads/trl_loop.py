@@ -50,6 +50,9 @@ LIBRARIES = ("transformers", "trl", "peft", "accelerate")
 class Lesson(Protocol):
     """What a trainer trains and how it is judged. It may have the method of ``experiments.tasks.Shows`` too.
 
+    A lesson that finds out that training has gone too far to mean anything says why in an attribute ``stopped``. The
+    run has then diverged after the step.
+
     Attributes:
         model: the model, whose first weights are a function of the seed alone.
         fingerprint: hash of the data, sixteen hexadecimal digits or more.
@@ -169,7 +172,7 @@ class TrainerLoop:
         """
         config = self.config
         self.step, self.seconds = step, seconds
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or getattr(self.lesson, "stopped", ""):
             self.how = "diverged"
             return False, True
         if step % config.eval_every == 0 or step == config.steps:

@@ -78,6 +78,21 @@ def test_too_few_pairs_are_refused(cache: Path) -> None:
         ratings.comparisons("ultrafeedback")
 
 
+def test_sentences_that_are_equal_but_for_case_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w:gz") as tar:
+        for source in ratings.SOURCES:
+            lines = [f"{i}\t{i / 100}\t{word}" for i in range(100) for word in (f"Word {i}.", f"WORD {i}.")]
+            name = tarfile.TarInfo(f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
+            content = "\n".join(lines).encode()
+            name.size = len(content)
+            tar.addfile(name, io.BytesIO(content))
+    monkeypatch.setattr(ratings, "member", lambda *_, **__: written.getvalue())
+    train, held_out = ratings.snippets()
+    assert sorted(row.text for row in (*train, *held_out)) == sorted(f"Word {i}." for i in range(100))
+    assert {row.source for row in (*train, *held_out)} == {ratings.SOURCES[0]}
+
+
 def test_pairs_are_of_one_source_and_differ_enough_and_no_sentence_is_used_twice() -> None:
     rows = [Snippet(source, f"{source} {i}", i / 20) for source in ratings.SOURCES for i in range(100)]
     found = pairs(rows)

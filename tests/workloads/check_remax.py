@@ -20,7 +20,7 @@ from experiments.tasks import Task
 from experiments.train import Refused, make_task, run_folder, train
 from experiments.workloads import WORKLOADS, remax
 from experiments.workloads.bases import Base, load_base
-from experiments.workloads.remax import ReMax, Rewarded, require_rewards
+from experiments.workloads.remax import ReMax, Rewarded, nothing_to_learn
 from experiments.workloads.rollouts import GREEDY, answer_logits, generate, padded
 from optimizer import AdamMini, explain
 
@@ -149,14 +149,13 @@ def check_the_reference_has_no_divergence_and_stays(config: TrainConfig) -> None
 
 
 def check_what_has_gone_wrong_is_named(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for score, words in (
-        (lambda said: torch.full((len(said),), 0.5), "rewards are 0.5, so nothing can be learnt"),
-        (lambda said: torch.full((len(said),), torch.nan), "rewards are not finite"),
-    ):
-        monkeypatch.setattr(remax, "trained_score", lambda score=score: (score, "1" * 16))
-        with pytest.raises(RuntimeError, match=words):
-            train(config, tmp_path / words[:14].replace(" ", ""))
-    require_rewards(torch.zeros(remax.FEW - 1))
+    monkeypatch.setattr(remax, "trained_score", lambda: (lambda said: torch.full((len(said),), torch.nan), "1" * 16))
+    with pytest.raises(RuntimeError, match="rewards are not finite"):
+        train(config, tmp_path / "nan")
+    monkeypatch.setattr(remax, "trained_score", lambda: (lambda said: torch.full((len(said),), 0.5), "1" * 16))
+    ending = train(config, tmp_path / "equal")  # how a policy that gives one answer to everything ends
+    assert ending["state"] == "diverged" and "rewards are 0.5, so nothing can be learnt" in ending["reason"]
+    assert nothing_to_learn(torch.zeros(remax.FEW - 1)) == ""
 
 
 def check_a_run_that_diverges_from_its_reference_stops_and_keeps_its_checkpoint(
