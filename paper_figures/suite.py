@@ -6,7 +6,6 @@ python -m paper_figures.suite --docs docs/suite.md
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,8 +18,8 @@ from analysis import sensitivity as sensitive_to
 from analysis import trajectories as of_ways
 from analysis.ablation import BASELINE
 from analysis.runs import RESULTS, state_of
-from analysis.settings import Comparison, Setting, compare, load_settings
-from paper_figures import length, sensitivity, trajectories
+from analysis.settings import Setting, compare, load_settings
+from paper_figures import headline, length, sensitivity, trajectories
 from paper_figures.commandline import refusals
 from paper_figures.pages import illustrate, replace
 from paper_figures.style import save, setup
@@ -87,46 +86,6 @@ def rivals_table(setting: Setting) -> list[str]:
     return lines
 
 
-ALPHA = 0.05
-"""Corrected p-value below which an arm differs from AdamW."""
-
-
-def place(setting: Setting) -> str:
-    """Return a setting's architecture and corpus in words."""
-    return f"{setting.shared['model']['kind'].removesuffix('Config')}, {setting.shared['data']}"
-
-
-def headline_table(settings: Sequence[Setting]) -> list[str]:
-    """Return every arm's difference to AdamW in every setting, each at its best rate; the lowest mean comes first.
-
-    Bold differences have a corrected p-value below ``ALPHA``.
-    """
-    found = {place(setting): {one.arm: one for one in compare(setting.runs)} for setting in sorted(settings, key=place)}
-    order: dict[str, list[float]] = {}
-    for arms in found.values():
-        for arm, one in arms.items():
-            order.setdefault(arm, []).append(one.loss - arms[BASELINE].loss)
-    lines = ["| arm | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-    for arm in sorted(order, key=lambda arm: sum(order[arm]) / len(order[arm])):
-        cells = [_headline_cell(arms[arm]) if arm in arms else "–" for arms in found.values()]
-        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
-    return lines
-
-
-def _headline_cell(one: Comparison) -> str:
-    where = f"at {one.lr:g}" + (" (edge)" if one.at_edge else "")
-    if one.diverged:
-        return f"{one.diverged} diverged, {where}"
-    if one.arm == BASELINE:
-        return f"{one.loss:.4f}, {where}"
-    if one.difference is None:
-        return "no pair"
-    if one.n == 1:
-        return f"{one.difference.mean:+.4f}, n = 1, {where}"
-    text = f"{one.difference.mean:+.4f} ± {one.difference.half:.4f}"
-    return (f"**{text}**" if one.p_corrected < ALPHA else text) + f", n = {one.n}, {where}"
-
-
 def effect_table(runs: pd.DataFrame) -> list[str]:
     """Return how often each arm breaks with and without clipping and warm-up."""
     lines = [
@@ -167,18 +126,19 @@ def tables(root: Path, out: Path) -> tuple[str, list[Path]]:
     """
     (rivals,) = load_settings(root / "rivals_cpu", partial=True)
     runs = record.table(load_settings(root / "record_cpu", partial=True))
-    headline, lengths, sensitive = (_any(root / f"{name}_cpu") for name in ("headline", "length", "sensitivity"))
+    heads, lengths, sensitive = (_any(root / f"{name}_cpu") for name in ("headline", "length", "sensitivity"))
     ways = root / "trajectories" / "distances.json"
     gaps = measured.gaps(lengths) if lengths else None
     paths = of_ways.load(ways) if ways.is_file() else None
     figures = [record_map(runs, out)]
+    figures += [headline.draw(heads, out)] if heads else []
     figures += [] if gaps is None else [length.draw(gaps, out)]
     figures += [] if paths is None else [trajectories.draw(paths, out)]
     parts = (
         (
             "Headline: minus AdamW in nats, paired by seed, each at its best rate; AdamW's row is its loss. Bold: "
-            f"differs, p < {ALPHA:g} after Holm's correction over the arms of a column:",
-            headline_table(headline) if headline else _not_run("headline"),
+            f"differs, p < {headline.ALPHA:g} after Holm's correction over the arms of a column:",
+            headline.lines(heads) if heads else _not_run("headline"),
         ),
         (
             "Size and length: minus AdamW in nats, both at their best rates, with 95 % t-intervals over seeds:",

@@ -19,7 +19,10 @@ from typing import Any
 import pytest
 import torch
 
+from analysis.settings import load_settings
+from experiments.grids import BEST_RIVALS
 from optimizer import AdamMini
+from paper_figures import headline
 from tests import forking
 from tests.documents import PAGES, ROOT, Block, all_blocks, blocks_of, prelude, trainer_prelude, without_blocks
 
@@ -366,6 +369,35 @@ def test_the_low_bit_table_is_that_of_the_runs() -> None:
             f"| {row['n']} | {row['mean_difference']:+.4f} ± {row['standard_error']:.4f} | {low:+.4f} to {high:+.4f} |"
         )
         assert cells in page, (row["arm"], cells)
+
+
+def test_the_readme_and_the_suite_quote_the_headline() -> None:
+    found = headline.by_place(load_settings(ROOT / "results/headline_cpu"))
+    cells = [one for arms in found.values() for one in arms.values()]
+    assert len(cells) == 40 and all(one.n == 10 and not one.at_edge and not one.diverged_anywhere for one in cells)
+    gaps: dict[str, list[float]] = {}
+    differs: dict[str, int] = {}
+    for one in cells:
+        if one.difference:
+            gaps.setdefault(one.arm, []).append(one.difference.mean)
+            differs[one.arm] = differs.get(one.arm, 0) + (one.p_corrected < headline.ALPHA)
+    always = dict.fromkeys(("adam_mini", "permuted", *BEST_RIVALS), 4)
+    assert differs == {**always, "slim_adam": 3, "factored": 1, "derived": 0}
+    low, high = ({arm: f"{pick(values):+.3f}" for arm, values in gaps.items()} for pick in (min, max))
+    rivals = [gap for arm in BEST_RIVALS for gap in gaps[arm]]
+    readme, page = (" ".join((ROOT / name).read_text("utf-8").split()) for name in ("README.md", "docs/suite.md"))
+    for text, words in (
+        (readme, f"`adam_mini` {low['adam_mini']} to {high['adam_mini']}, each p < 0.05"),
+        (readme, f"`derived` {low['derived']} to {high['derived']}, none"),
+        (readme, f"`factored` {low['factored']} to {high['factored']}"),
+        (readme, f"Muon and its like {max(rivals):+.2f} to {min(rivals):+.2f}"),
+        (page, f"in all four places**, by {low['adam_mini'][1:]} to {high['adam_mini'][1:]} nats"),
+        (page, f"of the same sizes are behind by {low['permuted'][1:]} to {high['permuted'][1:]}"),
+        (page, f"from AdamW in any place** ({low['derived']} to {high['derived']})"),
+        (page, f"`factored` is below it in one ({low['factored']})"),
+        (page, f"in all four**, by {-max(rivals):.2f} to {-min(rivals):.2f} nats"),
+    ):
+        assert words in text, words
 
 
 def test_the_readme_is_read_in_a_minute() -> None:

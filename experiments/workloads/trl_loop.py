@@ -172,7 +172,9 @@ class TrainerLoop:
         """
         config = self.config
         self.step, self.seconds = step, seconds
-        if not math.isfinite(loss) or getattr(self.lesson, "stopped", ""):
+        mine = math.nan if getattr(self.lesson, "stopped", "") else loss
+        loss, _ = self.team.agree(torch.tensor(mine), False)  # one process that has gone too far stops all
+        if not math.isfinite(loss):
             self.how = "diverged"
             return False, True
         if step % config.eval_every == 0 or step == config.steps:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from analysis import record
 from analysis.settings import load_settings
-from paper_figures import suite
+from paper_figures import headline, suite
 from tests.analysis.runs import write_run
 from tests.analysis.test_length import write_cells
 from tests.analysis.test_sensitivity import write_study
@@ -112,13 +113,32 @@ def test_the_headline_has_a_column_per_place_and_marks_what_differs(tmp_path: Pa
             write_run(tmp_path, "lion", 0.01, seed, 2.0 + 0.1 * seed + sign * 0.01 * (1 + seed % 3), setting)
         state = "diverged" if kind == "GPTConfig" else "finished"
         write_run(tmp_path, "sgd", 0.01, 0, 2.5, setting, state=state)
-    lines = suite.headline_table(load_settings(tmp_path))
+    lines = headline.lines(load_settings(tmp_path))
     assert lines[0] == "| arm | GPT, enwik8 | Llama, stdlib |"
     rows = {line.split("`")[1]: line for line in lines[2:]}
     assert list(rows) == ["elementwise", "lion", "sgd"]
     assert "2.4500, at 0.01 (edge)" in rows["elementwise"]
     assert re.search(r"\| \*\*\+0\.0190 ± [0-9.]+\*\*, n = 10.*\| -0\.0010 ± ", rows["lion"]), rows["lion"]
     assert "1 diverged" in rows["sgd"] and "n = 1" in rows["sgd"]
+
+
+def test_the_figure_of_the_headline_shows_differences_and_fills_what_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = {"model": {"kind": "GPTConfig"}, "data": "enwik8"}
+    for seed in range(10):
+        for arm, gap in (("elementwise", 0.0), ("lion", 0.01 * (1 + seed % 3)), ("came", 0.01 * (-1) ** seed)):
+            write_run(tmp_path, arm, 0.01, seed, 2.0 + 0.1 * seed + gap, setting)
+    write_run(tmp_path, "sgd", 0.01, 0, 2.5, setting)  # one seed has no interval, so no point
+    drawn: list[Figure] = []
+    monkeypatch.setattr(headline, "save", lambda figure, out, name: drawn.append(figure) or out / name)
+    assert headline.draw(load_settings(tmp_path), tmp_path).name == "headline"
+    (axes,) = drawn[0].axes
+    points = {line.get_ydata()[0]: line for line in axes.lines if line.get_marker() == "o"}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["came", "lion", "sgd"]
+    assert sorted(points) == [0, 1] and axes.get_title() == "GPT, enwik8, n = 10"
+    assert float(points[1].get_xdata()[0]) == pytest.approx(0.019) and points[1].get_markerfacecolor() != "white"
+    assert float(points[0].get_xdata()[0]) == pytest.approx(0.0) and points[0].get_markerfacecolor() == "white"
 
 
 def test_what_differs_is_corrected_for_the_number_of_arms(tmp_path: Path) -> None:
@@ -130,5 +150,5 @@ def test_what_differs_is_corrected_for_the_number_of_arms(tmp_path: Path) -> Non
             for arm in ("elementwise", *arms):
                 worse = 0.01 * (1 + seed % 3) * (arm != "elementwise")
                 write_run(folder, arm, 0.01, seed, 2.0 + 0.1 * seed + worse, setting)
-        lines = suite.headline_table(load_settings(folder))
+        lines = headline.lines(load_settings(folder))
         assert ("**" in "".join(lines)) == (len(arms) == 1)
