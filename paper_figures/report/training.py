@@ -28,6 +28,8 @@ TITLES = {
 BEST, EVERY = "each arm at its best rate", "every learning rate"
 ALL, SECOND = "all optimizer state", "second moments only"
 PAIRED = "paired by seed, 95 % t-interval"
+UNCORRECTED = "Better and worse: the interval excludes 0, without a correction for the number of arms."
+"""The headline's verdicts are corrected; docs/suite.md has them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _tables(study: Study, rows: pd.DataFrame) -> tuple[Table, Table]:
         f"best-{study.name}",
         f"{title(study.name)}: each arm at its best learning rate. Final validation loss, mean ± half its 95 % "
         f"t-interval; "
-        f"difference to AdamW at its own best rate, {PAIRED}.",
+        f"difference to AdamW at its own best rate, {PAIRED}. {UNCORRECTED}",
         [
             *head,
             Column("best rate", numeric=True),
@@ -124,7 +126,7 @@ def _tables(study: Study, rows: pd.DataFrame) -> tuple[Table, Table]:
     )
     every = Table(
         f"every-{study.name}",
-        f"{title(study.name)}: every learning rate. Difference to AdamW at the same rate, {PAIRED}.",
+        f"{title(study.name)}: every learning rate. Difference to AdamW at the same rate, {PAIRED}. {UNCORRECTED}",
         [
             *head,
             Column("learning rate", numeric=True, choose=True),
@@ -315,8 +317,7 @@ def _front(rows: pd.DataFrame, memory: str) -> Figure:
                 customdata=[[row.state_bytes, row.scalars, row.state_bytes / row.parameters, against, row.n]],
                 hovertemplate=f"<b>{row.arm}</b>{' (Pareto-optimal)' if is_best else ''}<br>loss %{{y:.4f}} ± "
                 f"{row.loss.half:.4f} nats, n = %{{customdata[4]}}<br>%{{customdata[3]}}<br>%{{customdata[0]:,}} "
-                f"values of "
-                "state, %{customdata[2]:.3f} bytes per parameter<br>%{customdata[1]:,} second "
+                "bytes of state, %{customdata[2]:.3f} bytes per parameter<br>%{customdata[1]:,} second "
                 "moments<extra></extra>",
             )
         )
