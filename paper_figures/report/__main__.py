@@ -47,7 +47,7 @@ def build(sources: Sources, out: Path) -> int:
     """
     folders, others = studies.folders(sources.results)
     found = [studies.load(folder) for folder in folders]
-    answers = headline.answers(found)
+    answers = headline.answers(sources.results)
     sets = rules.load(sources.rules)
     again = reproduction.load(sources.reproduction)
     tiny, real = hessian_maps.load(sources.results / "hessian_maps"), real_model.load(sources.results / "real_model")
@@ -55,7 +55,7 @@ def build(sources: Sources, out: Path) -> int:
     tasks = measured.load(sources.results, required=False)
     # Everything is read before the first figure is made, so that what is missing is known at once.
     pictures = {
-        "headline": headline.picture(found, answers),
+        "headline": headline.picture(answers),
         "differences": training.differences(found),
         "pareto": training.pareto(found),
         "curves": training.curves(found),
@@ -67,8 +67,8 @@ def build(sources: Sources, out: Path) -> int:
     page = site.render(
         "report.html.j2",
         answer=headline.sentence(answers),
-        cards=[(arm, [answer for answer in answers if answer.arm == arm]) for arm in headline.SHOWN],
-        titles={study.name: training.subject(study) for study in found},
+        cards=headline.cards(answers),
+        seeds=headline.seeds(answers),
         sections=training.sections(found),
         units=rule_sets.units_table(sets),
         candidates=rule_sets.evidence_table(sets),

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from analysis import studies
-from analysis.ablation import load_runs, paired_difference, summary
+from analysis.ablation import summary
+from analysis.settings import load_settings
+from analysis.stats import t_interval
+from paper_figures.headline import by_place
 from paper_figures.report import reproduction, workloads
 from paper_figures.report.__main__ import MOST_BYTES, Sources, build, main
 from paper_figures.report.figures import looks
-from paper_figures.report.headline import NEEDED, SHOWN, Answer, sentence
+from paper_figures.report.headline import SHOWN, STUDY, Answer, sentence
 from paper_figures.report.tables import Cell, interval
 from paper_figures.report.training import sections
 from tests.analysis.runs import write_grid
@@ -41,7 +45,7 @@ def copies(tmp_path: Path) -> Path:
     """A results root that tests may spoil: the small studies as they are, links to what is only read."""
     root = tmp_path / "results"
     root.mkdir()
-    for name in NEEDED:
+    for name in (STUDY, "ablation_cpu"):
         shutil.copytree(RESULTS / name, root / name)
     for name in ("hessian_maps", "paper_hessian", "real_model"):
         (root / name).symlink_to(RESULTS / name)
@@ -123,24 +127,27 @@ def test_every_map_has_its_levels_and_borders(site: Path) -> None:
 
 
 def test_numbers_of_the_first_screen_are_those_of_the_runs(site: Path) -> None:
-    page, shown = page_of(site), 0
-    for study in NEEDED:
-        runs = load_runs(RESULTS / study)
-        facts = summary(runs).set_index("arm")
+    page, settings = page_of(site), load_settings(RESULTS / STUDY)
+    assert "seed, n = 10. Better" in page
+    for arm in SHOWN:
+        runs = pd.concat([setting.runs[setting.runs.arm == arm] for setting in settings])
+        shares = 100 * runs.second_moment_scalars / runs.parameters
+        low, high = f"{shares.min():.1f}", f"{shares.max():.1f}"
+        assert f'data-share="{arm}">{low if low == high else f"{low} to {high}"} %<' in page
+    expected = []
+    for place, arms in by_place(settings).items():
         for arm in SHOWN:
-            found = re.search(rf'data-answer="{arm} {study}">([^<]*)</span><br><small>([^<]*)</small>', page)
-            difference = paired_difference(runs, arm)
-            assert found is not None and difference is not None
-            assert found[1] == f"{difference.mean:+.4f} ± {difference.half:.4f}"
-            share = 100 * facts.scalars[arm] / facts.parameters[arm]
-            verdict = "not told apart" if not difference.excludes_zero else "worse" if difference.mean > 0 else "better"
-            assert found[2].replace("&nbsp;", " ") == f"{verdict}, keeps {share:.2f} %, n = {difference.n}"
-            shown += 1
-    assert shown == len(re.findall("data-answer=", page))
+            one = arms[arm]
+            found = re.search(rf'data-answer="{arm}, {place}">([^<]*)</span> <small>([^<]*)</small>', page)
+            assert found is not None and one.difference is not None
+            assert found[1] == f"{one.difference.mean:+.4f} ± {one.difference.half:.4f}"
+            differs = "worse" if one.difference.mean > 0 else "better"
+            verdict = differs if one.p_corrected < 0.05 else "not told apart"
+            assert found[2] == verdict and one.n == 10
+            expected.append(one.difference.mean)
+    assert len(expected) == len(re.findall("data-answer=", page)) == 4 * len(SHOWN)
     figure = data_of(site, "headline")["figures"]["headline-0"]
-    drawn = [value for trace in figure["data"] for value in trace["x"]]
-    expected = [paired_difference(load_runs(RESULTS / study), arm) for study in NEEDED for arm in SHOWN]
-    assert drawn == pytest.approx([value.mean for value in expected if value])
+    assert [value for trace in figure["data"] for value in trace["x"]] == pytest.approx(expected)
 
 
 def test_tables_of_the_studies_are_those_of_the_runs(site: Path) -> None:
@@ -219,11 +226,7 @@ def test_a_new_folder_of_runs_appears_without_code(copies: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("gone", "words"),
     [
-        (
-            "ablation_cpu",
-            "no study ablation_cpu under the results; restore results/ablation_cpu, or run `make ablation`",
-        ),
-        ("carry_over_cpu", "run `python -m experiments.ablation --study carry_over`"),
+        (STUDY, "results/headline_cpu, or run `python -m experiments.ablation --study headline`"),
         ("hessian_maps", "hessian_maps/maps.json does not exist; run `make hessian`"),
         ("real_model", "no results in"),
         ("paper_hessian", "paper_hessian does not exist"),
@@ -263,25 +266,22 @@ def test_other_sources_that_are_missing_are_named(tmp_path: Path) -> None:
 
 
 def test_the_answer_follows_the_verdicts() -> None:
-    difference = paired_difference(load_runs(RESULTS / "carry_over_cpu"), "factored")
-    assert difference is not None
+    good, bad, half = ("not told apart", "better"), ("worse", "worse"), ("not told apart", "worse")
 
     def told(**verdicts: tuple[str, str]) -> str:
         found = [
-            Answer(arm, study, difference, 10, 0.01, verdict)
-            for arm, both in verdicts.items()
-            for study, verdict in zip(NEEDED, both, strict=True)
+            Answer(arm, place, t_interval([0.0, 0.1]), 10, 0.01, verdict)
+            for arm, both in (dict.fromkeys(SHOWN, bad) | verdicts).items()
+            for place, verdict in zip(("GPT", "Llama"), both, strict=True)
         ]
         return sentence(found)
 
-    good, bad = ("not told apart", "better"), ("worse", "worse")
-    text = told(derived=bad, factored=good, derived_blocks=("not told apart", "worse"), adam_mini=bad)
-    assert "(factored), the loss is not measurably worse" in text and "(derived_blocks), it is worse in one" in text
-    assert "(adam_mini), it is worse in both" in text and "Nor is it" not in text
-    assert "Nor is it with one number per row and one per column (factored" in told(
-        derived=good, factored=good, derived_blocks=bad, adam_mini=bad
-    )
-    assert told(derived=bad, factored=bad, derived_blocks=bad, adam_mini=bad).startswith("More than these keep")
+    text = told(factored=good, slim_adam=half)
+    assert "(factored), the loss is not measurably worse than AdamW's in any of 2 places" in text
+    assert "(slim_adam), it is worse in 1 of 2." in text and "(adam_mini), it is worse in all 2." in text
+    assert "Nor is it" not in text
+    assert "Nor is it with one number per row and one per column (factored" in told(derived=good, factored=good)
+    assert told().startswith("More than these keep")
 
 
 def test_cells_without_a_value_have_no_key() -> None:
