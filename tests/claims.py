@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from analysis import ablation, hessian_maps, real_model, record, trajectories
+from analysis import ablation, hessian_maps, real_model, record, sensitivity, trajectories
 from analysis.paper_hessian import load, models, quadratics
 from analysis.settings import load_settings
 from analysis.stats import Interval, t_interval
@@ -313,6 +313,16 @@ def _rates() -> Expected:
     verdict = "in part: refuted on Llama, undecided on GPT" if llama.low > 0 > gpt.low else "?"
     numbers = ["3e-3", "1e-2", pm(llama, "+.3f"), n_of(llama), pm(gpt, "+.3f"), n_of(gpt)]
     return verdict, [*numbers, *setting("ablation_cpu", "carry_over_cpu")]
+
+
+@row("not more sensitive to weight decay")
+def _hyper_parameters() -> Expected:
+    found = sensitivity.sensitivities(sensitivity.table(load_settings(RESULTS / "sensitivity_cpu")))
+    spread = {one.name: one.difference for one in found if one.arm == "adam_mini" and one.difference}
+    decay, first, second, eps = (spread[name] for name in ("weight_decay", "beta1", "beta2", "eps"))
+    more = [one.low > 0 for one in (decay, first, second, eps)]
+    verdict = "in part: more to the first beta" if more == [False, True, False, True] else "?"
+    return verdict, [*(pm(one, "+.3f") for one in (decay, first, second, eps)), n_of(first), "0.13M", "300"]
 
 
 @row("stays closest")

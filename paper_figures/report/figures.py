@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,11 +104,12 @@ class Look:
 
 
 def looks(arms: Sequence[str]) -> dict[str, Look]:
-    """Return how each arm is drawn: its own colour if it has one, else the next of the palette."""
-    free = [colour for colour in COLOURS if colour not in {ARM_COLOURS[arm] for arm in arms if arm in ARM_COLOURS}]
+    """Return how each arm is drawn: its own colour if it has one, else one that no arm has, while there are any."""
+    own = {ARM_COLOURS[arm] for arm in arms if arm in ARM_COLOURS}
+    free = itertools.cycle(sorted(COLOURS, key=own.__contains__))
     out = {}
     for place, arm in enumerate(arms):
-        colour = ARM_COLOURS.get(arm) or (free or list(COLOURS))[len(out) % len(free or COLOURS)]
+        colour = ARM_COLOURS.get(arm) or next(free)
         out[arm] = Look(colour, SYMBOLS[place % len(SYMBOLS)], DASHES[(place // 3) % len(DASHES)])
     return out
 

@@ -289,11 +289,14 @@ def test_cells_without_a_value_have_no_key() -> None:
     assert Cell("diverged", None).key == "" and Cell("x", float("inf")).key == "" and Cell("0", 0.0).key == "0.0"
 
 
-def test_arms_that_have_no_colour_get_one_that_no_other_has() -> None:
+def test_arms_that_have_no_colour_get_one_that_no_other_has_while_there_are_any() -> None:
     found = looks(["elementwise", "muon", "lion", "adam_mini"])
     assert len({look.colour for look in found.values()}) == 4
     many = looks([f"arm {i}" for i in range(10)])
     assert len({(look.colour, look.symbol) for look in many.values()}) == 10
+    owned = ("elementwise", "adam_mini", "derived", "factored", "slim_adam", "permuted")
+    crowded = looks([*owned, "muon", "normuon", "soap", "adamuon"])
+    assert len({crowded[arm].colour for arm in ("muon", "normuon", "soap", "adamuon")}) == 4
 
 
 # ------------------------------------------------------------------------------------------------- workloads
