@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.configs import TrainConfig
 from experiments.grids import Study
 from experiments.storage import write_atomic, write_json
-from experiments.train import read_status, run_folder
+from experiments.train import ended, read_status, run_folder
 
 MOST_GROWN = 3
 """By how many rates a grid grows in total."""
@@ -36,11 +35,11 @@ def equal_run(config: TrainConfig, results: Path, shares: Sequence[str]) -> Path
         shares: the other studies.
     """
     config = config.with_rules_hash()
-    if _ended(read_status(run_folder(results, config))):
+    if ended(read_status(run_folder(results, config))):
         return None
     profile = config.experiment.rpartition("_")[2]
     others = (run_folder(results, dataclasses.replace(config, experiment=f"{name}_{profile}")) for name in shares)
-    return next((folder for folder in others if _ended(read_status(folder))), None)
+    return next((folder for folder in others if ended(read_status(folder))), None)
 
 
 def take_over(configs: Sequence[TrainConfig], results: Path, shares: Sequence[str]) -> int:
@@ -73,10 +72,6 @@ def so_far(study: Study | None, configs: Sequence[TrainConfig], results: Path) -
     while study and (more := following(study, known, results)):
         known += more
     return known
-
-
-def _ended(status: Mapping[str, Any]) -> bool:
-    return status.get("state") in ("finished", "diverged")
 
 
 def following(study: Study, configs: Sequence[TrainConfig], results: Path) -> list[TrainConfig]:
@@ -115,7 +110,7 @@ def _losses(group: Sequence[TrainConfig], results: Path) -> dict[float, float] |
     of: dict[float, list[float]] = {}
     for config in group:
         status = read_status(run_folder(results, config.with_rules_hash()))
-        if not _ended(status):
+        if not ended(status):
             return None
         loss = status["final_val_loss"]
         of.setdefault(config.lr, []).append(math.inf if loss is None else loss)

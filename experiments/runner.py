@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from experiments.commandline import refusals
 from experiments.configs import FORMAT_VERSION, TrainConfig
 from experiments.interruption import Interruption
 from experiments.storage import read_json, write_json
-from experiments.train import DEFAULTS, Options, finished, launch, read_status, run_folder
+from experiments.train import DEFAULTS, Options, ended, finished, launch, read_status, run_folder
 
 logger = logging.getLogger("experiments")
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ RESTARTS = 3
 """How often torchrun restarts a group after one of its processes died."""
 GRACE = 60
 """Seconds that a run over its limit gets to save a checkpoint before it is killed; torchrun gives its processes 30."""
+CONTINUES = "the same command continues it from its newest checkpoint"
 TRIAL = 10
 """Number of steps by which the time of a run is estimated if none is finished."""
 
@@ -152,10 +154,40 @@ class _Running:
         elif self.stopped and self.over(minutes + GRACE / 60):
             process.kill()
 
-    def record_limit(self, minutes: float) -> None:
-        """Record the stopped run as failed."""
-        error = f"stopped after limit={minutes:g} minutes; the same command continues it from its newest checkpoint"
-        write_json(self.folder / "status.json", {"state": "failed", "format_version": FORMAT_VERSION, "error": error})
+    def how_it_ended(self, code: int, minutes: float, signalled: bool) -> str:
+        """Return "" if the run has results, and otherwise what happened; a failure is recorded in its folder.
+
+        Args:
+            code: exit code of its process.
+            minutes: its limit.
+            signalled: whether all runs were asked to stop.
+        """
+        try:
+            status = read_status(self.folder)
+        except ValueError as error:
+            return f"failed ({error})"
+        if ended(status):
+            return ""
+        if self.stopped:
+            self._record(f"stopped after limit={minutes:g} minutes; {CONTINUES}")
+            return "over its limit"
+        killed = code < 0  # Then it could not write why; its status may be that of an earlier attempt.
+        if signalled or (status.get("state") == "interrupted" and not killed):
+            return "interrupted"
+        if status.get("state") != "failed" or killed:
+            self._record(f"the process ended with exit code {code}; {CONTINUES}. {self._last_words()}".rstrip())
+        return f"failed (exit {code})"
+
+    def _record(self, error: str) -> None:
+        status = {"state": "failed", "format_version": FORMAT_VERSION, "error": error}
+        try:
+            write_json(self.folder / "status.json", status)
+        except OSError as refused:
+            logger.warning("%s: %s; its status could not be written: %s", self.folder, error, refused)
+
+    def _last_words(self) -> str:
+        path = self.folder / "stderr.txt"
+        return path.read_bytes()[-500:].decode(errors="replace").strip() if path.is_file() else ""
 
 
 def seconds_per_run(config: TrainConfig, root: Path) -> float:
@@ -192,8 +224,10 @@ def unfinished(configs: Sequence[TrainConfig], root: Path) -> tuple[list[TrainCo
         ValueError: two configs are equal, or a folder has another format version.
     """
     configs = [config.with_rules_hash() for config in configs]
-    if len({run_folder(root, config) for config in configs}) < len(configs):
-        raise ValueError("two of the configs are equal; every run must differ in at least one field")
+    for config, count in Counter(configs).items():
+        if count > 1:
+            name = f"arm={config.arm!r}, lr={config.lr:g}, seed={config.seed}"
+            raise ValueError(f"two of the configs are equal ({name}); every run must differ in at least one field")
     return [config for config in configs if not finished(run_folder(root, config))], len(configs)
 
 
@@ -228,30 +262,32 @@ def run_many(
     failed: list[Path] = []
     interrupted: list[Path] = []
     with tqdm(total=total, initial=done_before, desc="runs", smoothing=0.1) as bar, Interruption() as interruption:
-        signal_sent = False
+        asked = math.inf  # when the runs were asked to stop
         while running or (waiting and not interruption.signal):
-            if interruption.signal and not signal_sent:
-                signal_sent = True
+            if interruption.signal and math.isinf(asked):
+                asked = time.monotonic()
                 for process in running:
                     process.terminate()
+            if time.monotonic() - asked > GRACE:
+                for process in running:
+                    process.kill()
             while waiting and len(running) < workers and not interruption.signal:
                 config = waiting.pop(0)
-                running[each.start(config, root)] = _Running(run_folder(root, config))
+                try:
+                    running[each.start(config, root)] = _Running(run_folder(root, config))
+                except OSError as error:  # A full disk, or too many processes.
+                    failed.append(run_folder(root, config))
+                    say(f"not started: {failed[-1]}: {error}")
+                    bar.update()
             time.sleep(0.2)
             for process, run in running.items():
                 if process.poll() is None and not interruption.signal:
                     run.require_limit(process, each.limit)
             for process in [p for p in running if p.poll() is not None]:
                 run = running.pop(process)
-                folder = run.folder
-                if not finished(folder):
-                    if run.stopped:
-                        run.record_limit(each.limit)
-                    state = read_status(folder).get("state")
-                    stopped = not run.stopped and (state == "interrupted" or bool(interruption.signal))
-                    (interrupted if stopped else failed).append(folder)
-                    how = "interrupted" if stopped else "over its limit" if run.stopped else "failed"
-                    say(f"{how} (exit {process.returncode}): {folder}; see its status.json and stderr.txt")
+                if how := run.how_it_ended(process.returncode, each.limit, bool(interruption.signal)):
+                    (interrupted if how == "interrupted" else failed).append(run.folder)
+                    say(f"{how}: {run.folder}; see its status.json and stderr.txt")
                 bar.update()
     interrupted += [run_folder(root, config) for config in waiting]
     return Outcome(total - len(failed) - len(interrupted), tuple(failed), tuple(interrupted))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.configs import TrainConfig
 from experiments.runner import ROOT, SINGLE, Launch, unfinished
-from experiments.train import read_status, run_folder
+from experiments.train import ended, read_status, run_folder
 
 if TYPE_CHECKING:
     import submitit
@@ -117,7 +117,7 @@ class Task:
             time.sleep(0.2)
         folder = run_folder(self.root, self.config)
         status = read_status(folder)
-        if status.get("state") not in ("finished", "diverged"):
+        if not ended(status):
             raise RuntimeError(
                 f"{folder}: {status.get('state', 'no status')} (exit {self._process.returncode}); see its status.json "
                 "and stderr.txt"

@@ -16,7 +16,7 @@ import math
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,13 +76,18 @@ def read_status(folder: Path) -> dict[str, Any]:
     return status
 
 
+def ended(status: Mapping[str, Any]) -> bool:
+    """Return whether a status is that of a run with results, which finished or diverged."""
+    return status.get("state") in ("finished", "diverged")
+
+
 def finished(folder: Path) -> bool:
     """Return whether the run in a folder has ended, finished or diverged.
 
     Raises:
         ValueError: the folder has another format version, or is damaged.
     """
-    return read_status(folder).get("state") in ("finished", "diverged")
+    return ended(read_status(folder))
 
 
 class Refused(ValueError):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +180,76 @@ def test_runs_that_end_or_are_interrupted_are_not_blamed_on_their_limit(
     assert asked == [] and outcome.failed == (run_folder(tmp_path, broken),)
     assert outcome.interrupted == (run_folder(tmp_path, long),)
     assert "no-such-corpus" in json.loads((run_folder(tmp_path, broken) / "status.json").read_text())["error"]
+
+
+def test_a_killed_run_and_one_that_cannot_start_are_recorded_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = {"experiment": "test", "checkpoint_every": 0}
+    killed = dataclasses.replace(smoke(), steps=10**6, **shared).with_rules_hash()
+    refused, fine = (dataclasses.replace(smoke(), seed=seed, **shared).with_rules_hash() for seed in (1, 2))
+    start = Launch.start
+
+    def begin(self: Launch, config: TrainConfig, root: Path, **more: bool) -> subprocess.Popen[bytes]:
+        if config == refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        process = start(self, config, root, **more)
+        if config == killed:
+            process.kill()
+        return process
+
+    monkeypatch.setattr(Launch, "start", begin)
+    folder = run_folder(tmp_path, killed)
+    folder.mkdir(parents=True)
+    interrupted = {"state": "interrupted", "format_version": 1}
+    (folder / "status.json").write_text(json.dumps(interrupted))  # an earlier attempt was stopped
+    said: list[str] = []
+    outcome = run_many([killed, refused, fine], tmp_path, workers=2, say=said.append)
+    assert outcome.done == 1 and set(outcome.failed) == {folder, run_folder(tmp_path, refused)}
+    assert any("not started: " in line and "No space left" in line for line in said)
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed" and "exit code -9; the same command continues it" in status["error"]
+
+
+def test_a_run_whose_status_is_damaged_fails_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged, fine = (dataclasses.replace(smoke(), experiment="test", seed=seed).with_rules_hash() for seed in (1, 2))
+    start = Launch.start
+
+    def begin(self: Launch, config: TrainConfig, root: Path, **more: bool) -> subprocess.Popen[bytes]:
+        process = start(self, config, root, **more)
+        if config == damaged:
+            process.wait()
+            (run_folder(root, config) / "status.json").write_text("{}")
+        return process
+
+    monkeypatch.setattr(Launch, "start", begin)
+    said: list[str] = []
+    outcome = run_many([damaged, fine], tmp_path, workers=1, say=said.append)
+    assert (outcome.done, outcome.failed) == (1, (run_folder(tmp_path, damaged),))
+    assert any("names no state" in line for line in said)
+
+
+def test_runs_that_ignore_a_signal_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = [
+        sys.executable,
+        "-c",
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(300)",
+    ]
+
+    def begin(self: Launch, config: TrainConfig, root: Path, **more: bool) -> subprocess.Popen[bytes]:
+        run_folder(root, config).mkdir(parents=True)
+        process = subprocess.Popen(deaf, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()  # it ignores the signal from here on
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(Launch, "start", begin)
+    monkeypatch.setattr(runner, "GRACE", 1)
+    config = dataclasses.replace(smoke(), experiment="test").with_rules_hash()
+    outcome = run_many([config], tmp_path, workers=1, say=lambda _: None)
+    assert outcome.interrupted == (run_folder(tmp_path, config),)
 
 
 def test_a_run_that_does_not_stop_is_killed() -> None:
