@@ -37,7 +37,7 @@ TORCH_INDEX   := https://download.pytorch.org/whl/$(TORCH)
 .PHONY: help setup hessian test interop lint fuzz bench bench-quick bench-peers bench-deepspeed sanitize ablation kills figures report report-check coverage scaling low-bit role-study real-model paper-hessian peers setup-workloads workloads check-workloads gpu-check gpu-dry-run clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian peers clean"
+	@sed -n 's/^#   //p' Makefile; echo "also: setup lint fuzz bench bench-quick bench-peers bench-deepspeed ablation [PROFILE=cpu|smoke] kills figures report report-check coverage scaling real-model paper-hessian peers workloads check-workloads gpu-check clean"
 
 setup: $(READY)
 

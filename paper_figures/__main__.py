@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis import hessian_maps, paper_hessian, studies
-from paper_figures import ablation, kept_maps, real_model, role_study, study, suite
+from paper_figures import ablation, kept_maps, real_model, role_study, study, suite, workloads
 from paper_figures.commandline import refusals
 from paper_figures.paper_hessian import __main__ as paper_hessian_figures
 from paper_figures.style import setup
 
 CARRY_OVER = ("elementwise", "adam_mini", "derived_blocks", "derived", "factored")
+SUITE = ("rivals_cpu", "record_cpu", "headline_cpu", "sensitivity_cpu", "trajectories")
+"""What the step of the suite needs, besides ``length_cpu``, which is not run yet."""
 Step = Callable[[Path, Path], None]
 """Draws from a root of results into a folder."""
 READ = ("hessian_maps", "paper_hessian", "real_model", "role_study", "trajectories")
@@ -40,7 +42,14 @@ def _studies(results: Path, out: Path) -> None:
 
 
 def _suite(results: Path, out: Path) -> None:
+    for name in SUITE:  # The command by itself says what is not run yet.
+        if not (results / name).is_dir():
+            raise FileNotFoundError(f"{results / name} does not exist; restore it from the repository")
     suite.main(["--results", str(results), "--out", str(out)])
+
+
+def _workloads(results: Path, out: Path) -> None:
+    workloads.main(["--results", str(results), "--out", str(out)])
 
 
 def _maps(results: Path, out: Path) -> None:
@@ -67,6 +76,7 @@ STEPS: dict[str, Step] = {
     "carry over": _carry_over,
     "every study": _studies,
     "suite": _suite,
+    "workloads": _workloads,
     "Hessian maps": _maps,
     "role study": _role_study,
     "real model": _real_model,

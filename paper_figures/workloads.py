@@ -60,13 +60,17 @@ def draw(found: Sequence[Workload], out: Path) -> Path:
     for left in grid[:, 0]:
         left.set_ylabel("held-out loss")
     handles = {name: h for axes in grid.flat for h, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, 2 * columns))
     return save(figure, out, "workloads")
 
 
 def tables(found: Sequence[Workload]) -> str:
-    """Return the tables of all workloads as Markdown."""
+    """Return the tables of all workloads as Markdown, and the names of those that have no results."""
     parts = [f"### {workload.name}\n\n" + "\n".join(table(workload)) for workload in found]
+    missing = [name for name in workloads.NAMES if name not in {workload.name for workload in found}]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        parts.append(f'Not run yet: {names}. To run them: `make workloads ONLY="{" ".join(missing)}"`.')
     return "\n\n".join(parts)
 
 

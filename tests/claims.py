@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from analysis import ablation, hessian_maps, real_model, record, sensitivity, trajectories
+from analysis import ablation, hessian_maps, real_model, record, sensitivity, trajectories, workloads
 from analysis.paper_hessian import load, models, quadratics
 from analysis.settings import load_settings
 from analysis.stats import Interval, t_interval
@@ -323,6 +323,17 @@ def _hyper_parameters() -> Expected:
     more = [one.low > 0 for one in (decay, first, second, eps)]
     verdict = "in part: more to the first beta" if more == [False, True, False, True] else "?"
     return verdict, [*(pm(one, "+.3f") for one in (decay, first, second, eps)), n_of(first), "0.13M", "300"]
+
+
+@row("graphs: GCN")
+def _graphs() -> Expected:
+    gcn = next(one for one in workloads.load(RESULTS) if one.name == "gcn")
+    rows = {one.comparison.arm: one for one in gcn.rows}
+    difference = rows["adam_mini"].comparison.difference
+    assert difference is not None
+    accuracy = [f"{rows[arm].metrics['accuracy'].mean:.3f}" for arm in ("adam_mini", "elementwise")]
+    size = f"{gcn.setting.runs.parameters.iloc[0] / 1e6:.2f}M"
+    return no_gap(difference), [pm(difference), *accuracy, n_of(difference), size, str(gcn.setting.runs.steps.iloc[0])]
 
 
 @row("stays closest")

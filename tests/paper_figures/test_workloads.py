@@ -21,6 +21,7 @@ def test_the_page_has_a_table_and_a_panel_per_workload(tmp_path: Path) -> None:
     assert "STALE" not in text and [line for line in text.splitlines() if line.startswith("### ")] == [
         "### sft", "### reward", "### resnet", "### vit", "### gcn"
     ]  # fmt: skip
+    assert "Not run yet: `gpt2`, `llama`, `sft_lora`" in text and 'ONLY="gpt2 llama sft_lora remax' in text
     row = "| `adam_mini` | 0.01 (end of the grid) | 1.2000 | +0.1000 ± 0.0248, n = 3 | worse | 0.8800 ± 0.0"
     assert row in text, text
     assert (tmp_path / "figures" / "workloads.png").stat().st_size > 10_000
