@@ -188,8 +188,7 @@ class Instructing:
         questions = [[{"role": "user", "content": row.question}] for row in shown]
         before, after = (self._answers(model, questions, casting) for model in (untrained, self.model))
         samples = [
-            {"question": row.question, "written": row.answer, "before": b, "after": a}
-            for row, b, a in zip(shown, before, after, strict=True)
+            {"question": row.question, "before": b, "after": a} for row, b, a in zip(shown, before, after, strict=True)
         ]
         loss = held_out_loss(untrained, self.held_out, EVALUATED, casting)
         return {"samples": {"untrained_val_loss": loss, "answers": samples}}

@@ -308,7 +308,7 @@ def test_workloads_have_a_table_images_and_answers(copies: Path, tmp_path: Path)
     for name in ("diffusion", "sft"):
         for run in write_workload(copies, name).iterdir():
             images = np.arange(10 * 6, dtype=np.uint8).reshape(10, 2, 3)
-            answer = {"question": "Why <b>?", "written": "w", "before": "blue", "after": "green"}
+            answer = {"question": "Why <b>?", "before": "blue", "after": "green"}
             left = {"shape": [10, 2, 3], "base64": base64.b64encode(images.tobytes()).decode()}
             left = left if name == "diffusion" else {"answers": [answer]}
             (run / "samples.json").write_text(json.dumps(left))
