@@ -248,10 +248,15 @@ def _difference_plot(rows: pd.DataFrame, x: str, column: str, axis: dict[str, An
                 y=[value.mean for value in values],
                 error_y=errors([value.half if np.isfinite(value.half) else None for value in values]),
                 customdata=[
-                    [f"± {v.half:.4f}" if np.isfinite(v.half) else "", v.n, f"{where:g}" if x == "lr" else where]
-                    for v, where in zip(values, group[x], strict=True)
+                    [
+                        f"± {v.half:.4f}" if np.isfinite(v.half) else "",
+                        v.n,
+                        f"{where}<br>" if x == "condition" else "",
+                        lr,
+                    ]
+                    for v, where, lr in zip(values, group[x], group.lr, strict=True)
                 ],
-                hovertemplate=f"{arm}<br>{axis['title']['text']} %{{customdata[2]}}<br>"
+                hovertemplate=f"{arm}<br>%{{customdata[2]}}learning rate %{{customdata[3]}}<br>"
                 "%{y:+.4f} %{customdata[0]} nats<br>n = %{customdata[1]}<extra></extra>",
                 name=label(str(arm)),
                 mode="lines+markers",
